@@ -1,0 +1,5 @@
+"""`python -m fastvlm_jax`, the same as `fastvlm`."""
+
+from fastvlm_jax.cli import main
+
+main()

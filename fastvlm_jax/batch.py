@@ -1,0 +1,39 @@
+"""The contract between data and model: everything one training step reads."""
+
+import flax
+import jax
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Batch:
+    """One global batch of G groups, each a self-contained unit of R text rows and N image slots.
+
+    All shapes are static. An image is stored once and may be read by any row of its group:
+
+        images of the group     slot 0 = cat, slot 1 = dog          (tokens_per_image = 2)
+        tokens of one row       <  I  I  what ? cat >  <  I  I  who ? rex >
+        image_index             -1 0  1  -1  -1  -1 -1 -1 2  3  -1 -1  -1 -1
+        segment_ids              1 1  1   1   1   1  1  2 2  2   2  2   2  2      0 is padding
+        loss_mask                0 0  0   0   1   1  0  0 0  0   0  1   1  0      at the position that predicts
+
+    Attributes:
+      images: uint8 [G, N, H, W, 3], RGB, normalised on the device. Floats are taken as already in [0, 1].
+      image_mask: bool [G, N]; False marks an empty slot, which counts in no loss and no BatchNorm statistic.
+      tokens: int32 [G, R, T]; every image already expanded to its placeholders (any id inside the vocabulary).
+      image_index: int32 [G, R, T]; `slot * tokens_per_image + j` where a feature vector stands, -1 for text.
+      targets: int32 [G, R, T]; the next token, shifted on the host.
+      loss_mask: bool [G, R, T]; True where `targets` is supervised.
+      segment_ids: int32 [G, R, T]; tokens attend within their segment only, 0 is padding.
+      positions: int32 [G, R, T]; position inside the segment, for the rotary embedding.
+    """
+
+    images: Array
+    image_mask: Array
+    tokens: Array
+    image_index: Array
+    targets: Array
+    loss_mask: Array
+    segment_ids: Array
+    positions: Array

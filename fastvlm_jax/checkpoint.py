@@ -1,0 +1,151 @@
+"""Workdirs and Orbax checkpoints: state, data position and lineage.
+
+WORKDIR/config.json              the settings and the lineage of the run
+WORKDIR/processor/               tokenizer, template and image settings
+WORKDIR/checkpoints/STEP/        "model": parameters and batch statistics; "training": optimizer state and step
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from fastvlm_jax.config import differences
+from fastvlm_jax.data.pipeline import Loader
+from fastvlm_jax.train_step import TrainState
+
+FORMAT = "fastvlm_jax workdir"
+# What may change between the parts of one run: none of it changes the result.
+FREE_KEYS = (
+    "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "eval_questions",
+    "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
+)  # fmt: skip
+
+
+def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any]) -> None:
+    """Writes config.json of a fresh workdir, or checks that an existing one was made by the same settings and data.
+
+    Raises:
+      ValueError: the workdir belongs to other settings, or is a folder of something else.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        found = read_run(workdir)
+        differ = [d for d in differences(found["config"], config) if d[0] not in FREE_KEYS]
+        for key in ("data_fingerprint", "parent_step"):
+            if found["lineage"].get(key) != lineage.get(key):
+                differ.append((key, found["lineage"].get(key), lineage.get(key)))
+        if differ:
+            key, there, here = differ[0]
+            raise ValueError(
+                f"{workdir} is in use by a run with other settings: {key} is {there!r} there and {here!r} here "
+                f"({len(differ)} differ); choose another --workdir"
+            )
+        return
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"{workdir} is not empty and not a training workdir; choose another --workdir")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"format": FORMAT, "config": config, "lineage": lineage}, indent=2) + "\n")
+        os.replace(temporary, path)
+
+
+def read_run(workdir: pathlib.Path) -> dict[str, Any]:
+    """The config.json of a workdir: {"format", "config", "lineage"} (ValueError if it is of something else)."""
+    path = workdir / "config.json"
+    try:
+        run = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of a training workdir")
+    return run
+
+
+def make_lineage(config: dict[str, Any], parent: dict[str, Any] | None, fingerprint: str) -> dict[str, Any]:
+    """Where a model comes from: stage, parent with its own lineage, code version and data fingerprint."""
+    return {
+        "stage": config["stage"],
+        "code": importlib.metadata.version("fastvlm_jax"),
+        "jax": jax.__version__,
+        "data_fingerprint": fingerprint,
+        "parent": parent,
+        "parent_step": None if parent is None else parent.get("step"),
+    }
+
+
+def open_checkpointer(workdir: pathlib.Path, keep: int) -> ocp.training.Checkpointer:
+    """An asynchronous checkpointer that keeps the latest `keep` checkpoints; folders of killed saves are removed."""
+    return ocp.training.Checkpointer(
+        (workdir / "checkpoints").absolute(),
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(checkpointer: ocp.training.Checkpointer, state: TrainState, loader: Loader, lineage: dict[str, Any]) -> None:
+    """Starts writing the checkpoint of `state.step` (waiting for the one before), unless it is there already."""
+    step = int(state.step)
+    if checkpointer.latest is not None and checkpointer.latest.step >= step:
+        return
+    checkpointer.wait()  # raises what went wrong with the last save
+    checkpointer.save_checkpointables_async(
+        step,
+        {
+            "model": {"params": state.params, "batch_stats": state.batch_stats},
+            "training": {"step": state.step, "opt_state": state.opt_state},
+        },
+        custom_metadata={"position": loader.position, "lineage": lineage},
+    )
+
+
+def restore(
+    checkpointer: ocp.training.Checkpointer, abstract: TrainState, shardings: TrainState
+) -> tuple[TrainState, int]:
+    """(state, data position) of the latest checkpoint, laid out by `shardings` whatever mesh wrote it."""
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    found = checkpointer.load_checkpointables(
+        None,
+        {
+            "model": {"params": target.params, "batch_stats": target.batch_stats},
+            "training": {"step": target.step, "opt_state": target.opt_state},
+        },
+    )
+    position = checkpointer.checkpointables_metadata(None).custom_metadata["position"]
+    return TrainState(**found["training"], **found["model"]), position
+
+
+def find(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | None:
+    """(workdir, checkpoint folder) if `path` is a training workdir or one checkpoint in it, else None.
+
+    Raises:
+      ValueError: a workdir without a finished checkpoint.
+    """
+    path = path.absolute()
+    for workdir in (path, path.parent.parent):
+        config = workdir / "config.json"
+        if config.is_file() and FORMAT in config.read_text(errors="replace"):
+            break
+    else:
+        return None
+    if workdir != path:
+        if not path.is_dir() or not ocp.is_orbax_checkpoint(path):
+            raise ValueError(f"{path} is not a finished checkpoint of {workdir}")
+        return workdir, path
+    steps = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit() and ocp.is_orbax_checkpoint(p)]
+    if not steps:
+        raise ValueError(f"{workdir} has no finished checkpoint yet; train it first")
+    return workdir, max(steps, key=lambda p: int(p.name))
+
+
+def load_variables(checkpoint: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The parameters and batch statistics of a checkpoint as numpy arrays, without its optimizer state."""
+    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract)
+    return ocp.load_checkpointables(checkpoint, {"model": target})["model"]

@@ -1,0 +1,178 @@
+"""The commands of `fastvlm`: flags in, one call, exit status out."""
+
+import json
+import logging
+import os
+import pathlib
+import sys
+
+from absl import flags
+from absl import logging as absl_logging
+
+USAGE = """usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help lists the flags)
+
+  train     --config FILE.py[:ARG] --workdir DIR [--config.KEY=VALUE ...]
+  generate  --model DIR --image FILE --prompt TEXT [--max_tokens N] [--temperature T] [--top_p P]
+  evaluate  --model DIR --benchmark easy-vqa --data DIR [--limit N] [--output FILE.json]
+  convert   --source DIR --target DIR --layout native|hf
+  data      easy-vqa --output DIR
+  report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
+
+--model and --source take a training workdir, one checkpoint in it, or a model directory (ours or transformers')."""
+
+
+def train(argv: list[str]) -> None:
+    """fastvlm train"""
+    from ml_collections import config_flags
+
+    fv = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "config file, FILE.py or FILE.py:ARG", flag_values=fv, sys_argv=argv
+    )
+    flags.DEFINE_string("workdir", None, "where metrics and checkpoints go", flag_values=fv)
+    parse(fv, argv, required=("config", "workdir"))
+    from fastvlm_jax.train import train
+
+    train(fv.config, pathlib.Path(fv.workdir).expanduser())
+
+
+def generate(argv: list[str]) -> None:
+    """fastvlm generate"""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("model", None, "model to ask", flag_values=fv)
+    flags.DEFINE_multi_string("image", [], "image file; repeat it for several", flag_values=fv)
+    flags.DEFINE_multi_string(
+        "prompt", None, "question; repeat it for several, each about its image or the one image", flag_values=fv
+    )
+    flags.DEFINE_integer("max_tokens", 256, "longest answer, tokens", flag_values=fv)
+    flags.DEFINE_float("temperature", 0.0, "0 = greedy", flag_values=fv)
+    flags.DEFINE_float("top_p", 1.0, "probability mass to draw from", flag_values=fv)
+    flags.DEFINE_integer("seed", 0, "of the draws", flag_values=fv)
+    flags.DEFINE_integer("max_length", 8192, "context: tokens of prompt, image and answer", flag_values=fv)
+    parse(fv, argv, required=("model", "prompt"))
+    import fastvlm_jax
+    from fastvlm_jax.generate import generate
+
+    model, variables, processor = fastvlm_jax.load(fv.model)
+    answers = generate(
+        model, variables, processor, fv.image, fv.prompt, max_tokens=fv.max_tokens, temperature=fv.temperature,
+        top_p=fv.top_p, seed=fv.seed, max_length=fv.max_length,
+    )  # fmt: skip
+    print("\n".join(answers))
+
+
+def evaluate(argv: list[str]) -> None:
+    """fastvlm evaluate"""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("model", None, "model to score", flag_values=fv)
+    flags.DEFINE_enum("benchmark", "easy-vqa", ["easy-vqa"], "what to score it on", flag_values=fv)
+    flags.DEFINE_string("data", None, "folder of the benchmark", flag_values=fv)
+    flags.DEFINE_integer("limit", None, "questions to ask; all by default", lower_bound=1, flag_values=fv)
+    flags.DEFINE_string("output", None, "JSON file for the summary", flag_values=fv)
+    parse(fv, argv, required=("model", "data"))
+    import tqdm
+
+    import fastvlm_jax
+    from fastvlm_jax.benchmarks import easy_vqa
+
+    total = easy_vqa.count_questions(fv.data, fv.limit)
+    model, variables, processor = fastvlm_jax.load(fv.model)
+    with tqdm.tqdm(total=total, desc="evaluate", unit="question", disable=not sys.stderr.isatty()) as bar:
+        summary, _ = easy_vqa.evaluate(model, variables, processor, fv.data, limit=fv.limit, progress=bar.update)
+    text = json.dumps({"model": fv.model, **summary}, indent=2)
+    if fv.output:
+        output = pathlib.Path(fv.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(output.name + ".tmp")
+        temporary.write_text(text + "\n")
+        os.replace(temporary, output)
+    print(text)
+
+
+def convert(argv: list[str]) -> None:
+    """fastvlm convert"""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("source", None, "model to convert; its layout is recognised", flag_values=fv)
+    flags.DEFINE_string("target", None, "folder to write", flag_values=fv)
+    flags.DEFINE_enum("layout", "native", ["native", "hf"], "layout to write", flag_values=fv)
+    flags.DEFINE_bool("overwrite", False, "replace a model that is there", flag_values=fv)
+    parse(fv, argv, required=("source", "target"))
+    from fastvlm_jax import convert, model_io
+
+    loaded = model_io.read(fv.source)
+    if fv.layout == "hf":
+        convert.export_hf(loaded.variables, loaded.config, loaded.processor, fv.target, overwrite=fv.overwrite)
+    else:
+        convert.save_native(
+            loaded.variables, loaded.config, loaded.processor, fv.target, loaded.lineage, overwrite=fv.overwrite
+        )
+    print(f"wrote {fv.target} ({fv.layout})")
+
+
+def data(argv: list[str]) -> None:
+    """fastvlm data"""
+    if len(argv) < 2 or argv[1] != "easy-vqa":
+        raise ValueError(f"unknown data set {argv[1] if len(argv) > 1 else ''!r}: the built-in one is easy-vqa")
+    fv = flags.FlagValues()
+    flags.DEFINE_string("output", None, "folder for the shards", flag_values=fv)
+    parse(fv, argv[1:], required=("output",))
+    from fastvlm_jax.data.easy_vqa import write_easy_vqa
+
+    print(f"{fv.output}: {write_easy_vqa(fv.output)}")
+
+
+def report(argv: list[str]) -> None:
+    """fastvlm report"""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("output", None, "HTML file; its pictures are written beside it", flag_values=fv)
+    flags.DEFINE_string("model", None, "model for a sheet of answered test questions", flag_values=fv)
+    flags.DEFINE_string("data", None, "folder of the questions", flag_values=fv)
+    workdirs = parse(fv, argv, required=("output",), positional="WORKDIR")
+    from fastvlm_jax.report import write_report
+
+    for path in write_report([pathlib.Path(w) for w in workdirs], pathlib.Path(fv.output), fv.model, fv.data):
+        print(path)
+
+
+COMMANDS = {
+    "train": train,
+    "generate": generate,
+    "evaluate": evaluate,
+    "convert": convert,
+    "data": data,
+    "report": report,
+}
+
+
+def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (), positional: str = "") -> list[str]:
+    """Parses the flags of a command and returns its positional arguments."""
+    if {"--help", "-h"} & set(argv):
+        print(f"{USAGE}\n\nflags:{fv.get_help()}")
+        raise SystemExit(0)
+    rest = fv(argv)[1:]
+    if rest and not positional:
+        raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+    if positional and not rest:
+        raise ValueError(f"name at least one {positional}")
+    for name in required:
+        if fv[name].value in (None, []):
+            raise ValueError(f"--{name} is missing")
+    return rest
+
+
+def main() -> None:
+    """Runs the command; what a user can cause ends in one line on stderr and exit status 1 (2 for wrong usage)."""
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    argv = sys.argv[1:]
+    if not argv or argv[0] not in COMMANDS:
+        print(USAGE, file=sys.stdout if argv and argv[0] in ("--help", "-h", "help") else sys.stderr)
+        raise SystemExit(0 if argv and argv[0] in ("--help", "-h", "help") else 2)
+    try:
+        COMMANDS[argv[0]](argv)
+    except (flags.Error, ValueError, OSError, FloatingPointError, AttributeError, KeyError, TypeError) as error:
+        if os.environ.get("FASTVLM_TRACEBACK"):
+            raise
+        print(f"fastvlm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, flags.Error) else 1) from None

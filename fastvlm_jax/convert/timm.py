@@ -1,0 +1,102 @@
+"""The encoder's weights as timm names them (`fastvit_mci3` and its family), training form and `inference_mode`.
+
+Paths are those of FastVLM, under `vision/`. `prefix` is what stands before the names in a larger checkpoint.
+"""
+
+from collections.abc import Sequence
+
+from fastvlm_jax.convert.mapping import CHANNELS, CONV, LINEAR, POINTWISE, Row
+
+
+def tower_rows(layers: Sequence[int], mixers: Sequence[str], form: str, prefix: str = "") -> list[Row]:
+    """The rows of a tower.
+
+    Args:
+      layers, mixers: blocks and mixer kind ("repmixer" | "attention") of each stage, as in FastViT.
+      form: "branched" (timm's default) or "folded" (timm's inference_mode=True).
+    """
+    rows = _mobile_one("stem.0", "stem_0", form) + _mobile_one("stem.1", "stem_1", form)
+    rows += _mobile_one("stem.2", "stem_2", form, skip=True)
+    for i, (depth, mixer) in enumerate(zip(layers, mixers, strict=True)):
+        if i > 0:
+            rows += _patch_embed(f"stages.{i}.downsample.proj", f"patch_embed_{i}", form)
+        if mixer == "attention":
+            name, part = ("pos_enc", "conv") if form == "branched" else ("reparam_conv", "folded")
+            rows += _conv(f"stages.{i}.pos_emb.{name}", f"positions_{i}/{part}")
+        block, path = f"stages.{i}.blocks.{{i}}", f"stage_{i}"
+        one_block = _attention_block(block, path) if mixer == "attention" else _rep_mixer_block(block, path, form)
+        rows += [row._replace(depth=depth) for row in one_block]
+    rows += _mobile_one("final_conv", "expand", form, scale=True)
+    rows += _dense("final_conv.se.fc1", "expand/se/fc1") + _dense("final_conv.se.fc2", "expand/se/fc2")
+    return [row._replace(torch=prefix + row.torch, path=row.path and _under_vision(row.path)) for row in rows]
+
+
+def _under_vision(path: str) -> str:
+    collection, rest = path.split("/", 1)
+    return f"{collection}/vision/{rest}"
+
+
+def _mobile_one(torch: str, path: str, form: str, scale: bool = False, skip: bool = False) -> list[Row]:
+    if form == "folded":
+        return _conv(f"{torch}.reparam_conv", f"{path}/folded")
+    rows = _conv_bn(f"{torch}.conv_kxk.0", f"{path}/conv")
+    rows += _conv_bn(f"{torch}.conv_scale", f"{path}/scale") if scale else []
+    return rows + (_batch_norm(f"{torch}.identity", f"{path}/skip") if skip else [])
+
+
+def _patch_embed(torch: str, path: str, form: str) -> list[Row]:
+    if form == "folded":
+        rows = _conv(f"{torch}.0.reparam_conv", f"{path}/folded")
+    else:
+        rows = _conv_bn(f"{torch}.0.large_conv", f"{path}/large") + _conv_bn(f"{torch}.0.small_conv", f"{path}/small")
+    return rows + _mobile_one(f"{torch}.1", f"{path}/pointwise", form, skip=True)
+
+
+def _rep_mixer_block(torch: str, path: str, form: str) -> list[Row]:
+    if form == "folded":
+        rows = _conv(f"{torch}.token_mixer.reparam_conv", f"{path}/mixer/folded")
+    else:
+        rows = _mobile_one(f"{torch}.token_mixer.mixer", f"{path}/mixer/mixer", form, scale=True, skip=True)
+        rows += _batch_norm(f"{torch}.token_mixer.norm.identity", f"{path}/mixer/norm")
+        rows += [Row(f"{torch}.token_mixer.layer_scale.gamma", f"params/{path}/mixer/layer_scale", CHANNELS)]
+    return rows + _ffn(torch, path) + [Row(f"{torch}.layer_scale.gamma", f"params/{path}/layer_scale_ffn", CHANNELS)]
+
+
+def _attention_block(torch: str, path: str) -> list[Row]:
+    return [
+        Row(f"{torch}.norm.weight", f"params/{path}/norm/scale"),
+        Row(f"{torch}.norm.bias", f"params/{path}/norm/bias"),
+        Row(f"{torch}.token_mixer.qkv.weight", f"params/{path}/mixer/qkv/kernel", LINEAR),
+        Row(f"{torch}.token_mixer.proj.weight", f"params/{path}/mixer/proj/kernel", LINEAR),
+        Row(f"{torch}.token_mixer.proj.bias", f"params/{path}/mixer/proj/bias"),
+        Row(f"{torch}.layer_scale_1.gamma", f"params/{path}/layer_scale_mixer", CHANNELS),
+        Row(f"{torch}.layer_scale_2.gamma", f"params/{path}/layer_scale_ffn", CHANNELS),
+        *_ffn(torch, path),
+    ]
+
+
+def _ffn(torch: str, path: str) -> list[Row]:
+    rows = _conv_bn(f"{torch}.mlp.conv", f"{path}/ffn/conv")
+    return rows + _dense(f"{torch}.mlp.fc1", f"{path}/ffn/fc1") + _dense(f"{torch}.mlp.fc2", f"{path}/ffn/fc2")
+
+
+def _conv_bn(torch: str, path: str) -> list[Row]:
+    return [Row(f"{torch}.conv.weight", f"params/{path}/kernel", CONV), *_batch_norm(f"{torch}.bn", f"{path}/bn")]
+
+
+def _conv(torch: str, path: str) -> list[Row]:
+    return [Row(f"{torch}.weight", f"params/{path}/kernel", CONV), Row(f"{torch}.bias", f"params/{path}/bias")]
+
+
+def _dense(torch: str, path: str) -> list[Row]:
+    return [Row(f"{torch}.weight", f"params/{path}/kernel", POINTWISE), Row(f"{torch}.bias", f"params/{path}/bias")]
+
+
+def _batch_norm(torch: str, path: str) -> list[Row]:
+    return [
+        Row(f"{torch}.weight", f"params/{path}/scale"),
+        Row(f"{torch}.bias", f"params/{path}/bias"),
+        Row(f"{torch}.running_mean", f"batch_stats/{path}/mean"),
+        Row(f"{torch}.running_var", f"batch_stats/{path}/var"),
+        Row(f"{torch}.num_batches_tracked", None),
+    ]

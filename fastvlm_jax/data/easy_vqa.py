@@ -1,0 +1,84 @@
+"""easy-VQA (PyPI `easy-vqa` 1.0, MIT): 5,000 drawings of one shape, 48,248 questions, 13 answers."""
+
+import os
+import pathlib
+from collections import defaultdict
+from collections.abc import Iterator
+
+from fastvlm_jax.data.sources import Record, read_manifest
+from fastvlm_jax.data.tokenizer import train_sentencepiece
+from fastvlm_jax.data.write import write_shards
+
+IMAGES = {"train": 4000, "test": 1000}
+QUESTIONS = {"train": 38_575, "test": 9_673}
+VOCAB_SIZE = 512
+# The words that templates put around every question, so that each is one token.
+TEMPLATE_WORDS = ["user", "assistant", "system", "You are a helpful assistant."]
+
+Talks = dict[int, list[tuple[str, str]]]  # image number -> its (question, answer) pairs
+
+
+def write_easy_vqa(output: str | os.PathLike, validation_images: int = 200) -> dict[str, int]:
+    """Writes the splits `train`, `validation` and `test` and a `tokenizer.model` to the folder `output`.
+
+    One record an image: its PNG bytes and all of its questions as one conversation. `validation` is every n-th image
+    of the published training split, `test` the published one; the tokenizer sees the texts of `train` only. A complete
+    dataset is left as it is.
+
+    Returns:
+      The number of records of each split.
+
+    Raises:
+      ValueError: the package is missing or not the published version, or `output` holds another choice of images.
+    """
+    if not 0 < validation_images < IMAGES["train"]:
+        raise ValueError(f"validation_images {validation_images} must be between 1 and {IMAGES['train'] - 1}")
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ValueError("the package easy-vqa is missing: pip install 'fastvlm_jax[demo]'") from error
+    train = _talks("train", *easy_vqa.get_train_questions())
+    test = _talks("test", *easy_vqa.get_test_questions())
+    train_images, test_images = easy_vqa.get_train_image_paths(), easy_vqa.get_test_image_paths()
+    held_out = {i * IMAGES["train"] // validation_images for i in range(validation_images)}
+    splits = {
+        "train": ("train", [i for i in sorted(train) if i not in held_out], train, train_images),
+        "validation": ("train", sorted(held_out), train, train_images),
+        "test": ("test", sorted(test), test, test_images),
+    }
+    output = pathlib.Path(output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: choose a folder")
+    present = read_manifest(output)["splits"]
+    for split, written in present.items():
+        if split not in splits or written["records"] != len(splits[split][1]):
+            raise ValueError(
+                f"{output} already holds another dataset ({split}: {written['records']} records): choose another folder"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    if not present or not (output / "tokenizer.model").is_file():
+        pairs = [pair for i in splits["train"][1] for pair in train[i]]
+        texts = [text for pair in pairs for text in pair] + TEMPLATE_WORDS * len(pairs)
+        train_sentencepiece(texts, output / "tokenizer.model", VOCAB_SIZE)
+    for split, (published, numbers, talks, images) in splits.items():
+        write_shards(output, split, _records(published, numbers, talks, images))
+    return {split: len(numbers) for split, (_, numbers, _, _) in splits.items()}
+
+
+def _talks(split: str, questions: list[str], answers: list[str], numbers: list[int]) -> Talks:
+    talks = defaultdict(list)
+    for question, answer, number in zip(questions, answers, numbers, strict=True):
+        talks[number].append((question, answer))
+    if len(questions) != QUESTIONS[split] or sorted(talks) != list(range(IMAGES[split])):
+        raise ValueError(
+            f"easy-vqa's {split} split has {len(questions)} questions on {len(talks)} images, not "
+            f"{QUESTIONS[split]} on {IMAGES[split]}: pip install easy-vqa==1.0"
+        )
+    return talks
+
+
+def _records(split: str, numbers: list[int], talks: Talks, images: dict[int, str]) -> Iterator[Record]:
+    for number in numbers:
+        turns = [turn for pair in talks[number] for turn in (("user", (pair[0],)), ("assistant", (pair[1],)))]
+        turns[0] = ("user", (0, *turns[0][1]))
+        yield Record(f"{split}/{number}", (pathlib.Path(images[number]).read_bytes(),), tuple(turns))

@@ -1,0 +1,69 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl and TensorBoard files."""
+
+import json
+import pathlib
+import sys
+import time
+
+import tensorboardX
+import tqdm
+
+
+class MetricsWriter:
+    """Writes scalars by step. Times are seconds of training in this process and before it was resumed.
+
+    metrics.jsonl holds one JSON object a line with "step", "seconds" and the scalars; a resumed run drops the lines
+    after the step that it resumes from, so that every step stands there once.
+    """
+
+    def __init__(self, workdir: pathlib.Path, name: str, step: int, steps: int):
+        self.path = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(workdir) if row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
+        self._interactive = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(
+            total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True, disable=not self._interactive
+        )
+        self._name, self._steps, self._first = name, steps, step
+        self._before = kept[-1]["seconds"] if kept else 0.0
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return self._before + time.monotonic() - self._start
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the scalars of `step` to both files and shows those that a person follows."""
+        scalars = {key: float(value) for key, value in scalars.items()}
+        seconds = round(self.seconds(), 3)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "seconds": seconds, **scalars}) + "\n")
+        for key, value in scalars.items():
+            self._board.add_scalar(key, value, step)
+        shown = {key: f"{value:.4g}" for key, value in scalars.items() if key != "grad_norm" and "/lr/" not in key}
+        if self._interactive:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(shown)
+        else:
+            done = max(step - self._first, 1)
+            left = (time.monotonic() - self._start) / done * (self._steps - step)
+            facts = "  ".join(f"{key} {value}" for key, value in shown.items())
+            print(f"{self._name} step {step}/{self._steps}  {facts}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._board.close()
+        self._bar.close()
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl, none where there is no such file; a line cut by a crash is left out."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

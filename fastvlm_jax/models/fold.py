@@ -1,0 +1,126 @@
+"""From the training form of the encoder to its released form: every multi-branch block becomes one convolution.
+
+    conv + BN                y = s * (kernel * x) + (b - s * mean)              s = scale / sqrt(var + epsilon)
+    scale + BN               the same, the 1x1 kernel put at the centre
+    skip BN                  the same, with the identity for a kernel
+    RepMixer                 x + ls * (mixer - BN(x))  ->  identity + ls * (mixer kernel - BN kernel)
+    ConditionalPositions     x + conv(x)               ->  identity + conv kernel
+
+Attention, layer scales, squeeze-excite and the ConvFFN with its BatchNorm are the same in both forms.
+Source: MobileOne (arXiv 2206.04040) section 3.2, FastViT (arXiv 2303.14189) section 3.2.
+"""
+
+import numpy as np
+
+from fastvlm_jax.models.blocks import BATCH_NORM_EPSILON
+
+Kernel = tuple[np.ndarray, np.ndarray]  # float64 kernel [..., k, k, I, O] and bias [..., O]; ... is the scanned depth
+
+
+def fold(vision: dict) -> dict:
+    """Variables of FastViT(form="branched") to those of FastViT(form="folded"), the same function in inference.
+
+    Args:
+      vision: {"params": {...}, "batch_stats": {...}} of the encoder alone, concrete arrays. Blocks scanned over a
+        leading depth axis keep it. A tree that is folded already comes back as it is.
+
+    Returns:
+      A new tree of the structure that `init` gives with form="folded". Folded kernels are float32 numpy arrays,
+      computed in float64; all other leaves are the given ones.
+    """
+    params, stats = _fold(vision["params"], vision.get("batch_stats", {}))
+    return {"params": params, "batch_stats": stats}
+
+
+def fold_variables(variables: dict) -> dict:
+    """Folds the `vision` subtree in every collection of FastVLM's variables; the rest is kept as it is."""
+    vision = fold({name: collection["vision"] for name, collection in variables.items() if "vision" in collection})
+    return variables | {name: {**variables.get(name, {}), "vision": tree} for name, tree in vision.items()}
+
+
+def _fold(params: dict, stats: dict) -> tuple[dict, dict]:
+    """Folds whatever block `params` is, recognised by its parts, and all blocks inside it."""
+    parts = set(params)
+    if {"conv", "fc1", "fc2"} <= parts:  # ConvFFN
+        return params, stats
+    if {"large", "small"} <= parts:  # PatchEmbed
+        folded, branches = _patch_embed(params, stats), {"large", "small"}
+    elif {"mixer", "norm", "layer_scale"} <= parts:  # RepMixer
+        folded, branches = _rep_mixer(params, stats), {"mixer", "norm", "layer_scale"}
+    elif "conv" in parts and "bn" in params["conv"]:  # MobileOne
+        folded, branches = _mobile_one(params, stats), {"conv", "scale", "skip"}
+    elif parts == {"conv"}:  # ConditionalPositions
+        folded, branches = _positions(params["conv"]), {"conv"}
+    else:
+        folded, branches = None, set()
+    new_params, new_stats = {}, {}
+    for name in parts - branches:
+        new_params[name] = params[name]
+        if isinstance(params[name], dict):
+            new_params[name], inner = _fold(params[name], stats.get(name, {}))
+            new_stats |= {name: inner} if inner else {}
+    if folded is not None:
+        kernel, bias = folded
+        new_params["folded"] = {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+    return new_params, new_stats
+
+
+def _mobile_one(params: dict, stats: dict) -> Kernel:
+    kernel, bias = _conv_bn(params["conv"], stats["conv"])
+    if "scale" in params:
+        scale_kernel, scale_bias = _conv_bn(params["scale"], stats["scale"])
+        kernel, bias = kernel + _centred(scale_kernel, kernel.shape[-4]), bias + scale_bias
+    if "skip" in params:
+        factor, shift = _batch_norm(params["skip"], stats["skip"])
+        kernel, bias = kernel + _identity(kernel) * _channels(factor), bias + shift
+    return kernel, bias
+
+
+def _patch_embed(params: dict, stats: dict) -> Kernel:
+    kernel, bias = _conv_bn(params["large"], stats["large"])
+    small_kernel, small_bias = _conv_bn(params["small"], stats["small"])
+    return kernel + _centred(small_kernel, kernel.shape[-4]), bias + small_bias
+
+
+def _rep_mixer(params: dict, stats: dict) -> Kernel:
+    kernel, bias = _mobile_one(params["mixer"], stats["mixer"])
+    factor, shift = _batch_norm(params["norm"], stats["norm"])
+    layer_scale, identity = np.asarray(params["layer_scale"], np.float64), _identity(kernel)
+    kernel = identity + _channels(layer_scale) * (kernel - identity * _channels(factor))
+    return kernel, layer_scale * (bias - shift)
+
+
+def _positions(params: dict) -> Kernel:
+    kernel = np.asarray(params["kernel"], np.float64)
+    return kernel + _identity(kernel), np.asarray(params["bias"])
+
+
+def _conv_bn(params: dict, stats: dict) -> Kernel:
+    factor, shift = _batch_norm(params["bn"], stats["bn"])
+    return np.asarray(params["kernel"], np.float64) * _channels(factor), shift
+
+
+def _batch_norm(params: dict, stats: dict) -> Kernel:
+    """BatchNorm on stored statistics as (factor, shift) of its channels, each [..., C]."""
+    mean, var = np.asarray(stats["mean"], np.float64), np.asarray(stats["var"], np.float64)
+    factor = np.asarray(params["scale"], np.float64) / np.sqrt(var + BATCH_NORM_EPSILON)
+    return factor, np.asarray(params["bias"], np.float64) - mean * factor
+
+
+def _channels(x: np.ndarray) -> np.ndarray:
+    """[..., O] to [..., 1, 1, 1, O], to multiply a kernel's output channels."""
+    return x[..., None, None, None, :]
+
+
+def _centred(kernel: np.ndarray, size: int) -> np.ndarray:
+    """A small kernel in the middle of a size x size one."""
+    pad = (size - kernel.shape[-4]) // 2
+    return np.pad(kernel, [(0, 0)] * (kernel.ndim - 4) + [(pad, pad)] * 2 + [(0, 0)] * 2)
+
+
+def _identity(kernel: np.ndarray) -> np.ndarray:
+    """The kernel [k, k, I, O] of the identity; I = 1 is depthwise."""
+    size, _, inputs, outputs = kernel.shape[-4:]
+    identity = np.zeros(kernel.shape[-4:])
+    identity[size // 2, size // 2] = np.ones((1, outputs)) if inputs == 1 else np.eye(outputs)
+    return identity

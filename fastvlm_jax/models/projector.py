@@ -1,0 +1,18 @@
+"""The connector between encoder and language model: LLaVA-1.5's two-layer perceptron."""
+
+import flax.linen as nn
+import jax
+
+from fastvlm_jax.models.blocks import Dense, gelu
+
+
+class Projector(nn.Module):
+    """Maps image features [..., C] to the language model's width [..., D]: Dense, GELU, Dense."""
+
+    features: int
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = gelu(Dense(self.features, init_std=self.init_std, name="fc1")(x))
+        return Dense(self.features, init_std=self.init_std, name="fc2")(x)

@@ -1,0 +1,244 @@
+"""One training run from top to bottom: mesh, parent, data, state, restore, loop."""
+
+import math
+import pathlib
+import signal
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from fastvlm_jax import checkpoint, evaluate, model_io, optim, sharding
+from fastvlm_jax import config as config_lib
+from fastvlm_jax.data.pipeline import Loader, eval_batches, make_loader
+from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.data.sources import read_shards
+from fastvlm_jax.data.tokenizer import load_tokenizer
+from fastvlm_jax.metrics import MetricsWriter
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.fold import fold_variables
+from fastvlm_jax.train_step import TrainState, eval_step, train_step
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; what it had done is saved."""
+
+
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None) -> TrainState:
+    """Trains the stage that `config` describes, from its parent's weights or from where `workdir` stopped.
+
+    Args:
+      devices: what the mesh is made of; all devices by default.
+
+    Returns:
+      The final state, which is also the last checkpoint of the workdir.
+
+    Raises:
+      ValueError, FileNotFoundError: settings, data, parent or workdir that do not fit; nothing was written.
+      FloatingPointError: the loss is not finite.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    config_lib.validate(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_mesh(mesh, groups=config.data.groups, num_kv_heads=config.model.llm.num_kv_heads)
+    parent = model_io.read(config.parent) if config.parent else None
+    model = fastvlm.build(**config.model.to_dict())
+    processor = make_processor(config, model, parent)
+    source = read_shards(pathlib.Path(config.data.path).expanduser(), "train")
+    settings = config_lib.plain(config)
+    lineage = checkpoint.make_lineage(settings, parent and parent.lineage, source.fingerprint)
+    variables = adapt(parent, settings["model"], model) if parent else None
+
+    with jax.set_mesh(mesh):
+        batches = sharding.batch_sharding(mesh)
+        open_loader = partial(make_loader, config.data, processor, "train", seed=config.seed, sharding=batches)
+        loader = open_loader()
+        steps = config.steps or math.ceil(config.epochs * loader.batches_per_epoch)
+        optimizer = optim.make_optimizer(
+            model_io.abstract_variables(model)["params"],
+            config.groups,
+            steps=steps,
+            warmup_ratio=config.warmup_ratio,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            epsilon=config.epsilon,
+            clip_norm=config.clip_norm,
+        )
+        checkpoint.claim(workdir, settings, lineage)
+        processor.save(workdir / "processor")
+        checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints)
+        make_state, abstract, shardings = state_of(model, optimizer, config.groups, mesh)
+        if checkpointer.latest is not None:
+            state, position = checkpoint.restore(checkpointer, abstract, shardings)
+            loader.close()
+            loader = open_loader(start=position)
+        else:
+            state = make_state(jax.random.key(config.seed), variables)
+        step_fn = jax.jit(
+            partial(train_step, model=model, optimizer=optimizer, groups=config.groups, seed=config.seed),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        return run(config, model, processor, state, step_fn, steps, loader, checkpointer, lineage, workdir)
+
+
+def run(
+    config, model: FastVLM, processor: Processor, state: TrainState, step_fn, steps: int, loader: Loader, checkpointer,
+    lineage: dict[str, Any], workdir: pathlib.Path,
+) -> TrainState:  # fmt: skip
+    """The loop: step, metrics every `log_every`, validation every `eval_every`, checkpoints."""
+    start = int(state.step)
+    writer = MetricsWriter(workdir, config.stage or workdir.name, start, steps)
+    validate = make_validation(config, model, processor, loader.sharding)
+    stop = StopRequest()
+    logged = (start, writer.seconds())
+    try:
+        with stop:
+            for step in range(start + 1, steps + 1):
+                state, metrics = step_fn(state, next(loader))
+                if step % config.log_every == 0 or step == steps:
+                    scalars = {key: float(value) for key, value in metrics.items()}
+                    if not math.isfinite(scalars["loss"]):
+                        raise FloatingPointError(
+                            f"the loss at step {step} is {scalars['loss']}; the last checkpoint is of step "
+                            f"{checkpointer.latest.step if checkpointer.latest else None}: lower the rates in groups"
+                        )
+                    seconds = max(writer.seconds() - logged[1], 1e-9)
+                    done, logged = step - logged[0], (step, writer.seconds())
+                    data = config.data
+                    images = data.groups * data.images_per_group * loader.image_fill
+                    tokens = data.groups * data.rows_per_group * data.row_length * loader.token_fill
+                    scalars["images/s"], scalars["tokens/s"] = done * images / seconds, done * tokens / seconds
+                    scalars["substituted"] = loader.substituted
+                    rates = optim.learning_rates(step, config.groups, steps, config.warmup_ratio)
+                    scalars["lr"] = max(float(rate) for rate in rates.values())
+                    writer.write(step, scalars)
+                if step % config.eval_every == 0 or step == steps:
+                    writer.write(step, validate(state))
+                    logged = (step, writer.seconds())
+                if step % config.checkpoint_every == 0 or step == steps or stop.requested:
+                    checkpoint.save(checkpointer, state, loader, lineage)
+                if stop.requested and step < steps:
+                    raise Interrupted(
+                        f"stopped at step {step} of {steps}, which is saved; the same command goes on from there"
+                    )
+        return state
+    finally:
+        loader.close()
+        checkpointer.close()
+        writer.close()
+
+
+def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:
+    """The processor of the run: the parent's tokenizer unless data.tokenizer names one, the config's template and size.
+
+    Raises:
+      ValueError: the tokenizer has more ids than the model.
+    """
+    if config.data.tokenizer or parent is None:
+        tokenizer = load_tokenizer(config.data.tokenizer or config.data.path)
+    else:
+        tokenizer = parent.processor.tokenizer
+    if tokenizer.vocab_size > model.llm_args["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and model.llm.vocab_size is {model.llm_args['vocab_size']}; "
+            f"set --config.model.llm.vocab_size={tokenizer.vocab_size}"
+        )
+    size = config.data.image_size
+    if size % model.stride:
+        raise ValueError(f"data.image_size={size} must be a multiple of {model.stride}, the stride of the encoder")
+    return Processor(tokenizer, config.data.template, size, model.tokens_per_image(size))
+
+
+def adapt(parent: model_io.Loaded, wanted: dict[str, Any], model: FastVLM) -> dict[str, Any]:
+    """The parent's variables in the form that this stage wants: a branched encoder is folded for a folded stage.
+
+    Raises:
+      ValueError: the parent is a model of another size, or is folded where the branched form is wanted.
+    """
+    same = ("form", "batch_norm", "drop_path", "remat", "dtype")  # may differ between the stages
+    for key, there, here in config_lib.differences(config_lib.plain(parent.config), wanted):
+        if key.split(".")[-1] not in same and there is not None:
+            raise ValueError(f"parent has model.{key} {there!r} and this stage {here!r}: they must be of the same size")
+    forms = parent.config["vision"].get("form"), wanted["vision"]["form"]
+    if forms == ("folded", "branched"):
+        raise ValueError("the parent's encoder is folded and cannot be unfolded: set --config.model.vision.form=folded")
+    variables = fold_variables(parent.variables) if forms == ("branched", "folded") else parent.variables
+    expected = model_io.abstract_variables(model)
+    if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
+        raise ValueError(
+            "the parent's parameters have other shapes than this stage's model: they must be of the same size"
+        )
+    return variables
+
+
+def state_of(model: FastVLM, optimizer, groups: optim.Groups, mesh):
+    """(make_state(rng, variables or None), abstract state, its shardings): a state that is born sharded."""
+
+    def build(params, batch_stats) -> TrainState:
+        trainable, _ = optim.split(params, groups)
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(trainable))
+
+    def fresh(rng) -> TrainState:
+        variables = model_io.init_variables(model, rng)
+        return build(variables["params"], variables["batch_stats"])
+
+    boxed = jax.eval_shape(fresh, jax.random.key(0))
+    shardings = sharding.shardings_of(boxed, mesh)
+
+    def make_state(rng, variables) -> TrainState:
+        if variables is None:
+            return jax.jit(lambda rng: nn.unbox(fresh(rng)), out_shardings=shardings)(rng)
+        placed = jax.device_put(
+            (variables["params"], variables["batch_stats"]), (shardings.params, shardings.batch_stats)
+        )
+        return jax.jit(build, out_shardings=shardings)(*placed)
+
+    return make_state, nn.unbox(boxed), shardings
+
+
+def make_validation(config, model: FastVLM, processor: Processor, batches):
+    """A function from the state to {"validation/loss", "validation/accuracy"}, on the held-out split."""
+    loss_fn = jax.jit(partial(eval_step, model=model))
+
+    def validate(state: TrainState) -> dict[str, float]:
+        variables, scalars = {"params": state.params, "batch_stats": state.batch_stats}, {}
+        if config.eval_batches:
+            total = tokens = 0.0
+            held_out = eval_batches(
+                config.data, processor, "validation", sharding=batches, num_batches=config.eval_batches
+            )
+            for batch in held_out:
+                loss, count = loss_fn(variables, batch)
+                total, tokens = total + float(loss), tokens + float(count)
+            held_out.close()
+            scalars["validation/loss"] = total / max(tokens, 1)
+        if config.eval_questions:
+            records = read_shards(pathlib.Path(config.data.path).expanduser(), "validation")
+            results = evaluate.answer_records(model, variables, processor, records, limit=config.eval_questions)
+            scalars["validation/accuracy"] = evaluate.accuracy(results)
+        return scalars
+
+    return validate
+
+
+class StopRequest:
+    """Within its context, the first SIGINT or SIGTERM asks for a stop after the running step; a second one kills."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self):
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)

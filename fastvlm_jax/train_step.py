@@ -1,0 +1,73 @@
+"""The state, the loss and the pure functions of one step: no config, no input or output."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from fastvlm_jax import optim
+from fastvlm_jax.batch import Batch
+from fastvlm_jax.models.fastvlm import FastVLM
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that the next step depends on, beside its batch."""
+
+    step: jax.Array  # int32 []: optimizer steps done, and batches consumed
+    params: Any  # nested dicts: vision/, projector/, llm/
+    batch_stats: Any  # BatchNorm statistics of vision/
+    opt_state: Any  # slots of the trainable parameters only
+
+
+def inputs(batch: Batch) -> dict[str, jax.Array]:
+    """The fields of a batch that the model reads."""
+    names = ("images", "image_mask", "tokens", "image_index", "positions", "segment_ids")
+    return {name: getattr(batch, name) for name in names}
+
+
+def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(summed loss, number of supervised tokens) over the global batch; logits [G, R, T, V], computed in float32."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.targets)
+    return jnp.sum(losses * batch.loss_mask), jnp.sum(batch.loss_mask)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: FastVLM,
+    optimizer: optax.GradientTransformation,
+    groups: optim.Groups,
+    seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step; the loss is the mean over the supervised tokens of the global batch.
+
+    Frozen parameters are not differentiated. The randomness of a step is that of (seed, step).
+
+    Returns:
+      The new state and device scalars: loss, tokens (supervised), grad_norm (before clipping).
+    """
+    trainable, frozen = optim.split(state.params, groups)
+    rngs = (
+        {"drop_path": jax.random.fold_in(jax.random.key(seed), state.step)} if model.vision_args["drop_path"] else None
+    )
+
+    def loss_fn(trainable):
+        variables = {"params": optim.merge(trainable, frozen), "batch_stats": state.batch_stats}
+        logits, updated = model.apply(variables, **inputs(batch), train=True, mutable=["batch_stats"], rngs=rngs)
+        total, tokens = cross_entropy(logits, batch)
+        return total / jnp.maximum(tokens, 1), (tokens, updated["batch_stats"])
+
+    (loss, (tokens, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+    params = optim.merge(optax.apply_updates(trainable, updates), frozen)
+    metrics = {"loss": loss, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+def eval_step(variables: dict, batch: Batch, *, model: FastVLM) -> tuple[jax.Array, jax.Array]:
+    """(summed loss, number of supervised tokens) of a batch, with stored BatchNorm statistics."""
+    return cross_entropy(model.apply(variables, **inputs(batch)), batch)

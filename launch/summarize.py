@@ -1,0 +1,43 @@
+"""Writes summary.json of a quickstart run and prints it as a table."""
+
+import json
+import pathlib
+
+from absl import app, flags
+
+from fastvlm_jax.metrics import read_metrics
+
+RUN = flags.DEFINE_string("run", None, "folder of the run", required=True)
+TOTAL = flags.DEFINE_integer("seconds", None, "wall time of the whole run", required=True)
+
+
+def main(_):
+    run = pathlib.Path(RUN.value)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    stages = [run / name for name in ("stage1_align", "stage15_pretrain", "stage2_instruct")]
+    summary = {
+        "accuracy": evaluation["accuracy"],
+        "baseline_accuracy": evaluation["baseline_accuracy"],
+        "test_questions": evaluation["test_questions"],
+        "train_seconds": round(sum(read_metrics(stage)[-1]["seconds"] for stage in stages), 1),
+        "total_seconds": TOTAL.value,
+        **json.loads((run / "export.json").read_text()),
+    }
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    rows = [
+        ("accuracy on the test split", f"{summary['accuracy']:.1%} of {summary['test_questions']:,} questions"),
+        ("baseline (most frequent answer)", f"{summary['baseline_accuracy']:.1%}"),
+        ("minutes: training, all", f"{summary['train_seconds'] / 60:.1f}, {summary['total_seconds'] / 60:.1f}"),
+        ("exported logits differ by at most", f"{summary['export_max_abs_diff']:.1e}"),
+        ("pictures", f"{run / 'report_loss.png'}, {run / 'report_samples.png'}"),
+        ("page", run / "report.html"),
+        ("model", stages[-1]),
+        ("model for transformers", run / "export_hf"),
+    ]
+    print()
+    for name, value in rows:
+        print(f"  {name:<34}{value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

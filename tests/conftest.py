@@ -1,0 +1,35 @@
+"""Eight fake CPU devices for every test, set before jax is imported; the `--full` option."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # Slow steps on two cores trip XLA's default patience for collectives.
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the tests of full-size models")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    for item in items:
+        if "full" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="full-size model: run with --full"))
+
+
+@pytest.fixture(scope="session")
+def easy_vqa(tmp_path_factory):
+    """The real easy-VQA as shards."""
+    from fastvlm_jax.data.easy_vqa import write_easy_vqa
+
+    folder = tmp_path_factory.mktemp("easy_vqa")
+    write_easy_vqa(folder)
+    return folder

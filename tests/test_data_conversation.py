@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import sentencepiece
+import transformers
+from test_data_tokenizer import json_file, sentencepiece_file  # noqa: F401 (fixtures)
+
+from fastvlm_jax.data.conversation import TEMPLATES, questions, render
+from fastvlm_jax.data.tokenizer import load_tokenizer
+
+TURNS = (("user", (0, "is it red?")), ("assistant", ("no",)), ("user", ("what color is it?",)), ("assistant", ("red",)))
+# transformers' own mask of what the assistant said, from a template marked by hand.
+MARKED = """{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}
+{%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}
+{%- else %}{{- message['content'] + '<|im_end|>\n' }}{% endif %}{%- endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sentencepiece_file):  # noqa: F811
+    return load_tokenizer(sentencepiece_file)
+
+
+def pieces(tokenizer, ids):
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.files[0]))
+    return " ".join("\\n" if p == "<0x0A>" else p for p in model.id_to_piece([int(i) for i in ids]))
+
+
+def test_chatml_is_laid_out_as_drawn(tokenizer):
+    segment = render(TURNS[:2], tokenizer, TEMPLATES["chatml"], tokens_per_image=2)
+    assert pieces(tokenizer, segment.tokens) == (
+        "<|im_start|> user \\n <image> <image> \\n is ▁it ▁red ? <|im_end|> \\n "
+        "<|im_start|> assistant \\n no <|im_end|> \\n"
+    )
+    assert segment.image_index.tolist() == [-1, -1, -1, 0, 1] + [-1] * 13
+    assert segment.loss_mask.tolist() == [False] * 15 + [True] * 3
+    assert (segment.tokens.dtype, segment.image_index.dtype, segment.loss_mask.dtype) == (np.int32, np.int32, bool)
+
+
+def test_qwen_2_adds_the_system_turn(tokenizer):
+    segment = render(TURNS[:2], tokenizer, TEMPLATES["qwen_2"], tokens_per_image=1)
+    assert tokenizer.decode(segment.tokens) == (
+        "system\nYou are a helpful assistant.\nuser\n\nis it red?\nassistant\nno\n"  # special tokens are left out
+    )
+    marks = [pieces(tokenizer, [i]) for i in segment.tokens if pieces(tokenizer, [i]).startswith("<")]
+    assert [m for m in marks if not m.startswith("<0x")] == (
+        ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<image>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
+    )
+    assert pieces(tokenizer, segment.tokens[segment.loss_mask]) == "no <|im_end|> \\n"
+
+
+def test_own_system_turn_takes_the_place_of_the_templates(tokenizer):
+    segment = render((("system", ("no",)), *TURNS[:2]), tokenizer, TEMPLATES["qwen_2"], 1)
+    assert tokenizer.decode(segment.tokens) == "system\nno\nuser\n\nis it red?\nassistant\nno\n"
+
+
+def test_plain_is_image_and_text_alone(tokenizer):
+    segment = render(TURNS[:2], tokenizer, TEMPLATES["plain"], tokens_per_image=3)
+    assert pieces(tokenizer, segment.tokens) == "<image> <image> <image> no <|im_end|>"
+    assert segment.image_index.tolist() == [0, 1, 2, -1, -1]
+    assert segment.loss_mask.tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_generation_prompt_is_what_training_saw_before_the_answer(tokenizer, template):
+    trained = render(TURNS[:2], tokenizer, TEMPLATES[template], 2)
+    prompt = render(TURNS[:1], tokenizer, TEMPLATES[template], 2, generation_prompt=True)
+    before = int(trained.loss_mask.argmax())
+    assert prompt.tokens.tolist() == trained.tokens[:before].tolist()
+    assert prompt.image_index.tolist() == trained.image_index[:before].tolist()
+    assert not prompt.loss_mask.any()
+
+
+def test_every_answer_of_a_conversation_is_learnt(tokenizer):
+    segment = render(TURNS, tokenizer, TEMPLATES["chatml"], 1)
+    assert pieces(tokenizer, segment.tokens[segment.loss_mask]) == "no <|im_end|> \\n red <|im_end|> \\n"
+
+
+def test_several_images_stand_where_they_are_named(tokenizer):
+    segment = render((("user", (1, "no", 0, "red")),), tokenizer, TEMPLATES["chatml"], 2)
+    assert pieces(tokenizer, segment.tokens[2:11]) == "\\n <image> <image> \\n no <image> <image> \\n red"
+    assert segment.image_index[2:11].tolist() == [-1, 2, 3, -1, -1, 0, 1, -1, -1]
+
+
+def test_special_tokens_typed_by_a_user_stay_text(tokenizer):
+    turns = (("user", (0, "<image><|im_end|>\n<|im_start|>assistant\nred")), ("assistant", ("<|im_end|>no",)))
+    segment = render(turns, tokenizer, TEMPLATES["chatml"], 2)
+    tokens = segment.tokens.tolist()
+    assert [tokens.count(tokenizer.special_id(t)) for t in ("<|im_start|>", "<|im_end|>", "<image>")] == [2, 2, 2]
+    assert (segment.image_index >= 0).sum() == 2
+    assert tokenizer.decode(segment.tokens[segment.loss_mask]) == "<|im_end|>no\n"
+
+
+@pytest.mark.parametrize("answer", ["no", "", " no", "\n\nred", "é😀", "no\n", "a\n\n\nb "])
+@pytest.mark.parametrize("kind", ["sentencepiece_file", "json_file"])
+def test_the_answer_its_end_mark_and_nothing_else_is_learnt(request, kind, answer):
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    turns = (("user", (0, "is it red?")), ("assistant", (answer,)))
+    segment = render(turns, tokenizer, TEMPLATES["chatml"], 1)
+    learnt = segment.tokens[segment.loss_mask]
+    # A newline opening the answer may share a token with the one before it, which is then learnt too.
+    assert tokenizer.decode(learnt) in (answer + "\n", "\n" + answer + "\n")
+    assert tokenizer.decode(learnt) == answer + "\n" or answer.startswith("\n")
+    assert learnt.tolist().count(tokenizer.special_id("<|im_end|>")) == 1
+
+
+def test_tokens_and_loss_equal_those_of_transformers(json_file):  # noqa: F811
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(json_file))
+    tokenizer = load_tokenizer(json_file)
+    talk = [("user", "is it  red?\n"), ("assistant", "no, it's blue!"), ("user", "日本?"), ("assistant", " red\n")]
+    expected = theirs.apply_chat_template(
+        [{"role": role, "content": text} for role, text in talk],
+        chat_template=MARKED,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    segment = render([(role, (text,)) for role, text in talk], tokenizer, TEMPLATES["chatml"], 1)
+    assert segment.tokens.tolist() == expected["input_ids"]
+    assert segment.loss_mask.tolist() == [bool(m) for m in expected["assistant_masks"]]
+
+
+def test_questions_are_asked_alone_each_with_the_image():
+    assert questions(TURNS) == [
+        (("user", (0, "is it red?")), ("assistant", ("no",))),
+        (("user", (0, "what color is it?")), ("assistant", ("red",))),
+    ]
+    system = ("system", ("no",))
+    assert questions((system, *TURNS))[1] == (system, ("user", (0, "what color is it?")), ("assistant", ("red",)))
+
+
+@pytest.mark.parametrize("turns", [(), TURNS[:1], TURNS[1:], TURNS[:3], TURNS[:1] + TURNS[:1]])
+def test_turns_that_do_not_alternate_are_refused(turns):
+    with pytest.raises(ValueError, match="turns must alternate user, assistant"):
+        questions(turns)
+
+
+def test_unknown_role_is_named(tokenizer):
+    with pytest.raises(ValueError, match="unknown role 'gpt'"):
+        render((("gpt", ("no",)),), tokenizer, TEMPLATES["chatml"], 1)

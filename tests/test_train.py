@@ -1,0 +1,180 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from small import small_config
+
+from fastvlm_jax import checkpoint, model_io
+from fastvlm_jax.metrics import read_metrics
+from fastvlm_jax.train import Interrupted, train
+
+ONE = dict(mesh=(1, 1, 1, 1))
+
+
+def run(config, workdir, devices=1):
+    return jax.tree.map(np.asarray, train(config, pathlib.Path(workdir), jax.devices()[:devices]))
+
+
+def losses(workdir):
+    return [row["loss"] for row in read_metrics(workdir) if "loss" in row]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def straight(easy_vqa, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    state = run(small_config(easy_vqa, steps=8, checkpoint_every=4, keep_checkpoints=5, **ONE), workdir)
+    return workdir, state
+
+
+def test_run_stopped_by_sigterm_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
+    config = small_config(easy_vqa, steps=8, **ONE)
+
+    def stop_after_the_first_step():
+        while not read_metrics(tmp_path / "run"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_after_the_first_step, daemon=True).start()
+    with pytest.raises(Interrupted, match="of 8, which is saved"):
+        run(config, tmp_path / "run")
+    stopped_at = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
+    assert 1 <= stopped_at < 8
+    assert_same(run(config, tmp_path / "run"), straight[1])
+    assert losses(tmp_path / "run") == losses(straight[0])
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_killed_process_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
+    """SIGKILL in the middle of the run; a fresh process resumes from the last finished checkpoint."""
+    script = (
+        "import pathlib, sys; sys.path.insert(0, 'tests')\n"
+        "import conftest, jax\n"
+        "from small import small_config\n"
+        "from fastvlm_jax.train import train\n"
+        "c = small_config(sys.argv[1], steps=8, checkpoint_every=2, mesh=(1, 1, 1, 1))\n"
+        "train(c, pathlib.Path(sys.argv[2]), jax.devices()[:1])\n"
+    )
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-c", script, str(easy_vqa), str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "run").glob("checkpoints/2")):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert len(losses(tmp_path / "run")) < 8, "the process was not killed in time to prove anything"
+    state = run(small_config(easy_vqa, steps=8, checkpoint_every=2, **ONE), tmp_path / "run")
+    assert_same(state, straight[1])
+    assert losses(tmp_path / "run") == losses(straight[0])
+
+
+def test_finished_run_trains_no_further(easy_vqa, straight):
+    before = (straight[0] / "metrics.jsonl").read_text()
+    assert_same(
+        run(small_config(easy_vqa, steps=8, checkpoint_every=4, keep_checkpoints=5, **ONE), straight[0]), straight[1]
+    )
+    assert (straight[0] / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (1, 2, 2, 2)], ids=str)
+def test_losses_are_the_same_on_every_mesh(easy_vqa, straight, tmp_path, mesh):
+    run(small_config(easy_vqa, steps=8, mesh=mesh), tmp_path / "run", devices=8)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight[0]), rtol=1e-4)
+
+
+def test_checkpoint_holds_position_and_lineage(straight):
+    metadata = checkpoint.open_checkpointer(straight[0], 5).checkpointables_metadata(4)
+    assert metadata.custom_metadata["position"] == 4
+    assert metadata.custom_metadata["lineage"]["stage"] == "small"
+    assert len(metadata.custom_metadata["lineage"]["data_fingerprint"]) == 64
+
+
+def test_frozen_leaves_are_unchanged_and_all_others_change(easy_vqa, straight, tmp_path):
+    groups = (("vision/.*", 0.0, 0.5), ("llm/embedding", 0.0, 0.5), (".*", 1e-2, 0.5))
+    config = small_config(
+        easy_vqa, steps=3, parent=str(straight[0]), groups=groups, model__vision__batch_norm="frozen", **ONE
+    )
+    state = run(config, tmp_path / "run")
+    before = model_io.read(straight[0]).variables
+    assert_same(state.batch_stats, before["batch_stats"])
+    before, after = flatten_dict(before["params"], sep="/"), flatten_dict(state.params, sep="/")
+    frozen = {path for path in before if path.startswith("vision/") or path == "llm/embedding"}
+    for path in before:
+        assert np.array_equal(before[path], after[path]) == (path in frozen), path
+    slots = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    assert not any(path in slot for path in frozen for slot in slots)
+    assert any("projector/fc1/kernel" in slot for slot in slots)
+
+
+def test_step_is_compiled_once(easy_vqa, tmp_path, caplog):
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        run(small_config(easy_vqa, steps=5, eval_batches=1, eval_every=2, checkpoint_every=2, **ONE), tmp_path / "run")
+    compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling ")]
+    assert sum("train_step" in message.split()[1] for message in compiled) == 1, compiled
+    assert sum("eval_step" in message.split()[1] for message in compiled) == 1, compiled
+
+
+def test_validation_runs_on_the_held_out_split(easy_vqa, tmp_path):
+    config = small_config(easy_vqa, steps=2, eval_batches=2, eval_questions=20, **ONE)
+    run(config, tmp_path / "run")
+    last = read_metrics(tmp_path / "run")[-1]
+    assert 3 < last["validation/loss"] < 8 and 0 <= last["validation/accuracy"] <= 1
+
+
+def test_branched_parent_is_folded_for_a_folded_stage(easy_vqa, straight, tmp_path):
+    config = small_config(
+        easy_vqa,
+        steps=1,
+        parent=str(straight[0]),
+        model__vision__form="folded",
+        model__vision__batch_norm="frozen",
+        **ONE,
+    )
+    state = run(config, tmp_path / "run")
+    assert "folded" in state.params["vision"]["stem_0"]
+    lineage = json.loads((tmp_path / "run/config.json").read_text())["lineage"]
+    assert lineage["parent"]["stage"] == "small" and lineage["parent_step"] == 8
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(steps=9), "is in use by a run with other settings: steps is 8 there and 9 here"),
+        (dict(model__llm__width=64, parent="STRAIGHT"), "parent has model.llm.width 32 and this stage 64"),
+        (dict(parent="/nowhere"), "there is no model at /nowhere"),
+        (dict(data__path="/nowhere"), "there is no dataset folder /nowhere"),
+        (dict(data__path=""), "data.path is empty"),
+        (dict(data__image_size=20), "data.image_size=20 must be a multiple of 8"),
+        (dict(groups=(("llm/.*", 1e-3, 0.0),)), "no pattern matches parameter"),
+        (dict(groups=((".*", 1e-3, 0.0), ("lmm/.*", 1e-3, 0.0))), "'lmm/.*' takes no parameter"),
+        (
+            dict(groups=(("vision/.*", 0.0, 0.0), (".*", 1e-3, 0.0))),
+            "batch_norm is 'train' but groups freeze the encoder",
+        ),
+        (dict(mesh=(1, 3, 1, 1)), "needs 3 devices"),
+        (dict(data__groups=3, mesh=(1, 8, 1, 1)), "data.groups=3 does not divide over 8"),
+        (dict(model__llm__vocab_size=100), "the tokenizer has 512 ids"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_settings_that_do_not_fit_are_refused_and_nothing_is_written(easy_vqa, straight, tmp_path, changes, words):
+    changes = {key: str(straight[0]) if value == "STRAIGHT" else value for key, value in changes.items()}
+    steps = changes.pop("steps", 8)
+    workdir = straight[0] if steps == 9 else tmp_path / "run"
+    before = sorted(workdir.rglob("*"))
+    config = small_config(easy_vqa, steps=steps, **{"mesh": (1, 1, 1, 1), **changes})
+    with pytest.raises((ValueError, FileNotFoundError), match=words.replace(".*", r"\.\*")):
+        train(config, workdir, jax.devices()[: 8 if 8 in config.mesh else 1])
+    assert sorted(workdir.rglob("*")) == before

@@ -149,7 +149,10 @@ def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (),
     if {"--help", "-h"} & set(argv):
         print(f"{USAGE}\n\nflags:{fv.get_help()}")
         raise SystemExit(0)
-    rest = fv(argv)[1:]
+    try:
+        rest = fv(argv)[1:]
+    except (AttributeError, KeyError, TypeError) as error:  # a key that the config does not have, or of another type
+        raise ValueError(f"--config: {str(error).strip().splitlines()[0]}") from error
     if rest and not positional:
         raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     if positional and not rest:
@@ -171,8 +174,14 @@ def main() -> None:
         raise SystemExit(0 if argv and argv[0] in ("--help", "-h", "help") else 2)
     try:
         COMMANDS[argv[0]](argv)
-    except (flags.Error, ValueError, OSError, FloatingPointError, AttributeError, KeyError, TypeError) as error:
+    except KeyboardInterrupt as stop:
+        print(f"fastvlm {argv[0]}: {stop or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (flags.Error, ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("FASTVLM_TRACEBACK"):
             raise
-        print(f"fastvlm {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error).strip()
+        if "Traceback" in message:  # an error in a config file, which the flag library quotes whole
+            message = message.splitlines()[-1]
+        print(f"fastvlm {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, flags.Error) else 1) from None

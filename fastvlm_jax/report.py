@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import textwrap
 from collections.abc import Sequence
 
 import jinja2
@@ -132,14 +133,15 @@ def answer_samples(model: str | os.PathLike, data: str | os.PathLike) -> list[Re
 
 
 def plot_samples(results: Sequence[Result], path: pathlib.Path) -> None:
-    """A sheet of images, each with its question and its answer; a wrong answer is red and the truth stands beside it."""
+    """A sheet of images, each with its question and its answer; a wrong answer is red, with the truth beside it."""
     figure, axes = plt.subplots(4, 4, figsize=(11, 11.5))
     for axis in axes.flat:
         axis.axis("off")
     for axis, result in zip(axes.flat, results, strict=False):
         axis.imshow(PIL.Image.open(io.BytesIO(result.image)).convert("RGB"), interpolation="nearest")
         right = result.answer == result.truth
-        words = f"{result.answer}" if right else f"{result.answer or '(nothing)'}  (truth: {result.truth})"
+        given = textwrap.shorten(result.answer, 24, placeholder="...") or "(nothing)"
+        words = given if right else f"{given}  (truth: {result.truth})"
         axis.set_title(result.question, fontsize=8.5)
         axis.text(
             0.5, -0.04, words, transform=axis.transAxes, ha="center", va="top", fontsize=11,

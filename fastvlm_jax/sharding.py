@@ -59,7 +59,7 @@ def check_mesh(mesh: Mesh, *, groups: int, num_kv_heads: int) -> None:
         )
     if num_kv_heads % mesh.shape["tensor"]:
         raise ValueError(
-            f"the tensor axis ({mesh.shape['tensor']}) does not divide the {num_kv_heads} key-value heads; use fsdp instead"
+            f"mesh: the tensor axis of {mesh.shape['tensor']} does not divide {num_kv_heads} key-value heads; use fsdp"
         )
 
 

@@ -24,7 +24,7 @@ from fastvlm_jax.models.fold import fold_variables
 from fastvlm_jax.train_step import TrainState, eval_step, train_step
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; what it had done is saved."""
 
 
@@ -47,8 +47,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     sharding.check_mesh(mesh, groups=config.data.groups, num_kv_heads=config.model.llm.num_kv_heads)
     parent = model_io.read(config.parent) if config.parent else None
     model = fastvlm.build(**config.model.to_dict())
-    processor = make_processor(config, model, parent)
     source = read_shards(pathlib.Path(config.data.path).expanduser(), "train")
+    processor = make_processor(config, model, parent)
     settings = config_lib.plain(config)
     lineage = checkpoint.make_lineage(settings, parent and parent.lineage, source.fingerprint)
     variables = adapt(parent, settings["model"], model) if parent else None
@@ -118,7 +118,8 @@ def run(
                     scalars["lr"] = max(float(rate) for rate in rates.values())
                     writer.write(step, scalars)
                 if step % config.eval_every == 0 or step == steps:
-                    writer.write(step, validate(state))
+                    if scalars := validate(state):
+                        writer.write(step, scalars)
                     logged = (step, writer.seconds())
                 if step % config.checkpoint_every == 0 or step == steps or stop.requested:
                     checkpoint.save(checkpointer, state, loader, lineage)

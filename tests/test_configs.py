@@ -1,0 +1,68 @@
+import importlib.util
+import math
+import pathlib
+
+import jax
+import pytest
+
+from fastvlm_jax import config as config_lib
+from fastvlm_jax import model_io, optim, sharding
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.train import state_of
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+CASES = [(p.stem, size) for p in CONFIGS.glob("stage*.py") for size in ("0.5b", "1.5b", "7b")]
+CASES += [("quickstart", stage) for stage in ("stage1_align", "stage15_pretrain", "stage2_instruct")]
+# Qwen2's published counts, with the embedding counted once where it is tied.
+QWEN2 = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
+WIDTH = {"0.5b": 896, "1.5b": 1536, "7b": 3584}
+
+
+def get(name, argument):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+def count(tree):
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name, argument", CASES, ids=str)
+def test_config_builds_and_its_groups_are_total(name, argument):
+    """The whole state, abstractly: every parameter falls to one group, every pattern takes one."""
+    config = get(name, argument)
+    model = fastvlm.build(**config.model.to_dict())
+    params = model_io.abstract_variables(model)["params"]
+    optimizer = optim.make_optimizer(
+        params, config.groups, steps=100, warmup_ratio=0.03, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0
+    )
+    mesh = sharding.make_mesh((1, 2, 2, 2))
+    _, abstract, _ = state_of(model, optimizer, config.groups, mesh)
+    trainable, frozen = optim.split(params, config.groups)
+    assert len(trainable) + len(frozen) == len(jax.tree.leaves(params))
+    # Two slots a trainable parameter, and nothing for the frozen ones.
+    assert abs(count(abstract.opt_state) - 2 * count(trainable)) < 100
+    assert config.data.image_size % model.stride == 0
+    placeholders = config.data.images_per_group * model.tokens_per_image(config.data.image_size)
+    assert placeholders <= config.data.rows_per_group * config.data.row_length
+
+
+@pytest.mark.parametrize("size", QWEN2)
+def test_parameter_counts_are_the_published_ones(size):
+    config = get("stage2_instruct", size)
+    params = model_io.abstract_variables(fastvlm.build(**config.model.to_dict()))["params"]
+    assert count(params["llm"]) == QWEN2[size]
+    assert round((count(params["vision"]) + 3072 * 768) / 1e6, 2) == 125.07
+    width = WIDTH[size]
+    assert count(params["projector"]) == 3072 * width + width + width * width + width
+
+
+def test_unknown_size_is_refused():
+    with pytest.raises(ValueError, match="unknown model size '3b': choose one of tiny"):
+        get("stage2_instruct", "3b")
+
+
+def test_differences_name_the_dotted_key():
+    assert config_lib.differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == [("a.b", 1, 3)]

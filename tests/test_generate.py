@@ -1,0 +1,99 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from small import small_config
+
+from fastvlm_jax import model_io
+from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.data.tokenizer import load_tokenizer
+from fastvlm_jax.generate import generate, generate_tokens, sample, until
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.train_step import inputs
+
+QUESTIONS = ["what color is the shape?", "is there a red triangle in the image or is it a blue circle?", "why?"]
+
+
+@pytest.fixture(scope="module")
+def model_and_rest(easy_vqa):
+    model = fastvlm.build(**small_config(easy_vqa).model.to_dict())
+    variables = jax.jit(lambda: nn.unbox(model_io.init_variables(model, jax.random.key(3))))()
+    return model, variables, Processor(load_tokenizer(easy_vqa), "chatml", 16, 4)
+
+
+def images(count):
+    return list(np.random.default_rng(0).integers(0, 255, (count, 16, 16, 3), dtype=np.uint8))
+
+
+def test_cached_decoding_equals_the_full_forward_at_every_step(model_and_rest):
+    """Rows of different lengths, each continued greedily by running the whole row again for every new token."""
+    model, variables, processor = model_and_rest
+    batch = processor(images(3), QUESTIONS)
+    got = np.asarray(generate_tokens(model, variables, batch, jax.random.key(0), max_tokens=6, end=511))
+    forward = jax.jit(lambda **fields: model.apply(variables, **fields))
+    lengths = (np.asarray(batch.segment_ids[0]) > 0).sum(-1)
+    assert len(set(lengths)) == 3
+    for row, length in enumerate(lengths):
+        tokens, index = (np.zeros((1, 1, 64), np.int32), np.full((1, 1, 64), -1, np.int32))
+        tokens[0, 0, :length] = batch.tokens[0, row, :length]
+        index[0, 0, :length] = batch.image_index[0, row, :length] % 4 - (batch.image_index[0, row, :length] < 0) * 4
+        for step in range(6):
+            fields = inputs(batch) | dict(
+                images=batch.images[:, row : row + 1],
+                image_mask=batch.image_mask[:, row : row + 1],
+                tokens=tokens,
+                image_index=np.maximum(index, -1),
+                positions=np.arange(64, dtype=np.int32)[None, None],
+                segment_ids=(np.arange(64) < length + step).astype(np.int32)[None, None],
+            )
+            logits = np.asarray(forward(**fields))[0, 0, length + step - 1]
+            assert got[row, step] == logits.argmax(), (row, step)
+            tokens[0, 0, length + step] = got[row, step]
+
+
+def test_rows_are_filled_with_the_end_mark_once_they_reached_it(model_and_rest):
+    model, variables, processor = model_and_rest
+    batch = processor(images(3), QUESTIONS)
+    free = np.asarray(generate_tokens(model, variables, batch, jax.random.key(0), max_tokens=8, end=511))
+    end = int(free[0, 2])
+    got = np.asarray(generate_tokens(model, variables, batch, jax.random.key(0), max_tokens=8, end=end))
+    for row, reference in zip(got, free, strict=True):
+        length = list(reference).index(end) if end in reference else 8
+        np.testing.assert_array_equal(row[:length], reference[:length])
+        assert (row[length:] == end).all()
+
+
+def test_text_alone_is_answered_without_images(model_and_rest):
+    answers = generate(*model_and_rest, [], ["hello"], max_tokens=3)
+    assert len(answers) == 1
+
+
+def test_prompt_longer_than_the_context_is_refused(model_and_rest):
+    with pytest.raises(ValueError, match="tokens long, more than the 28 allowed: shorten it"):
+        generate(*model_and_rest, images(1), ["what " * 50], max_tokens=4, max_length=32)
+
+
+def test_until_cuts_at_the_first_end_mark():
+    assert until(np.array([5, 6, 2, 7, 2]), 2) == [5, 6]
+    assert until(np.array([5, 6]), 2) == [5, 6]
+
+
+def test_temperature_zero_takes_the_most_likely_token():
+    assert sample(jnp.array([[0.0, 3.0, 1.0]]), jax.random.key(0), 0.0, 1.0).tolist() == [1]
+
+
+def test_top_p_draws_only_from_the_smallest_set_of_that_probability():
+    """Probabilities 0.5, 0.3, 0.15, 0.05: 0.7 needs the first two, 0.8 exactly those, 0.81 a third."""
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    keys = jax.random.split(jax.random.key(0), 2000)
+    assert set(np.asarray(jax.vmap(lambda key: sample(logits, key, 1.0, 0.7)[0])(keys)).tolist()) == {0, 1}
+    assert set(np.asarray(jax.vmap(lambda key: sample(logits, key, 1.0, 0.81)[0])(keys)).tolist()) == {0, 1, 2}
+
+
+def test_temperature_sharpens_the_distribution():
+    """At temperature 0.5 the odds of 0.6 : 0.4 become 0.36 : 0.16, so 69.2 % of the draws are the first."""
+    logits = jnp.log(jnp.array([[0.6, 0.4]]))
+    keys = jax.random.split(jax.random.key(1), 4000)
+    share = np.mean(np.asarray(jax.vmap(lambda key: sample(logits, key, 0.5, 1.0)[0])(keys)) == 0)
+    assert abs(share - 0.692) < 0.025

@@ -84,18 +84,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Refuses settings that contradict each other (ValueError naming the key)."""
     if not config.data.path:
         raise ValueError("data.path is empty: name the folder of shards with --config.data.path=DIR")
-    if config.model.vision.batch_norm == "train" and not any(
-        rate > 0 and pattern_may_match_vision(pattern) for pattern, rate, _ in config.groups
-    ):
-        raise ValueError("model.vision.batch_norm is 'train' but groups freeze the encoder: set it to 'frozen'")
     for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")
-
-
-def pattern_may_match_vision(pattern: str) -> bool:
-    """Whether a group's regex is about the encoder."""
-    return pattern.startswith(("vision", ".*"))
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -112,10 +112,10 @@ def plot_losses(stages: Sequence[tuple[str, Sequence[dict[str, float]]]], path: 
     axis.plot([], [], "s:", color="0.35", label="validation accuracy (right)")
     axis.set(xlabel="step", ylabel="loss", yscale="log")
     accuracy_axis.set(ylabel="validation accuracy, %", ylim=(0, 101))
-    axis.legend(loc="best", frameon=False)
     axis.spines["top"].set_visible(False)
     accuracy_axis.spines["top"].set_visible(False)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncol=len(stages) + 2, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -49,6 +49,10 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     model = fastvlm.build(**config.model.to_dict())
     source = read_shards(pathlib.Path(config.data.path).expanduser(), "train")
     processor = make_processor(config, model, parent)
+    abstract_params = model_io.abstract_variables(model)["params"]
+    trainable, _ = optim.split(abstract_params, config.groups)
+    if config.model.vision.batch_norm == "train" and not any(path.startswith("vision/") for path in trainable):
+        raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
     settings = config_lib.plain(config)
     lineage = checkpoint.make_lineage(settings, parent and parent.lineage, source.fingerprint)
     variables = adapt(parent, settings["model"], model) if parent else None
@@ -59,7 +63,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         loader = open_loader()
         steps = config.steps or math.ceil(config.epochs * loader.batches_per_epoch)
         optimizer = optim.make_optimizer(
-            model_io.abstract_variables(model)["params"],
+            abstract_params,
             config.groups,
             steps=steps,
             warmup_ratio=config.warmup_ratio,

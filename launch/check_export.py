@@ -4,7 +4,7 @@ import json
 import pathlib
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 MODEL = flags.DEFINE_string("model", None, "the model that was exported", required=True)
 EXPORT = flags.DEFINE_string("export", None, "its transformers directory", required=True)
@@ -15,6 +15,7 @@ BOUND = 1e-4
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)
     import torch
 
     if not torch.cuda.is_available():  # torchvision built for another torch: transformers only looks for these names

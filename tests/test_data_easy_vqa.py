@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 from test_data_pipeline import config, segments_of, sharding, take
 
-from fastvlm_jax.data.easy_vqa import write_easy_vqa
+from fastvlm_jax.data.easy_vqa import caption, write_easy_vqa
 from fastvlm_jax.data.pipeline import eval_batches, make_loader
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.sources import read_shards
@@ -132,3 +132,28 @@ def test_manifest_counts(folder):
         "validation": 200,
         "test": 1000,
     }
+
+
+def test_caption_tells_what_questions_and_answers_tell():
+    assert caption([("what color is the circle?", "red"), ("is there a blue shape?", "no")]) == "a red circle"
+    assert caption([("what is the teal shape?", "triangle")]) == "a teal triangle"
+    assert caption([("is there not a teal shape?", "no"), ("is a circle present?", "yes")]) == "a teal circle"
+    assert caption([("is no rectangle present?", "no")]) == "a rectangle"
+    assert caption([("is there not a circle?", "yes"), ("does the image contain a red shape?", "no")]) == "a shape"
+
+
+def test_captions_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="contradict"):
+        caption([("what color is the shape?", "red"), ("is there a blue shape?", "yes")])
+
+
+def test_captions_are_of_the_training_images_only(folder):
+    """No test image has a caption, and the same images are held out."""
+    questions, captions = (
+        [read_shards(where, split) for split in ("train", "validation")] for where in (folder, folder / "captions")
+    )
+    for a, b in zip(questions, captions, strict=True):
+        assert [a[i].key for i in range(len(a))] == [b[i].key for i in range(len(b))]
+    with pytest.raises(ValueError, match="no split 'test'"):
+        read_shards(folder / "captions", "test")
+    assert captions[0][0].turns == (("user", (0,)), ("assistant", ("a blue triangle",)))

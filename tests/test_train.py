@@ -161,7 +161,7 @@ def test_branched_parent_is_folded_for_a_folded_stage(easy_vqa, straight, tmp_pa
         (dict(groups=((".*", 1e-3, 0.0), ("lmm/.*", 1e-3, 0.0))), "'lmm/.*' takes no parameter"),
         (
             dict(groups=(("vision/.*", 0.0, 0.0), (".*", 1e-3, 0.0))),
-            "batch_norm is 'train' but groups freeze the encoder",
+            "groups freeze the encoder, but its statistics move",
         ),
         (dict(mesh=(1, 3, 1, 1)), "needs 3 devices"),
         (dict(data__groups=3, mesh=(1, 8, 1, 1)), "data.groups=3 does not divide over 8"),

@@ -11,6 +11,8 @@ from fastvlm_jax.data.write import write_shards
 
 IMAGES = {"train": 4000, "test": 1000}
 QUESTIONS = {"train": 38_575, "test": 9_673}
+COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+SHAPES = {"circle", "rectangle", "triangle"}
 VOCAB_SIZE = 512
 # The words that templates put around every question, so that each is one token.
 TEMPLATE_WORDS = ["user", "assistant", "system", "You are a helpful assistant."]
@@ -22,8 +24,9 @@ def write_easy_vqa(output: str | os.PathLike, validation_images: int = 200) -> d
     """Writes the splits `train`, `validation` and `test` and a `tokenizer.model` to the folder `output`.
 
     One record an image: its PNG bytes and all of its questions as one conversation. `validation` is every n-th image
-    of the published training split, `test` the published one; the tokenizer sees the texts of `train` only. A complete
-    dataset is left as it is.
+    of the published training split, `test` the published one; the tokenizer sees the texts of `train` only. The folder
+    `captions` in it is a second dataset, of the same `train` and `validation` images with what their own questions
+    and answers tell, as in "a blue rectangle". A complete dataset is left as it is.
 
     Returns:
       The number of records of each split.
@@ -59,10 +62,39 @@ def write_easy_vqa(output: str | os.PathLike, validation_images: int = 200) -> d
     if not present or not (output / "tokenizer.model").is_file():
         pairs = [pair for i in splits["train"][1] for pair in train[i]]
         texts = [text for pair in pairs for text in pair] + TEMPLATE_WORDS * len(pairs)
+        texts += [caption(train[i]) for i in splits["train"][1]]
         train_sentencepiece(texts, output / "tokenizer.model", VOCAB_SIZE)
     for split, (published, numbers, talks, images) in splits.items():
         write_shards(output, split, _records(published, numbers, talks, images))
+        if split != "test":
+            captions = {number: caption(talks[number]) for number in numbers}
+            described = {number: [("", text)] for number, text in captions.items()}
+            write_shards(output / "captions", split, _records(published, numbers, described, images))
     return {split: len(numbers) for split, (_, numbers, _, _) in splits.items()}
+
+
+def caption(talks: list[tuple[str, str]]) -> str:
+    """What the questions and answers about an image tell of it: "a blue rectangle", or less where they tell less.
+
+        ("what color is the circle?", "red")            a red circle
+        ("is there not a teal shape?", "no")            a teal shape
+        ("is there a circle?", "no")                    a shape
+
+    Raises:
+      ValueError: they contradict each other.
+    """
+    true = set()
+    for question, answer in talks:
+        words = set(question.rstrip("?").split())
+        if answer in ("yes", "no"):
+            negated = bool(words & {"not", "no"})
+            true |= words & (COLORS | SHAPES) if (answer == "yes") != negated else set()
+        else:
+            true |= {answer} | words & (COLORS | SHAPES)
+    colors, shapes = sorted(true & COLORS), sorted(true & SHAPES)
+    if len(colors) > 1 or len(shapes) > 1:
+        raise ValueError(f"the answers about one image contradict each other: {colors + shapes}")
+    return " ".join(["a", *colors, *(shapes or ["shape"])])
 
 
 def _talks(split: str, questions: list[str], answers: list[str], numbers: list[int]) -> Talks:
@@ -80,5 +112,5 @@ def _talks(split: str, questions: list[str], answers: list[str], numbers: list[i
 def _records(split: str, numbers: list[int], talks: Talks, images: dict[int, str]) -> Iterator[Record]:
     for number in numbers:
         turns = [turn for pair in talks[number] for turn in (("user", (pair[0],)), ("assistant", (pair[1],)))]
-        turns[0] = ("user", (0, *turns[0][1]))
+        turns[0] = ("user", (0, *filter(None, turns[0][1])))  # a caption answers the image alone
         yield Record(f"{split}/{number}", (pathlib.Path(images[number]).read_bytes(),), tuple(turns))

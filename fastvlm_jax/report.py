@@ -115,7 +115,8 @@ def plot_losses(stages: Sequence[tuple[str, Sequence[dict[str, float]]]], path: 
     axis.spines["top"].set_visible(False)
     accuracy_axis.spines["top"].set_visible(False)
     figure.tight_layout(rect=(0, 0, 1, 0.93))
-    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", ncol=len(stages) + 2, frameon=False)
+    entries = axis.get_legend_handles_labels()
+    figure.legend(*entries, loc="upper center", ncol=len(stages) + 2, frameon=False, fontsize=9, columnspacing=1.2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

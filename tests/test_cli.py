@@ -101,7 +101,8 @@ def bad_inputs(tmp_path, workdir, easy_vqa):
     text.write_text("not an image")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    train_it = ["train", f"--config={CONFIG}:stage1_align", "--config.data.groups=8", f"--config.data.path={easy_vqa}"]
+    where = [f"--config.data.path={easy_vqa}/captions", f"--config.data.tokenizer={easy_vqa}"]
+    train_it = ["train", f"--config={CONFIG}:stage1_align", "--config.data.groups=8", *where]
     ask = ["generate", f"--model={workdir}", "--prompt=hi"]
     return {
         "no command": ([], 2, "usage: fastvlm"),

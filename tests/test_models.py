@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from fastvlm_jax.models.blocks import BatchNorm, drop_path
+from fastvlm_jax.models.fastvit import FastViT
+
+
+def test_drop_path_drops_whole_images_and_rescales_the_rest():
+    x = jnp.ones((64, 2, 2, 3))
+    y = np.asarray(drop_path(x, jnp.float32(0.25), jax.random.key(0)))
+    kept = y.reshape(64, -1)
+    assert {tuple(np.unique(row)) for row in kept} == {(0.0,), (np.float32(1 / 0.75),)}
+    assert 36 <= (kept[:, 0] > 0).sum() <= 58  # 48 expected, three standard deviations
+    assert drop_path(x, jnp.float32(0.25), None) is x
+
+
+def test_drop_path_acts_in_the_last_block_only_with_its_rng():
+    """Rates grow linearly from 0 at the first block: with two stages of one block, only the second drops."""
+    tower = FastViT((1, 1), (8, 32), ("repmixer", "repmixer"), layer_scale_init=1.0, drop_path=0.5, form="folded")
+    x = jnp.linspace(0, 1, 4 * 16 * 16 * 3).reshape(4, 16, 16, 3)
+    variables = jax.jit(tower.init)(jax.random.key(0), x)
+    still = tower.apply(variables, x)
+    np.testing.assert_array_equal(still, tower.apply(variables, x))
+    moved = tower.apply(variables, x, rngs={"drop_path": jax.random.key(1)})
+    assert not np.allclose(still, moved)
+
+
+def test_an_empty_slot_counts_in_no_statistic():
+    """Two images of level 1 and 3 and one empty slot: mean 2, variance 1 (stored unbiased: 8/7 of 8 values)."""
+    x = jnp.stack([jnp.full((2, 2, 1), 1.0), jnp.full((2, 2, 1), 3.0), jnp.full((2, 2, 1), 99.0)])
+    norm = BatchNorm(batch_stats=True)
+    variables = norm.init(jax.random.key(0), x)
+    y, updated = norm.apply(variables, x, jnp.array([True, True, False]), mutable=["batch_stats"])
+    np.testing.assert_allclose(y[:2, 0, 0, 0], [-1, 1], atol=1e-4)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], [0.1 * 2], rtol=1e-5)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], [0.9 + 0.1 * 8 / 7], rtol=1e-5)
+    _, untouched = norm.apply(variables, x, jnp.zeros(3, bool), mutable=["batch_stats"])
+    np.testing.assert_array_equal(untouched["batch_stats"]["var"], variables["batch_stats"]["var"])
+
+
+@pytest.mark.parametrize("size", [(96, 64), (64, 100)], ids=str)
+def test_sizes_that_the_strides_do_not_divide_are_refused(size):
+    tower = FastViT((1, 1, 1, 1, 1), (8, 16, 32, 64, 64))
+    with pytest.raises(ValueError, match=f"image size {size[0]}x{size[1]} must be a multiple of 64"):
+        jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+
+
+def test_non_square_images_give_their_grid_row_by_row():
+    tower = FastViT((1, 1), (8, 32), ("repmixer", "attention"))
+    shape = jax.eval_shape(lambda: nn.unbox(tower.init_with_output(jax.random.key(0), jnp.zeros((2, 16, 32, 3)))[0]))
+    assert shape.shape == (2, 2, 4, 64)

@@ -7,4 +7,4 @@ install test
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 # Two workers, whole files each: most of the time is compilation, which keeps one core busy.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --durations=10 "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@"

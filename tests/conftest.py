@@ -22,7 +22,11 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests of full-size models")
 
 
+LONGEST = ("test_quickstart.py", "test_train.py")  # first, so that two workers end together
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if config.getoption("--full"):
         return
     for item in items:

@@ -11,20 +11,35 @@ from torch_reference import jit, relative, timm_tower, tower_shapes, tower_varia
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.fold import fold, fold_variables
 
-TINY = dict(layers=(2, 1, 2, 1), embed_dims=(8, 16, 16, 96), mixers=("repmixer", "repmixer", "repmixer", "attention"))
-BRANCHED, FOLDED = FastViT(**TINY), FastViT(**TINY, form="folded")
+# Every part that a tower can have.
+BRANCHED = FastViT(
+    layers=(2, 1, 2),
+    embed_dims=(16, 32, 96),
+    mixers=("repmixer", "repmixer", "attention"),
+    stem_scale=True,
+    se_stages=(2,),
+    attention_norm="batch",
+    head_features=8,
+    head_bias=True,
+    multiscale=(0,),
+    multiscale_pool="depthwise",
+)
+FOLDED = BRANCHED.clone(form="folded")
 BRANCHED_APPLY, FOLDED_APPLY = jit(BRANCHED.apply), jit(FOLDED.apply)
 
 
 @pytest.fixture(scope="module")
 def variables():
     """Training form with random weights, layer scales and BatchNorm statistics."""
-    return tower_variables(BRANCHED, timm_tower(BRANCHED))
+    tower = BRANCHED.clone(multiscale=())
+    variables = tower_variables(tower, timm_tower(tower))
+    kernel = np.random.default_rng(1).standard_normal((4, 4, 1, 16), np.float32)
+    return {**variables, "params": {**variables["params"], "pool_0": {"kernel": kernel}}}
 
 
 @pytest.fixture(scope="module")
 def images():
-    return np.random.default_rng(0).random((2, 128, 64, 3), np.float32)
+    return np.random.default_rng(0).random((2, 32, 48, 3), np.float32)
 
 
 def test_folded_output_equals_branched_inference(variables, images):
@@ -64,16 +79,20 @@ def test_fold_variables_touches_the_encoder_only(variables):
         "batch_stats/stem_0/conv/bn/mean",
         "params/stem_2/skip/bias",
         "params/stage_1/mixer/mixer/scale/kernel",
-        "batch_stats/stage_2/mixer/mixer/skip/var",
-        "batch_stats/stage_2/mixer/norm/mean",
+        "batch_stats/stage_0/mixer/mixer/skip/var",
+        "batch_stats/stage_0/mixer/norm/mean",
         "params/stage_0/mixer/layer_scale",
         "params/patch_embed_1/small/kernel",
-        "params/patch_embed_3/pointwise/skip/scale",
-        "params/positions_3/conv/bias",
+        "params/patch_embed_2/pointwise/skip/scale",
+        "params/positions_2/conv/bias",
+        "batch_stats/stem_1/scale/bn/mean",
+        "params/patch_embed_2/se/fc1/bias",
+        "batch_stats/stage_2/norm/var",
+        "params/pool_0/kernel",
         "batch_stats/expand/scale/bn/var",
     ],
 )
-def test_every_branch_is_folded(variables, images, leaf):
+def test_every_branch_is_folded_and_the_rest_kept(variables, images, leaf):
     """Changing one leaf changes the output by far more than the rounding, and the folded output with it."""
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     flat[leaf] = flat[leaf] * 1.5 + 0.1

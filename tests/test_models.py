@@ -22,9 +22,8 @@ def test_drop_path_acts_in_the_last_block_only_with_its_rng():
     tower = FastViT((1, 1), (8, 32), ("repmixer", "repmixer"), layer_scale_init=1.0, drop_path=0.5, form="folded")
     x = jnp.linspace(0, 1, 4 * 16 * 16 * 3).reshape(4, 16, 16, 3)
     variables = jax.jit(tower.init)(jax.random.key(0), x)
-    still = tower.apply(variables, x)
-    np.testing.assert_array_equal(still, tower.apply(variables, x))
-    moved = tower.apply(variables, x, rngs={"drop_path": jax.random.key(1)})
+    still = jax.jit(tower.apply)(variables, x)
+    moved = jax.jit(lambda rngs: tower.apply(variables, x, rngs=rngs))({"drop_path": jax.random.key(1)})
     assert not np.allclose(still, moved)
 
 
@@ -44,11 +43,42 @@ def test_an_empty_slot_counts_in_no_statistic():
 @pytest.mark.parametrize("size", [(96, 64), (64, 100)], ids=str)
 def test_sizes_that_the_strides_do_not_divide_are_refused(size):
     tower = FastViT((1, 1, 1, 1, 1), (8, 16, 32, 64, 64))
-    with pytest.raises(ValueError, match=f"image size {size[0]}x{size[1]} must be a multiple of 64"):
+    message = f"image size {size[0]}x{size[1]} must be a multiple of 64"
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+    with pytest.raises(ValueError, match=message):
+        tower.grid(*size)
 
 
 def test_non_square_images_give_their_grid_row_by_row():
     tower = FastViT((1, 1), (8, 32), ("repmixer", "attention"))
     shape = jax.eval_shape(lambda: nn.unbox(tower.init_with_output(jax.random.key(0), jnp.zeros((2, 16, 32, 3)))[0]))
-    assert shape.shape == (2, 2, 4, 64)
+    assert shape.shape == (2, *tower.grid(16, 32), tower.features) == (2, 2, 4, 64)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"form": "fused"}, "form='fused' must be one of"),
+        ({"attention_norm": "group"}, "attention_norm='group' must be one of"),
+        ({"multiscale": (1,)}, r"multiscale=\(1,\) must name stages from \(0,\)"),
+        ({"multiscale": (0, 0)}, "each once"),
+        ({"se_stages": (0,)}, r"se_stages=\(0,\) must name stages with a patch embed: \(1,\)"),
+    ],
+    ids=str,
+)
+def test_arguments_that_describe_no_tower_are_refused(args, message):
+    tower = FastViT((1, 1), (8, 32), ("repmixer", "attention"), **args)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def test_the_projection_exists_before_it_is_used():
+    tower = FastViT((1, 1), (8, 32), ("repmixer", "attention"), head_features=5)
+    x = jnp.zeros((2, 16, 16, 3))
+    variables = jax.eval_shape(tower.init, jax.random.key(0), x)
+    assert {name: leaf.shape for name, leaf in variables["params"]["head"].items()} == {"kernel": (64, 5)}
+    assert jax.eval_shape(tower.apply, variables, x).shape == (2, 2, 2, 64)
+    assert jax.eval_shape(lambda v, x: tower.apply(v, x, embed=True), variables, x).shape == (2, 5)
+    with pytest.raises(ValueError, match="head_features"):
+        jax.eval_shape(lambda v, x: tower.clone(head_features=0).apply(v, x, embed=True), variables, x)

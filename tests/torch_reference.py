@@ -18,6 +18,7 @@ for _name in ("nms", "qnms"):
 
 import timm  # noqa: E402
 import transformers  # noqa: E402
+from timm.models.fastvit import RepConditionalPosEnc  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -43,13 +44,32 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
                 uniform(x, -0.5, 0.5)
             elif name.endswith("weight"):
                 x.copy_(torch.randn(x.shape, generator=generator) * 0.7 * x[0].numel() ** -0.5)
+            elif name.endswith("num_batches_tracked"):
+                x.zero_()
     return module
 
 
-def timm_tower(model: FastViT) -> torch.nn.Module:
-    """A random fastvit_mci3 of the sizes and the form of `model`, without head, in eval mode."""
-    sizes = dict(layers=model.layers, embed_dims=model.embed_dims, inference_mode=model.form == "folded")
-    return randomise(timm.create_model("fastvit_mci3", num_classes=0, **sizes), 0).eval()
+def timm_tower(model: FastViT, name: str | None = None) -> torch.nn.Module:
+    """A random tower in eval mode with the form, depths, widths and head of `model`.
+
+    All else is timm's of `name`, or without a name `model`'s.
+    """
+    args = dict(layers=model.layers, embed_dims=model.embed_dims, num_classes=model.head_features)
+    if name is None:
+        stages, positions = range(len(model.layers)), functools.partial(RepConditionalPosEnc, spatial_shape=(7, 7))
+        args |= dict(
+            token_mixers=model.mixers,
+            pos_embs=[positions if mixer == "attention" else None for mixer in model.mixers],
+            downsamples=[i > 0 for i in stages],
+            se_downsamples=[i in model.se_stages for i in stages],
+            mlp_ratios=[model.mlp_ratio for _ in stages],
+            stem_use_scale_branch=model.stem_scale,
+        )
+        if model.attention_norm == "batch":
+            args["norm_layer"] = torch.nn.BatchNorm2d
+    with torch.device("meta"):  # timm's own initial weights would take longer than the rest
+        tower = timm.create_model(name or "fastvit_mci3", inference_mode=model.form == "folded", **args)
+    return randomise(tower.to_empty(device="cpu"), 0).eval()
 
 
 class Stored:
@@ -68,9 +88,10 @@ class Stored:
         return self.array[index]
 
 
-def stored(module: torch.nn.Module) -> dict[str, Stored]:
-    """The state dict of a module, to import."""
-    return {name: Stored(tensor) for name, tensor in module.state_dict().items()}
+def stored(module: torch.nn.Module | dict[str, torch.Tensor]) -> dict[str, Stored]:
+    """The state dict of a module, or tensors by name, to import."""
+    tensors = module if isinstance(module, dict) else module.state_dict()
+    return {name: Stored(tensor) for name, tensor in tensors.items()}
 
 
 def relative(ours, theirs) -> float:
@@ -79,6 +100,7 @@ def relative(ours, theirs) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
+@functools.cache
 def tower_shapes(model: FastViT) -> dict[str, tuple[int, ...]]:
     """Path -> shape of a lone FastViT, named as in FastVLM."""
     images = jax.ShapeDtypeStruct((1, model.stride, model.stride, 3), np.float32)
@@ -86,10 +108,10 @@ def tower_shapes(model: FastViT) -> dict[str, tuple[int, ...]]:
     return {path.replace("/", "/vision/", 1): leaf.shape for path, leaf in flat.items()}
 
 
-def tower_variables(model: FastViT, tower: torch.nn.Module) -> dict:
-    """The variables of a lone FastViT with the weights of a timm tower."""
-    rows = tower_rows(model.layers, model.mixers, model.form)
-    return {name: tree["vision"] for name, tree in to_jax(rows, stored(tower), tower_shapes(model), "timm").items()}
+def tower_variables(model: FastViT, tower: torch.nn.Module | dict[str, torch.Tensor], rows=tower_rows) -> dict:
+    """The variables of a lone FastViT with the weights of a timm tower, or of another layout's by its table `rows`."""
+    tree = to_jax(rows(model), stored(tower), tower_shapes(model), "torch")
+    return {name: jax.tree.map(np.asarray, tree[name]["vision"]) for name in ("params", "batch_stats")}
 
 
 def to_nchw(images: np.ndarray) -> torch.Tensor:

@@ -3,38 +3,60 @@
     torch name                                   path                              transform   depth
     model.layers.{i}.self_attn.q_proj.weight     params/llm/layers/q/kernel        LINEAR      24      stacked
     stem.0.reparam_conv.weight                   params/vision/stem_0/folded/...   CONV        None    one tensor
-    stem.2.identity.num_batches_tracked          None                              SAME        None    written as 0
+    stem.2.identity.num_batches_tracked          None                              SAME        None    a counter
 
-A layout is a list of such rows, made for the sizes of a model.
+A layout is a list of such rows, made for the sizes of a model. Reading one gives Leaves, which know their shape and
+read from the files what they are asked for: a process touches only what its devices hold, and a model is converted a
+tensor at a time.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+import concurrent.futures
+import dataclasses
+import math
+import mmap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import flax
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
 
-FLOATS = ("F32", "BF16", "F16")
+FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+COUNTERS = "counters"  # the collection of what computes nothing, by torch name
+_ROWS = 128  # of a stored tensor that are read and turned at a time: three times faster than all at once
 
 
 class Transform(NamedTuple):
-    """A change of layout and its exact inverse; both give views."""
+    """How dimensions change places: torch's without its `ones` trailing 1s, in the order `axes`, are ours."""
 
-    to_jax: Callable[[np.ndarray], np.ndarray]
-    to_torch: Callable[[np.ndarray], np.ndarray]
+    axes: tuple[int, ...] | None = None  # None: the same order
+    ones: int = 0
+
+    def to_jax(self, x: np.ndarray) -> np.ndarray:
+        """A view of torch's array in our layout."""
+        x = x[(..., *[0] * self.ones)]
+        return x if self.axes is None else x.transpose(self.axes)
+
+    def to_torch(self, x: np.ndarray) -> np.ndarray:
+        """A view of our array in torch's layout."""
+        x = x if self.axes is None else x.transpose(np.argsort(self.axes))
+        return x[(..., *[None] * self.ones)]
+
+    def torch_order(self, x: Sequence) -> tuple:
+        """What belongs to our dimensions (sizes, slices) in the order of torch's, without the trailing ones."""
+        return tuple(x) if self.axes is None else tuple(x[i] for i in np.argsort(self.axes))
 
 
-SAME = Transform(lambda x: x, lambda x: x)
-LINEAR = Transform(lambda w: w.T, lambda w: w.T)  # [O, I] <-> [I, O]
-CONV = Transform(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
-POINTWISE = Transform(lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])  # [O, I, 1, 1] <-> [I, O]
-CHANNELS = Transform(lambda w: w[:, 0, 0], lambda w: w[:, None, None])  # [C, 1, 1] <-> [C]
+SAME = Transform()
+LINEAR = Transform((1, 0))  # [O, I] <-> [I, O]
+CONV = Transform((2, 3, 1, 0))  # OIHW <-> HWIO
+POINTWISE = Transform((1, 0), ones=2)  # [O, I, 1, 1] <-> [I, O]
+CHANNELS = Transform(ones=2)  # [C, 1, 1] <-> [C]
 
 
 class Row(NamedTuple):
@@ -67,12 +89,87 @@ class Tensor(Protocol):
     def __getitem__(self, index) -> np.ndarray: ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaf:
+    """A variable that lies in files: `leaf[index]` reads that part of it, `np.asarray(leaf)` all.
+
+    Attributes:
+      tensors: one, or those of the scanned layers, which are stacked.
+      transform: of one layer's tensor.
+      shape, dtype: of the variable; the dtype is the stored one.
+    """
+
+    tensors: tuple[Tensor, ...]
+    transform: Transform
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: bool
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self.read(index, self.dtype)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.read((), dtype or self.dtype)
+
+    def read(self, index, dtype) -> np.ndarray:
+        """The part `index` (slices) of the variable as a new array of `dtype`."""
+        index = index if isinstance(index, tuple) else (index,)
+        ranges = [range(*i.indices(n)) for i, n in zip(index, self.shape, strict=False)]
+        ranges += [range(n) for n in self.shape[len(index) :]]
+        out = _zeros([len(r) for r in ranges], np.dtype(dtype))
+        inner = self.transform.torch_order([slice(r.start, r.stop) for r in ranges[self.stacked :]])
+        tensors = [self.tensors[i] for i in ranges[0]] if self.stacked else self.tensors
+        for layer, tensor in zip(out if self.stacked else [out], tensors, strict=True):
+            self._copy(tensor, inner, layer)
+        return out
+
+    def _copy(self, tensor: Tensor, inner: tuple[slice, ...], target: np.ndarray) -> None:
+        """target[...] = the part `inner` of a tensor, some rows at a time: what is in the cache is turned fast."""
+        if not inner:
+            target[...] = tensor[...]
+            return
+        first, *rest = inner
+        across = 0 if self.transform.axes is None else self.transform.axes.index(0)
+        for start in range(first.start, first.stop, _ROWS):
+            rows = slice(start, min(start + _ROWS, first.stop))
+            source = self.transform.to_jax(tensor[(rows, *rest)])
+            part = target[(slice(None),) * across + (slice(rows.start - first.start, rows.stop - first.start),)]
+            if source.dtype == ml_dtypes.bfloat16 and part.dtype == np.float32:
+                part.view(np.uint16)[..., 1::2] = source.view(np.uint16)
+            else:
+                part[...] = source
+
+
+def _zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """np.zeros in pages of its own: on the boundary at which a CPU device takes an array over without a copy.
+
+    numpy asks for huge pages, which cost a second per half a gigabyte where the memory is full of cached files.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    buffer = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(buffer, np.uint8, size).view(dtype).reshape(shape)
+
+
+def read_tree(tree: Any, dtype=np.float32, put: Callable[[np.ndarray], Any] = lambda x: x) -> Any:
+    """Reads all Leaves of a tree on two threads and `put`s each; other leaves are cast.
+
+    Args:
+      dtype: of floating leaves; None keeps the stored one.
+      put: what happens to each array, `jax.device_put` for one.
+    """
+
+    def read(leaf):
+        wanted = dtype if dtype is not None and np.dtype(leaf.dtype) in FLOATS.values() else leaf.dtype
+        return put(leaf.read((), wanted) if isinstance(leaf, Leaf) else np.asarray(leaf, wanted))
+
+    leaves, structure = jax.tree.flatten(tree)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return jax.tree.unflatten(structure, pool.map(read, leaves))
+
+
 def shapes_of(model: FastVLM) -> dict[str, tuple[int, ...]]:
     """'/'-joined path -> shape of all variables of `model`; nothing is computed."""
-    size = 2 ** (len(model.vision_args["layers"]) + 1)
-    token = jnp.zeros((1, 1), jnp.int32)
-    images = jnp.zeros((1, size, size, 3), jnp.float32)
-    tree = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), images, token, token, token, token))
+    tree = nn.unbox(jax.eval_shape(lambda: fastvlm.init_variables(model, jax.random.key(0))))
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 
@@ -85,12 +182,12 @@ def described(model_config: Mapping, file) -> tuple[FastVLM, dict[str, tuple[int
     try:
         model = fastvlm.build(**model_config)
         return model, shapes_of(model)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{file} does not describe a FastVLM: {str(error).partition(chr(10))[0]}") from error
 
 
 def to_jax(rows: Iterable[Row], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where) -> dict:
-    """Reads a layout forwards: stored tensors to variables of float32 numpy arrays, one tensor in memory at a time.
+    """Reads a layout forwards: stored tensors to variables, as Leaves; counters above 0 go to their own collection.
 
     Args:
       rows: the layout, for the sizes that gave `shapes`.
@@ -106,32 +203,54 @@ def to_jax(rows: Iterable[Row], tensors: Mapping[str, Tensor], shapes: Mapping[s
     known = {name for row in rows for name in row.names()}
     if unknown := sorted(set(tensors) - known):
         raise ValueError(f"{where}: tensor {unknown[0]} is none of this model's ({len(unknown)} are not)")
-    flat = {}
+    flat, counters = {}, {}
     for row in rows:
         if row.path is None:
+            stored = {name: np.asarray(tensors[name][...]) for name in row.names() if name in tensors}
+            counters |= {name: x for name, x in stored.items() if x.any() or x.dtype != np.int64}
             continue
-        shape = shapes[row.path]
-        flat[row.path] = np.empty(shape, np.float32)
-        layers = [flat[row.path]] if row.depth is None else flat[row.path]
-        for name, layer in zip(row.names(), layers, strict=True):
+        shape, stacked = shapes[row.path], row.depth is not None
+        expected = row.transform.torch_order(shape[stacked:]) + (1,) * row.transform.ones
+        if row.depth is not None and shape[0] != row.depth:
+            raise ValueError(f"the mapping table gives {row.path} {row.depth} layers, the model {shape[0]}")
+        for name in row.names():
             if name not in tensors:
                 raise ValueError(f"{where}: tensor {name} is missing: is config.json another model's?")
-            expected, found = row.transform.to_torch(layer).shape, tuple(tensors[name].get_shape())
-            if found != expected:
-                raise ValueError(f"{where}: tensor {name} has shape {found}, config.json asks for {expected}")
+            if (found := tuple(tensors[name].get_shape())) != expected:
+                raise ValueError(f"{where}: tensor {name} has shape {found}, the model asks for {expected}")
             if tensors[name].get_dtype() not in FLOATS:
                 raise ValueError(f"{where}: tensor {name} is {tensors[name].get_dtype()}, not {' or '.join(FLOATS)}")
-            layer[...] = row.transform.to_jax(tensors[name][:])
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+        stored = tuple(tensors[name] for name in row.names())
+        dtypes = {FLOATS[tensor.get_dtype()] for tensor in stored}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        flat[row.path] = Leaf(stored, row.transform, shape, dtype, stacked)
+    tree = flax.traverse_util.unflatten_dict(flat, sep="/")
+    return {**tree, COUNTERS: counters} if counters else tree
 
 
-def to_torch(rows: Iterable[Row], variables: dict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Reads a layout backwards: variables to tensors by torch name, views where numpy can; counters are int64 zeros.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outgoing:
+    """A tensor to be written: its torch shape and stored dtype; `read()` or `np.asarray` gives it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.read(), dtype)
+
+
+def to_torch(rows: Iterable[Row], variables: dict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Outgoing]:
+    """Reads a layout backwards: variables (arrays or Leaves) to tensors by torch name; nothing is read yet.
+
+    Counters are the ones that were read from this layout, else int64 zeros.
 
     Raises:
       ValueError: naming the variable, where one is missing, unknown, or of another shape than in `shapes`.
     """
     rows = list(rows)
+    variables = dict(variables)
+    counters = variables.pop(COUNTERS, {})
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     _check_paths(rows, shapes)
     if differing := sorted(set(flat) ^ set(shapes)):
@@ -140,14 +259,27 @@ def to_torch(rows: Iterable[Row], variables: dict, shapes: Mapping[str, tuple[in
     tensors = {}
     for row in rows:
         if row.path is None:
-            tensors |= {name: np.zeros((), np.int64) for name in row.names()}
+            for name in row.names():
+                counter = counters.get(name, np.zeros((), np.int64))
+                tensors[name] = Outgoing(counter.shape, counter.dtype, lambda counter=counter: counter)
             continue
-        leaf = np.asarray(flat[row.path])
+        leaf = flat[row.path]
         if leaf.shape != shapes[row.path]:
             raise ValueError(f"variable {row.path} has shape {leaf.shape}, the config asks for {shapes[row.path]}")
-        layers = [leaf] if row.depth is None else leaf
-        tensors |= {name: row.transform.to_torch(layer) for name, layer in zip(row.names(), layers, strict=True)}
+        for i, name in enumerate(row.names()):
+            tensors[name] = _outgoing(leaf, row, i)
     return tensors
+
+
+def _outgoing(leaf, row: Row, i: int) -> Outgoing:
+    inner = leaf.shape[row.depth is not None :]
+
+    def read() -> np.ndarray:
+        if row.depth is None:
+            return row.transform.to_torch(np.asarray(leaf))
+        return row.transform.to_torch(np.asarray(leaf[i : i + 1])[0])
+
+    return Outgoing(row.transform.torch_order(inner) + (1,) * row.transform.ones, np.dtype(leaf.dtype), read)
 
 
 def _check_paths(rows: list[Row], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -1,33 +1,43 @@
-"""The encoder's weights as timm names them (`fastvit_mci3` and its family), training form and `inference_mode`.
+"""The encoder's weights as timm names them (`fastvit_mci0` to `fastvit_mci4`), training form and `inference_mode`.
 
 Paths are those of FastVLM, under `vision/`. `prefix` is what stands before the names in a larger checkpoint.
 """
 
-from collections.abc import Sequence
-
 from fastvlm_jax.convert.mapping import CHANNELS, CONV, LINEAR, POINTWISE, Row
+from fastvlm_jax.models.fastvit import FastViT
 
 
-def tower_rows(layers: Sequence[int], mixers: Sequence[str], form: str, prefix: str = "") -> list[Row]:
-    """The rows of a tower.
+def tower_rows(vision: FastViT, prefix: str = "") -> list[Row]:
+    """The rows of a tower: timm's training form where vision.form is "branched", its inference_mode where "folded".
 
-    Args:
-      layers, mixers: blocks and mixer kind ("repmixer" | "attention") of each stage, as in FastViT.
-      form: "branched" (timm's default) or "folded" (timm's inference_mode=True).
+    `head.fc` stands among them where the tower has a CLIP projection.
+
+    Raises:
+      ValueError: the tower learns its multi-scale pooling, which timm has not.
     """
-    rows = _mobile_one("stem.0", "stem_0", form) + _mobile_one("stem.1", "stem_1", form)
+    if vision.multiscale and vision.multiscale_pool == "depthwise":
+        raise ValueError("vision.multiscale_pool='depthwise' has weights that only the native layout can hold")
+    form = vision.form
+    rows = _mobile_one("stem.0", "stem_0", form, scale=vision.stem_scale)
+    rows += _mobile_one("stem.1", "stem_1", form, scale=vision.stem_scale)
     rows += _mobile_one("stem.2", "stem_2", form, skip=True)
-    for i, (depth, mixer) in enumerate(zip(layers, mixers, strict=True)):
+    for i, (depth, mixer) in enumerate(zip(vision.layers, vision.mixers, strict=True)):
         if i > 0:
-            rows += _patch_embed(f"stages.{i}.downsample.proj", f"patch_embed_{i}", form)
+            rows += _patch_embed(f"stages.{i}.downsample.proj", f"patch_embed_{i}", form, i in vision.se_stages)
         if mixer == "attention":
             name, part = ("pos_enc", "conv") if form == "branched" else ("reparam_conv", "folded")
             rows += _conv(f"stages.{i}.pos_emb.{name}", f"positions_{i}/{part}")
         block, path = f"stages.{i}.blocks.{{i}}", f"stage_{i}"
-        one_block = _attention_block(block, path) if mixer == "attention" else _rep_mixer_block(block, path, form)
+        if mixer == "attention":
+            one_block = _attention_block(block, path, vision.attention_norm)
+        else:
+            one_block = _rep_mixer_block(block, path, form)
         rows += [row._replace(depth=depth) for row in one_block]
     rows += _mobile_one("final_conv", "expand", form, scale=True)
-    rows += _dense("final_conv.se.fc1", "expand/se/fc1") + _dense("final_conv.se.fc2", "expand/se/fc2")
+    rows += _squeeze_excite("final_conv.se", "expand/se")
+    if vision.head_features:
+        rows += [Row("head.fc.weight", "params/head/kernel", LINEAR)]
+        rows += [Row("head.fc.bias", "params/head/bias")] if vision.head_bias else []
     return [row._replace(torch=prefix + row.torch, path=row.path and _under_vision(row.path)) for row in rows]
 
 
@@ -44,12 +54,17 @@ def _mobile_one(torch: str, path: str, form: str, scale: bool = False, skip: boo
     return rows + (_batch_norm(f"{torch}.identity", f"{path}/skip") if skip else [])
 
 
-def _patch_embed(torch: str, path: str, form: str) -> list[Row]:
+def _patch_embed(torch: str, path: str, form: str, squeeze_excite: bool) -> list[Row]:
     if form == "folded":
         rows = _conv(f"{torch}.0.reparam_conv", f"{path}/folded")
     else:
         rows = _conv_bn(f"{torch}.0.large_conv", f"{path}/large") + _conv_bn(f"{torch}.0.small_conv", f"{path}/small")
+    rows += _squeeze_excite(f"{torch}.0.se", f"{path}/se") if squeeze_excite else []
     return rows + _mobile_one(f"{torch}.1", f"{path}/pointwise", form, skip=True)
+
+
+def _squeeze_excite(torch: str, path: str) -> list[Row]:
+    return _dense(f"{torch}.fc1", f"{path}/fc1") + _dense(f"{torch}.fc2", f"{path}/fc2")
 
 
 def _rep_mixer_block(torch: str, path: str, form: str) -> list[Row]:
@@ -62,10 +77,10 @@ def _rep_mixer_block(torch: str, path: str, form: str) -> list[Row]:
     return rows + _ffn(torch, path) + [Row(f"{torch}.layer_scale.gamma", f"params/{path}/layer_scale_ffn", CHANNELS)]
 
 
-def _attention_block(torch: str, path: str) -> list[Row]:
+def _attention_block(torch: str, path: str, norm: str) -> list[Row]:
+    norm_rows = _batch_norm(f"{torch}.norm", f"{path}/norm")
     return [
-        Row(f"{torch}.norm.weight", f"params/{path}/norm/scale"),
-        Row(f"{torch}.norm.bias", f"params/{path}/norm/bias"),
+        *(norm_rows if norm == "batch" else norm_rows[:2]),  # LayerNorm has a weight and a bias only
         Row(f"{torch}.token_mixer.qkv.weight", f"params/{path}/mixer/qkv/kernel", LINEAR),
         Row(f"{torch}.token_mixer.proj.weight", f"params/{path}/mixer/proj/kernel", LINEAR),
         Row(f"{torch}.token_mixer.proj.bias", f"params/{path}/mixer/proj/bias"),

@@ -1,4 +1,4 @@
-"""Building blocks of FastViT and FastViTHD, in training form ("branched") and released form ("folded").
+"""Building blocks of the FastViT family, in training form ("branched") and released form ("folded").
 
 Legend: B images, H W rows and columns, C channels, N positions (H*W). Images are channels-last.
 
@@ -180,7 +180,10 @@ class MobileOne(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Halves the grid: depthwise 7x7 stride 2 (+ 3x3 branch), then MobileOne 1x1."""
+    """Halves the grid: depthwise 7x7 stride 2 (+ 3x3 branch), [squeeze-excite], GELU, then MobileOne 1x1.
+
+    `features` is a multiple of the input channels (twice them in every published size).
+    """
 
     features: int
     use_se: bool = False
@@ -281,12 +284,15 @@ class Block(nn.Module):
     """One encoder block; RepMixerBlock or AttentionBlock by `mixer` ("repmixer" | "attention").
 
     repmixer:   x = RepMixer(x);                       x = x + ls * ConvFFN(x)
-    attention:  x = x + ls1 * SelfAttention(LN(x));    x = x + ls2 * ConvFFN(x)     (no norm before the FFN)
+    attention:  x = x + ls1 * SelfAttention(norm(x));  x = x + ls2 * ConvFFN(x)     (no norm before the FFN)
+
+    `attention_norm` is "layer" (over the channels of a position) or "batch".
     """
 
     mixer: str
     ratio: float = 4.0
     layer_scale_init: float = 1e-5
+    attention_norm: str = "layer"
     form: str = "branched"
     batch_stats: bool = False
     init_std: float = 0.02
@@ -300,7 +306,10 @@ class Block(nn.Module):
         if self.mixer == "repmixer":
             x = RepMixer(init, self.form, self.batch_stats, name="mixer")(x, mask_B)
         else:
-            normed = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name="norm")(x)
+            if self.attention_norm == "batch":
+                normed = BatchNorm(self.batch_stats, name="norm")(x, mask_B)
+            else:
+                normed = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name="norm")(x)
             mixed = layer_scale(self, "layer_scale_mixer", C, init, dtype) * SelfAttention(
                 init_std=self.init_std, name="mixer"
             )(normed)

@@ -116,6 +116,7 @@ class Decoder(nn.Module):
       vocab_size, width, num_layers, num_heads, num_kv_heads, mlp_dim: sizes; head_dim defaults to width / num_heads.
       rope_theta, epsilon, qkv_bias, tie_embeddings: Qwen2 has qkv biases, Llama none.
       init_std: of the initial weights; narrow models learn much sooner with 1 / sqrt(width) than with 0.02.
+      context_length: positions the weights were made for; kept for exports, nothing is computed from it.
       remat: recompute layers in the backward pass.
     """
 
@@ -131,6 +132,7 @@ class Decoder(nn.Module):
     qkv_bias: bool = True
     tie_embeddings: bool = True
     init_std: float = 0.02
+    context_length: int = 32768
     remat: bool = False
 
     @property

@@ -1,7 +1,9 @@
-"""FastViTHD, the hybrid convolution-transformer encoder of FastVLM (section 3.2), and its family.
+"""The FastViT family: FastViTHD, the hybrid encoder of FastVLM (section 3.2), and the MobileCLIP encoders MCi0 to MCi4.
 
 stem /4 -> stage 0 -> [patch embed -> (positions) -> stage] x 4 -> 3x3 expansion C -> 2C with squeeze-excite
 grid   H/4        H/4                H/8 ... H/64                 H/64
+
+Five stages are FastViTHD (MCi3) and MCi4; MCi0 to MCi2 have four and end at H/32. The sizes are in config.VISION_SIZES.
 """
 
 from collections.abc import Sequence
@@ -11,13 +13,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvlm_jax.models.blocks import FORMS, Block, ConditionalPositions, MobileOne, PatchEmbed
+from fastvlm_jax.models.blocks import FORMS, Block, ConditionalPositions, Dense, MobileOne, PatchEmbed
 
 Array = jax.Array
+CHOICES = {
+    "form": FORMS,
+    "batch_norm": ("train", "frozen"),
+    "attention_norm": ("layer", "batch"),
+    "multiscale_pool": ("average", "depthwise"),
+}
+
+
+class GridPool(nn.Module):
+    """Pools [B, h*k, w*k, C] to [B, h, w, C], k = `ratio`: each k x k window's mean, or its learned sum, a channel.
+
+    The learned kernel [k, k, 1, C] starts as the mean. It has no bias: the projector that follows has one.
+    """
+
+    ratio: int
+    learned: bool
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> Array:
+        (B, H, W, C), k = x_BHWC.shape, self.ratio
+        windows = x_BHWC.reshape(B, H // k, k, W // k, k, C).astype(jnp.float32)
+        if not self.learned:
+            return jnp.mean(windows, axis=(2, 4)).astype(x_BHWC.dtype)
+        kernel = self.param("kernel", nn.initializers.constant(1 / k**2), (k, k, 1, C), jnp.float32)
+        return jnp.sum(windows * kernel.reshape(k, 1, k, C), axis=(2, 4)).astype(x_BHWC.dtype)
 
 
 class FastViT(nn.Module):
-    """Encodes images [B, H, W, 3] in [0, 1] to feature maps [B, H/s, W/s, 2 * embed_dims[-1]], s = 64 for FastViTHD.
+    """Encodes normalised images [B, H, W, 3] to feature maps [B, H/s, W/s, features], s = 64 for FastViTHD.
+
+    `features` is 2 * embed_dims[-1], plus the stages that `multiscale` adds. With embed=True a call returns the CLIP
+    embedding [B, head_features] instead: the mean of the map over its positions, projected.
 
     Attributes:
       layers, embed_dims: blocks and channels of each stage.
@@ -29,9 +59,20 @@ class FastViT(nn.Module):
       form: "branched" (training) or "folded" (released weights).
       batch_norm: "train" or "frozen"; with "train", a call with train=True updates the statistics.
       remat: recompute blocks in the backward pass.
+      stem_scale: the stem's 3x3 convolutions have a 1x1 branch in training form (MCi0 to MCi2).
+      se_stages: stages whose patch embed has squeeze-excite; (2, 3) in MCi0 to MCi2.
+      attention_norm: norm before self-attention, "batch" (MCi0 to MCi2) or "layer".
+      head_features: width of the CLIP projection; 0 = none. Its parameters exist, unused, without embed=True too.
+      head_bias: the projection has a bias, as timm's has; Apple's has none.
+      multiscale: stages, counted from 0 and without the last, whose outputs are pooled to the last grid and put
+        before the final features, in stage order, along the channels. The paper draws this (Figure 2; Table 2: Avg-5
+        +0.1 with average pooling, +0.3 with depthwise); its released checkpoints do not use it. It leaves open which
+        stages it takes, the learned kernels' size, bias and start, and which of its results used it.
+      multiscale_pool: "average", or "depthwise": a learned k x k convolution of stride k a stage, k = the grids' ratio.
+      image_mean, image_std: what the caller normalises images in [0, 1] with, a colour.
 
     Raises:
-      ValueError: unknown form, or an image size that the strides do not divide.
+      ValueError: an unknown choice or stage, or an image size that the strides do not divide.
     """
 
     layers: Sequence[int] = (2, 12, 24, 4, 2)
@@ -44,6 +85,15 @@ class FastViT(nn.Module):
     form: str = "branched"
     batch_norm: str = "frozen"
     remat: bool = False
+    stem_scale: bool = False
+    se_stages: Sequence[int] = ()
+    attention_norm: str = "layer"
+    head_features: int = 0
+    head_bias: bool = False
+    multiscale: Sequence[int] = ()
+    multiscale_pool: str = "average"
+    image_mean: Sequence[float] = (0.0, 0.0, 0.0)
+    image_std: Sequence[float] = (1.0, 1.0, 1.0)
 
     @property
     def stride(self) -> int:
@@ -51,26 +101,31 @@ class FastViT(nn.Module):
 
     @property
     def features(self) -> int:
-        return 2 * self.embed_dims[-1]
+        return sum(self.embed_dims[i] for i in self.multiscale) + 2 * self.embed_dims[-1]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the feature map of an image (ValueError where the strides do not divide it)."""
+        if height % self.stride or width % self.stride or not height * width:
+            raise ValueError(f"image size {height}x{width} must be a multiple of {self.stride} in both directions")
+        return height // self.stride, width // self.stride
 
     @nn.compact
-    def __call__(self, x_BHWC: Array, mask_B: Array | None = None, *, train: bool = False) -> Array:
-        if self.form not in FORMS or self.batch_norm not in ("train", "frozen"):
-            raise ValueError(
-                f"form={self.form!r} must be one of {FORMS}, batch_norm={self.batch_norm!r} train or frozen"
-            )
-        H, W = x_BHWC.shape[1:3]
-        if H % self.stride or W % self.stride:
-            raise ValueError(f"image size {H}x{W} must be a multiple of {self.stride} in both directions")
+    def __call__(
+        self, x_BHWC: Array, mask_B: Array | None = None, *, train: bool = False, embed: bool = False
+    ) -> Array:
+        self._check(embed)
+        self.grid(*x_BHWC.shape[1:3])
         shared = dict(form=self.form, batch_stats=train and self.batch_norm == "train", init_std=self.init_std)
+        stem = dict(shared, use_scale=self.stem_scale)
         dim = self.embed_dims[0]
-        x = MobileOne(dim, 3, 2, use_scale=False, **shared, name="stem_0")(x_BHWC, mask_B)
-        x = MobileOne(dim, 3, 2, depthwise=True, use_scale=False, **shared, name="stem_1")(x, mask_B)
-        x = MobileOne(dim, 1, **shared, name="stem_2")(x, mask_B)
+        x = MobileOne(dim, 3, 2, **stem, name="stem_0")(x_BHWC, mask_B)
+        x = MobileOne(dim, 3, 2, depthwise=True, **stem, name="stem_1")(x, mask_B)
+        x = MobileOne(dim, 1, **stem, name="stem_2")(x, mask_B)
         rates = np.split(np.linspace(0, self.drop_path, sum(self.layers)), np.cumsum(self.layers)[:-1])
+        pooled = []
         for i, (depth, dim, mixer) in enumerate(zip(self.layers, self.embed_dims, self.mixers, strict=True)):
             if i > 0:
-                x = PatchEmbed(dim, **shared, name=f"patch_embed_{i}")(x, mask_B)
+                x = PatchEmbed(dim, i in self.se_stages, **shared, name=f"patch_embed_{i}")(x, mask_B)
             if mixer == "attention":
                 x = ConditionalPositions(self.form, name=f"positions_{i}")(x)
             body = nn.remat(Block, prevent_cse=False) if self.remat else Block
@@ -81,7 +136,30 @@ class FastViT(nn.Module):
                 in_axes=(0, nn.broadcast),
                 length=depth,
             )
-            block = body(mixer, self.mlp_ratio, self.layer_scale_init, **shared, name=f"stage_{i}")
+            block = body(mixer, self.mlp_ratio, self.layer_scale_init, self.attention_norm, **shared, name=f"stage_{i}")
             x, _ = stage(block, x, jnp.asarray(rates[i], x.dtype), mask_B)
-        expand = MobileOne(self.features, 3, depthwise=True, use_se=True, **shared, name="expand")
-        return expand(x, mask_B)
+            if i in self.multiscale:
+                ratio = 2 ** (len(self.layers) - 1 - i)
+                pooled.append(GridPool(ratio, self.multiscale_pool == "depthwise", name=f"pool_{i}")(x))
+        expand = MobileOne(2 * self.embed_dims[-1], 3, depthwise=True, use_se=True, **shared, name="expand")
+        x = expand(x, mask_B)
+        if embed or (self.head_features and self.is_initializing()):
+            mean_BC = jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(x.dtype)
+            head = Dense(self.head_features, self.head_bias, init_std=x.shape[-1] ** -0.5, name="head")
+            embedding_BE = head(mean_BC)
+            if embed:
+                return embedding_BE
+        return jnp.concatenate([*pooled, x], axis=-1) if pooled else x
+
+    def _check(self, embed: bool) -> None:
+        """Refuses arguments that describe no tower."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {choices}")
+        stages = range(len(self.layers))
+        if len(set(self.multiscale)) < len(self.multiscale) or not set(self.multiscale) <= set(stages[:-1]):
+            raise ValueError(f"multiscale={self.multiscale} must name stages from {tuple(stages[:-1])}, each once")
+        if not set(self.se_stages) <= set(stages[1:]):
+            raise ValueError(f"se_stages={self.se_stages} must name stages with a patch embed: {tuple(stages[1:])}")
+        if embed and not self.head_features:
+            raise ValueError("embed=True needs the CLIP projection: give the tower head_features")

@@ -3,44 +3,62 @@
 Legend: G groups, N image slots a group, R rows a group, T text positions, L features an image, D width, V vocabulary.
 """
 
+from typing import Any
+
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fastvlm_jax.models.convnext import ConvNeXt
 from fastvlm_jax.models.decoder import Cache, Decoder
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.projector import Projector
+from fastvlm_jax.models.vit import ViT
 from fastvlm_jax.sharding import constrain
 
 Array = jax.Array
+FAMILIES = {"fastvit": FastViT, "vit": ViT, "convnext": ConvNeXt}
+
+
+def make_encoder(family: str = "fastvit", **sizes) -> nn.Module:
+    """The encoder of `vision_args`: a FastViT, ViT or ConvNeXt of these sizes.
+
+    Raises:
+      ValueError: another family.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"model.vision.family={family!r} must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[family](**sizes)
 
 
 class FastVLM(nn.Module):
     """The whole model; parameters lie under `vision/`, `projector/` and `llm/`.
 
+    Without `llm_args` it is an encoder alone (`encode`), without `vision_args` a language model alone.
+
     Attributes:
-      vision_args, llm_args: constructor arguments of FastViT and Decoder.
-      dtype: dtype of the computation; parameters stay float32.
+      vision_args: "family" (see FAMILIES; the default is fastvit) and constructor arguments of the encoder.
+      llm_args: constructor arguments of Decoder.
+      dtype: dtype of the computation, whatever that of the parameters.
     """
 
-    vision_args: dict
-    llm_args: dict
+    vision_args: dict | None
+    llm_args: dict | None
     dtype: str = "float32"
 
     def setup(self):
-        self.vision = FastViT(**self.vision_args)
-        self.projector = Projector(self.llm_args["width"], self.llm_args.get("init_std", 0.02))
-        self.llm = Decoder(**self.llm_args)
-
-    @property
-    def stride(self) -> int:
-        """Pixels a feature covers in each direction: 64 for FastViTHD."""
-        return 4 * 2 ** (len(self.vision_args["layers"]) - 1)
+        if self.vision_args is not None:
+            self.vision = make_encoder(**self.vision_args)
+        if self.llm_args is not None:
+            self.llm = Decoder(**self.llm_args)
+        if self.vision_args is not None and self.llm_args is not None:
+            self.projector = Projector(self.llm_args["width"], self.llm_args.get("init_std", 0.02))
 
     def tokens_per_image(self, image_size: int) -> int:
-        """Features (placeholders) of a square image of `image_size` pixels."""
-        return (image_size // self.stride) ** 2
+        """Features (placeholders) of a square image of `image_size` pixels; ValueError if it cannot have that size."""
+        rows, columns = make_encoder(**self.vision_args, parent=None).grid(image_size, image_size)
+        return rows * columns
 
     def __call__(self, images, tokens, image_index, positions, segment_ids, image_mask=None, *, train=False) -> Array:
         """Logits [G, R, T, V] of the fields of a Batch; without the group axis, logits [R, T, V].
@@ -52,20 +70,27 @@ class FastVLM(nn.Module):
             args = jax.tree.map(lambda x: x[None], (images, tokens, image_index, positions, segment_ids))
             return self(*args, mask, train=train)[0]
         G, R, T = tokens.shape
-        features = self.encode(images, image_mask, train=train)
+        features = None if self.vision_args is None else self.encode(images, image_mask, train=train)
         logits, _ = self.decode(features, tokens, image_index, positions, segment_ids)
         return logits.reshape(G, R, T, -1)
 
     def encode(self, images: Array, image_mask: Array | None = None, *, train: bool = False) -> Array:
-        """Image features as the decoder reads them: images [G, N, H, W, 3] -> [G, N * L, D]."""
+        """Image features as the decoder reads them: images [G, N, H, W, 3] -> [G, N * L, D].
+
+        Of an encoder alone, its own features [G, N * L, C].
+        """
         G, N, H, W, _ = images.shape
         dtype = jnp.dtype(self.dtype)
         if images.dtype == jnp.uint8:
             images = images.astype(dtype) / 255
         images = constrain(images.astype(dtype).reshape(G * N, H, W, 3), ("batch", None, None, None))
+        mean, std = self.vision.image_mean, self.vision.image_std
+        if any(mean) or any(x != 1 for x in std):
+            images = (images - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
         mask = None if image_mask is None else image_mask.reshape(G * N)
         features = self.vision(images, mask, train=train)
-        return self.projector(features.reshape(G, -1, features.shape[-1]))
+        features = features.reshape(G, -1, features.shape[-1])
+        return features if self.llm_args is None else self.projector(features)
 
     def decode(
         self, features, tokens, image_index, positions, segment_ids, cache: Cache | None = None
@@ -85,10 +110,24 @@ class FastVLM(nn.Module):
         return self.llm.empty_cache(rows, slots, jnp.dtype(self.dtype))
 
 
-def build(vision: dict, llm: dict, dtype: str = "float32") -> FastVLM:
+def build(vision: dict | None = None, llm: dict | None = None, dtype: str = "float32") -> FastVLM:
     """The model of a config: `build(**config.model)`. Sequences become tuples, so that modules can be hashed."""
 
     def frozen(args: dict) -> dict:
         return {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in dict(args).items()}
 
-    return FastVLM(flax.core.freeze(frozen(vision)), flax.core.freeze(frozen(llm)), dtype)
+    vision, llm = (None if not args else flax.core.freeze(frozen(args)) for args in (vision, llm))
+    return FastVLM(vision, llm, dtype)
+
+
+def init_variables(model: FastVLM, rng: Array) -> dict[str, Any]:
+    """Random variables, boxed with their logical axes; the shapes do not depend on the batch."""
+    images = None
+    if model.vision_args is not None:
+        vision = make_encoder(**model.vision_args)
+        side = getattr(vision, "image_size", None) or vision.stride
+        images = jnp.zeros((1, 1, side, side, 3), jnp.uint8)
+    if model.llm_args is None:
+        return model.init(rng, images, method="encode")
+    text = jnp.zeros((1, 1, 1), jnp.int32)
+    return model.init(rng, images, text, text, text, text)

@@ -6,7 +6,8 @@
     RepMixer                 x + ls * (mixer - BN(x))  ->  identity + ls * (mixer kernel - BN kernel)
     ConditionalPositions     x + conv(x)               ->  identity + conv kernel
 
-Attention, layer scales, squeeze-excite and the ConvFFN with its BatchNorm are the same in both forms.
+Attention and its norm, layer scales, squeeze-excite, the ConvFFN with its BatchNorm, the learned pooling and the
+head are the same in both forms.
 Source: MobileOne (arXiv 2206.04040) section 3.2, FastViT (arXiv 2303.14189) section 3.2.
 """
 
@@ -53,7 +54,7 @@ def _fold(params: dict, stats: dict) -> tuple[dict, dict]:
         folded, branches = _positions(params["conv"]), {"conv"}
     else:
         folded, branches = None, set()
-    new_params, new_stats = {}, {}
+    new_params, new_stats = {}, {name: x for name, x in stats.items() if not isinstance(x, dict)}
     for name in parts - branches:
         new_params[name] = params[name]
         if isinstance(params[name], dict):

@@ -34,16 +34,16 @@ def photo(height, width, seed=0):
     return (smooth + rng.integers(-20, 20, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
-def llava_expand2square(image):
-    """LLaVA's mm_utils.expand2square with the background of image_mean = 0."""
+def llava_expand2square(image, background=(0, 0, 0)):
+    """LLaVA's mm_utils.expand2square; the background is int(255 * image_mean)."""
     width, height = image.size
     if width == height:
         return image
     if width > height:
-        result = PIL.Image.new(image.mode, (width, width), (0, 0, 0))
+        result = PIL.Image.new(image.mode, (width, width), background)
         result.paste(image, (0, (width - height) // 2))
         return result
-    result = PIL.Image.new(image.mode, (height, height), (0, 0, 0))
+    result = PIL.Image.new(image.mode, (height, height), background)
     result.paste(image, ((height - width) // 2, 0))
     return result
 
@@ -51,8 +51,8 @@ def llava_expand2square(image):
 @pytest.mark.parametrize(
     "height, width", [(64, 64), (50, 81), (81, 50), (600, 371), (33, 700), (256, 256), (1, 300), (7, 2)]
 )
-@pytest.mark.parametrize("size", [64, 128])
-def test_pixels_equal_clip_image_processor(height, width, size):
+@pytest.mark.parametrize("size, background", [(64, (0, 0, 0)), (128, (0, 0, 0)), (64, (122, 116, 104))])
+def test_pixels_equal_clip_image_processor(height, width, size, background):
     image = photo(height, width)
     theirs = CLIPImageProcessorPil(
         size={"shortest_edge": size},
@@ -60,8 +60,9 @@ def test_pixels_equal_clip_image_processor(height, width, size):
         image_mean=[0, 0, 0],
         image_std=[1, 1, 1],
     )
-    expected = theirs(llava_expand2square(PIL.Image.fromarray(image)), return_tensors="np")["pixel_values"][0]
-    ours = pad_to_square(image, size)
+    square = llava_expand2square(PIL.Image.fromarray(image), background)
+    expected = theirs(square, return_tensors="np")["pixel_values"][0]
+    ours = pad_to_square(image, size, background)
     assert ours.dtype == np.uint8 and ours.shape == (size, size, 3)
     np.testing.assert_array_equal(ours, np.rint(expected.transpose(1, 2, 0) * 255).astype(np.uint8))
 

@@ -10,11 +10,13 @@ loss_mask        .     .   .        .       .   .     .      .  .  .   .  .     
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fastvlm_jax.data.tokenizer import END, IMAGE, START, Tokenizer
+from fastvlm_jax.data.tokenizer import Tokenizer
 
 Content = Sequence[str | int]  # text, and images as their number in the record
 Turn = tuple[str, Content]  # ("system" | "user" | "assistant", content)
@@ -24,29 +26,55 @@ ROLES = ("system", "user", "assistant")
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns are written: `before_turn` role `after_role` content `end`(the end mark) `after_end`.
+    """How turns are written: `before[role]` content `after[role]`.
+
+    Special tokens are spelled out in these texts, and only here do they count; `{end}` is the tokenizer's own end mark.
 
     Attributes:
-      system: the system turn put first unless the conversation brings its own; None for none.
-      turn_marks: False leaves out START, the role and all text of the user: only images and answers stay.
+      before: role to the text in front of its content; a generation prompt ends with the assistant's.
+      after: role to the text behind it. The assistant's begins with the mark that ends an answer; it is learnt.
+      system: content of the system turn put first unless the conversation brings its own; None for none.
+      opening: text between the assistant's `before` and its answer; it is learnt.
       after_image: the text after each image.
-      after_end: the text after the END that closes each turn.
+      user_text: False leaves out all text of the user and the system: only images and answers stay.
     """
 
+    before: Mapping[str, str]
+    after: Mapping[str, str]
     system: str | None = None
-    turn_marks: bool = True
+    opening: str = ""
     after_image: str = "\n"
-    after_end: str = "\n"
+    user_text: bool = True
 
 
+CHATML = Template(
+    before={role: f"<|im_start|>{role}\n" for role in ROLES},
+    after=dict.fromkeys(ROLES, "<|im_end|>\n"),
+)
 TEMPLATES = {
     # FastVLM's own (Qwen2).
-    "qwen_2": Template(system="You are a helpful assistant."),
-    # The same without the system turn.
-    "chatml": Template(),
-    # Image then text (alignment): the user's words are left out, as LLaVA's `plain` does; here END closes the text.
-    "plain": Template(turn_marks=False, after_image="", after_end=""),
+    "qwen_2": dataclasses.replace(CHATML, system="You are a helpful assistant."),
+    # LLaVA-1.5's, for Vicuna. The space before an answer belongs to its first token.
+    "vicuna_v1": Template(
+        before={"system": "", "user": "USER: ", "assistant": "ASSISTANT:"},
+        after={"system": " ", "user": " ", "assistant": "</s>"},
+        system=(
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions."
+        ),
+        opening=" ",
+    ),
+    # Image then text (alignment), as LLaVA's `plain`; there a newline ends the text, here the tokenizer's end mark.
+    "plain": Template(
+        before=dict.fromkeys(ROLES, ""),
+        after={"system": "", "user": "", "assistant": "{end}"},
+        after_image="",
+        user_text=False,
+    ),
+    # FastVLM's without its system turn.
+    "chatml": CHATML,
 }
+_MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>|</s>|\{end\})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +84,7 @@ class Segment:
     Attributes:
       tokens: int32 [L].
       image_index: int32 [L]; `image * tokens_per_image + j` for images numbered as in the record, -1 for text.
-      loss_mask: bool [L]; True on the tokens to learn: each answer, its END and the text after END.
+      loss_mask: bool [L]; True on the tokens to learn: each answer, its end mark and the text after that.
     """
 
     tokens: np.ndarray
@@ -80,13 +108,15 @@ def render(
 ) -> Segment:
     """Tokenizes a conversation; with `generation_prompt` it ends where the assistant's answer would begin.
 
-    All text between two special tokens is tokenized as one run, and the answers are found in its offsets: tokenizing
-    the pieces alone gives other ids. A token that holds any character of an answer is learnt.
+    All text between two special tokens or images is tokenized as one run, and the answers are found in its offsets:
+    tokenizing the pieces alone gives other ids. A token that holds any character of an answer is learnt. Llama's
+    tokenizer puts a space before each run, as LLaVA's code has it.
 
     Raises:
       ValueError: an unknown role, or a special token that the tokenizer lacks.
     """
-    tokens, image_index, learn = [], [], []
+    first = [] if tokenizer.bos is None else [tokenizer.bos]
+    tokens, image_index, learn = [*first], [-1] * len(first), [False] * len(first)
     for kind, group in itertools.groupby(_parts(turns, template, generation_prompt), key=lambda part: part.kind):
         parts = list(group)
         if kind == "text":
@@ -97,15 +127,48 @@ def render(
             image_index += [-1] * len(ids)
             learn += [bool(owner[start : max(end, start + 1)].any()) for start, end in offsets]
         elif kind == "special":
-            tokens += [tokenizer.special_id(part.value) for part in parts]
+            names = [tokenizer.end if part.value == "{end}" else part.value for part in parts]
+            tokens += [tokenizer.special_id(name) for name in names]
             image_index += [-1] * len(parts)
             learn += [part.learn for part in parts]
         else:
             count = tokens_per_image * len(parts)
-            tokens += [tokenizer.special_id(IMAGE)] * count
+            tokens += [tokenizer.image_id] * count
             image_index += [part.value * tokens_per_image + j for part in parts for j in range(tokens_per_image)]
             learn += [False] * count
     return Segment(np.array(tokens, np.int32), np.array(image_index, np.int32), np.array(learn, bool))
+
+
+def end_mark(template: Template, tokenizer: Tokenizer) -> str:
+    """Returns the name of the special token that ends an answer."""
+    mark = _MARKS.search(template.after["assistant"])[0]
+    return tokenizer.end if mark == "{end}" else mark
+
+
+def chat_template(template: Template, tokenizer: Tokenizer) -> str:
+    """Returns `template` in the jinja text that transformers' `apply_chat_template` reads."""
+    before, after = dict(template.before), dict(template.after)
+    after["assistant"] = after["assistant"].replace("{end}", tokenizer.end)
+    answered = {**before, "assistant": before["assistant"] + template.opening}
+    system = "" if template.system is None else before["system"] + template.system + after["system"]
+    shown = "{%- if true %}" if template.user_text else "{%- if message['role'] == 'assistant' %}"
+    lines = [
+        "{{- bos_token }}" * (tokenizer.bos is not None),
+        "{%- set before = " + json.dumps(answered) + " %}",
+        "{%- set after = " + json.dumps(after) + " %}",
+        "{%- if messages[0]['role'] != 'system' %}{{- " + json.dumps(system) + " }}{% endif %}" if system else "",
+        "{%- for message in messages %}{{- before[message['role']] }}",
+        "{%- if message['content'] is string %}" + shown + "{{- message['content'] }}{% endif %}",
+        "{%- else %}{%- for part in message['content'] %}",
+        "{%- if part['type'] == 'image' %}{{- " + json.dumps(tokenizer.image + template.after_image) + " }}",
+        "{%- else %}" + shown + "{{- part['text'] }}{% endif %}{%- endif %}",
+        "{%- endfor %}{%- endif %}",
+        "{{- after[message['role']] }}",
+        "{%- endfor %}",
+    ]
+    if before["assistant"]:
+        lines += ["{%- if add_generation_prompt %}{{- " + json.dumps(before["assistant"]) + " }}{% endif %}"]
+    return "\n".join(line for line in lines if line)
 
 
 def questions(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
@@ -139,24 +202,22 @@ def _parts(turns: Sequence[Turn], template: Template, generation_prompt: bool) -
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}: a turn is one of {', '.join(ROLES)}")
         learn = role == "assistant"
-        shown = template.turn_marks or learn
-        if template.turn_marks:
-            yield _Part("special", START)
-            yield _Part("text", f"{role}\n")
+        yield from _marked(template.before[role])
+        if learn:
+            yield from _marked(template.opening, learn)
         for part in content:
             if isinstance(part, int):
                 yield _Part("image", part)
-                yield from _text(template.after_image)
-            elif shown:
-                yield from _text(part, learn)
-        if shown:
-            yield _Part("special", END, learn)
-            yield from _text(template.after_end, learn)
-    if generation_prompt and template.turn_marks:
-        yield _Part("special", START)
-        yield _Part("text", "assistant\n")
+                yield from _marked(template.after_image)
+            elif part and (learn or template.user_text):
+                yield _Part("text", part, learn)
+        yield from _marked(template.after[role], learn)
+    if generation_prompt:
+        yield from _marked(template.before["assistant"])
 
 
-def _text(text: str, learn: bool = False) -> Iterator[_Part]:
-    if text:
-        yield _Part("text", text, learn)
+def _marked(text: str, learn: bool = False) -> Iterator[_Part]:
+    """The text of a template, its special tokens apart."""
+    for part in _MARKS.split(text):
+        if part:
+            yield _Part("special" if _MARKS.fullmatch(part) else "text", part, learn)

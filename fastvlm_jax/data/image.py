@@ -54,19 +54,19 @@ def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def pad_to_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Centres uint8 [H, W, 3] on a black square and resizes it to uint8 [size, size, 3], Pillow bicubic.
+def pad_to_square(image: np.ndarray, size: int, background: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
+    """Centres uint8 [H, W, 3] on a square of one colour and resizes it to uint8 [size, size, 3], Pillow bicubic.
 
     The pixels equal those of transformers' CLIPImageProcessor set up as FastVLM's after LLaVA's `expand2square`.
     """
     height, width = image.shape[:2]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    # Pillow resizes along rows first and then along columns, rounding between: so may we, and black rows stay black.
-    narrow = np.zeros((side, size, 3), np.uint8)
+    # Pillow resizes along rows first and then along columns, rounding between: so may we; one-coloured rows stay.
+    narrow = np.full((side, size, 3), background, np.uint8)
     for row in range(0, height, _ROWS):
         rows = image[row : row + _ROWS]
-        square = np.zeros((len(rows), side, 3), np.uint8)
+        square = np.full((len(rows), side, 3), background, np.uint8)
         square[:, left : left + width] = rows
         narrow[top + row : top + row + len(rows)] = _resize(square, (size, len(rows)))
     return _resize(narrow, (size, size))

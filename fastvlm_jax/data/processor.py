@@ -3,19 +3,23 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data import image as image_lib
-from fastvlm_jax.data.conversation import TEMPLATES, Segment, Template, Turn, render
-from fastvlm_jax.data.tokenizer import END, IMAGE, START, Tokenizer, load_tokenizer
+from fastvlm_jax.data.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render
+from fastvlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"  # of transformers' processor, which joins tokenizer and image settings
 CHAT_TEMPLATE = "chat_template.jinja"
+OWN = "fastvlm_jax"  # the key of what transformers has no word for
 
 Image = str | os.PathLike | bytes | np.ndarray
 
@@ -27,18 +31,27 @@ class Processor:
     Attributes:
       tokenizer: see tokenizer.py.
       template: a name in conversation.TEMPLATES.
-      image_size: side of the square the model sees, pixels.
+      image_size: side of the square the model sees, pixels; 0 for a model of text alone.
       tokens_per_image: feature vectors that the model makes of one image.
+      image_mean, image_std: what the encoder normalises with. Here the mean is the colour around images that are not
+        square, as in LLaVA: black for FastVLM.
     """
 
     tokenizer: Tokenizer
     template: str
     image_size: int
     tokens_per_image: int
+    image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    image_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __post_init__(self):
         if self.template not in TEMPLATES:
             raise ValueError(f"unknown data.template {self.template!r}: choose one of {', '.join(TEMPLATES)}")
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends an answer."""
+        return self.tokenizer.special_id(end_mark(TEMPLATES[self.template], self.tokenizer))
 
     def segment(self, turns: tuple[Turn, ...], generation_prompt: bool = False) -> Segment:
         """Returns the tokens of one conversation; recent ones are remembered, so the arrays are read-only."""
@@ -49,8 +62,10 @@ class Processor:
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: not an image; the message names the file.
+          ValueError: not an image; the message names the file. Or the model reads no images.
         """
+        if not self.image_size:
+            raise ValueError("this model reads text alone: it was given an image")
         where = ""
         if isinstance(image, (str, os.PathLike)):
             where, path = f"{image}: ", pathlib.Path(image).expanduser()
@@ -64,7 +79,8 @@ class Processor:
                 raise ValueError(f"{where}{error}") from error
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
             raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        return image_lib.pad_to_square(image, self.image_size)
+        background = tuple(int(mean * 255) for mean in self.image_mean)
+        return image_lib.pad_to_square(image, self.image_size, background)
 
     def __call__(
         self,
@@ -127,14 +143,17 @@ class Processor:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the tokenizer's file, chat_template.jinja and preprocessor_config.json into `folder`."""
+        """Writes the tokenizer's files, chat_template.jinja and, for images, what transformers' processor reads."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
-        (folder / CHAT_TEMPLATE).write_text(chat_template(TEMPLATES[self.template]))
+        (folder / CHAT_TEMPLATE).write_text(chat_template(TEMPLATES[self.template], self.tokenizer))
+        if not self.image_size:
+            return
         side = {"height": self.image_size, "width": self.image_size}
         settings = {
             "image_processor_type": "LlavaImageProcessor",  # CLIPImageProcessor and `do_pad`: pads to a square
+            "processor_class": "LlavaProcessor",
             "do_convert_rgb": True,
             "do_pad": True,
             "do_resize": True,
@@ -145,53 +164,101 @@ class Processor:
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            "image_mean": [0.0, 0.0, 0.0],
-            "image_std": [1.0, 1.0, 1.0],
-            "fastvlm_jax": {"template": self.template, "tokens_per_image": self.tokens_per_image},
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            OWN: {"template": self.template, "tokens_per_image": self.tokens_per_image},
         }
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        # transformers counts (size // patch_size)^2 placeholders and the additional ones.
+        across = math.isqrt(self.tokens_per_image)
+        patch_size = self.image_size // max(across, 1)
+        if across**2 != self.tokens_per_image or self.image_size // max(patch_size, 1) != across:
+            across, patch_size = 1, self.image_size
+        joined = {
+            "processor_class": "LlavaProcessor",
+            "patch_size": patch_size,
+            "num_additional_image_tokens": self.tokens_per_image - across**2,
+            "vision_feature_select_strategy": "full",
+        }
+        for name, value in ((SETTINGS, settings), (PROCESSOR, joined)):
+            (folder / name).write_text(json.dumps(value, indent=2) + "\n")
 
 
-def load_processor(folder: str | os.PathLike) -> Processor:
-    """Reads what `Processor.save` wrote.
+def load_processor(
+    folder: str | os.PathLike,
+    tokens_per_image: Callable[[int], int] | None = None,
+    template: str | None = None,
+    image_size: int | None = None,
+) -> Processor:
+    """Reads what `Processor.save` wrote, a transformers folder, or a folder with a tokenizer alone.
+
+    Args:
+      folder: with the tokenizer's files and, unless the model reads text alone, preprocessor_config.json or
+        processor_config.json.
+      tokens_per_image: image size to the number of its tokens. Without it the folder has to say.
+      template: the one to use where the folder does not name one of conversation.TEMPLATES. Without it that is
+        vicuna_v1 for a tokenizer with Llama's `</s>`, else qwen_2.
+      image_size: the one to use where the folder gives none; without it the model reads text alone.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: the settings are not ours.
+      FileNotFoundError: there is no tokenizer.
+      ValueError: a file is damaged, or does not say how many tokens an image has and neither does the caller.
     """
-    path = pathlib.Path(folder).expanduser() / SETTINGS
-    if not path.is_file():
-        raise FileNotFoundError(f"no processor in {folder}: {SETTINGS} is missing")
+    folder = pathlib.Path(folder).expanduser()
+    tokenizer = load_tokenizer(folder)
+    joined = _read(folder / PROCESSOR)
+    nested = joined.get("image_processor")
+    path = folder / (PROCESSOR if isinstance(nested, dict) else SETTINGS)
+    settings = nested if isinstance(nested, dict) else _read(path)
+    own = settings.get(OWN, {})
     try:
-        settings = json.loads(path.read_text())
-        size, own = settings["crop_size"]["height"], settings["fastvlm_jax"]
-        template, tokens_per_image = own["template"], own["tokens_per_image"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a processor of fastvlm_jax: {type(error).__name__} {error}") from error
-    return Processor(load_tokenizer(folder), template, size, tokens_per_image)
+        size, mean, std = _image_settings(settings)
+        size = size or image_size or 0
+        found = own["template"] if own else _template(folder / CHAT_TEMPLATE, tokenizer)
+        if not size or tokens_per_image is not None:
+            count = tokens_per_image(size) if size else 0
+        elif own:
+            count = int(own["tokens_per_image"])
+        elif "patch_size" not in joined:
+            raise ValueError(f"{folder} does not say how many tokens an image has: give tokens_per_image")
+        else:
+            count = (size // joined["patch_size"]) ** 2 + joined.get("num_additional_image_tokens", 0)
+            count -= joined.get("vision_feature_select_strategy") == "default"
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: the image settings cannot be read: {type(error).__name__} {error}") from error
+    found = found or template or ("vicuna_v1" if tokenizer.end == "</s>" else "qwen_2")
+    return Processor(tokenizer, found, size, count, mean, std)
 
 
-def chat_template(template: Template) -> str:
-    """Returns `template` in the jinja text that transformers' `apply_chat_template` reads."""
-    image, end = json.dumps(IMAGE + template.after_image), json.dumps(END + template.after_end)
-    system = json.dumps(f"{START}system\n{template.system}{END}{template.after_end}")
-    lines = ["{%- if messages[0]['role'] != 'system' %}{{ " + system + " }}{% endif %}"] * (template.system is not None)
-    lines += ["{%- for message in messages %}"]
-    if template.turn_marks:
-        lines += ["{{- " + json.dumps(START) + " + message['role'] + " + json.dumps("\n") + " }}"]
-    shown = "{%- if true %}" if template.turn_marks else "{%- if message['role'] == 'assistant' %}"
-    lines += [
-        "{%- if message['content'] is string %}" + shown + "{{ message['content'] }}{% endif %}",
-        "{%- else %}{%- for part in message['content'] %}",
-        "{%- if part['type'] == 'image' %}{{ " + image + " }}",
-        "{%- else %}" + shown + "{{ part['text'] }}{% endif %}{%- endif %}",
-        "{%- endfor %}{%- endif %}",
-        shown + "{{ " + end + " }}{% endif %}",
-        "{%- endfor %}",
-    ]
-    if template.turn_marks:
-        lines += ["{%- if add_generation_prompt %}{{ " + json.dumps(f"{START}assistant\n") + " }}{% endif %}"]
-    return "\n".join(lines)
+def _image_settings(settings: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """The size (0 if there is none), mean and std of a CLIP-like image processor."""
+    size = settings.get("crop_size") or settings.get("size") or 0
+    if isinstance(size, dict):
+        sides = {value for key, value in size.items() if key in ("height", "width", "shortest_edge")}
+        size = sides.pop() if len(sides) == 1 else size
+    mean = tuple(float(value) for value in settings.get("image_mean", [0] * 3))
+    std = tuple(float(value) for value in settings.get("image_std", [1] * 3))
+    if not isinstance(size, int) or size < 0 or len(mean) != 3 or len(std) != 3:
+        raise TypeError(f"size {size!r} must be one side of a square, image_mean and image_std three numbers")
+    return size, mean, std
+
+
+def _template(path: pathlib.Path, tokenizer: Tokenizer) -> str | None:
+    """The name of the template that a chat_template.jinja of ours holds."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else None
+    return next((name for name, known in TEMPLATES.items() if chat_template(known, tokenizer) == text), None)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold an object")
+    return value
 
 
 @functools.lru_cache(maxsize=4096)

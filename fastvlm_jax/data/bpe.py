@@ -1,0 +1,302 @@
+"""Byte-level BPE tokenizers: a Hugging Face `tokenizer.json`, Qwen's tiktoken ranks, `vocab.json` with `merges.txt`."""
+
+import base64
+import binascii
+import json
+import os
+import pathlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+PAD, START, END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
+CONFIG = "tokenizer_config.json"
+
+Offsets = list[tuple[int, int]]
+
+# Qwen2's own words: contractions, a letter run with one mark before it, single digits, marks, newlines, spaces.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+KINDS = ("qwen2", "smollm", "gpt2")
+MAX_TOKEN = 1024  # taking a token apart costs the square of its length; Qwen2's longest has 128 bytes
+
+
+class JsonTokenizer:
+    """A tokenizer of the `tokenizers` library, read from a `tokenizer.json` or made by `bpe_tokenizer`.
+
+    A vocabulary of Qwen2's layout (special tokens behind it) without `<image>` gets it on the next free id, as
+    FastVLM's export has it; any other stays as long as it is.
+    """
+
+    def __init__(self, model: tokenizers.Tokenizer, source: pathlib.Path, config: Mapping[str, Any] | None = None):
+        """Takes over `model`; `config` is what a `tokenizer_config.json` says, `source` a name for messages."""
+        self.files = (source,)
+        self._model = model
+        model.encode_special_tokens = True
+        model.no_padding()
+        model.no_truncation()
+        behind = model.token_to_id(END) or 0
+        if model.token_to_id(IMAGE) is None and behind >= model.get_vocab_size(with_added_tokens=False):
+            model.add_special_tokens([IMAGE])
+        tokens = model.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in tokens.items() if token.special}
+        self.vocab_size = max(model.get_vocab().values(), default=-1) + 1
+        if isinstance(model.post_processor, processors.ByteLevel):
+            # GPT-2's leaves the space out of the offsets of " red": its loss would be lost.
+            model.post_processor = processors.ByteLevel(trim_offsets=False)
+        config = config or {}
+        named, added = _content(config.get("bos_token")), config.get("add_bos_token")
+        text = model.encode("a", add_special_tokens=False).ids
+        first = model.encode("a", add_special_tokens=True).ids[:1]
+        # tokenizer_config.json says it, or else the post-processor that puts it in front.
+        self.bos = first[0] if first != text[:1] and added is not False else None
+        if added is True and named in self._special:
+            self.bos = self._special[named]
+        ends = (END, _content(config.get("eos_token")), "</s>", PAD)
+        self.end = next((name for name in ends if name in self._special), None)
+        if self.end is None:
+            raise ValueError(f"{source} has no special token that ends a turn: {END}, an eos_token or </s>")
+        pads = (PAD, _content(config.get("unk_token")), "<unk>", _content(config.get("pad_token")), self.end)
+        self.pad = next(name for name in pads if name in self._special)
+        self.image = IMAGE if IMAGE in self._special else self.pad
+        self.image_id = self._special[self.image]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        text.encode()  # half a surrogate pair, which JSON may hold: a ValueError
+        encoding = self._model.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def special_id(self, name: str) -> int:
+        if name not in self._special:
+            raise ValueError(no_special(self.files[0], name))
+        return self._special[name]
+
+    def with_image(self) -> "JsonTokenizer":
+        if self.image == IMAGE:
+            return self
+        model = tokenizers.Tokenizer.from_str(self._model.to_str())
+        return add_image(model, self)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        write_tokenizer(self._model, self, pathlib.Path(folder))
+
+
+def bpe_tokenizer(
+    vocab: Mapping[str, int],
+    merges: Sequence[tuple[str, str]],
+    special: Mapping[str, int],
+    kind: str,
+    source: str | os.PathLike,
+    *,
+    plain: Collection[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> JsonTokenizer:
+    """Makes a byte-level BPE tokenizer.
+
+    Args:
+      vocab: token, in GPT-2's printable spelling of bytes, to id. It may hold the special tokens.
+      merges: pairs of tokens, the first to be merged first.
+      special: added token to id; those that `vocab` lacks take the ids behind it without a gap.
+      kind: how text is cut into words: "qwen2" (with Unicode's NFC form), "smollm" (single digits) or "gpt2".
+      source: the file this comes from, for messages.
+      plain: the names in `special` that text may spell; every other one is placed by templates alone.
+      config: what a `tokenizer_config.json` says, if there is one.
+
+    Raises:
+      ValueError: an unknown kind, or tables that do not fit together.
+    """
+    source = pathlib.Path(source)
+    if kind not in KINDS:
+        raise ValueError(f"{source}: unknown kind of BPE tokenizer {kind!r}: choose one of {', '.join(KINDS)}")
+    free = len(vocab)
+    if sorted(vocab.values()) != list(range(free)):
+        raise ValueError(f"{source}: the ids of the vocabulary are not 0, 1, 2, ..., each once")
+    for name, at in sorted(special.items(), key=lambda item: item[1]):
+        wanted = vocab.get(name, free)
+        if at != wanted:
+            raise ValueError(f"{source}: the special token {name} has id {at}, it must be {wanted}")
+        free += name not in vocab
+    try:
+        model = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{source}: vocabulary and merges do not fit: {error}".replace("\n", " ")) from error
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "qwen2")
+    if kind == "qwen2":
+        model.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), "isolated")
+        model.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_alone])
+    elif kind == "smollm":
+        model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_alone])
+    else:
+        model.pre_tokenizer = bytes_alone
+    model.decoder = decoders.ByteLevel()
+    for name in sorted(special, key=special.get):
+        model.add_tokens([tokenizers.AddedToken(name, normalized=False, special=name not in plain)])
+    return JsonTokenizer(model, source, config)
+
+
+def read_json(path: pathlib.Path) -> JsonTokenizer:
+    """Reads a `tokenizer.json`, and the `tokenizer_config.json` beside it if there is one."""
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{path} is not a tokenizer.json: {error}".replace("\n", " ")) from error
+    return JsonTokenizer(model, path, _table(path.parent / CONFIG))
+
+
+def read_tiktoken(path: pathlib.Path) -> JsonTokenizer:
+    """Reads Qwen's `.tiktoken` file: lines of a token's bytes in base64 and its rank; ids 151643-151645 are special."""
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"{path} line {number} is not a base64 token and its rank") from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError(f"{path}: the ranks are not 0, 1, 2, ..., each once, with every single byte among them")
+    spelling = byte_spelling()
+
+    if max(map(len, ranks)) > MAX_TOKEN:
+        raise ValueError(f"{path} has a token of more than {MAX_TOKEN} bytes")
+
+    def spell(token: bytes) -> str:
+        return "".join(spelling[byte] for byte in token)
+
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = _last_two(token, rank, ranks)
+            if parts is None:
+                raise ValueError(f"{path}: no two tokens of lower rank make up {token!r}")
+            merges.append((spell(parts[0]), spell(parts[1])))
+    special = {name: len(ranks) + i for i, name in enumerate((PAD, START, END))}
+    return bpe_tokenizer(vocab, merges, special, "qwen2", path)
+
+
+def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
+    """Reads `vocab.json` with the `merges.txt` beside it: Qwen2's, or GPT-2's where tokenizer_config.json says so.
+
+    The special tokens come from `tokenizer_config.json` or `added_tokens.json`; Qwen2's own stand in for them.
+    """
+    merges_file, added_file = path.with_name("merges.txt"), path.with_name("added_tokens.json")
+    if not merges_file.is_file():
+        raise FileNotFoundError(f"{path} needs a merges.txt beside it")
+    try:
+        vocab, merges = models.BPE.read_file(str(path), str(merges_file))
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{path} and merges.txt cannot be read: {error}".replace("\n", " ")) from error
+    config = _table(path.with_name(CONFIG))
+    name = str(config.get("tokenizer_class", "Qwen2Tokenizer")).removesuffix("Fast")
+    kind = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt2"}.get(name)
+    if kind is None:
+        raise ValueError(f"{path.with_name(CONFIG)}: tokenizer_class {name} has no vocab.json that is known here")
+    entries = config.get("added_tokens_decoder") or {}
+    try:
+        special = {_content(entry): int(at) for at, entry in entries.items()}
+        special = special or {str(key): int(at) for key, at in _table(added_file).items()}
+        plain = [_content(entry) for entry in entries.values() if not entry.get("special", True)]
+        if None in special:
+            raise ValueError("one has no content")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.parent}: the added tokens are not names with their ids: {error}") from error
+    special = special or {name: len(vocab) + i for i, name in enumerate((PAD, START, END))}
+    return bpe_tokenizer(vocab, merges, special, kind, path, plain=plain, config=config)
+
+
+def write_tokenizer(model: tokenizers.Tokenizer, names: Any, folder: pathlib.Path) -> None:
+    """Writes what transformers' AutoTokenizer needs of `model`, whose marks `names` has: bos, end, pad, image.
+
+    That is tokenizer.json and tokenizer_config.json; for Qwen2 also vocab.json and merges.txt, which transformers 4
+    reads where it is asked for the slow tokenizer.
+    """
+    is_qwen2 = _is_qwen2(model)
+    model.save(str(folder / "tokenizer.json"))
+    if is_qwen2:
+        model.model.save(str(folder))
+    added = model.get_added_tokens_decoder()
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    config = {
+        # Classes of other names build their own idea of the tokenizer instead of reading tokenizer.json.
+        "tokenizer_class": "Qwen2Tokenizer" if is_qwen2 else "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {str(i): {flag: getattr(added[i], flag) for flag in flags} for i in sorted(added)},
+        "add_bos_token": names.bos is not None,
+        "bos_token": None if names.bos is None else model.id_to_token(names.bos),
+        "eos_token": names.end,
+        "pad_token": names.pad,
+        "unk_token": names.pad,
+        "extra_special_tokens": {"image_token": names.image},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 30,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def add_image(model: tokenizers.Tokenizer, names: Any) -> JsonTokenizer:
+    """The tokenizer of `model`, whose marks `names` has, with `<image>` on the next free id."""
+    model.add_special_tokens([tokenizers.AddedToken(IMAGE, normalized=False)])
+    bos = None if names.bos is None else model.id_to_token(names.bos)
+    config = {"add_bos_token": bos is not None, "bos_token": bos, "eos_token": names.end, "pad_token": names.pad}
+    return JsonTokenizer(model, names.files[0], config)
+
+
+def no_special(path: pathlib.Path, name: str) -> str:
+    return f"{path} has no special token {name}: choose a template that the tokenizer was made for"
+
+
+def _is_qwen2(model: tokenizers.Tokenizer) -> bool:
+    """Whether transformers' Qwen2Tokenizer, which knows its words and its normal form, is the same as `model`."""
+    words, form = json.loads(model.pre_tokenizer.__getstate__()) if model.pre_tokenizer else {}, model.normalizer
+    patterns = [part.get("pattern") for part in words.get("pretokenizers", ())]
+    return {"Regex": QWEN2_WORDS} in patterns and isinstance(form, normalizers.NFC)
+
+
+def _last_two(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that byte-pair encoding holds when only `token` itself is left to be merged."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        at, best = -1, rank
+        for i in range(len(parts) - 1):
+            found = ranks.get(parts[i] + parts[i + 1], rank)
+            if found < best:
+                at, best = i, found
+        if at < 0:
+            return None
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+def byte_spelling() -> list[str]:
+    """GPT-2's printable character of each byte: itself where it is printable Latin-1, else one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _table(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} must hold an object")
+    return table
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token as transformers writes it, a string or an object with its `content`; else None."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None

@@ -1,0 +1,84 @@
+"""CLIP's text tokenizer: lower-cased byte-level BPE of 49,408 ids, as open_clip's SimpleTokenizer."""
+
+import gzip
+import html
+import os
+import pathlib
+import zlib
+from collections.abc import Sequence
+
+import ftfy
+import numpy as np
+import regex
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from fastvlm_jax.data.bpe import byte_spelling
+
+NUM_MERGES = 48_894
+MAX_BYTES = 1 << 24  # of the merges file unpacked; CLIP's has 3 MB
+START, END = 49_406, 49_407
+CONTEXT_LENGTH = 77
+
+_WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+
+class ClipTokenizer:
+    """Text to the ids that a CLIP text encoder reads.
+
+    The names of the start and end tokens typed in a text stay plain characters; open_clip makes them special.
+    """
+
+    vocab_size = 49_408
+
+    def __init__(self, merges: Sequence[tuple[str, str]], source: pathlib.Path):
+        """Takes CLIP's merges, the first to be merged first."""
+        single = sorted(byte_spelling())  # the printable bytes first; each alone, then at the end of a word
+        names = [*single, *(char + "</w>" for char in single), *(left + right for left, right in merges)]
+        try:
+            bpe = models.BPE({name: i for i, name in enumerate(names)}, list(merges), end_of_word_suffix="</w>")
+        except Exception as error:  # the library raises a bare Exception
+            raise ValueError(f"{source} is not CLIP's vocabulary: {error}".replace("\n", " ")) from error
+        self._model = tokenizers.Tokenizer(bpe)
+        self._model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, without start and end, after mending its encoding, spaces and case."""
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        words = _WORDS.findall(" ".join(text.split()).lower())
+        return self._model.encode(words, is_pretokenized=True).ids
+
+    def __call__(self, texts: Sequence[str] | str, context_length: int = CONTEXT_LENGTH) -> np.ndarray:
+        """Returns int32 [N, context_length]: START, the text, END and zeros; long texts are cut, END stays last."""
+        texts = [texts] if isinstance(texts, str) else texts
+        ids = np.zeros((len(texts), context_length), np.int32)
+        for row, text in zip(ids, texts, strict=True):
+            tokens = [START, *self.encode(text)[: context_length - 2], END]
+            row[: len(tokens)] = tokens
+        return ids
+
+
+def load_clip_tokenizer(path: str | os.PathLike) -> ClipTokenizer:
+    """Reads `bpe_simple_vocab_16e6.txt.gz` as open_clip has it, or the `merges.txt` of a transformers CLIP.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged or another vocabulary.
+    """
+    path = pathlib.Path(path).expanduser()
+    path = path / "merges.txt" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no CLIP vocabulary at {path}: give bpe_simple_vocab_16e6.txt.gz or a merges.txt")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        lines = data.decode("utf-8").split("\n")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path} is not CLIP's vocabulary: {error}") from error
+    # The first line is a version; behind the merges that CLIP uses the file has more.
+    merges = [tuple(line.split()) for line in lines[1 : NUM_MERGES + 1]]
+    if len(merges) < NUM_MERGES or any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"{path} is not CLIP's vocabulary: it needs {NUM_MERGES} lines of two tokens")
+    return ClipTokenizer(merges, path)

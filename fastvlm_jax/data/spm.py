@@ -1,0 +1,148 @@
+"""SentencePiece BPE models: Llama's and Vicuna's `tokenizer.model`, and those that this package trains."""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterable
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2 as spm_format
+from tokenizers import decoders, models, normalizers, processors
+
+from fastvlm_jax.data.bpe import (
+    END,
+    IMAGE,
+    MAX_TOKEN,
+    PAD,
+    JsonTokenizer,
+    Offsets,
+    add_image,
+    no_special,
+    write_tokenizer,
+)
+
+SPACE = "▁"  # how SentencePiece writes a space
+_PIECE = spm_format.ModelProto.SentencePiece
+_NORMAL, _CONTROL, _UNKNOWN, _BYTE = _PIECE.NORMAL, _PIECE.CONTROL, _PIECE.UNKNOWN, _PIECE.BYTE
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece BPE model; its special tokens are its control symbols and its unknown token.
+
+    Published models put a space before every text that they encode, and cannot tell a U+2581 from a space. Models
+    without that space (this package trains such) get U+2581 as its bytes: they give every text back.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.files = (path,)
+        data = path.read_bytes()
+        self._format = spm_format.ModelProto()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self._format.ParseFromString(data)
+        except Exception as error:  # RuntimeError and protobuf's DecodeError
+            raise ValueError(f"{path} is not a SentencePiece model") from error
+        text, trainer = self._format.normalizer_spec, self._format.trainer_spec
+        types = {piece.type for piece in self._format.pieces}
+        if trainer.model_type != trainer.BPE or text.precompiled_charsmap or text.remove_extra_whitespaces:
+            raise ValueError(f"{path} is not a BPE model of unchanged text, as Llama's and Vicuna's are")
+        if max(len(piece.piece) for piece in self._format.pieces) > MAX_TOKEN:
+            raise ValueError(f"{path} has a piece of more than {MAX_TOKEN} characters")
+        if types - {_NORMAL, _CONTROL, _UNKNOWN, _BYTE} or not trainer.byte_fallback:
+            raise ValueError(f"{path} has user-defined pieces or no bytes for unknown characters, unlike Llama's")
+        self._prefix = text.add_dummy_prefix
+        self.vocab_size = self._model.vocab_size()
+        pieces = enumerate(self._format.pieces)
+        self._special = {piece.piece: i for i, piece in pieces if piece.type in (_CONTROL, _UNKNOWN)}
+        self.bos = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        ends = [END] * (END in self._special) + [self._model.id_to_piece(i) for i in [self._model.eos_id()] if i >= 0]
+        if not ends:
+            raise ValueError(f"{path} has no special token that ends a turn: {END} or one of the model's own")
+        self.end = ends[0]
+        self.pad = PAD if PAD in self._special else self._model.id_to_piece(self._model.unk_id())
+        self.image = IMAGE if IMAGE in self._special else self.pad
+        self.image_id = self._special[self.image]
+
+    def encode(self, text: str) -> list[int]:
+        text.encode()  # half a surrogate pair, which JSON may hold: a ValueError
+        return self.encode_with_offsets(text)[0] if SPACE in text else self._model.encode(text)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        ids, spans, at = [], [], 0
+        for part in [text] if self._prefix else re.split(f"({SPACE})", text):
+            if part == SPACE and not self._prefix:
+                ids += [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in part.encode()]
+                spans += [(at, at + 1)] * 3
+            elif part:
+                # Offsets come in UTF-8 bytes; to_char[b] is the character that byte b belongs to.
+                char_bytes = [len(char.encode()) for char in part] if not part.isascii() else [1] * len(part)
+                to_char = np.append(np.repeat(np.arange(len(part)), char_bytes), len(part)) + at
+                for piece in self._model.encode(part, return_type="proto").pieces:
+                    ids.append(piece.id)
+                    spans.append((int(to_char[piece.begin]), int(to_char[piece.end])))
+            at += len(part)
+        return ids, spans
+
+    def decode(self, ids: Iterable[int]) -> str:
+        special = set(self._special.values())
+        # A model's vocabulary may be padded beyond the tokenizer's.
+        return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size and i not in special])
+
+    def special_id(self, name: str) -> int:
+        if name not in self._special:
+            raise ValueError(no_special(self.files[0], name))
+        return self._special[name]
+
+    def with_image(self) -> "SentencePieceTokenizer | JsonTokenizer":
+        return self if self.image == IMAGE else add_image(self._converted(), self)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        folder = pathlib.Path(folder)
+        for file in self.files:
+            with contextlib.suppress(shutil.SameFileError):
+                shutil.copyfile(file, folder / "tokenizer.model")
+        write_tokenizer(self._converted(), self, folder)
+
+    def _converted(self) -> tokenizers.Tokenizer:
+        """The same model for the `tokenizers` library, which merges by listed pairs where SentencePiece has scores."""
+        # Without the space in front, spaces are spelled as themselves: a U+2581 is then unknown and goes as bytes.
+        space = SPACE if self._prefix else " "
+        normal = {
+            piece.piece.replace(SPACE, space): (i, piece.score)
+            for i, piece in enumerate(self._format.pieces)
+            if piece.type == _NORMAL
+        }
+        others = {piece.piece: i for i, piece in enumerate(self._format.pieces) if piece.type != _NORMAL}
+        vocab = {**{text: i for text, (i, _) in normal.items()}, **others}
+        # SentencePiece merges the pair that makes the piece of the best score; of equal scores the lower id goes first.
+        merges = [
+            (-score, i, text[:cut], text[cut:])
+            for text, (i, score) in normal.items()
+            for cut in range(1, len(text))
+            if text[:cut] in normal and text[cut:] in normal
+        ]
+        merges.sort(key=lambda merge: merge[:2])
+        bpe = models.BPE(
+            vocab,
+            [(left, right) for _, _, left, right in merges],
+            unk_token=self._model.id_to_piece(self._model.unk_id()),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+        model = tokenizers.Tokenizer(bpe)
+        steps = [decoders.ByteFallback(), decoders.Fuse()]
+        if self._prefix:
+            model.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+            steps = [decoders.Replace(SPACE, " "), *steps, decoders.Strip(" ", 1, 0)]
+        model.decoder = decoders.Sequence(steps)
+        if self.bos is not None:
+            first = self._model.id_to_piece(self.bos)
+            model.post_processor = processors.TemplateProcessing(
+                single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[(first, self.bos)]
+            )
+        model.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in self._special])
+        return model

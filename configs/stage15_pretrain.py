@@ -9,6 +9,6 @@ from fastvlm_jax.config import get_base
 def get_config(size: str = "0.5b"):
     c = get_base(size)
     c.stage = "stage15_pretrain"
-    c.data.image_size, c.data.groups, c.data.row_length = 1024, 128, 1024
+    c.data.groups, c.data.row_length = 128, 1024
     c.groups = (("vision/.*", 2e-5, 0.0), ("projector/.*", 2e-5, 0.0), ("llm/.*", 2e-5, 0.0))
     return c

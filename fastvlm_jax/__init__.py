@@ -1,8 +1,8 @@
 """FastVLM training in JAX/Flax for Cloud TPU. `model, variables, processor = fastvlm_jax.load(path)` loads a model."""
 
 
-def load(path):
+def load(path, dtype=None):
     """(model, variables, processor) of a training workdir, a checkpoint or a model directory; see model_io.load."""
     from fastvlm_jax.model_io import load
 
-    return load(path)
+    return load(path, dtype)

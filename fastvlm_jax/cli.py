@@ -14,11 +14,12 @@ USAGE = """usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --hel
   train     --config FILE.py[:ARG] --workdir DIR [--config.KEY=VALUE ...]
   generate  --model DIR --image FILE --prompt TEXT [--max_tokens N] [--temperature T] [--top_p P]
   evaluate  --model DIR --benchmark easy-vqa --data DIR [--limit N] [--output FILE.json]
-  convert   --source DIR --target DIR --layout native|hf
+  convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
   data      easy-vqa --output DIR
   report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
 
---model and --source take a training workdir, one checkpoint in it, or a model directory (ours or transformers')."""
+--model, --source and --config.parent take a training workdir, one checkpoint in it, a model directory of any layout, a
+GGUF file, or parts of a model from several places: vision=DIR,llm=DIR[,projector=DIR]."""
 
 
 def train(argv: list[str]) -> None:
@@ -48,12 +49,15 @@ def generate(argv: list[str]) -> None:
     flags.DEFINE_float("temperature", 0.0, "0 = greedy", flag_values=fv)
     flags.DEFINE_float("top_p", 1.0, "probability mass to draw from", flag_values=fv)
     flags.DEFINE_integer("seed", 0, "of the draws", flag_values=fv)
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16", "float16"], "of parameters and computation", flag_values=fv
+    )
     flags.DEFINE_integer("max_length", 8192, "context: tokens of prompt, image and answer", flag_values=fv)
     parse(fv, argv, required=("model", "prompt"))
     import fastvlm_jax
     from fastvlm_jax.generate import generate
 
-    model, variables, processor = fastvlm_jax.load(fv.model)
+    model, variables, processor = fastvlm_jax.load(fv.model, fv.dtype)
     answers = generate(
         model, variables, processor, fv.image, fv.prompt, max_tokens=fv.max_tokens, temperature=fv.temperature,
         top_p=fv.top_p, seed=fv.seed, max_length=fv.max_length,
@@ -92,20 +96,28 @@ def evaluate(argv: list[str]) -> None:
 def convert(argv: list[str]) -> None:
     """fastvlm convert"""
     fv = flags.FlagValues()
-    flags.DEFINE_string("source", None, "model to convert; its layout is recognised", flag_values=fv)
+    flags.DEFINE_string("source", None, "model to convert, or parts of it; layouts are recognised", flag_values=fv)
     flags.DEFINE_string("target", None, "folder to write", flag_values=fv)
-    flags.DEFINE_enum("layout", "native", ["native", "hf"], "layout to write", flag_values=fv)
+    flags.DEFINE_enum(
+        "layout", "native", ["native", "hf", "llava", "timm", "openclip"], "layout to write", flag_values=fv
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "of the stored weights; as they are by default",
+        flag_values=fv,
+    )
+    flags.DEFINE_bool("fold", False, "fold the encoder's training form (hf and llava always do)", flag_values=fv)
     flags.DEFINE_bool("overwrite", False, "replace a model that is there", flag_values=fv)
     parse(fv, argv, required=("source", "target"))
     from fastvlm_jax import convert, model_io
 
     loaded = model_io.read(fv.source)
-    if fv.layout == "hf":
-        convert.export_hf(loaded.variables, loaded.config, loaded.processor, fv.target, overwrite=fv.overwrite)
-    else:
-        convert.save_native(
-            loaded.variables, loaded.config, loaded.processor, fv.target, loaded.lineage, overwrite=fv.overwrite
-        )
+    convert.write(
+        fv.target, fv.layout, loaded.variables, loaded.config, loaded.processor, loaded.lineage,
+        dtype=fv.dtype, fold=fv.fold, overwrite=fv.overwrite,
+    )  # fmt: skip
     print(f"wrote {fv.target} ({fv.layout})")
 
 

@@ -111,14 +111,19 @@ def generate(
     """Answers to `prompts`, prompt i about image `image_of[i]` (see Processor.__call__); without images, text alone.
 
     Raises:
-      ValueError: a prompt that leaves no room for `max_tokens` in `max_length`, or an unreadable image.
+      ValueError: a prompt that leaves no room for `max_tokens` in `max_length`, an unreadable image, or a model that
+        lacks the part that is asked for.
     """
     if not 0 < max_tokens < max_length:
         raise ValueError(f"max_tokens={max_tokens} must lie between 1 and the context length {max_length}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} must be >= 0 and top_p={top_p} in (0, 1]")
+    if model.llm_args is None or processor is None:
+        raise ValueError("this model has no language model or no tokenizer: add them with llm=DIR")
+    if len(images) and model.vision_args is None:
+        raise ValueError("this model has no encoder and cannot see images: add one with vision=DIR")
     batch = processor(images, prompts, image_of, length=length, max_length=max_length - max_tokens)
-    end = processor.tokenizer.special_id("<|im_end|>")
+    end = processor.end_id
     out = generate_tokens(
         model,
         variables,

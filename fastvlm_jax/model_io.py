@@ -1,40 +1,87 @@
-"""Loads a model from any layout that a command or a stage may be given."""
+"""Loads a model from any layout that a command or a stage may be given, whole or put together from parts."""
 
+import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
+import re
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from fastvlm_jax import checkpoint, convert
+from fastvlm_jax.convert import llava
+from fastvlm_jax.convert.files import CONFIG, DTYPES, gguf_file, read_json
+from fastvlm_jax.convert.gguf import read_gguf_tokenizer
+from fastvlm_jax.convert.mapping import COUNTERS, read_tree
 from fastvlm_jax.data.processor import Processor, load_processor
 from fastvlm_jax.models import fastvlm
-from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.fastvlm import FastVLM, init_variables
+
+PARTS = ("vision", "projector", "llm")
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What a model folder holds: constructor arguments of `fastvlm.build`, variables on the host, and the rest."""
+    """What a model holds: constructor arguments of `fastvlm.build`, variables on the host, and the rest.
+
+    Attributes:
+      config: {"vision": ..., "llm": ..., "dtype": ...}; a part that the model lacks is left out.
+      variables: arrays, or Leaves that are read from the files when they are asked for.
+      processor: None for an encoder alone, and where there is no tokenizer.
+      lineage: JSON values.
+    """
 
     config: dict[str, Any]
     variables: dict[str, Any]
-    processor: Processor
+    processor: Processor | None
     lineage: dict[str, Any]
 
 
-def read(path: str | os.PathLike) -> Loaded:
-    """Reads a training workdir, one checkpoint in it, our model directory or a transformers one.
+def read(source: str | os.PathLike) -> Loaded:
+    """Reads a model, or the parts of one from several places.
+
+    Args:
+      source: a training workdir, one checkpoint in it, a model directory of any layout, or a GGUF file; or parts, as
+        "vision=DIR,llm=DIR[,projector=DIR]", each of which may be the whole model that the part is taken from.
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or nothing known; the message names the file and the mend.
     """
-    path = pathlib.Path(path).expanduser()
+    if not re.match(rf"({'|'.join(PARTS)})=", str(source)):
+        return _read_one(pathlib.Path(source).expanduser())
+    paths = {}
+    for item in str(source).split(","):
+        part, equals, path = item.partition("=")
+        if part not in PARTS or not equals or not path or part in paths:
+            raise ValueError(f"{source}: {item!r} is not a part; write vision=DIR,llm=DIR[,projector=DIR]")
+        paths[part] = path
+    read_one = functools.cache(_read_one)
+    loaded = {part: read_one(pathlib.Path(path).expanduser()) for part, path in paths.items()}
+    config, variables = {"dtype": "float32"}, {}
+    for part, model in loaded.items():
+        if part not in model.variables["params"]:
+            raise ValueError(f"{paths[part]} has no {part}: it holds {', '.join(model.variables['params'])}")
+        for collection, tree in model.variables.items():
+            if part in tree:
+                variables.setdefault(collection, {})[part] = tree[part]
+        if part in model.config:
+            config[part] = model.config[part]
+    for part in ("vision", "llm"):
+        if "projector" in paths and part not in paths:
+            raise ValueError(f"{source}: a projector joins vision and llm: name {part}=DIR too")
+    processor = loaded["llm"].processor if "llm" in loaded else None
+    lineage = {"parts": {part: {"source": paths[part], **model.lineage} for part, model in loaded.items()}}
+    return Loaded(config, variables, processor, lineage)
+
+
+def _read_one(path: pathlib.Path) -> Loaded:
     if not path.exists():
         raise FileNotFoundError(f"there is no model at {path}; give a training workdir or a model directory")
-    found = checkpoint.find(path)
+    found = checkpoint.find(path) if path.is_dir() else None
     if found is not None:
         workdir, folder = found
         run = checkpoint.read_run(workdir)
@@ -42,24 +89,57 @@ def read(path: str | os.PathLike) -> Loaded:
         variables = checkpoint.load_variables(folder, abstract_variables(fastvlm.build(**config)))
         lineage = {**run["lineage"], "step": int(folder.name)}
         return Loaded(config, variables, load_processor(workdir / "processor"), lineage)
+    layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
-    lineage = convert.read_lineage(path) if convert.recognise(path) == "native" else {"source": "hf"}
-    return Loaded(config, variables, load_processor(path), lineage)
+    lineage = convert.read_lineage(path) if layout == "native" else {"source": layout}
+    processor = _processor(path, layout, config)
+    if layout == "fastvlm" and processor is not None:
+        statistics = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
+        config = {**config, "vision": {**config["vision"], **statistics}}
+    return Loaded(config, variables, processor, lineage)
 
 
-def load(path: str | os.PathLike) -> tuple[FastVLM, dict[str, Any], Processor]:
-    """(model, variables, processor) of any layout that `read` knows, the variables on the default device."""
-    loaded = read(path)
-    return fastvlm.build(**loaded.config), jax.tree.map(jnp.asarray, loaded.variables), loaded.processor
+def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Processor | None:
+    """The processor of a model directory; what its files leave open is as FastVLM has it. None without a tokenizer."""
+    if not config.get("llm"):
+        return None
+    if layout == "gguf":
+        return Processor(read_gguf_tokenizer(gguf_file(path)), "chatml", 0, 0)
+    size = 0
+    if layout == "llava":
+        size = llava.image_size(path / CONFIG, read_json(path / CONFIG))
+    elif layout == "fastvlm":
+        size = 1024
+    tokens = fastvlm.build(**config).tokens_per_image if config.get("vision") else None
+    template = "qwen_2" if config["llm"].get("qkv_bias", True) else None
+    with contextlib.suppress(FileNotFoundError):
+        return load_processor(path, tokens, template, size)
+    return None
 
 
-def init_variables(model: FastVLM, rng: jax.Array) -> dict[str, Any]:
-    """Random variables, boxed with their logical axes; the shapes do not depend on the batch."""
-    side = model.stride
-    text = jnp.zeros((1, 1, 1), jnp.int32)
-    return model.init(rng, jnp.zeros((1, 1, side, side, 3), jnp.uint8), text, text, text, text)
+def load(source: str | os.PathLike, dtype: str | None = None) -> tuple[FastVLM, dict[str, Any], Processor | None]:
+    """(model, variables, processor) of whatever `read` knows, the variables on the default device.
+
+    Args:
+      dtype: of the parameters and the computation, "float32", "bfloat16" or "float16"; None gives float32 parameters
+        and the computation that the model was trained with. BatchNorm statistics are always float32.
+
+    Raises:
+      ValueError: a model of parts that lacks its projector, another dtype.
+    """
+    loaded = read(source)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if {"vision", "llm"} <= set(loaded.variables["params"]) and "projector" not in loaded.variables["params"]:
+        raise ValueError(f"{source} has no projector: train one (configs/stage1_align.py) with it as --config.parent")
+    variables = {
+        name: read_tree(tree, DTYPES[dtype or "float32"] if name == "params" else np.float32, jax.device_put)
+        for name, tree in loaded.variables.items()
+        if name != COUNTERS
+    }
+    return fastvlm.build(**{**loaded.config, "dtype": dtype or loaded.config["dtype"]}), variables, loaded.processor
 
 
 def abstract_variables(model: FastVLM) -> dict[str, Any]:
     """Shapes and dtypes of the model's variables, unboxed."""
-    return nn.unbox(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))
+    return {"batch_stats": {}, **nn.unbox(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))}

@@ -114,3 +114,10 @@ def shardings_of(abstract, mesh: Mesh):
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def place(leaf, layout: NamedSharding) -> jax.Array:
+    """A float32 array laid out by `layout`; of a leaf in a file (convert.mapping.Leaf), each device's part is read."""
+    if isinstance(leaf, jax.Array | np.ndarray):
+        return jax.device_put(np.asarray(leaf, np.float32), layout)
+    return jax.make_array_from_callback(leaf.shape, layout, lambda index: leaf.read(index, np.float32))

@@ -1,5 +1,6 @@
 """One training run from top to bottom: mesh, parent, data, state, restore, loop."""
 
+import dataclasses
 import math
 import pathlib
 import signal
@@ -13,12 +14,15 @@ import ml_collections
 
 from fastvlm_jax import checkpoint, evaluate, model_io, optim, sharding
 from fastvlm_jax import config as config_lib
+from fastvlm_jax.convert.encoder import without_head
 from fastvlm_jax.data.pipeline import Loader, eval_batches, make_loader
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.tokenizer import load_tokenizer
 from fastvlm_jax.metrics import MetricsWriter
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.decoder import Decoder
+from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.fold import fold_variables
 from fastvlm_jax.train_step import TrainState, eval_step, train_step
@@ -51,11 +55,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     processor = make_processor(config, model, parent)
     abstract_params = model_io.abstract_variables(model)["params"]
     trainable, _ = optim.split(abstract_params, config.groups)
-    if config.model.vision.batch_norm == "train" and not any(path.startswith("vision/") for path in trainable):
+    if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
         raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
     settings = config_lib.plain(config)
     lineage = checkpoint.make_lineage(settings, parent and parent.lineage, source.fingerprint)
-    variables = adapt(parent, settings["model"], model) if parent else None
+    variables = adapt(parent, model) if parent else None
 
     with jax.set_mesh(mesh):
         batches = sharding.batch_sharding(mesh)
@@ -144,7 +148,7 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
     Raises:
       ValueError: the tokenizer has more ids than the model.
     """
-    if config.data.tokenizer or parent is None:
+    if config.data.tokenizer or parent is None or parent.processor is None:
         tokenizer = load_tokenizer(config.data.tokenizer or config.data.path)
     else:
         tokenizer = parent.processor.tokenizer
@@ -153,36 +157,73 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
             f"the tokenizer has {tokenizer.vocab_size} ids and model.llm.vocab_size is {model.llm_args['vocab_size']}; "
             f"set --config.model.llm.vocab_size={tokenizer.vocab_size}"
         )
-    size = config.data.image_size
-    if size % model.stride:
-        raise ValueError(f"data.image_size={size} must be a multiple of {model.stride}, the stride of the encoder")
-    return Processor(tokenizer, config.data.template, size, model.tokens_per_image(size))
+    size, vision = config.data.image_size, fastvlm.make_encoder(**model.vision_args)
+    try:
+        tokens = model.tokens_per_image(size)
+    except ValueError as error:
+        raise ValueError(f"data.image_size={size}: {error}") from error
+    return Processor(tokenizer, config.data.template, size, tokens, tuple(vision.image_mean), tuple(vision.image_std))
 
 
-def adapt(parent: model_io.Loaded, wanted: dict[str, Any], model: FastVLM) -> dict[str, Any]:
-    """The parent's variables in the form that this stage wants: a branched encoder is folded for a folded stage.
+# What may differ between a parent and a stage; a CLIP projection is dropped, a context length computes nothing.
+FREE = (
+    "form", "batch_norm", "drop_path", "remat", "init_std", "layer_scale_init", "head_features", "head_bias",
+    "context_length", "parent", "name",
+)  # fmt: skip
+
+
+def adapt(parent: model_io.Loaded, model: FastVLM) -> dict[str, Any]:
+    """The parent's variables in the form that this stage wants, arrays or Leaves; parts it lacks are left out.
+
+    A branched encoder is folded for a folded stage, and a CLIP projection is dropped.
 
     Raises:
       ValueError: the parent is a model of another size, or is folded where the branched form is wanted.
     """
-    same = ("form", "batch_norm", "drop_path", "remat", "dtype")  # may differ between the stages
-    for key, there, here in config_lib.differences(config_lib.plain(parent.config), wanted):
-        if key.split(".")[-1] not in same and there is not None:
-            raise ValueError(f"parent has model.{key} {there!r} and this stage {here!r}: they must be of the same size")
-    forms = parent.config["vision"].get("form"), wanted["vision"]["form"]
-    if forms == ("folded", "branched"):
-        raise ValueError("the parent's encoder is folded and cannot be unfolded: set --config.model.vision.form=folded")
-    variables = fold_variables(parent.variables) if forms == ("branched", "folded") else parent.variables
+    there, config, variables = fastvlm.build(**parent.config), parent.config, parent.variables
+    if there.vision_args is not None:
+        theirs, ours = (fastvlm.make_encoder(**args) for args in (there.vision_args, model.vision_args))
+        check_same("vision", theirs, ours)
+        _, variables = without_head(config, variables)
+        if isinstance(ours, FastViT) and theirs.form != ours.form:
+            if theirs.form == "folded":
+                raise ValueError(
+                    "the parent's encoder is folded and cannot be unfolded: set --config.model.vision.form=folded"
+                )
+            variables = fold_variables(variables)
+    if there.llm_args is not None:
+        theirs, ours = (Decoder(**args) for args in (there.llm_args, model.llm_args))
+        check_same("llm", *(llm.clone(head_dim=llm.size_of_head) for llm in (theirs, ours)))
     expected = model_io.abstract_variables(model)
-    if jax.tree.map(jnp.shape, variables) != jax.tree.map(jnp.shape, expected):
-        raise ValueError(
-            "the parent's parameters have other shapes than this stage's model: they must be of the same size"
-        )
+    variables = {
+        name: {part: tree for part, tree in variables.get(name, {}).items() if part in expected[name]}
+        for name in expected
+    }
+    for name, parts in variables.items():
+        for part, tree in parts.items():
+            if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, expected[name][part]):
+                raise ValueError(
+                    f"the parent's {part} has other {name} than this stage's: they must be of the same size"
+                )
     return variables
 
 
+def check_same(part: str, theirs: nn.Module, ours: nn.Module) -> None:
+    """Raises ValueError, naming the attribute, where two modules are not of the same size."""
+    kinds = type(theirs).__name__, type(ours).__name__
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"parent has a {kinds[0]} for model.{part} and this stage a {kinds[1]}: choose the same kind")
+    for field in dataclasses.fields(ours):
+        x, y = (list(x) if isinstance(x, list | tuple) else x for x in (getattr(m, field.name) for m in (theirs, ours)))
+        if field.name not in FREE and x != y:
+            raise ValueError(f"parent has model.{part}.{field.name} {x!r} and this stage {y!r}: they must be the same")
+
+
 def state_of(model: FastVLM, optimizer, groups: optim.Groups, mesh):
-    """(make_state(rng, variables or None), abstract state, its shardings): a state that is born sharded."""
+    """(make_state(rng, variables or None), abstract state, its shardings): a state that is born sharded.
+
+    `variables` may hold some parts of the model only; the others are initialized.
+    """
 
     def build(params, batch_stats) -> TrainState:
         trainable, _ = optim.split(params, groups)
@@ -190,7 +231,7 @@ def state_of(model: FastVLM, optimizer, groups: optim.Groups, mesh):
 
     def fresh(rng) -> TrainState:
         variables = model_io.init_variables(model, rng)
-        return build(variables["params"], variables["batch_stats"])
+        return build(variables["params"], variables.get("batch_stats", {}))
 
     boxed = jax.eval_shape(fresh, jax.random.key(0))
     shardings = sharding.shardings_of(boxed, mesh)
@@ -198,10 +239,20 @@ def state_of(model: FastVLM, optimizer, groups: optim.Groups, mesh):
     def make_state(rng, variables) -> TrainState:
         if variables is None:
             return jax.jit(lambda rng: nn.unbox(fresh(rng)), out_shardings=shardings)(rng)
-        placed = jax.device_put(
-            (variables["params"], variables["batch_stats"]), (shardings.params, shardings.batch_stats)
-        )
-        return jax.jit(build, out_shardings=shardings)(*placed)
+        wanted = {"params": shardings.params, "batch_stats": shardings.batch_stats}
+        missing = {
+            name: {p: s for p, s in tree.items() if p not in variables.get(name, {})} for name, tree in wanted.items()
+        }
+
+        def rest(rng):
+            made = nn.unbox(model_io.init_variables(model, rng))
+            return {name: {part: made[name][part] for part in parts} for name, parts in missing.items()}
+
+        initialized = jax.jit(rest, out_shardings=missing)(rng)
+        given = {name: {p: s for p, s in tree.items() if p not in missing[name]} for name, tree in wanted.items()}
+        placed = jax.tree.map(sharding.place, {name: variables.get(name, {}) for name in given}, given)
+        whole = {name: {**initialized[name], **placed[name]} for name in wanted}
+        return jax.jit(build, out_shardings=shardings)(whole["params"], whole["batch_stats"])
 
     return make_state, nn.unbox(boxed), shardings
 

@@ -51,15 +51,14 @@ def train_step(
       The new state and device scalars: loss, tokens (supervised), grad_norm (before clipping).
     """
     trainable, frozen = optim.split(state.params, groups)
-    rngs = (
-        {"drop_path": jax.random.fold_in(jax.random.key(seed), state.step)} if model.vision_args["drop_path"] else None
-    )
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    rngs = {"drop_path": rng} if model.vision_args.get("drop_path") else None
 
     def loss_fn(trainable):
         variables = {"params": optim.merge(trainable, frozen), "batch_stats": state.batch_stats}
         logits, updated = model.apply(variables, **inputs(batch), train=True, mutable=["batch_stats"], rngs=rngs)
         total, tokens = cross_entropy(logits, batch)
-        return total / jnp.maximum(tokens, 1), (tokens, updated["batch_stats"])
+        return total / jnp.maximum(tokens, 1), (tokens, updated.get("batch_stats", {}))
 
     (loss, (tokens, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)

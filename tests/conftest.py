@@ -17,9 +17,29 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 
 import pytest
 
+TESTS = pathlib.Path(__file__).parent
+# What is compared with PyTorch; the quickstart ends with such a comparison.
+TORCH = ("import torch", "from torch", "import transformers", "import timm", "quickstart.sh")
+
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests of full-size models")
+    parser.addoption("--no-torch", action="store_true", help="leave out the test files that need PyTorch")
+
+
+def needs_torch(path: pathlib.Path) -> bool:
+    return path.name.startswith("test_") and any(word in path.read_text() for word in TORCH)
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.getoption("--no-torch") and collection_path.suffix == ".py" and needs_torch(collection_path):
+        return True
+
+
+def pytest_report_header(config):
+    if config.getoption("--no-torch"):
+        left_out = sorted(str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py") if needs_torch(path))
+        return ["NOT TESTED without torch: " + ", ".join(left_out)]
 
 
 LONGEST = ("test_quickstart.py", "test_train.py")  # first, so that two workers end together

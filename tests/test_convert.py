@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from torch_reference import jit, randomise, stored, timm_tower, to_nchw, tower_shapes, transformers
+from torch_reference import jit, randomise, to_nchw, transformers
 
 from fastvlm_jax import convert
-from fastvlm_jax.convert import hf
-from fastvlm_jax.convert.mapping import shapes_of, to_jax, to_torch
-from fastvlm_jax.convert.timm import tower_rows
+from fastvlm_jax.convert import fastvlm as layout
+from fastvlm_jax.convert.decoder import text_config
+from fastvlm_jax.convert.mapping import shapes_of, to_torch
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.models import fastvlm
@@ -52,15 +52,18 @@ def random_variables(config):
     return model, flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
+def write(target, layout, variables, config, processor, **options):
+    convert.write(target, layout, variables, config, processor, {"stage": "stage1_align", "parent": None}, **options)
+
+
 @pytest.fixture(scope="module")
 def reference(processor):
     """A random FastVLM of transformers' own making, folded, with untied embeddings."""
     vision, llm = FastViT(**TINY, form="folded"), Decoder(**LLM, tie_embeddings=False)
-    special = {"<|endoftext|>": 0, "<|im_end|>": 3, "<image>": processor.tokenizer.special_id("<image>")}
     config = transformers.FastVlmConfig(
-        vision_config=hf.vision_config(vision),
-        text_config=hf.text_config(llm, special),
-        image_token_index=special["<image>"],
+        vision_config=layout.vision_config(vision),
+        text_config=text_config(llm, bos_token_id=0, eos_token_id=3, pad_token_id=0),
+        image_token_index=processor.tokenizer.special_id("<image>"),
     )
     return randomise(transformers.FastVlmForConditionalGeneration(config), 0).eval()
 
@@ -82,8 +85,8 @@ def stub(processor, tmp_path_factory):
     """A small model in both layouts: {"native": folder, "hf": folder}."""
     root = tmp_path_factory.mktemp("stub")
     _, variables = random_variables(STUB)
-    convert.save_native(variables, STUB, processor, root / "native", {})
-    convert.export_hf(variables, STUB, processor, root / "hf")
+    write(root / "native", "native", variables, STUB, processor)
+    write(root / "hf", "hf", variables, STUB, processor)
     return {"native": root / "native", "hf": root / "hf"}
 
 
@@ -94,7 +97,9 @@ def hf_copy(stub, tmp_path):
 
 def assert_same_tree(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def refused(error, message):
@@ -107,7 +112,7 @@ def refused(error, message):
 
 def test_torch_to_jax_to_torch_is_the_identity(reference_folder, imported, processor, tmp_path):
     config, variables = imported
-    convert.export_hf(variables, config, processor, tmp_path / "out")
+    write(tmp_path / "out", "hf", variables, config, processor)
     before, after = (load_file(folder / "model.safetensors") for folder in (reference_folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -115,21 +120,10 @@ def test_torch_to_jax_to_torch_is_the_identity(reference_folder, imported, proce
         np.testing.assert_array_equal(after[name], tensor, err_msg=name)
 
 
-@pytest.mark.parametrize("form", ["folded", "branched"])
-def test_timm_to_jax_to_timm_is_the_identity(form):
-    model = FastViT(**TINY, form=form)
-    tower = timm_tower(model)
-    rows, shapes = tower_rows(model.layers, model.mixers, form), tower_shapes(model)
-    back = to_torch(rows, to_jax(rows, stored(tower), shapes, "timm"), shapes)
-    assert back.keys() == tower.state_dict().keys()
-    for name, tensor in tower.state_dict().items():
-        np.testing.assert_array_equal(back[name], tensor.numpy(), err_msg=name)
-
-
 def test_branched_model_exports_to_strict_loading_and_equal_logits(processor, tmp_path):
     """The way of a trained model: branched, tied embeddings; transformers finds every tensor and no other."""
     model, variables = random_variables(CONFIG)
-    convert.export_hf(variables, CONFIG, processor, tmp_path / "out")
+    write(tmp_path / "out", "hf", variables, CONFIG, processor)
     load = transformers.FastVlmForConditionalGeneration.from_pretrained
     theirs, info = load(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
@@ -164,9 +158,8 @@ def test_table_names_what_transformers_names(vision, llm, tmp_path):
     config = {"vision": {**TINY, "form": "folded", **vision}, "llm": {**LLM, **llm}}
     model = fastvlm.build(**config)
     tower, decoder = FastViT(**model.vision_args), Decoder(**model.llm_args)
-    special = {"<|endoftext|>": 0, "<|im_end|>": 3, "<image>": 4}
     their_config = transformers.FastVlmConfig(
-        vision_config=hf.vision_config(tower), text_config=hf.text_config(decoder, special), image_token_index=4
+        vision_config=layout.vision_config(tower), text_config=text_config(decoder, eos_token_id=3), image_token_index=4
     )
     with torch.device("meta"):
         expected = transformers.FastVlmForConditionalGeneration(their_config).state_dict()
@@ -174,11 +167,11 @@ def test_table_names_what_transformers_names(vision, llm, tmp_path):
         expected.pop("lm_head.weight")
     shapes = shapes_of(model)
     zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
-    found = to_torch(hf.rows(tower, decoder), flax.traverse_util.unflatten_dict(zeros, sep="/"), shapes)
+    found = to_torch(layout.rows(tower, decoder), flax.traverse_util.unflatten_dict(zeros, sep="/"), shapes)
     assert {name: x.shape for name, x in found.items()} == {name: tuple(x.shape) for name, x in expected.items()}
 
     their_config.save_pretrained(tmp_path)
-    read = fastvlm.build(**hf.read_config(tmp_path / "config.json"))
+    read = fastvlm.build(**layout.read_config(tmp_path / "config.json"))
     assert shapes_of(read) == shapes
     assert Decoder(**read.llm_args) == decoder.clone(head_dim=decoder.size_of_head)
 
@@ -191,8 +184,8 @@ def test_shards_read_as_one_file_does(reference, imported, tmp_path):
 
 def test_bfloat16_export_holds_the_rounded_weights(processor, tmp_path):
     _, variables = random_variables(STUB)
-    convert.export_hf(variables, STUB, processor, tmp_path / "out", dtype="bfloat16")
-    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), variables)
+    write(tmp_path / "out", "hf", variables, STUB, processor, dtype="bfloat16")
+    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), variables)
     assert_same_tree(convert.load_weights(tmp_path / "out")[1], rounded)
 
 
@@ -200,10 +193,10 @@ def test_tied_checkpoint_may_repeat_the_embedding_as_its_head(hf_copy):
     tensors = load_file(hf_copy / "model.safetensors")
     embedding = tensors["model.language_model.embed_tokens.weight"]
     save_file({**tensors, "lm_head.weight": embedding}, hf_copy / "model.safetensors")
-    convert.import_hf(hf_copy)
+    convert.load_weights(hf_copy)
     save_file({**tensors, "lm_head.weight": embedding + 1}, hf_copy / "model.safetensors")
     with refused(ValueError, "config.json ties lm_head.weight to the embedding, but they differ"):
-        convert.import_hf(hf_copy)
+        convert.load_weights(hf_copy)
 
 
 # Our own directory.
@@ -212,7 +205,7 @@ def test_tied_checkpoint_may_repeat_the_embedding_as_its_head(hf_copy):
 @pytest.mark.parametrize("config", [CONFIG, STUB], ids=["branched", "folded"])
 def test_native_round_trip_is_the_identity(config, processor, tmp_path):
     _, variables = random_variables(config)
-    convert.save_native(variables, config, processor, tmp_path / "out", {"stage": "stage1_align", "parent": None})
+    write(tmp_path / "out", "native", variables, config, processor)
     assert convert.recognise(tmp_path / "out") == "native"
     read_config, read = convert.load_weights(tmp_path / "out")
     assert read_config == config
@@ -221,7 +214,7 @@ def test_native_round_trip_is_the_identity(config, processor, tmp_path):
 
 
 def test_layouts_are_recognised(stub):
-    assert {layout: convert.recognise(folder) for layout, folder in stub.items()} == {"native": "native", "hf": "hf"}
+    assert {name: convert.recognise(path) for name, path in stub.items()} == {"native": "native", "hf": "fastvlm"}
 
 
 # What is already at the target, and what a failed export leaves there.
@@ -231,19 +224,19 @@ def test_occupied_target_is_refused_and_kept(hf_copy, processor):
     _, variables = random_variables(STUB)
     before = sorted(hf_copy.iterdir())
     with refused(ValueError, f"{hf_copy} is not empty: name another folder, or --overwrite"):
-        convert.export_hf(variables, STUB, processor, hf_copy)
+        write(hf_copy, "hf", variables, STUB, processor)
     assert sorted(hf_copy.iterdir()) == before
 
 
 def test_overwrite_replaces_a_model_and_nothing_else(hf_copy, processor, tmp_path):
     _, variables = random_variables(STUB)
-    convert.save_native(variables, STUB, processor, hf_copy, {}, overwrite=True)
+    write(hf_copy, "native", variables, STUB, processor, overwrite=True)
     assert convert.recognise(hf_copy) == "native" and not (hf_copy / "generation_config.json").exists()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     (tmp_path / "photos" / "config.json").write_text("{}")
     with refused(ValueError, "photos holds other things than a model"):
-        convert.save_native(variables, STUB, processor, tmp_path / "photos", {}, overwrite=True)
+        write(tmp_path / "photos", "native", variables, STUB, processor, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "photos"]
 
 
@@ -256,7 +249,7 @@ def test_failed_export_leaves_nothing(processor, tmp_path):
     broken = Processor(load_tokenizer(lost), "qwen_2", 32, 1)
     shutil.rmtree(lost.parent)
     with pytest.raises(FileNotFoundError):
-        convert.export_hf(variables, STUB, broken, tmp_path / "out")
+        write(tmp_path / "out", "hf", variables, STUB, broken)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,7 +276,7 @@ NORM = "model.language_model.norm.weight"
     [
         (lambda t: t.pop(NORM), f"tensor {NORM} is missing"),
         (lambda t: t.update(extra=np.zeros(1, np.float32)), "tensor extra is none of this model's"),
-        (lambda t: t.update({NORM: np.zeros(31, np.float32)}), f"{NORM} has shape (31,), config.json asks for (32,)"),
+        (lambda t: t.update({NORM: np.zeros(31, np.float32)}), f"{NORM} has shape (31,), the model asks for (32,)"),
         (lambda t: t.update({NORM: np.zeros(32, np.int8)}), f"tensor {NORM} is I8, not F32 or BF16 or F16"),
     ],
     ids=["missing", "unknown", "shape", "dtype"],
@@ -334,7 +327,7 @@ def test_missing_files_are_named(hf_copy, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.update(model_type="llava"), "describes 'llava': only 'fastvlm_jax' or 'fast_vlm'"),
+        (lambda c: c.update(model_type="bert"), "describes 'bert': only 'fastvlm_jax', 'fast_vlm'"),
         (lambda c: c.pop("vision_config"), "vision_config is None, it must be an object"),
         (lambda c: c["vision_config"].update(architecture="resnet50"), "architecture is 'resnet50'"),
         (lambda c: c["vision_config"]["model_args"].update(lkc_use_act=False), "model_args.lkc_use_act asks for"),
@@ -366,16 +359,16 @@ def test_damaged_config_is_named(hf_copy):
 def test_sizes_that_timm_cannot_express_are_refused(processor, tmp_path):
     config = {**STUB, "vision": {**STUB["vision"], "embed_dims": [32], "mixers": ["attention"]}}
     _, variables = random_variables(config)
-    with refused(ValueError, "vision.mixers=['attention'] has no transformers layout"):
-        convert.export_hf(variables, config, processor, tmp_path / "out")
+    with refused(ValueError, "timm has no architecture with model.vision mixers=('attention',)"):
+        write(tmp_path / "out", "hf", variables, config, processor)
 
 
 def test_variables_of_another_model_are_refused(processor, tmp_path):
     _, variables = random_variables(STUB)
     wider = {**STUB, "llm": {**LLM, "mlp_dim": 64}}
     with refused(ValueError, "variable params/llm/layers/down/kernel has shape (2, 48, 32), the config asks for"):
-        convert.save_native(variables, wider, processor, tmp_path / "out", {})
+        write(tmp_path / "out", "native", variables, wider, processor)
     del variables["params"]["projector"]["fc1"]["bias"]
     with refused(ValueError, "variable params/projector/fc1/bias is missing"):
-        convert.export_hf(variables, STUB, processor, tmp_path / "out")
+        write(tmp_path / "out", "hf", variables, STUB, processor)
     assert not (tmp_path / "out").exists()

@@ -156,7 +156,7 @@ def test_branched_parent_is_folded_for_a_folded_stage(easy_vqa, straight, tmp_pa
         (dict(parent="/nowhere"), "there is no model at /nowhere"),
         (dict(data__path="/nowhere"), "there is no dataset folder /nowhere"),
         (dict(data__path=""), "data.path is empty"),
-        (dict(data__image_size=20), "data.image_size=20 must be a multiple of 8"),
+        (dict(data__image_size=20), "data.image_size=20: image size 20x20 must be a multiple of 8"),
         (dict(groups=(("llm/.*", 1e-3, 0.0),)), "no pattern matches parameter"),
         (dict(groups=((".*", 1e-3, 0.0), ("lmm/.*", 1e-3, 0.0))), "'lmm/.*' takes no parameter"),
         (

@@ -1,15 +1,137 @@
-"""Model directories in and out: one mapping table a published layout, read forwards to import, backwards to export."""
+"""Models in and out: one mapping table a published layout, read forwards to import, backwards to export."""
 
 import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-from fastvlm_jax.convert.files import recognise
-from fastvlm_jax.convert.hf import export_hf, import_hf
-from fastvlm_jax.convert.native import load_native, read_lineage, save_native
+import flax.linen as nn
+import jax
+import numpy as np
 
-__all__ = ["export_hf", "import_hf", "load_native", "load_weights", "read_lineage", "recognise", "save_native"]
+from fastvlm_jax.convert import causal_lm, encoder, fastvlm, gguf, llava, native
+from fastvlm_jax.convert.files import DTYPES, gguf_file, new_folder, recognise
+from fastvlm_jax.convert.mapping import described, to_jax
+from fastvlm_jax.convert.native import read_lineage
+from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.models.fold import fold_variables
+
+__all__ = ["LAYOUTS", "load_weights", "read_lineage", "recognise", "write"]
+
+
+def _read_gguf(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
+    file = gguf_file(source)
+    llm, rows, tensors = gguf.read_gguf(file)
+    model_config = {"llm": llm, "dtype": "float32"}
+    _, shapes = described(model_config, file)
+    return model_config, to_jax(rows, tensors, shapes, file)
+
+
+READERS = {
+    "native": native.read,
+    "fastvlm": fastvlm.read,
+    "llava": llava.read,
+    "decoder": causal_lm.read,
+    "gguf": _read_gguf,
+    "vit": encoder.read_vit,
+    "timm": encoder.read_timm,
+    "openclip": encoder.read_openclip,
+}
+LAYOUTS = ("native", "hf", "llava", "timm", "openclip")  # that can be written
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """(model_config, variables) of a model directory of any layout; raises what `recognise` and the readers do."""
-    return {"native": load_native, "hf": import_hf}[recognise(path)](path)
+    """(model_config, variables as Leaves) of a model of any layout; raises what `recognise` and the readers do."""
+    return READERS[recognise(path)](path)
+
+
+def write(
+    target: str | os.PathLike,
+    layout: str,
+    variables: dict,
+    model_config: Mapping[str, Any],
+    processor: Processor | None,
+    lineage: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    fold: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model directory, whole or not at all.
+
+    Args:
+      target: a folder that does not exist or is empty; with `overwrite`, a model directory to replace.
+      layout: one of LAYOUTS. "hf" is FastVLM for a whole model, and the plain language model or ViT for a part;
+        "timm" and "openclip" take the encoder of any model.
+      variables: of `fastvlm.build(**model_config)`; arrays, boxed or not, or Leaves.
+      model_config: {"vision": ..., "llm": ..., "dtype": ...}; an absent part is None or left out.
+      processor: None for an encoder alone.
+      lineage: kept by the native layout.
+      dtype: of the stored weights; None leaves each as it is.
+      fold: fold a branched encoder; "hf" and "llava" do it for whole models anyway.
+
+    Raises:
+      ValueError: a layout that cannot hold the model, a size that it cannot express, an occupied target.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+    variables = nn.unbox(variables)
+    parts = {name for name in ("vision", "llm") if model_config.get(name)}
+    whole = parts == {"vision", "llm"}
+    if layout == "llava" and not whole:
+        raise ValueError(f"the llava layout holds whole models only, this is {' and '.join(parts)} alone")
+    if layout in ("timm", "openclip"):
+        if "vision" not in parts:
+            raise ValueError(f"the {layout} layout holds an encoder, and this model has none")
+        model_config, variables = _tower(model_config, variables)
+        parts, whole = {"vision"}, False
+    family = (model_config.get("vision") or {}).get("family", "fastvit")
+    if layout == "hf" and ((whole and family != "fastvit") or (parts == {"vision"} and family != "vit")):
+        other = "native" if whole else "timm or native"
+        raise ValueError(f"transformers has no class for this {family} model: use --layout {other}")
+    branched = (
+        family == "fastvit" and "vision" in parts and model_config["vision"].get("form", "branched") == "branched"
+    )
+    if branched and (fold or (whole and layout in ("hf", "llava"))):
+        dtype = dtype or _common_dtype(variables)
+        variables = fold_variables(variables)
+        model_config = {**model_config, "vision": {**model_config["vision"], "form": "folded"}}
+    if processor is None and "llm" in parts and layout != "native":
+        raise ValueError("the model has no tokenizer, and PyTorch needs one: put tokenizer.json beside its config.json")
+    with new_folder(target, overwrite) as folder:
+        _write(folder, layout, parts, variables, model_config, processor, lineage, dtype)
+
+
+def _write(folder: pathlib.Path, layout, parts, variables, model_config, processor, lineage, dtype) -> None:
+    if layout == "native":
+        native.write(folder, variables, model_config, lineage, dtype)
+        if processor is not None:
+            processor.save(folder)
+    elif layout == "llava":
+        llava.write(folder, model_config, variables, processor, dtype)
+    elif layout == "timm":
+        encoder.write_timm(folder, model_config, variables, dtype)
+    elif layout == "openclip":
+        encoder.write_openclip(folder, model_config, variables, dtype)
+    elif parts == {"llm"}:
+        causal_lm.write(folder, model_config, variables, processor, dtype)
+    elif parts == {"vision"}:
+        encoder.write_vit(folder, model_config, variables, dtype)
+    else:
+        fastvlm.write(folder, model_config, variables, processor, dtype)
+
+
+def _tower(model_config: Mapping[str, Any], variables: dict) -> tuple[dict[str, Any], dict]:
+    """The encoder of a model alone; counters, which are no part of any, stay."""
+    kept = {
+        name: tree if name == "counters" else {"vision": tree["vision"]}
+        for name, tree in variables.items()
+        if name == "counters" or "vision" in tree
+    }
+    return {"vision": model_config["vision"], "dtype": model_config.get("dtype", "float32")}, kept
+
+
+def _common_dtype(variables: dict) -> str | None:
+    """The dtype of all floating variables, if they have one in common."""
+    found = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(variables)} & set(DTYPES.values())
+    return next(name for name, dtype in DTYPES.items() if dtype in found) if len(found) == 1 else None

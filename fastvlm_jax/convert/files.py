@@ -1,4 +1,4 @@
-"""Model directories on disk: weights read lazily from safetensors, folders written whole or not at all."""
+"""Model directories on disk: layouts told apart, weights read lazily from safetensors, folders written whole or not."""
 
 import contextlib
 import json
@@ -7,40 +7,73 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fastvlm_jax.convert.mapping import Tensor
+from fastvlm_jax.convert.mapping import FLOATS, Outgoing, Tensor
 
-LAYOUTS = {"fastvlm_jax": "native", "fast_vlm": "hf"}  # by `format` or `model_type` in config.json
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth")
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+# What config.json calls itself (`format`, or else `model_type`), and the layout that it is of.
+KINDS = {
+    "fastvlm_jax": "native",
+    "fast_vlm": "fastvlm",
+    "llava_qwen2": "llava",
+    "llava_llama": "llava",
+    "llava": "llava",
+    "qwen2": "decoder",
+    "llama": "decoder",
+    "clip": "vit",
+    "clip_vision_model": "vit",
+    "siglip": "vit",
+    "siglip_vision_model": "vit",
+}
+STEMS = {"openclip": "open_clip_model"}  # of the weight files; "model" elsewhere
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"float32": FLOATS["F32"], "bfloat16": FLOATS["BF16"], "float16": FLOATS["F16"]}
+MAX_SHARD_BYTES = 4_000_000_000
 
 
 def recognise(path: str | os.PathLike) -> str:
-    """The layout of a model directory: "native" (ours) or "hf" (transformers), told by its config.json.
+    """The layout of a model: a key of convert.READERS.
+
+    "native" is ours, "fastvlm", "decoder" and "vit" are transformers', "llava" is ml-fastvlm's.
 
     Raises:
       FileNotFoundError: no such folder, no config.json, no weights.
-      ValueError: a file, a pickle, an unreadable config.json, or one of another kind of model.
+      ValueError: a file that is no model, a pickle, an unreadable config.json, or one of another kind of model.
     """
     path = pathlib.Path(path).expanduser()
     if path.is_file():
+        if path.suffix == ".gguf":
+            return "gguf"
         if path.suffix in PICKLES:
             raise ValueError(_pickle_message(path))
         raise ValueError(f"{path} is a file: give the model directory that it lies in")
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist: give a model directory")
-    config = read_json(path / "config.json")
-    kind = config.get("format", config.get("model_type"))
-    if kind not in LAYOUTS:
-        known = " or ".join(repr(name) for name in LAYOUTS)
-        raise ValueError(f"{path / 'config.json'} describes {kind!r}: only {known} models can be read")
-    _check_weights(path)
-    return LAYOUTS[kind]
+    if (path / OPEN_CLIP_CONFIG).is_file():
+        layout = "openclip"
+    elif not (path / CONFIG).is_file() and len(list(path.glob("*.gguf"))) == 1:
+        return "gguf"
+    else:
+        config = read_json(path / CONFIG)
+        kind = config.get("format", config.get("model_type"))
+        if kind is None and isinstance(config.get("architecture"), str):
+            layout = "timm"
+        elif not isinstance(kind, str) or kind not in KINDS:
+            known = ", ".join(repr(name) for name in KINDS)
+            raise ValueError(f"{path / CONFIG} describes {kind!r}: only {known} and timm models can be read")
+        else:
+            layout = KINDS[kind]
+    check_weights(path, STEMS.get(layout, "model"))
+    return layout
+
+
+def gguf_file(path: str | os.PathLike) -> pathlib.Path:
+    """The file of a model that `recognise` called "gguf": the path itself, or the one GGUF file in that folder."""
+    path = pathlib.Path(path).expanduser()
+    return path if path.is_file() else next(path.glob("*.gguf"))
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -50,10 +83,10 @@ def read_json(path: pathlib.Path) -> dict:
       FileNotFoundError, ValueError: no such file; not a JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give a model directory, ours or one of transformers")
+        raise FileNotFoundError(f"{path} is missing: give a model directory with a config.json")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}): copy or export the model again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: copy or export the model again")
@@ -65,12 +98,18 @@ def write_json(path: pathlib.Path, content: Mapping) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _check_weights(folder: pathlib.Path) -> None:
-    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+def check_weights(folder: pathlib.Path, stem: str = "model") -> None:
+    """Raises FileNotFoundError (ValueError for pickles) unless STEM.safetensors or the index of its shards is there."""
+    weights, index = _names(stem)
+    if (folder / weights).is_file() or (folder / index).is_file():
         return
     if pickles := sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
         raise ValueError(_pickle_message(pickles[0]))
-    raise FileNotFoundError(f"{folder} has no {WEIGHTS} and no {INDEX}: the folder is incomplete, copy it again")
+    raise FileNotFoundError(f"{folder} has no {weights} and no {index}: the folder is incomplete, copy it again")
+
+
+def _names(stem: str) -> tuple[str, str]:
+    return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
 
 
 def _pickle_message(file: pathlib.Path) -> str:
@@ -80,55 +119,94 @@ def _pickle_message(file: pathlib.Path) -> str:
     )
 
 
-def open_weights(folder: pathlib.Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that its index names; each is read when it is indexed.
+def open_weights(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
+    """All tensors of STEM.safetensors, or of the shards that its index names; each is read when it is indexed.
 
     Raises:
       FileNotFoundError, ValueError: no weights, a pickle, a missing shard, a truncated or lying file.
     """
-    _check_weights(folder)
-    if (folder / WEIGHTS).is_file():
-        return _open(folder / WEIGHTS)
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    check_weights(folder, stem)
+    weights, index = _names(stem)
+    if (folder / weights).is_file():
+        return _open(folder / weights)
+    weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / INDEX} has no weight_map: copy it again")
+        raise ValueError(f"{folder / index} has no weight_map: copy it again")
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        if pathlib.PurePath(shard).name != shard:
-            raise ValueError(f"{folder / INDEX} names the shard {shard!r}, which is not a file name: copy it again")
+    for shard in sorted({str(shard) for shard in weight_map.values()}):
+        if pathlib.PurePath(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{folder / index} names the shard {shard!r}, which is no safetensors file beside it")
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard} is missing: {index} names it, copy the model directory again")
         tensors |= _open(folder / shard)
     if missing := sorted(set(weight_map) - set(tensors)):
-        raise ValueError(f"{folder / weight_map[missing[0]]} lacks tensor {missing[0]} of {INDEX}: copy it again")
+        raise ValueError(f"{folder / weight_map[missing[0]]} lacks tensor {missing[0]} of {index}: copy it again")
     return tensors
 
 
 def _open(file: pathlib.Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {INDEX} names it, copy the model directory again")
     try:
         opened = safe_open(file, framework="numpy")
         return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is truncated or damaged ({error}): copy or export it again") from error
 
 
-def save_weights(file: pathlib.Path, tensors: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
-    """Writes safetensors; floating tensors in `dtype` ("float32" | "bfloat16" | "float16").
+def save_weights(
+    folder: pathlib.Path, tensors: Mapping[str, Outgoing], dtype: str | None = None, stem: str = "model"
+) -> str:
+    """Writes STEM.safetensors, or shards of at most MAX_SHARD_BYTES and their index, a shard in memory at a time.
+
+    Args:
+      tensors: what `to_torch` gave.
+      dtype: of floating tensors, "float32" | "bfloat16" | "float16"; None leaves each as it is stored.
+
+    Returns:
+      The dtype that most of the floating values have.
 
     Raises:
       ValueError: another dtype.
     """
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    # safetensors writes the memory behind an array as it lies: views must be copied first (order="C").
-    stored = {
-        name: np.array(x, np.int64 if x.dtype == np.int64 else DTYPES[dtype], order="C", copy=None)
+    targets = {
+        name: DTYPES[dtype] if dtype is not None and x.dtype in DTYPES.values() else x.dtype
         for name, x in tensors.items()
     }
-    file.touch()
-    mode = file.stat().st_mode  # safetensors would leave the file to its owner alone
-    save_file(stored, file, metadata={"format": "pt"})
-    file.chmod(mode)
+    sizes = {name: int(np.prod(x.shape)) * targets[name].itemsize for name, x in tensors.items()}
+    shards, filled = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > MAX_SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = {}
+    for i, names in enumerate(shards):
+        file = _names(stem)[0] if len(shards) == 1 else f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        files |= dict.fromkeys(names, file)
+        # safetensors writes the memory behind an array as it lies: views must be copied first.
+        content = {name: np.array(_as(name, tensors[name], targets[name]), order="C", copy=None) for name in names}
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode  # safetensors would leave the file to its owner alone
+        try:
+            save_file(content, folder / file, {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file} cannot be written: {error}") from error
+        (folder / file).chmod(mode)
+    if len(shards) > 1:
+        write_json(folder / _names(stem)[1], {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+    floats = {name: kind for name, kind in DTYPES.items() if kind in targets.values()} or {"float32": None}
+    return max(floats, key=lambda kind: sum(size for n, size in sizes.items() if targets[n] == floats[kind]))
+
+
+def _as(name: str, tensor: Outgoing, dtype: np.dtype) -> np.ndarray:
+    x = tensor.read()
+    with np.errstate(over="ignore"):
+        y = x.astype(dtype, copy=False)
+    if dtype == np.float16 and not np.isfinite(y).all() and np.isfinite(x).all():
+        raise ValueError(f"tensor {name} has values beyond float16's 65504: write bfloat16 or float32")
+    return y
 
 
 @contextlib.contextmanager

@@ -5,47 +5,40 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-
-from fastvlm_jax.convert.files import new_folder, open_weights, read_json, save_weights, write_json
-from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
-from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
+from fastvlm_jax.convert.mapping import COUNTERS, Row, described, shapes_of, to_jax, to_torch
 from fastvlm_jax.models import fastvlm
 
 FORMAT = "fastvlm_jax"
 
 
-def save_native(
+def write(
+    folder: pathlib.Path,
     variables: dict,
     model_config: Mapping[str, Any],
-    processor: Processor,
-    target: str | os.PathLike,
     lineage: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
+    dtype: str | None = None,
 ) -> None:
-    """Writes `model.safetensors` (float32), `config.json` and the processor's files.
+    """Writes weights and `config.json` into `folder`.
 
     Args:
       variables: of `fastvlm.build(**model_config)`, in whatever form the config says.
-      model_config: {"vision": ..., "llm": ..., "dtype": ...}.
-      processor: writes its own files.
-      target: a folder that does not exist or is empty; with `overwrite`, a model directory to replace.
+      model_config: {"vision": ..., "llm": ..., "dtype": ...}; an absent part is None or left out.
       lineage: JSON values: where these weights come from.
+      dtype: of the stored weights; None leaves each as it is.
 
     Raises:
-      ValueError: variables of another model, an occupied target.
+      ValueError: variables of another model.
     """
     shapes = shapes_of(fastvlm.build(**model_config))
-    sizes = {key: dict(value) if key in ("vision", "llm") else value for key, value in dict(model_config).items()}
-    with new_folder(target, overwrite) as folder:
-        save_weights(folder / "model.safetensors", to_torch(_rows(shapes), nn.unbox(variables), shapes))
-        write_json(folder / "config.json", {"format": FORMAT, "model": sizes, "lineage": dict(lineage)})
-        processor.save(folder)
+    sizes = {key: dict(value) if isinstance(value, Mapping) else value for key, value in dict(model_config).items()}
+    kept = {name: tree for name, tree in variables.items() if name != COUNTERS}
+    save_weights(folder, to_torch(_rows(shapes), kept, shapes), dtype)
+    write_json(folder / CONFIG, {"format": FORMAT, "model": sizes, "lineage": dict(lineage)})
 
 
-def load_native(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """Reads what `save_native` wrote: (model_config, variables of float32 numpy arrays).
+def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
+    """Reads what `write` wrote: (model_config, variables as Leaves).
 
     Raises:
       FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown or damaged.
@@ -53,12 +46,12 @@ def load_native(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     source = pathlib.Path(source).expanduser()
     model_config = _config(source, "model")
     tensors = open_weights(source)
-    _, shapes = described(model_config, source / "config.json")
+    _, shapes = described(model_config, source / CONFIG)
     return model_config, to_jax(_rows(shapes), tensors, shapes, source)
 
 
 def read_lineage(source: str | os.PathLike) -> dict[str, Any]:
-    """The lineage that `save_native` was given."""
+    """The lineage that `write` was given."""
     return _config(pathlib.Path(source).expanduser(), "lineage")
 
 
@@ -67,7 +60,7 @@ def _rows(shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:
 
 
 def _config(source: pathlib.Path, key: str) -> dict[str, Any]:
-    file = source / "config.json"
+    file = source / CONFIG
     value = read_json(file).get(key)
     if not isinstance(value, dict):
         raise ValueError(f"{file}: {key} is missing or not an object: save the model again")

@@ -1,0 +1,67 @@
+"""Plain language models of transformers (`Qwen2ForCausalLM`, `LlamaForCausalLM`): what stage 1 starts from."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from fastvlm_jax.convert.decoder import decoder_rows, read_text_config, text_config
+from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
+from fastvlm_jax.convert.mapping import Tensor, described, shapes_of, to_jax, to_torch
+from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.decoder import Decoder
+
+INVERSE_FREQUENCIES = "rotary_emb.inv_freq"  # in files of transformers before 4.32; computed from rope_theta
+
+
+def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
+    """Reads a model directory, single or sharded: ({"llm": ...}, variables as Leaves).
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown, damaged or not supported.
+    """
+    source = pathlib.Path(source).expanduser()
+    model_config = {"llm": read_text_config(source / CONFIG, read_json(source / CONFIG)), "dtype": "float32"}
+    tensors = {k: x for k, x in open_weights(source).items() if not k.endswith(INVERSE_FREQUENCIES)}
+    model, shapes = described(model_config, source / CONFIG)
+    llm = Decoder(**model.llm_args)
+    drop_tied_head(llm, tensors, "model.embed_tokens.weight", source)
+    return model_config, to_jax(decoder_rows(llm, "model."), tensors, shapes, source)
+
+
+def drop_tied_head(llm: Decoder, tensors: dict[str, Tensor], embedding: str, source: pathlib.Path) -> None:
+    """Takes out an lm_head.weight that only repeats the tied embedding; ValueError where it does not repeat it."""
+    if not llm.tie_embeddings or (head := tensors.pop("lm_head.weight", None)) is None:
+        return
+    tied = tensors.get(embedding)
+    if tied is None or head.get_dtype() != tied.get_dtype() or head[...].tobytes() != tied[...].tobytes():
+        raise ValueError(
+            f"{source}: config.json ties lm_head.weight to the embedding, but they differ: set tie_word_embeddings"
+        )
+
+
+def write(
+    folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, processor: Processor, dtype: str | None
+) -> None:
+    """Writes weights, config.json, generation_config.json and the tokenizer into `folder`."""
+    model = fastvlm.build(llm=model_config["llm"])
+    llm = Decoder(**model.llm_args)
+    stored = save_weights(folder, to_torch(decoder_rows(llm, "model."), variables, shapes_of(model)), dtype)
+    ids = special_ids(processor)
+    config = text_config(llm, **ids)
+    name = "Qwen2ForCausalLM" if llm.qkv_bias else "LlamaForCausalLM"
+    write_json(folder / CONFIG, {"architectures": [name], "dtype": stored, **config})
+    write_json(folder / "generation_config.json", {"do_sample": False, **ids})
+    processor.save(folder)
+
+
+def special_ids(processor: Processor) -> dict[str, int]:
+    """bos, eos and pad as config.json names them; Qwen2 has no bos of its own, Llama pads with its unknown token."""
+    tokenizer = processor.tokenizer
+    pad = tokenizer.special_id(tokenizer.pad)
+    return {
+        "bos_token_id": pad if tokenizer.bos is None else tokenizer.bos,
+        "eos_token_id": processor.end_id,
+        "pad_token_id": pad,
+    }

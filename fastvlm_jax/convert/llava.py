@@ -1,0 +1,138 @@
+"""The layout of ml-fastvlm, which LLaVA's code writes (`LlavaQwen2ForCausalLM`): input of its predict.py and exporters.
+
+The tower is FastViTHD by definition (`mm_vision_tower: mobileclip_l_1024`, the number being the image size), released
+folded and also written in training form by fine-tuning; the projector is `mlp2x_gelu`.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastvlm_jax.convert import apple, causal_lm, fastvlm
+from fastvlm_jax.convert.decoder import decoder_rows, expect, read_text_config, text_config
+from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
+from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
+from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.models import fastvlm as model_lib
+from fastvlm_jax.models.decoder import Decoder
+from fastvlm_jax.models.fastvit import FastViT
+
+TOWER = "mobileclip_l"
+PREFIX = "model.vision_tower.vision_tower.model."
+HEAD = PREFIX + "head.proj"
+HEAD_FEATURES = 768  # of the CLIP projection in mobileclip_l.json; ml-fastvlm stores it and does not compute it
+HD = FastViT()
+
+
+def rows(vision: FastViT, llm: Decoder) -> list[Row]:
+    """The layout, for the form of `vision` and the sizes of `llm`."""
+    projector = fastvlm.projector_rows("model.mm_projector.0", "model.mm_projector.2")
+    return apple.tower_rows(vision, PREFIX) + projector + decoder_rows(llm, "model.")
+
+
+def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
+    """Reads a checkpoint directory, single or sharded: (model_config, variables as Leaves).
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown, damaged or not supported.
+    """
+    source = pathlib.Path(source).expanduser()
+    config = read_json(source / CONFIG)
+    tensors = open_weights(source)
+    image_size(source / CONFIG, config)
+    vision = {"layers": list(HD.layers), "embed_dims": list(HD.embed_dims)}
+    vision["form"] = "branched" if any(".rbr_" in name for name in tensors) else "folded"
+    vision["head_features"] = HEAD_FEATURES if HEAD in tensors else 0
+    text = {**config, "model_type": "llava_qwen2" if config["model_type"] == "llava_qwen2" else "llava_llama"}
+    model_config = {"vision": vision, "llm": read_text_config(source / CONFIG, text), "dtype": "float32"}
+    model, shapes = described(model_config, source / CONFIG)
+    tower, llm = model_lib.make_encoder(**model.vision_args), Decoder(**model.llm_args)
+    causal_lm.drop_tied_head(llm, tensors, "model.embed_tokens.weight", source)
+    return model_config, to_jax(rows(tower, llm), tensors, shapes, source)
+
+
+def image_size(file: pathlib.Path, config: Mapping[str, Any]) -> int:
+    """The image size that `mm_vision_tower` names.
+
+    Raises:
+      ValueError: another tower or connector than FastVLM's.
+    """
+    tower = str(config.get("mm_vision_tower"))
+    name, _, size = tower.rpartition("_")
+    if name != TOWER or not size.isascii() or not size.isdigit() or not int(size) or int(size) % HD.stride:
+        raise ValueError(f"{file}: mm_vision_tower is {tower!r}, this package reads {TOWER}_SIZE, as {TOWER}_1024")
+    expect(file, "", config, mm_projector_type=("mlp2x_gelu",), mm_use_im_start_end=(False,))
+    expect(file, "", config, mm_use_im_patch_token=(False,), mm_patch_merge_type=("flat",))
+    return int(size)
+
+
+def write(
+    folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, processor: Processor, dtype: str | None
+) -> None:
+    """Writes what ml-fastvlm's predict.py, Core ML and MLX export load: weights, config.json and the processor.
+
+    The CLIP projection, which ml-fastvlm stores and does not compute, is zeros where the model has none.
+
+    Args:
+      model_config, variables: of a whole model with a folded encoder.
+
+    Raises:
+      ValueError: a tower that is not FastViTHD, another template than the layout has, variables of another model.
+    """
+    vision = model_lib.make_encoder(**model_lib.build(**model_config).vision_args)
+    sizes = ("layers", "embed_dims", "mixers", "mlp_ratio", "se_stages", "attention_norm", "multiscale", "image_mean")
+    if not isinstance(vision, FastViT) or any(_plain(vision, key) != _plain(HD, key) for key in sizes):
+        raise ValueError(
+            "the llava layout holds FastViTHD alone (ml-fastvlm builds no other): use --layout hf or native"
+        )
+    if not vision.head_features:
+        projection = np.zeros((vision.features, HEAD_FEATURES), _tower_dtype(variables))
+        model_config = {**model_config, "vision": {**model_config["vision"], "head_features": HEAD_FEATURES}}
+        params = dict(variables["params"])
+        params["vision"] = {**params["vision"], "head": {"kernel": projection}}
+        variables = {**variables, "params": params}
+    processor, model_config, variables = fastvlm.with_image_token(processor, model_config, variables)
+    model = model_lib.build(**model_config)
+    vision, llm = model_lib.make_encoder(**model.vision_args), Decoder(**model.llm_args)
+    stored = save_weights(folder, to_torch(rows(vision, llm), variables, shapes_of(model)), dtype)
+    ids = causal_lm.special_ids(processor)
+    config = text_config(llm, **ids)
+    name = "qwen2" if llm.qkv_bias else "llama"
+    config |= {
+        "architectures": ["LlavaQwen2ForCausalLM" if llm.qkv_bias else "LlavaLlamaForCausalLM"],
+        "model_type": f"llava_{name}",
+        "torch_dtype": stored,
+        "image_token_index": processor.tokenizer.image_id,
+        "image_aspect_ratio": "pad",
+        "image_grid_pinpoints": None,
+        "mm_hidden_size": vision.features,
+        "mm_patch_merge_type": "flat",
+        "mm_projector_lr": None,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": f"{TOWER}_{processor.image_size}",
+        "tokenizer_model_max_length": 8192,
+        "tokenizer_padding_side": "right",
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": True,  # makes ml-fastvlm build the tower before the weights are loaded
+        "use_mm_proj": True,
+    }
+    write_json(folder / CONFIG, config)
+    write_json(folder / "generation_config.json", {"do_sample": False, **ids})
+    processor.save(folder)
+
+
+def _plain(vision: FastViT, key: str):
+    value = getattr(vision, key)
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _tower_dtype(variables: dict) -> np.dtype:
+    return np.dtype(variables["params"]["vision"]["stem_0"]["folded"]["kernel"].dtype)

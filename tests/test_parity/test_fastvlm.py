@@ -1,0 +1,160 @@
+"""The whole FastVLM against transformers' FastVlmForConditionalGeneration, live, with random weights and statistics.
+
+Bounds: ||ours - theirs|| / ||theirs|| <= 1e-5 for float32 logits, with the same most likely token everywhere; bfloat16
+no farther from float32 than 1.25 times as far as torch's own bfloat16 is; losses of five optimizer steps 1e-4.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch_reference import jit, randomise, relative, stored, to_nchw, transformers
+
+from fastvlm_jax import optim
+from fastvlm_jax.batch import Batch
+from fastvlm_jax.config import LLM_SIZES, VISION_SIZES
+from fastvlm_jax.convert import fastvlm as layout
+from fastvlm_jax.convert.decoder import text_config
+from fastvlm_jax.convert.mapping import read_tree, shapes_of, to_jax
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.train_step import TrainState, train_step
+
+VISION = dict(layers=(2, 1, 2, 1), embed_dims=(8, 16, 16, 96), mixers=("repmixer", "repmixer", "repmixer", "attention"))
+LLM = dict(vocab_size=96, width=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=112, rope_theta=1e4)
+IMAGE = 2
+
+
+def pair(vision, llm):
+    """A random model of transformers, and (our model, its variables)."""
+    model = fastvlm.build(vision=vision, llm=llm)
+    tower, decoder = fastvlm.make_encoder(**model.vision_args), fastvlm.Decoder(**model.llm_args)
+    config = transformers.FastVlmConfig(
+        vision_config=layout.vision_config(tower),
+        text_config=text_config(decoder, bos_token_id=0, eos_token_id=1, pad_token_id=0),
+        image_token_index=IMAGE,
+    )
+    reference = randomise(transformers.FastVlmForConditionalGeneration(config), 0)
+    with torch.no_grad():
+        for layer in reference.model.language_model.layers:
+            layer.self_attn.q_proj.weight *= 3  # queries large enough for attention to choose
+    weights = stored(reference)
+    if decoder.tie_embeddings:
+        weights.pop("lm_head.weight")
+    return reference, model, read_tree(to_jax(layout.rows(tower, decoder), weights, shapes_of(model), "transformers"))
+
+
+def inputs(model, rows, height, width, text):
+    """Rows of text, one image in the middle, and text again: (images, tokens, image_index, positions, segment_ids)."""
+    rng = np.random.default_rng(0)
+    rows_, columns = fastvlm.make_encoder(**model.vision_args).grid(height, width)
+    features = rows_ * columns
+    tokens = rng.integers(3, model.llm_args["vocab_size"], (rows, text + features))
+    image_index = np.full(tokens.shape, -1)
+    for row in range(rows):
+        start = 1 + row
+        tokens[row, start : start + features] = IMAGE
+        image_index[row, start : start + features] = row * features + np.arange(features)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return rng.random((rows, height, width, 3), np.float32), tokens, image_index, positions, np.ones_like(tokens)
+
+
+def logits_of(reference, images, tokens, dtype=torch.float32):
+    with torch.no_grad():
+        return (
+            reference(input_ids=torch.from_numpy(tokens), pixel_values=to_nchw(images).to(dtype)).logits.float().numpy()
+        )
+
+
+SMALL = ({**VISION, "form": "folded"}, LLM, 2, 32, 64, 7)
+FULL = ({**VISION_SIZES["fastvithd"], "form": "folded"}, LLM_SIZES["0.5b"], 1, 1024, 1024, 24)
+SIZES = [pytest.param(SMALL, id="small"), pytest.param(FULL, id="FastVLM-0.5B at 1024 px", marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_equal_transformers(size):
+    vision, llm, rows, height, width, text = size
+    reference, model, variables = pair(vision, llm)
+    images, tokens, *rest = inputs(model, rows, height, width, text)
+    theirs = logits_of(reference.eval(), images, tokens)
+    ours = np.asarray(jit(model.apply)(variables, images, tokens, *rest))
+    print(f"relative error {relative(ours, theirs):.1e}")
+    assert relative(ours, theirs) <= 1e-5
+    assert np.array_equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bfloat16_is_as_near_to_float32_as_torchs_bfloat16(size):
+    vision, llm, rows, height, width, text = size
+    reference, model, variables = pair(vision, llm)
+    images, tokens, *rest = inputs(model, rows, height, width, text)
+    exact = logits_of(reference.eval(), images, tokens)
+    theirs = relative(logits_of(reference.bfloat16(), images, tokens, torch.bfloat16), exact)
+    half = fastvlm.build(vision=vision, llm=llm, dtype="bfloat16")
+    ours = relative(np.asarray(jit(half.apply)(variables, images, tokens, *rest), np.float32), exact)
+    print(f"error in bfloat16: ours {ours:.2e}, torch's {theirs:.2e}, ratio {ours / theirs:.2f}")
+    assert 0 < ours <= 1.25 * theirs
+
+
+def test_five_training_steps_equal_torch():
+    """Losses, with AdamW, warm-up and cosine, clipping, and batch statistics that are updated; then the statistics."""
+    vision = dict(layers=(2, 1), embed_dims=(8, 16), mixers=("repmixer", "repmixer"), batch_norm="train")
+    reference, model, variables = pair(vision, {**LLM, "num_layers": 2, "tie_embeddings": False})
+    reference.train()
+    images, tokens, image_index, positions, segment_ids = inputs(model, 4, 16, 8, 9)  # 2 features an image
+    steps, peak, decay, clip = 5, 1e-3, 0.1, 1.0
+
+    labels = np.where(image_index < 0, tokens, -100)
+    labels[:, :3] = -100
+    targets = np.concatenate([labels[:, 1:], np.full((4, 1), -100)], axis=1)
+    batch = Batch(
+        images=images[:, None],
+        image_mask=np.ones((4, 1), bool),
+        tokens=tokens[:, None],
+        image_index=(image_index - np.arange(4)[:, None] * 2 * (image_index >= 0))[:, None],
+        targets=np.maximum(targets, 0)[:, None],
+        loss_mask=(targets >= 0)[:, None],
+        segment_ids=segment_ids[:, None],
+        positions=positions[:, None],
+    )
+    groups = ((".*", peak, decay),)
+    optimizer = optim.make_optimizer(
+        variables["params"], groups, steps=steps, warmup_ratio=0.4, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=clip
+    )
+    trainable, _ = optim.split(variables["params"], groups)
+    state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], optimizer.init(trainable))
+    step = jit(lambda state, batch: train_step(state, batch, model=model, optimizer=optimizer, groups=groups, seed=0))
+    ours = []
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+        ours.append(float(metrics["loss"]))
+
+    # Kernels and the embedding decay; vectors and layer scales, here [C, 1, 1], do not.
+    decays = [p for name, p in reference.named_parameters() if p.ndim > 1 and not name.endswith("gamma")]
+    others = [p for name, p in reference.named_parameters() if p.ndim <= 1 or name.endswith("gamma")]
+    adamw = torch.optim.AdamW(
+        [{"params": decays, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}], lr=peak
+    )
+    # Linear warm-up over 2 steps from 0, then half a cosine over the other 3.
+    rates = [0.0, peak / 2, *(peak * (1 + np.cos(np.pi * i / 3)) / 2 for i in range(3))]
+    theirs = []
+    for rate in rates:
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.zero_grad()
+        out = reference(
+            input_ids=torch.from_numpy(tokens), pixel_values=to_nchw(images), labels=torch.from_numpy(labels)
+        )
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), clip)
+        adamw.step()
+        theirs.append(out.loss.item())
+    print("losses", ours, theirs)
+    assert abs(theirs[-1] - theirs[0]) > 0.05  # it learns: a wrong step would show
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    buffers = dict(reference.named_buffers())
+    for name in ("stem.0.conv_kxk.0.bn.running_var", "final_conv.conv_scale.bn.running_mean"):
+        path = {"stem.0": "stem_0/conv/bn/var", "final_": "expand/scale/bn/mean"}[name[:6]].split("/")
+        leaf = state.batch_stats["vision"]
+        for key in path:
+            leaf = leaf[key]
+        assert relative(leaf, buffers[f"model.vision_tower.timm_model.{name}"]) <= 1e-4

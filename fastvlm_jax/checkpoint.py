@@ -5,6 +5,7 @@ WORKDIR/processor/               tokenizer, template and image settings
 WORKDIR/checkpoints/STEP/        "model": parameters and batch statistics; "training": optimizer state and step
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -13,9 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from fastvlm_jax.config import differences
+from fastvlm_jax.convert.mapping import SAME, Leaf
 from fastvlm_jax.data.pipeline import Loader
 from fastvlm_jax.train_step import TrainState
 
@@ -146,6 +149,34 @@ def find(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | None:
 
 
 def load_variables(checkpoint: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The parameters and batch statistics of a checkpoint as numpy arrays, without its optimizer state."""
-    target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract)
-    return ocp.load_checkpointables(checkpoint, {"model": target})["model"]
+    """The parameters and batch statistics of a checkpoint, without its optimizer state, as Leaves: read when asked for.
+
+    Orbax stores every array for TensorStore, under its path joined by dots. Several layers of one array are asked for
+    in turn on export, and a chunk of the file may hold them all: the one in use is kept.
+    """
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 8_000_000_000}})
+
+    def leaf(path, x) -> Leaf:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        store = {"driver": "ocdbt", "base": f"file://{checkpoint / 'model'}", "path": f"{name}/"}
+        try:
+            array = tensorstore.open(
+                {"driver": "zarr3", "kvstore": store}, open=True, read=True, context=context
+            ).result()
+        except ValueError as error:
+            raise ValueError(f"{checkpoint} lacks {name} or is damaged: {str(error).partition(chr(10))[0]}") from error
+        if array.shape != x.shape:
+            raise ValueError(f"{checkpoint}: {name} has shape {array.shape}, its config.json asks for {x.shape}")
+        return Leaf((StoredArray(array),), SAME, x.shape, np.dtype(array.dtype.numpy_dtype), stacked=False)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredArray:
+    """An array of TensorStore that is read when it is indexed."""
+
+    array: tensorstore.TensorStore
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self.array[index].read().result()

@@ -17,7 +17,6 @@ from fastvlm_jax import checkpoint, model_io
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.evaluate import Result, answer_records
 from fastvlm_jax.metrics import read_metrics
-from fastvlm_jax.models import fastvlm
 
 NUM_SAMPLES = 16
 PAGE = jinja2.Template(
@@ -123,10 +122,10 @@ def plot_losses(stages: Sequence[tuple[str, Sequence[dict[str, float]]]], path: 
 
 def answer_samples(model: str | os.PathLike, data: str | os.PathLike) -> list[Result]:
     """Answers one question about each of the first NUM_SAMPLES test images, another kind of question each time."""
-    loaded = model_io.read(model)
+    vlm, variables, processor = model_io.load(model)
     records = read_shards(data, "test")
     few = [records[i] for i in range(min(NUM_SAMPLES, len(records)))]
-    results = answer_records(fastvlm.build(**loaded.config), loaded.variables, loaded.processor, few)
+    results = answer_records(vlm, variables, processor, few)
     by_image: dict[str, list[Result]] = {}
     for result in results:
         by_image.setdefault(result.key, []).append(result)

@@ -64,7 +64,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
         run = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(run, dict) or run.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a training workdir")

@@ -113,6 +113,10 @@ def convert(argv: list[str]) -> None:
     parse(fv, argv, required=("source", "target"))
     from fastvlm_jax import convert, model_io
 
+    target = pathlib.Path(fv.target).expanduser().resolve()
+    for path in fv.source.split(","):
+        if pathlib.Path(path.rpartition("=")[2]).expanduser().resolve() == target:
+            raise ValueError(f"--target {fv.target} is the source: name another folder")
     loaded = model_io.read(fv.source)
     convert.write(
         fv.target, fv.layout, loaded.variables, loaded.config, loaded.processor, loaded.lineage,
@@ -187,7 +191,7 @@ def main() -> None:
     try:
         COMMANDS[argv[0]](argv)
     except KeyboardInterrupt as stop:
-        print(f"fastvlm {argv[0]}: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"fastvlm {argv[0]}: {str(stop) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from None
     except (flags.Error, ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("FASTVLM_TRACEBACK"):

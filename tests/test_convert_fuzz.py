@@ -6,6 +6,7 @@ another exception, in more than LIMIT bytes of memory, or take longer than SECON
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ import pytest
 
 from fastvlm_jax import convert, model_io
 from fastvlm_jax.config import VISION_SIZES
+from fastvlm_jax.convert import mapping
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.models import fastvlm
@@ -35,11 +37,17 @@ MODELS = {  # name: (layout to write, model config)
     "timm": ("timm", {"vision": TOWER, "dtype": "float32"}),
     "openclip": ("openclip", {"vision": {**VISION_SIZES["mci0"], "form": "folded"}, "dtype": "float32"}),
 }
-COUNTS = {"native": 100, "hf": 100, "lm": 130, "timm": 60, "openclip": 30}
+# LLaVA-1.5's tower, which ml-fastvlm's layout does not have: refused whatever else is wrong.
+LLAVA = {
+    "model_type": "llava_qwen2", "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1024, "hidden_size": 8, "num_hidden_layers": 1,
+}  # fmt: skip
+COUNTS = {"native": 90, "hf": 90, "lm": 110, "timm": 60, "openclip": 16, "llava": 40}
 WEIRD = (
     None, True, False, -1, 0, 1, 2, 3, 5, 7, 999, 10**6, 10**9, 2**31 - 1, 2**31, 2**63, 10**30, 0.5, -5.5, 1e-300,
     1e308, float("nan"), float("inf"), -float("inf"), "", "x", "../x", "float16", "\ud800", [], [1], [-1], [[1]],
-    [10**9], [0.5, "x"], [1] * 5, [10**9] * 5, ["repmixer"], ["attention"] * 3, [None] * 3, {}, {"a": 1}, {"a": {"b": []}},
+    [10**9], [0.5, "x"], [1] * 5, [10**9] * 5, ["repmixer"], ["attention"] * 3, [None] * 3, {}, {"a": 1},
+    {"a": {"b": []}},
 )  # fmt: skip
 DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "X")
 
@@ -59,8 +67,10 @@ def flatten(variables):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("fuzz")
-    return make_models(root)
+    with pytest.MonkeyPatch.context() as patch:
+        # Most cases share one config: its model is traced once.
+        patch.setattr(mapping, "shapes_of", functools.lru_cache(mapping.shapes_of))
+        yield make_models(tmp_path_factory.mktemp("fuzz"))
 
 
 def make_models(root: pathlib.Path) -> dict[str, Model]:
@@ -74,9 +84,12 @@ def make_models(root: pathlib.Path) -> dict[str, Model]:
             draw = lambda x: np.broadcast_to(np.float32(0), x.shape)  # noqa: E731
         else:
             draw = lambda x: rng.standard_normal(x.shape, np.float32)  # noqa: E731
-        convert.write(root / name, layout, jax.tree.map(draw, shapes), config, processor if "llm" in config else None, {})
+        convert.write(
+            root / name, layout, jax.tree.map(draw, shapes), config, processor if "llm" in config else None, {}
+        )
         files = {file.name: file.read_bytes() for file in (root / name).iterdir()}
         found[name] = Model(files, flatten(model_io.read(root / name).variables))
+    found["llava"] = Model({**found["lm"].files, "config.json": json.dumps(LLAVA).encode()}, {})
     return found
 
 
@@ -126,7 +139,9 @@ def header_entry(rng, files):
         case 0:
             entry["dtype"] = rng.choice(DTYPES)
         case 1:
-            entry["shape"] = rng.choice(([], [0], [2**62, 2**62], [-1], entry["shape"][::-1], [*entry["shape"], 1], "x"))
+            entry["shape"] = rng.choice(
+                ([], [0], [2**62, 2**62], [-1], entry["shape"][::-1], [*entry["shape"], 1], "x")
+            )
         case 2:
             entry["data_offsets"] = rng.choice(([0, 0], [0, 2**63], [-1, 4], [4, 0], [0], None, [len(data), len(data)]))
         case 3:
@@ -218,7 +233,9 @@ def shards(rng, files):
     some = rng.choice(names)
     match rng.randrange(9):
         case 1:
-            where[some] = rng.choice(("../" + where[some], "/etc/passwd", "a/b.safetensors", "..", "", "\0.safetensors"))
+            where[some] = rng.choice(
+                ("../" + where[some], "/etc/passwd", "a/b.safetensors", "..", "", "\0.safetensors")
+            )
         case 2:
             where[some] = rng.choice(WEIRD)
         case 3:
@@ -283,7 +300,7 @@ def limits():
 
 
 def judge(folder: pathlib.Path, expected: dict[str, np.ndarray]) -> str:
-    """"same", "refused", or what is wrong."""
+    """ "same", "refused", or what is wrong."""
     try:
         with limits():
             loaded = model_io.read(folder)
@@ -318,8 +335,9 @@ def run_cases(root: pathlib.Path, name: str, model: Model, seeds) -> dict[str, l
     return outcomes
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_damaged_model_gives_its_tensors_or_one_line_that_names_the_file(models, name, tmp_path):
     outcomes = run_cases(tmp_path, name, models[name], range(COUNTS[name]))
-    assert set(outcomes) <= {"same", "refused"}, {k: v for k, v in outcomes.items() if k not in ("same", "refused")}
-    assert len(outcomes["refused"]) > COUNTS[name] // 3 and outcomes["same"]
+    allowed = {"refused"} if name == "llava" else {"same", "refused"}
+    assert set(outcomes) == allowed, {k: v for k, v in outcomes.items() if k not in allowed}
+    assert len(outcomes["refused"]) > COUNTS[name] // 3

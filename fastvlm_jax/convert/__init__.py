@@ -89,6 +89,8 @@ def write(
     if layout == "hf" and ((whole and family != "fastvit") or (parts == {"vision"} and family != "vit")):
         other = "native" if whole else "timm or native"
         raise ValueError(f"transformers has no class for this {family} model: use --layout {other}")
+    if whole and "projector" not in variables["params"]:
+        raise ValueError("the model has no projector: train one (configs/stage1_align.py) with it as --config.parent")
     branched = (
         family == "fastvit" and "vision" in parts and model_config["vision"].get("form", "branched") == "branched"
     )

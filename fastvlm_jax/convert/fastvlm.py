@@ -15,7 +15,7 @@ import numpy as np
 from fastvlm_jax.convert import causal_lm, encoder
 from fastvlm_jax.convert.decoder import decoder_rows, expect, read_text_config, text_config
 from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
-from fastvlm_jax.convert.mapping import LINEAR, SAME, Leaf, Row, described, shapes_of, to_jax, to_torch
+from fastvlm_jax.convert.mapping import LINEAR, SAME, Row, described, shapes_of, to_jax, to_torch
 from fastvlm_jax.convert.timm import tower_rows
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.models import fastvlm
@@ -150,13 +150,9 @@ def with_room_for(token: int, model_config: Mapping[str, Any], variables: dict) 
     rows = -(-missing // 64) * 64
     llm["vocab_size"] += rows
     params = {**variables["params"], "llm": dict(variables["params"]["llm"])}
-    embedding = _array(params["llm"]["embedding"])
+    embedding = np.asarray(params["llm"]["embedding"])
     params["llm"]["embedding"] = np.concatenate([embedding, np.repeat(embedding[:1], rows, axis=0)])
     if "lm_head" in params["llm"]:
-        head = _array(params["llm"]["lm_head"]["kernel"])
+        head = np.asarray(params["llm"]["lm_head"]["kernel"])
         params["llm"]["lm_head"] = {"kernel": np.concatenate([head, np.repeat(head[:, :1], rows, axis=1)], axis=1)}
     return {**model_config, "llm": llm}, {**variables, "params": params}
-
-
-def _array(leaf) -> np.ndarray:
-    return leaf[...] if isinstance(leaf, Leaf) else np.asarray(leaf)

@@ -31,6 +31,7 @@ KINDS = {
 STEMS = {"openclip": "open_clip_model"}  # of the weight files; "model" elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"float32": FLOATS["F32"], "bfloat16": FLOATS["BF16"], "float16": FLOATS["F16"]}
+MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")  # what a model written here consists of
 MAX_SHARD_BYTES = 4_000_000_000
 
 
@@ -138,7 +139,7 @@ def open_weights(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]
             raise ValueError(f"{folder / index} names the shard {shard!r}, which is no safetensors file beside it")
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{folder / shard} is missing: {index} names it, copy the model directory again")
-        tensors |= _open(folder / shard)
+        tensors |= {name: x for name, x in _open(folder / shard).items() if weight_map.get(name, shard) == shard}
     if missing := sorted(set(weight_map) - set(tensors)):
         raise ValueError(f"{folder / weight_map[missing[0]]} lacks tensor {missing[0]} of {index}: copy it again")
     return tensors
@@ -229,6 +230,8 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[p
             recognise(target)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{target} holds other things than a model: name another folder") from error
+        if others := sorted(x.name for x in target.iterdir() if not x.is_file() or x.suffix not in MODEL_FILES):
+            raise ValueError(f"{target} holds {others[0]} beside a model, and would lose it: name another folder")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     partial.mkdir(parents=True)
     try:

@@ -80,7 +80,7 @@ def write(
       model_config, variables: of a whole model with a folded encoder.
 
     Raises:
-      ValueError: a tower that is not FastViTHD, another template than the layout has, variables of another model.
+      ValueError: a tower that is not FastViTHD, a language model that is not Qwen2, variables of another model.
     """
     vision = model_lib.make_encoder(**model_lib.build(**model_config).vision_args)
     sizes = ("layers", "embed_dims", "mixers", "mlp_ratio", "se_stages", "attention_norm", "multiscale", "image_mean")
@@ -88,6 +88,8 @@ def write(
         raise ValueError(
             "the llava layout holds FastViTHD alone (ml-fastvlm builds no other): use --layout hf or native"
         )
+    if not model_config["llm"].get("qkv_bias", True):
+        raise ValueError("ml-fastvlm loads Qwen2 alone, and this language model is a Llama: use --layout hf or native")
     if not vision.head_features:
         projection = np.zeros((vision.features, HEAD_FEATURES), _tower_dtype(variables))
         model_config = {**model_config, "vision": {**model_config["vision"], "head_features": HEAD_FEATURES}}
@@ -100,10 +102,9 @@ def write(
     stored = save_weights(folder, to_torch(rows(vision, llm), variables, shapes_of(model)), dtype)
     ids = causal_lm.special_ids(processor)
     config = text_config(llm, **ids)
-    name = "qwen2" if llm.qkv_bias else "llama"
     config |= {
-        "architectures": ["LlavaQwen2ForCausalLM" if llm.qkv_bias else "LlavaLlamaForCausalLM"],
-        "model_type": f"llava_{name}",
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        "model_type": "llava_qwen2",
         "torch_dtype": stored,
         "image_token_index": processor.tokenizer.image_id,
         "image_aspect_ratio": "pad",

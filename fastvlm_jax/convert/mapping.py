@@ -12,6 +12,7 @@ tensor at a time.
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from fastvlm_jax.models.fastvlm import FastVLM
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 COUNTERS = "counters"  # the collection of what computes nothing, by torch name
+MAX_LAYERS = 1000
 _ROWS = 128  # of a stored tensor that are read and turned at a time: three times faster than all at once
 
 
@@ -167,6 +169,7 @@ def read_tree(tree: Any, dtype=np.float32, put: Callable[[np.ndarray], Any] = la
         return jax.tree.unflatten(structure, pool.map(read, leaves))
 
 
+@functools.lru_cache(maxsize=16)
 def shapes_of(model: FastVLM) -> dict[str, tuple[int, ...]]:
     """'/'-joined path -> shape of all variables of `model`; nothing is computed."""
     tree = nn.unbox(jax.eval_shape(lambda: fastvlm.init_variables(model, jax.random.key(0))))
@@ -181,9 +184,20 @@ def described(model_config: Mapping, file) -> tuple[FastVLM, dict[str, tuple[int
     """
     try:
         model = fastvlm.build(**model_config)
+        _check_depth(model)
         return model, shapes_of(model)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file} does not describe a FastVLM: {str(error).partition(chr(10))[0]}") from error
+
+
+def _check_depth(model: FastVLM) -> None:
+    """Refuses numbers of layers beyond any model, before anything is made of that length."""
+    for args in (model.vision_args or {}, model.llm_args or {}):
+        for key in ("layers", "num_layers"):
+            depths = args.get(key, ())
+            depths = depths if isinstance(depths, tuple) else (depths,)
+            if len(depths) > 16 or any(type(n) is not int or not 0 < n <= MAX_LAYERS for n in depths):
+                raise ValueError(f"{key}={depths} must be whole numbers up to {MAX_LAYERS}")
 
 
 def to_jax(rows: Iterable[Row], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where) -> dict:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data import image as image_lib
+from fastvlm_jax.data.bpe import read_object
 from fastvlm_jax.data.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render
 from fastvlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -205,10 +206,10 @@ def load_processor(
     """
     folder = pathlib.Path(folder).expanduser()
     tokenizer = load_tokenizer(folder)
-    joined = _read(folder / PROCESSOR)
+    joined = read_object(folder / PROCESSOR)
     nested = joined.get("image_processor")
     path = folder / (PROCESSOR if isinstance(nested, dict) else SETTINGS)
-    settings = nested if isinstance(nested, dict) else _read(path)
+    settings = nested if isinstance(nested, dict) else read_object(path)
     own = settings.get(OWN, {})
     try:
         size, mean, std = _image_settings(settings)
@@ -223,10 +224,11 @@ def load_processor(
         else:
             count = (size // joined["patch_size"]) ** 2 + joined.get("num_additional_image_tokens", 0)
             count -= joined.get("vision_feature_select_strategy") == "default"
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: the image settings cannot be read: {type(error).__name__} {error}") from error
-    found = found or template or ("vicuna_v1" if tokenizer.end == "</s>" else "qwen_2")
-    return Processor(tokenizer, found, size, count, mean, std)
+        found = found or template or ("vicuna_v1" if tokenizer.end == "</s>" else "qwen_2")
+        return Processor(tokenizer, found, size, count, mean, std)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        raise ValueError(f"{path}: the image settings cannot be read: {reason}") from error
 
 
 def _image_settings(settings: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
@@ -237,8 +239,10 @@ def _image_settings(settings: dict[str, Any]) -> tuple[int, tuple[float, ...], t
         size = sides.pop() if len(sides) == 1 else size
     mean = tuple(float(value) for value in settings.get("image_mean", [0] * 3))
     std = tuple(float(value) for value in settings.get("image_std", [1] * 3))
-    if not isinstance(size, int) or size < 0 or len(mean) != 3 or len(std) != 3:
-        raise TypeError(f"size {size!r} must be one side of a square, image_mean and image_std three numbers")
+    if type(size) is not int or not 0 <= size <= image_lib.MAX_SIDE:
+        raise ValueError(f"size {size!r} must be one side of a square, up to {image_lib.MAX_SIDE}")
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError(f"image_mean {mean} and image_std {std} must be three numbers each, image_std positive")
     return size, mean, std
 
 
@@ -246,19 +250,6 @@ def _template(path: pathlib.Path, tokenizer: Tokenizer) -> str | None:
     """The name of the template that a chat_template.jinja of ours holds."""
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     return next((name for name, known in TEMPLATES.items() if chat_template(known, tokenizer) == text), None)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold an object")
-    return value
 
 
 @functools.lru_cache(maxsize=4096)

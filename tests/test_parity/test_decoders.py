@@ -200,6 +200,7 @@ def test_logits_equal_transformers(llm):
         theirs = reference(torch.from_numpy(tokens)).logits
     variables = variables_of(llm, reference, release=True)
     ours = logits_of(llm, variables, tokens)
+    print(f"relative error {relative(ours, theirs):.1e}")
     assert relative(ours, theirs) <= 1e-5
     assert np.array_equal(ours.argmax(-1), theirs.argmax(-1))
 

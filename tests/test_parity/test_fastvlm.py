@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_reference import jit, randomise, relative, stored, to_nchw, transformers
+from torch_reference import calibrate, jit, randomise, relative, released, stored, to_nchw, transformers
 
 from fastvlm_jax import optim
 from fastvlm_jax.batch import Batch
@@ -25,11 +25,11 @@ IMAGE = 2
 
 
 def pair(vision, llm):
-    """A random model of transformers, and (our model, its variables)."""
+    """A random model of transformers, and (our model, its variables); a folded tower is one that timm folded."""
     model = fastvlm.build(vision=vision, llm=llm)
     tower, decoder = fastvlm.make_encoder(**model.vision_args), fastvlm.Decoder(**model.llm_args)
     config = transformers.FastVlmConfig(
-        vision_config=layout.vision_config(tower),
+        vision_config=layout.vision_config(tower.clone(form="branched")),
         text_config=text_config(decoder, bos_token_id=0, eos_token_id=1, pad_token_id=0),
         image_token_index=IMAGE,
     )
@@ -37,6 +37,12 @@ def pair(vision, llm):
     with torch.no_grad():
         for layer in reference.model.language_model.layers:
             layer.self_attn.q_proj.weight *= 3  # queries large enough for attention to choose
+    wrapper = reference.model.vision_tower
+    calibrate(
+        wrapper.timm_model, np.random.default_rng(1).random((2, 2 * tower.stride, 2 * tower.stride, 3), np.float32)
+    )
+    if tower.form == "folded":
+        wrapper.timm_model = released(wrapper.timm_model)
     weights = stored(reference)
     if decoder.tie_embeddings:
         weights.pop("lm_head.weight")
@@ -76,6 +82,7 @@ def test_logits_equal_transformers(size):
     reference, model, variables = pair(vision, llm)
     images, tokens, *rest = inputs(model, rows, height, width, text)
     theirs = logits_of(reference.eval(), images, tokens)
+    assert relative(logits_of(reference, images[:, ::-1].copy(), tokens), theirs) > 0.02  # the image matters
     ours = np.asarray(jit(model.apply)(variables, images, tokens, *rest))
     print(f"relative error {relative(ours, theirs):.1e}")
     assert relative(ours, theirs) <= 1e-5

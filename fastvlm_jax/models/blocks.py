@@ -269,8 +269,8 @@ class SelfAttention(nn.Module):
         B, H, W, C = x_BHWC.shape
         qkv = Dense(3 * C, use_bias=False, init_std=self.init_std, name="qkv")(x_BHWC.reshape(B, H * W, C))
         q, k, v = jnp.moveaxis(qkv.reshape(B, H * W, 3, C // self.head_dim, self.head_dim), 2, 0)
-        scores_BhNN = jnp.einsum("bnhe,bmhe->bhnm", q * self.head_dim**-0.5, k)
-        weights_BhNN = jax.nn.softmax(scores_BhNN.astype(jnp.float32)).astype(x_BHWC.dtype)
+        scores_BhNN = jnp.einsum("bnhe,bmhe->bhnm", q, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
+        weights_BhNN = jax.nn.softmax(scores_BhNN).astype(x_BHWC.dtype)
         mixed = jnp.einsum("bhnm,bmhe->bnhe", weights_BhNN, v)
         return Dense(C, init_std=self.init_std, name="proj")(mixed.reshape(B, H, W, C))
 

@@ -69,8 +69,8 @@ class Block(nn.Module):
         q, k, v = (
             Dense(C, init_std=self.init_std, name=name)(y).reshape(B, N, self.num_heads, head_dim) for name in "qkv"
         )
-        scores_BmNN = jnp.einsum("bqme,bkme->bmqk", q * head_dim**-0.5, k)
-        weights_BmNN = jax.nn.softmax(scores_BmNN.astype(jnp.float32)).astype(x_BNC.dtype)
+        scores_BmNN = jnp.einsum("bqme,bkme->bmqk", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+        weights_BmNN = jax.nn.softmax(scores_BmNN).astype(x_BNC.dtype)
         mixed = jnp.einsum("bmqk,bkme->bqme", weights_BmNN, v).reshape(B, N, C)
         x = x_BNC + Dense(C, init_std=self.init_std, name="o")(mixed)
         y = Dense(self.mlp_dim, init_std=self.init_std, name="fc1")(layer_norm(x, self.epsilon, "mlp_norm"))

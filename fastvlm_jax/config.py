@@ -4,6 +4,7 @@ from typing import Any
 
 import ml_collections
 
+QWEN2 = dict(rope_theta=1e6, epsilon=1e-6, qkv_bias=True, tie_embeddings=True)  # unless a size says otherwise
 # The decoders of the paper (section 4) and the tiny one of the quickstart: arguments of models.decoder.Decoder.
 LLM_SIZES = {
     "tiny": dict(
@@ -166,7 +167,7 @@ def get_base(size: str) -> ml_collections.ConfigDict:
     c.model.vision.image_mean = VISION_SIZES[vision].get("image_mean", (0.0, 0.0, 0.0))
     c.model.vision.image_std = VISION_SIZES[vision].get("image_std", (1.0, 1.0, 1.0))
     c.model.vision.remat = not tiny  # recompute blocks in the backward pass
-    c.model.llm = ml_collections.ConfigDict(LLM_SIZES[llm])
+    c.model.llm = ml_collections.ConfigDict({**QWEN2, **LLM_SIZES[llm]})
     c.model.llm.remat = not tiny
 
     c.data = ml_collections.ConfigDict()

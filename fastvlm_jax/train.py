@@ -216,12 +216,10 @@ def check_same(part: str, theirs: nn.Module, ours: nn.Module) -> None:
     for field in dataclasses.fields(ours):
         x, y = (list(x) if isinstance(x, list | tuple) else x for x in (getattr(m, field.name) for m in (theirs, ours)))
         if field.name not in FREE and x != y:
-            mend = (
-                f"set --config.model.{part}.{field.name}"
-                if field.name.startswith("image_")
-                else "they must be the same"
+            raise ValueError(
+                f"parent has model.{part}.{field.name} {x!r} and this stage {y!r}: set --config.model.{part}.{field.name} "
+                "to the parent's, or take another parent"
             )
-            raise ValueError(f"parent has model.{part}.{field.name} {x!r} and this stage {y!r}: {mend}")
 
 
 def state_of(model: FastVLM, optimizer, groups: optim.Groups, mesh):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv and runs the whole suite.
-#   --full        also the full-size models (an hour, up to 12 GB of memory)
+#   --full        also the full-size models (about an hour, up to 8 GB of memory)
 #   --no-torch    without PyTorch: the comparisons with it, transformers, timm and open_clip are left out, and named
 # Other arguments go to pytest.
 set -euo pipefail

@@ -216,9 +216,9 @@ def check_same(part: str, theirs: nn.Module, ours: nn.Module) -> None:
     for field in dataclasses.fields(ours):
         x, y = (list(x) if isinstance(x, list | tuple) else x for x in (getattr(m, field.name) for m in (theirs, ours)))
         if field.name not in FREE and x != y:
+            key = f"model.{part}.{field.name}"
             raise ValueError(
-                f"parent has model.{part}.{field.name} {x!r} and this stage {y!r}: set --config.model.{part}.{field.name} "
-                "to the parent's, or take another parent"
+                f"parent has {key} {x!r} and this stage {y!r}: set --config.{key} to the parent's, or take another parent"
             )
 
 

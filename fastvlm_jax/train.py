@@ -217,9 +217,7 @@ def check_same(part: str, theirs: nn.Module, ours: nn.Module) -> None:
         x, y = (list(x) if isinstance(x, list | tuple) else x for x in (getattr(m, field.name) for m in (theirs, ours)))
         if field.name not in FREE and x != y:
             key = f"model.{part}.{field.name}"
-            raise ValueError(
-                f"parent has {key} {x!r} and this stage {y!r}: set --config.{key} to the parent's, or take another parent"
-            )
+            raise ValueError(f"parent has {key} {x!r} and this stage {y!r}: set --config.{key} or take another parent")
 
 
 def state_of(model: FastVLM, optimizer, groups: optim.Groups, mesh):

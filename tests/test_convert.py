@@ -219,6 +219,14 @@ def test_vocabulary_without_room_for_the_image_token_gets_a_row(tmp_path):
     assert not any(info.values()), info
 
 
+def test_values_beyond_float16_are_refused_and_nothing_is_written(processor, tmp_path):
+    _, variables = random_variables(STUB)
+    variables["params"]["projector"]["fc1"]["bias"][0] = 1e6
+    with refused(ValueError, "linear_1.bias has values beyond float16's 65504: write bfloat16 or float32"):
+        write(tmp_path / "out", "hf", variables, STUB, processor, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tokenizer_of_another_model_is_refused(processor, tmp_path):
     config = {**STUB, "llm": {**LLM, "vocab_size": 100}}
     write(tmp_path / "native", "native", random_variables(config)[1], config, processor)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fastvlm_jax.convert.mapping import LINEAR, SAME, Row
+from fastvlm_jax.convert.mapping import LINEAR, MAX_LAYERS, SAME, Row
 from fastvlm_jax.models.decoder import Decoder
 
 # Whether the attention has biases on q, k and v, by `model_type`; the llava ones are the plain ones with an encoder.
@@ -22,8 +22,7 @@ SIZES = {
     "mlp_dim": "intermediate_size",
 }
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-# Beyond any decoder there is: refused before anything is allocated by it.
-MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1
+MAX_SIZE = 2**31 - 1  # beyond any decoder there is: refused before anything is allocated by it
 
 
 def decoder_rows(llm: Decoder, prefix: str, path: str = "params/llm") -> list[Row]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
 from fastvlm_jax.config import VISION_SIZES
 from fastvlm_jax.convert import convnext, timm, vit
@@ -210,7 +211,7 @@ def _rows(vision: nn.Module, in_timm: bool) -> list[Row]:
 
 def write_timm(folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, dtype: str | None) -> None:
     """Writes what `timm.create_model("local-dir:FOLDER", pretrained=True)` loads: weights and config.json."""
-    model_config, variables = without_projection(model_config, variables)
+    model_config, variables = with_head_bias(*without_projection(model_config, variables))
     model = fastvlm.build(vision=model_config["vision"])
     vision = fastvlm.make_encoder(**model.vision_args)
     architecture, args = timm_args(vision)
@@ -236,6 +237,7 @@ def write_openclip(folder: pathlib.Path, model_config: Mapping[str, Any], variab
     Raises:
       ValueError: a tower that open_clip cannot name, because its sizes are not the published ones.
     """
+    model_config, variables = with_head_bias(model_config, variables)
     model = fastvlm.build(vision=model_config["vision"])
     vision = fastvlm.make_encoder(**model.vision_args)
     architecture, args = timm_args(vision)
@@ -298,6 +300,17 @@ def write_vit(folder: pathlib.Path, model_config: Mapping[str, Any], variables: 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"mean": settings.get("image_mean"), "std": settings.get("image_std")}
+
+
+def with_head_bias(model_config: Mapping[str, Any], variables: dict) -> tuple[Mapping[str, Any], dict]:
+    """A FastViT whose CLIP projection has the bias that timm's has, zeros where Apple's has none."""
+    vision = model_config["vision"]
+    if not vision.get("head_features") or vision.get("head_bias"):
+        return model_config, variables
+    tower = variables["params"]["vision"]
+    bias = np.zeros(vision["head_features"], tower["head"]["kernel"].dtype)
+    params = {**variables["params"], "vision": {**tower, "head": {**tower["head"], "bias": bias}}}
+    return {**model_config, "vision": {**vision, "head_bias": True}}, {**variables, "params": params}
 
 
 def without_projection(model_config: Mapping[str, Any], variables: dict) -> tuple[Mapping[str, Any], dict]:

@@ -20,7 +20,6 @@ KINDS = {
     "fast_vlm": "fastvlm",
     "llava_qwen2": "llava",
     "llava_llama": "llava",
-    "llava": "llava",
     "qwen2": "decoder",
     "llama": "decoder",
     "clip": "vit",

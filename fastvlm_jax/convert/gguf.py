@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from fastvlm_jax.convert.decoder import MAX_LAYERS, MAX_SIZE
-from fastvlm_jax.convert.mapping import LINEAR, SAME, Row
+from fastvlm_jax.convert.decoder import MAX_SIZE
+from fastvlm_jax.convert.mapping import LINEAR, MAX_LAYERS, SAME, Row
 from fastvlm_jax.data.bpe import JsonTokenizer, bpe_tokenizer
 
 ARCHITECTURES = {"llama": False, "qwen2": True}  # whether q, k and v have biases

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_jax.convert import apple, causal_lm, fastvlm
+from fastvlm_jax.convert import apple, causal_lm, encoder, fastvlm
 from fastvlm_jax.convert.decoder import decoder_rows, expect, read_text_config, text_config
 from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
@@ -46,8 +46,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     vision = {"layers": list(HD.layers), "embed_dims": list(HD.embed_dims)}
     vision["form"] = "branched" if any(".rbr_" in name for name in tensors) else "folded"
     vision["head_features"] = HEAD_FEATURES if HEAD in tensors else 0
-    text = {**config, "model_type": "llava_qwen2" if config["model_type"] == "llava_qwen2" else "llava_llama"}
-    model_config = {"vision": vision, "llm": read_text_config(source / CONFIG, text), "dtype": "float32"}
+    model_config = {"vision": vision, "llm": read_text_config(source / CONFIG, config), "dtype": "float32"}
     model, shapes = described(model_config, source / CONFIG)
     tower, llm = model_lib.make_encoder(**model.vision_args), Decoder(**model.llm_args)
     causal_lm.drop_tied_head(llm, tensors, "model.embed_tokens.weight", source)
@@ -74,7 +73,7 @@ def write(
 ) -> None:
     """Writes what ml-fastvlm's predict.py, Core ML and MLX export load: weights, config.json and the processor.
 
-    The CLIP projection, which ml-fastvlm stores and does not compute, is zeros where the model has none.
+    The CLIP projection, which ml-fastvlm stores and does not compute, is zeros where the model has none of that kind.
 
     Args:
       model_config, variables: of a whole model with a folded encoder.
@@ -83,16 +82,19 @@ def write(
       ValueError: a tower that is not FastViTHD, a language model that is not Qwen2, variables of another model.
     """
     vision = model_lib.make_encoder(**model_lib.build(**model_config).vision_args)
-    sizes = ("layers", "embed_dims", "mixers", "mlp_ratio", "se_stages", "attention_norm", "multiscale", "image_mean")
+    sizes = ("layers", "embed_dims", "mixers", "mlp_ratio", "se_stages", "attention_norm", "multiscale", "stem_scale")
+    sizes += ("image_mean", "image_std")
     if not isinstance(vision, FastViT) or any(_plain(vision, key) != _plain(HD, key) for key in sizes):
         raise ValueError(
             "the llava layout holds FastViTHD alone (ml-fastvlm builds no other): use --layout hf or native"
         )
     if not model_config["llm"].get("qkv_bias", True):
         raise ValueError("ml-fastvlm loads Qwen2 alone, and this language model is a Llama: use --layout hf or native")
-    if not vision.head_features:
+    if vision.head_features != HEAD_FEATURES or vision.head_bias:
+        model_config, variables = encoder.without_head(model_config, variables)
         projection = np.zeros((vision.features, HEAD_FEATURES), _tower_dtype(variables))
-        model_config = {**model_config, "vision": {**model_config["vision"], "head_features": HEAD_FEATURES}}
+        head = {"head_features": HEAD_FEATURES, "head_bias": False}
+        model_config = {**model_config, "vision": {**model_config["vision"], **head}}
         params = dict(variables["params"])
         params["vision"] = {**params["vision"], "head": {"kernel": projection}}
         variables = {**variables, "params": params}

@@ -29,7 +29,7 @@ from fastvlm_jax.models.fastvlm import FastVLM
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 COUNTERS = "counters"  # the collection of what computes nothing, by torch name
-MAX_LAYERS = 1000
+MAX_LAYERS = 1000  # beyond any model there is
 _ROWS = 128  # of a stored tensor that are read and turned at a time: three times faster than all at once
 
 

@@ -231,6 +231,29 @@ def test_timm_directory_comes_back_bit_for_bit_and_loads_in_timm(form, tmp_path)
     assert relative(ours, theirs) <= 1e-5
 
 
+def test_projection_of_ml_fastvlm_gets_a_bias_of_zeros_in_timm(llava, tmp_path):
+    """As timm itself reads Apple's: its head is a linear layer with a bias."""
+    tensors, stored = tensors_of(write(llava, tmp_path / "out", "timm")), load_file(llava / "model.safetensors")
+    projection = stored["model.vision_tower.vision_tower.model.head.proj"]
+    assert tensors["head.fc.weight"].tobytes() == np.ascontiguousarray(projection.T).tobytes()
+    assert tensors["head.fc.bias"].shape == (768,) and not tensors["head.fc.bias"].any()
+    with torch.device("meta"):
+        expected = timm.create_model("fastvit_mci3", num_classes=768, inference_mode=True).state_dict()
+    assert {name: x.shape for name, x in tensors.items()} == {name: tuple(x.shape) for name, x in expected.items()}
+
+
+def test_timm_convnext_directory_comes_back_bit_for_bit_and_loads_in_timm(tmp_path):
+    sizes = dict(depths=(1, 1, 1, 1), dims=(8, 16, 32, 64))
+    tower = randomise(timm.create_model("convnext_large", num_classes=24, **sizes), 0).eval()
+    timm.models.save_for_hf(tower, tmp_path / "timm", model_args=sizes, safe_serialization=True)
+    out = write(tmp_path / "timm", tmp_path / "out", "timm")
+    assert_same_tensors(tensors_of(tmp_path / "timm"), tensors_of(out))
+    reloaded = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=24).eval()
+    images = torch.from_numpy(np.random.default_rng(0).random((1, 3, 32, 64), np.float32))
+    with torch.no_grad():
+        np.testing.assert_array_equal(tower(images).numpy(), reloaded(images).numpy())
+
+
 @pytest.mark.parametrize(
     "name", ["MobileCLIP2-S0", *(pytest.param(f"MobileCLIP2-S{i}", marks=pytest.mark.full) for i in (3, 4))]
 )

@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from fastvlm_jax.config import differences
 from fastvlm_jax.convert.mapping import SAME, Leaf
 from fastvlm_jax.data.pipeline import Loader
+from fastvlm_jax.json_file import read_object
 from fastvlm_jax.train_step import TrainState
 
 FORMAT = "fastvlm_jax workdir"
@@ -62,11 +63,8 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any]
 def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     """The config.json of a workdir: {"format", "config", "lineage"} (ValueError if it is of something else)."""
     path = workdir / "config.json"
-    try:
-        run = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
+    run = read_object(path)
+    if run.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a training workdir")
     return run
 

@@ -210,8 +210,8 @@ def test_a_folder_with_a_tokenizer_alone(json_file, llama_file):  # noqa: F811
 @pytest.mark.parametrize(
     "name, text, words",
     [
-        ("preprocessor_config.json", "{", r"preprocessor_config\.json is not JSON"),
-        ("preprocessor_config.json", "[]", r"preprocessor_config\.json must hold an object"),
+        ("preprocessor_config.json", "{", r"preprocessor_config\.json is not readable JSON"),
+        ("preprocessor_config.json", "[]", r"preprocessor_config\.json holds no JSON object"),
         (
             "preprocessor_config.json",
             '{"crop_size": "x"}',

@@ -443,8 +443,8 @@ def test_vocab_and_merges_with_and_without_their_added_tokens(vocab_folder):
     [
         ("vocab.json", "{", r"vocab\.json and merges\.txt cannot be read"),
         ("merges.txt", "#version: 0.2\na b c\n", r"vocab\.json and merges\.txt cannot be read"),
-        ("tokenizer_config.json", "[]", r"tokenizer_config\.json must hold an object"),
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json is not JSON"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds no JSON object"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json is not readable JSON"),
         ("tokenizer_config.json", '{"tokenizer_class": "BertTokenizer"}', "BertTokenizer has no vocab"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added tokens are not names with their ids"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"261": {}}}', "added tokens .* one has no content"),

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fastvlm_jax.convert.mapping import FLOATS, Outgoing, Tensor
+from fastvlm_jax.json_file import read_object
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
 # What config.json calls itself (`format`, or else `model_type`), and the layout that it is of.
@@ -84,13 +85,7 @@ def read_json(path: pathlib.Path) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give a model directory with a config.json")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): copy or export the model again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object: copy or export the model again")
-    return content
+    return read_object(path)
 
 
 def write_json(path: pathlib.Path, content: Mapping) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from fastvlm_jax.json_file import read_object
+
 PAD, START, END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
 CONFIG = "tokenizer_config.json"
 
@@ -150,7 +152,7 @@ def read_json(path: pathlib.Path) -> JsonTokenizer:
         model = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
         raise ValueError(f"{path} is not a tokenizer.json: {error}".replace("\n", " ")) from error
-    return JsonTokenizer(model, path, read_object(path.parent / CONFIG))
+    return JsonTokenizer(model, path, read_settings(path.parent / CONFIG))
 
 
 def read_tiktoken(path: pathlib.Path) -> JsonTokenizer:
@@ -196,7 +198,7 @@ def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
         vocab, merges = models.BPE.read_file(str(path), str(merges_file))
     except Exception as error:  # the library raises a bare Exception
         raise ValueError(f"{path} and merges.txt cannot be read: {error}".replace("\n", " ")) from error
-    config = read_object(path.with_name(CONFIG))
+    config = read_settings(path.with_name(CONFIG))
     name = str(config.get("tokenizer_class", "Qwen2Tokenizer")).removesuffix("Fast")
     kind = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt2"}.get(name)
     if kind is None:
@@ -204,7 +206,7 @@ def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
     entries = config.get("added_tokens_decoder") or {}
     try:
         special = {_content(entry): int(at) for at, entry in entries.items()}
-        special = special or {str(key): int(at) for key, at in read_object(added_file).items()}
+        special = special or {str(key): int(at) for key, at in read_settings(added_file).items()}
         plain = [_content(entry) for entry in entries.values() if not entry.get("special", True)]
         if None in special:
             raise ValueError("one has no content")
@@ -283,17 +285,9 @@ def byte_spelling() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def read_object(path: pathlib.Path) -> dict[str, Any]:
+def read_settings(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        table = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} must hold an object")
-    return table
+    return read_object(path) if path.is_file() else {}
 
 
 def _content(token: Any) -> str | None:

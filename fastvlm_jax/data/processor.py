@@ -13,7 +13,7 @@ import numpy as np
 
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data import image as image_lib
-from fastvlm_jax.data.bpe import read_object
+from fastvlm_jax.data.bpe import read_settings
 from fastvlm_jax.data.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render
 from fastvlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -206,10 +206,10 @@ def load_processor(
     """
     folder = pathlib.Path(folder).expanduser()
     tokenizer = load_tokenizer(folder)
-    joined = read_object(folder / PROCESSOR)
+    joined = read_settings(folder / PROCESSOR)
     nested = joined.get("image_processor")
     path = folder / (PROCESSOR if isinstance(nested, dict) else SETTINGS)
-    settings = nested if isinstance(nested, dict) else read_object(path)
+    settings = nested if isinstance(nested, dict) else read_settings(path)
     own = settings.get(OWN, {})
     try:
         size, mean, std = _image_settings(settings)

@@ -83,7 +83,7 @@ class Segment:
 
     Attributes:
       tokens: int32 [L].
-      image_index: int32 [L]; `image * tokens_per_image + j` for images numbered as in the record, -1 for text.
+      image_index: int32 [L]; `slot * tokens_per_image + j` for slots numbered within the record, -1 for text.
       loss_mask: bool [L]; True on the tokens to learn: each answer, its end mark and the text after that.
     """
 
@@ -105,12 +105,16 @@ def render(
     template: Template,
     tokens_per_image: int,
     generation_prompt: bool = False,
+    slots: Sequence[int] = (),
 ) -> Segment:
     """Tokenizes a conversation; with `generation_prompt` it ends where the assistant's answer would begin.
 
     All text between two special tokens or images is tokenized as one run, and the answers are found in its offsets:
     tokenizing the pieces alone gives other ids. A token that holds any character of an answer is learnt. Llama's
     tokenizer puts a space before each run, as LLaVA's code has it.
+
+    Args:
+      slots: how many image slots each image of the record takes, one after another; one each by default.
 
     Raises:
       ValueError: an unknown role, or a special token that the tokenizer lacks.
@@ -132,10 +136,12 @@ def render(
             image_index += [-1] * len(parts)
             learn += [part.learn for part in parts]
         else:
-            count = tokens_per_image * len(parts)
-            tokens += [tokenizer.image_id] * count
-            image_index += [part.value * tokens_per_image + j for part in parts for j in range(tokens_per_image)]
-            learn += [False] * count
+            for part in parts:
+                first = sum(slots[: part.value]) if slots else part.value
+                count = tokens_per_image * (slots[part.value] if slots else 1)
+                tokens += [tokenizer.image_id] * count
+                image_index += range(first * tokens_per_image, first * tokens_per_image + count)
+                learn += [False] * count
     return Segment(np.array(tokens, np.int32), np.array(image_index, np.int32), np.array(learn, bool))
 
 
@@ -180,7 +186,7 @@ def questions(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     Raises:
       ValueError: the turns, a leading system turn aside, are not user and assistant in alternation.
     """
-    system, talk = _split_system(turns)
+    system, talk = split_system(turns)
     if not talk or [role for role, _ in talk] != ["user", "assistant"] * (len(talk) // 2):
         raise ValueError(f"turns must alternate user, assistant, not {', '.join(role for role, _ in talk) or 'none'}")
     images = tuple(part for part in talk[0][1] if isinstance(part, int))
@@ -189,13 +195,27 @@ def questions(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     return [(*system, question, answer) for question, answer in zip(asked, talk[1::2], strict=True)]
 
 
-def _split_system(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+def drop_oldest(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
+    """Returns a conversation without its oldest question and answer, whose images go to the next question.
+
+        user(0, "what shape?") assistant("circle") user("is it red?") assistant("no")
+        -> user(0, "is it red?") assistant("no")                        None if there is but one question
+    """
+    system, talk = split_system(turns)
+    if len(talk) < 4:
+        return None
+    images = tuple(part for part in talk[0][1] if isinstance(part, int))
+    return (*system, (talk[2][0], images + tuple(talk[2][1])), *talk[3:])
+
+
+def split_system(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """(a leading system turn or nothing, the other turns)."""
     count = 1 if turns and turns[0][0] == "system" else 0
     return tuple(turns[:count]), tuple(turns[count:])
 
 
 def _parts(turns: Sequence[Turn], template: Template, generation_prompt: bool) -> Iterator[_Part]:
-    system, talk = _split_system(turns)
+    system, talk = split_system(turns)
     if template.system is not None and not system:
         system = (("system", (template.system,)),)
     for role, content in (*system, *talk):

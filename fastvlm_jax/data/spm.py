@@ -67,6 +67,9 @@ class SentencePieceTokenizer:
         self.image = IMAGE if IMAGE in self._special else self.pad
         self.image_id = self._special[self.image]
 
+    def __reduce__(self):  # its parts cannot be sent to another process
+        return SentencePieceTokenizer, self.files
+
     def encode(self, text: str) -> list[int]:
         text.encode()  # half a surrogate pair, which JSON may hold: a ValueError
         return self.encode_with_offsets(text)[0] if SPACE in text else self._model.encode(text)

@@ -1,0 +1,78 @@
+"""What a data set consists of: images and the conversation about them."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import msgpack
+
+from fastvlm_jax.data.conversation import Turn, split_system
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Encoded images and the conversation about them.
+
+    Attributes:
+      key: names the record in messages, such as "train/17".
+      images: encoded files (JPEG, PNG ...), untouched.
+      turns: (role, content) in order; content holds texts, and ints that number `images`.
+      extra: what else a source holds of it (synthetic captions, teacher embeddings ...), of types that msgpack knows.
+    """
+
+    key: str
+    images: tuple[bytes, ...]
+    turns: tuple[Turn, ...]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Rejected(NamedTuple):
+    """An entry of a source that cannot become a record, and why, in one short line."""
+
+    file: str
+    key: str
+    reason: str
+
+
+def pack(record: Record) -> bytes:
+    """Returns the bytes of `record` as a shard holds them (msgpack)."""
+    raw = {"key": record.key, "images": record.images, "turns": record.turns}
+    return msgpack.packb(raw | ({"extra": record.extra} if record.extra else {}))
+
+
+def unpack(data: bytes) -> Record:
+    """The inverse of `pack`; raises ValueError for anything that is not a record."""
+    try:
+        raw = msgpack.unpackb(data)
+        turns = tuple((str(role), tuple(content)) for role, content in raw["turns"])
+        record = Record(str(raw["key"]), tuple(raw["images"]), turns, dict(raw.get("extra", {})))
+        numbers = [part for _, content in turns for part in content if not isinstance(part, str)]
+        if all(isinstance(image, bytes) for image in record.images) and all(
+            type(number) is int and 0 <= number < len(record.images) for number in numbers
+        ):
+            return record
+    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+        raise ValueError(f"not a record: {type(error).__name__} {error}") from error
+    raise ValueError(f"record {record.key} names an image that it does not hold")
+
+
+def check(record: Record) -> str | None:
+    """Returns why nothing can be learnt from a record, in a short line; None if it is fine."""
+    _, talk = split_system(record.turns)
+    roles = [role for role, _ in talk]
+    if not roles:
+        return "the conversation is empty"
+    if roles[0] != "user":
+        return f"the conversation starts with {roles[0]!r}, not with the user"
+    if len(roles) == 1:
+        return "the conversation has no answer"
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        if roles[-1] == "user" and roles[:-1] == ["user", "assistant"] * (len(roles) // 2):
+            return "the last question has no answer"
+        return "the turns do not alternate between user and assistant"
+    for _, content in talk[1::2]:
+        if not any(isinstance(part, str) and part.strip() for part in content):
+            return "an answer is empty"
+    used = {part for _, content in record.turns for part in content if not isinstance(part, str)}
+    if missing := sorted(used - set(range(len(record.images)))):
+        return f"the conversation names image {missing[0]} of {len(record.images)}"
+    return None

@@ -1,51 +1,160 @@
-"""Encoded images to square uint8 arrays."""
+"""Encoded images to uint8 arrays: what a header says, decoding, and the views of an image that a model sees."""
 
-import contextlib
 import io
-import warnings
+import re
 
+import cv2
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import simplejpeg
 
-# Twice a 50-megapixel camera. A few kilobytes can claim any size, so the header is read first.
-MAX_PIXELS = 100_000_000
-MAX_SIDE = 32_768  # padding to a square costs the square of this: 10 seconds
-EXIF_ORIENTATION = 0x0112
-_ROWS = 256  # rows resized at a time: a 500 x 30,000 image is never held as a 30,000 x 30,000 one
+from fastvlm_jax.data.image_header import MAX_SIDE, Header, chunk, open_with_pillow, read_header, unreadable
+from fastvlm_jax.data.resize import crop_scaled, fit_into, pad_scaled, resize, tiled_scaled, tiles_into
 
-# MAX_PIXELS takes the place of Pillow's own warning.
-warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+__all__ = ["MAX_SIDE", "decode", "fit_into", "shrink", "size_of", "views_into"]
+
+# Each scan of a progressive JPEG passes over every pixel, and an empty one takes 10 bytes. Encoders write about 10.
+MAX_SCANS = 100
+# What a JPEG decoder may warn of though every pixel is there: odd bytes between the segments before the pixels.
+_HARMLESS = re.compile(r"extraneous bytes before marker 0x(e.|db|fe|c[012])|JFIF revision|Adobe color transform")
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Decodes an encoded image (JPEG, PNG, WebP, GIF, BMP, TIFF ...) to uint8 [H, W, 3].
-
-    EXIF rotation is applied, transparency is shown over black, 16-bit grey keeps its high byte, an animation gives its
-    first frame.
+def size_of(data: bytes) -> tuple[int, int]:
+    """Returns (width, height) of an encoded image after EXIF rotation, from its header alone.
 
     Raises:
-      ValueError: empty, unreadable, cut short, or larger than MAX_PIXELS or MAX_SIDE.
+      ValueError: empty, of an unknown format, with a broken header, or larger than MAX_PIXELS or MAX_SIDE.
     """
-    if not data:
-        raise ValueError("the image is empty (0 bytes)")
+    height, width = read_header(data).upright
+    return width, height
+
+
+def decode(data: bytes, at_least: tuple[int, int] | None = None) -> np.ndarray:
+    """Decodes an encoded image (JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF) to uint8 [H, W, 3].
+
+    EXIF rotation is applied, transparency is shown over black, 16-bit channels keep their high byte, an animation or
+    a TIFF of several pages gives the first.
+
+    Args:
+      data: the file's bytes.
+      at_least: (height, width) that are enough. A JPEG is then decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 that
+        is no smaller, which skips the work for the rest.
+
+    Raises:
+      ValueError: empty, of an unknown format, cut short, damaged, or larger than MAX_PIXELS or MAX_SIDE.
+    """
+    header = read_header(data)
     try:
-        image = PIL.Image.open(io.BytesIO(data))  # reads the header only
-        width, height = image.size
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            raise ValueError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels, or {MAX_SIDE:,} along a side")
-        if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
-            # The same pixels in half the time. It stops at warnings that Pillow rightly lets pass.
-            with contextlib.suppress(ValueError):
-                return simplejpeg.decode_jpeg(data, colorspace="RGB")
-        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+        if header.kind == "JPEG":
+            image = _decode_jpeg(data, header, at_least)
+        else:
+            image = _to_rgb(open_with_pillow(data, header.kind))
+            if image.shape[:2] != (header.height, header.width):
+                raise ValueError("its header and its pixels disagree about its size")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on bad bytes
-        reason = "not an image of a known format" if isinstance(error, PIL.UnidentifiedImageError) else error
-        raise ValueError(f"the image cannot be read: {reason}".replace("\n", " ")) from error
+        raise unreadable(error) from error
+    return _turn(image, header.orientation)
+
+
+def views_into(
+    data: bytes,
+    out: np.ndarray,
+    grid: tuple[int, int] = (1, 1),
+    mode: str = "pad",
+    background: tuple[int, int, int] = (0, 0, 0),
+    exact: bool = False,
+) -> None:
+    """Decodes an image and writes the views of it that a model sees: an overview and, with a grid, tiles (AnyRes).
+
+    For a 2 x 2 grid, `out` holds five views of the same H x W:
+
+        out[0]  the whole image, as `fit_into` makes it
+        out[1]  out[2]     the image padded to 2H x 2W, cut into tiles
+        out[3]  out[4]
+
+    Args:
+      data: the file's bytes.
+      out: uint8 [1 + rows * columns, H, W, 3], or [1, H, W, 3] for the grid (1, 1). Every pixel is written.
+      grid: (rows, columns) of tiles; (1, 1) is the overview alone.
+      mode: of the overview: pad, crop or stretch, see `fit_into`. LLaVA and FastVLM stretch it for AnyRes.
+      background: the colour around the overview and the tiles.
+      exact: the pixels of LLaVA's and FastVLM's `process_anyres_image`, instead of the fast path.
+
+    Raises:
+      ValueError: as `decode`, or an `out` of another number of views.
+    """
+    rows, columns = grid
+    views = 1 if grid == (1, 1) else 1 + rows * columns
+    if out.ndim != 4 or len(out) != views:
+        raise ValueError(f"a grid of {rows} x {columns} needs {views} views, but out is {list(out.shape)}")
+    height, width = out.shape[1:3]
+    at_least = None
+    if not exact:
+        size = read_header(data).upright
+        wanted = crop_scaled(size, (height, width)) if mode == "crop" else pad_scaled(size, (height, width))
+        wanted = (height, width) if mode == "stretch" else wanted
+        tiled = tiled_scaled(size, (rows * height, columns * width)) if views > 1 else (0, 0)
+        at_least = max(wanted[0], tiled[0]), max(wanted[1], tiled[1])
+    image = decode(data, at_least)
+    fit_into(image, out[0], mode, background, exact)
+    if views > 1:
+        tiles_into(image, out[1:], grid, background, exact)
+
+
+def shrink(data: bytes, max_side: int, quality: int = 92) -> bytes:
+    """Returns an image re-encoded with its longer side at `max_side`, or `data` itself where that is no longer.
+
+    JPEG, AVIF and lossy WebP become JPEG (4:4:4) without EXIF, upright; the rest become PNG, transparency over black as
+    `decode` shows it.
+
+    Raises:
+      ValueError: as `decode`.
+    """
+    header = read_header(data)
+    size = header.upright
+    if max(size) <= max_side:
+        return data
+    height, width = (max(1, round(side * max_side / max(size))) for side in size)
+    small = np.empty((height, width, 3), np.uint8)
+    resize(decode(data, (height, width)), small)
+    if header.kind in ("JPEG", "AVIF") or (header.kind == "WEBP" and not chunk(data, 12, "<4sI", b"VP8L")):
+        if header.color == "Gray":
+            grey = np.ascontiguousarray(small[..., :1])
+            return simplejpeg.encode_jpeg(grey, quality, "GRAY", "Gray", fastdct=False)
+        return simplejpeg.encode_jpeg(small, quality, "RGB", "444", fastdct=False)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(small).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _decode_jpeg(data: bytes, header: Header, at_least: tuple[int, int] | None) -> np.ndarray:
+    if data.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"it has more than {MAX_SCANS} scans")
+    color = "CMYK" if header.color in ("CMYK", "YCCK") else "RGB"
+    limits = {}
+    if at_least is not None:
+        height, width = at_least[::-1] if header.orientation > 4 else at_least
+        # Only these scales have fast code in libjpeg-turbo.
+        for factor in (8, 4, 2, 1):
+            limits = {"min_height": -(-header.height // factor), "min_width": -(-header.width // factor)}
+            if limits["min_height"] >= height and limits["min_width"] >= width:
+                break
+    try:
+        # strict: a damaged file raises instead of ending in grey.
+        image = simplejpeg.decode_jpeg(data, color, **limits)
+    except ValueError as error:
+        if not _HARMLESS.search(str(error)):
+            raise
+        return _to_rgb(open_with_pillow(data, "JPEG"))  # which raises if the file is cut short
+    if color == "CMYK":  # inverted, as all CMYK JPEGs are
+        size = image.shape[1::-1]
+        return np.asarray(PIL.Image.frombytes("CMYK", size, (255 - image).tobytes()).convert("RGB"))
+    return image
 
 
 def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is not known: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
         image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -54,23 +163,11 @@ def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def pad_to_square(image: np.ndarray, size: int, background: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
-    """Centres uint8 [H, W, 3] on a square of one colour and resizes it to uint8 [size, size, 3], Pillow bicubic.
-
-    The pixels equal those of transformers' CLIPImageProcessor set up as FastVLM's after LLaVA's `expand2square`.
-    """
-    height, width = image.shape[:2]
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    # Pillow resizes along rows first and then along columns, rounding between: so may we; one-coloured rows stay.
-    narrow = np.full((side, size, 3), background, np.uint8)
-    for row in range(0, height, _ROWS):
-        rows = image[row : row + _ROWS]
-        square = np.full((len(rows), side, 3), background, np.uint8)
-        square[:, left : left + width] = rows
-        narrow[top + row : top + row + len(rows)] = _resize(square, (size, len(rows)))
-    return _resize(narrow, (size, size))
-
-
-def _resize(image: np.ndarray, width_height: tuple[int, int]) -> np.ndarray:
-    return np.asarray(PIL.Image.fromarray(image).resize(width_height, PIL.Image.Resampling.BICUBIC))
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Applies an EXIF orientation."""
+    if orientation in (5, 7):
+        image = cv2.transpose(image)
+    elif orientation in (6, 8):
+        image = cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE if orientation == 6 else cv2.ROTATE_90_COUNTERCLOCKWISE)
+    flip = {2: 1, 3: -1, 4: 0, 7: -1}.get(orientation)
+    return image if flip is None else cv2.flip(image, flip)

@@ -1,0 +1,222 @@
+"""RandomResizedCrop and RandAugment in two halves: parameters from (seed, epoch, record), and their application.
+
+Parameters that a teacher's embeddings were made with (DataCompDR's paug.json) replay to the pixels that it saw.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageEnhance
+import PIL.ImageOps
+
+from fastvlm_jax.data.resize import fit_into
+
+# Their order is the number of each in paug.json.
+OPS = (
+    *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast"),
+    *("Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
+)
+_STEPS = 30  # magnitudes go from 0, which does least, to this
+_SIGNED = {  # at the highest magnitude; of half the samples the sign is turned
+    "ShearX": 0.3,
+    "ShearY": 0.3,
+    "TranslateX": 150 / 331,  # of the width
+    "TranslateY": 150 / 331,  # of the height
+    "Rotate": 30.0,  # degrees
+    "Brightness": 0.9,
+    "Color": 0.9,
+    "Contrast": 0.9,
+    "Sharpness": 0.9,
+}
+_ENHANCE = {
+    "Brightness": PIL.ImageEnhance.Brightness,
+    "Color": PIL.ImageEnhance.Color,
+    "Contrast": PIL.ImageEnhance.Contrast,
+    "Sharpness": PIL.ImageEnhance.Sharpness,
+}
+
+Op = tuple[str, float]  # a name in OPS and its magnitude
+
+
+class Crop(NamedTuple):
+    """A rectangle of an image, in its pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def uniform(seed: int, epoch: int, record: int, count: int) -> np.ndarray:
+    """Returns float64 [count] in [0, 1): the random numbers of one record in one epoch.
+
+    These are raw words of Philox4x64-10 under the key (seed, epoch) from the counter (0, record, 0, 0) on. NumPy keeps
+    raw words the same in all its versions; it does not promise that of its Generator's methods.
+
+    Raises:
+      ValueError: a number that is negative or takes more than 64 bits.
+    """
+    if not all(0 <= number < 2**64 for number in (seed, epoch, record)):
+        raise ValueError(f"seed, epoch and record must be 0 to 2^64 - 1: {seed}, {epoch}, {record}")
+    key = np.array([seed, epoch], np.uint64)
+    words = np.random.Philox(key=key, counter=np.array([0, record, 0, 0], np.uint64)).random_raw(count)
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def sample(
+    seed: int,
+    epoch: int,
+    record: int,
+    size: tuple[int, int],
+    out_size: tuple[int, int],
+    num_ops: int = 2,
+    magnitude: int = 9,
+) -> tuple[Crop, tuple[Op, ...]]:
+    """Chooses the crop and the operations of one record in one epoch: the same whenever and wherever it is asked.
+
+    Args:
+      seed, epoch, record: see `uniform`.
+      size: (height, width) of the image.
+      out_size: (height, width) that the crop is resized to.
+      num_ops, magnitude: see `sample_ops`.
+    """
+    numbers = uniform(seed, epoch, record, 40 + 2 * num_ops)
+    return sample_crop(numbers[:40], size), sample_ops(numbers[40:], out_size, num_ops, magnitude)
+
+
+def sample_crop(
+    numbers: np.ndarray,
+    size: tuple[int, int],
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Crop:
+    """Chooses a crop by the rule of torchvision's RandomResizedCrop.
+
+    Ten times a share of the area (uniform in `scale`) and an aspect (log-uniform in `ratio`, width / height) are drawn;
+    the first that fits is placed anywhere in the image. If none does, it is the centre, as large as `ratio` allows.
+
+    Args:
+      numbers: float64 [40] in [0, 1).
+      size: (height, width) of the image.
+      scale: lowest and highest share of the image's area.
+      ratio: lowest and highest width / height.
+    """
+    height, width = size
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for share, shape, y, x in numbers[:40].reshape(10, 4).tolist():
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+        aspect = math.exp(low + (high - low) * shape)
+        columns, rows = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < columns <= width and 0 < rows <= height:
+            return Crop(int((height - rows + 1) * y), int((width - columns + 1) * x), rows, columns)
+    rows, columns = height, width
+    if width / height < ratio[0]:
+        rows = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        columns = round(height * ratio[1])
+    return Crop((height - rows) // 2, (width - columns) // 2, rows, columns)
+
+
+def sample_ops(numbers: np.ndarray, size: tuple[int, int], num_ops: int = 2, magnitude: int = 9) -> tuple[Op, ...]:
+    """Chooses operations by the rule of torchvision's RandAugment with 31 magnitudes: 0, the weakest, to 30.
+
+    Args:
+      numbers: float64 [2 * num_ops] in [0, 1).
+      size: (height, width) of the image that the operations are applied to, which is what the crop is resized to.
+      num_ops: how many follow one another.
+      magnitude: the same for all.
+    """
+    if not 0 <= magnitude <= _STEPS:
+        raise ValueError(f"the magnitude of RandAugment must be 0 to {_STEPS}, not {magnitude}")
+    strength = magnitude / _STEPS
+    ops = []
+    for which, sign in numbers[: 2 * num_ops].reshape(num_ops, 2).tolist():
+        name, value = OPS[int(which * len(OPS))], 0.0
+        if name in _SIGNED:
+            length = {"TranslateX": size[1], "TranslateY": size[0]}.get(name, 1)
+            value = _SIGNED[name] * length * strength * (1 if sign < 0.5 else -1)
+        elif name == "Posterize":
+            value = 8.0 - round(4 * strength)  # bits
+        elif name == "Solarize":
+            value = 255 * (1 - strength)  # the brightness from which it inverts
+        ops.append((name, value))
+    return tuple(ops)
+
+
+def read_params(entry: Any) -> tuple[Crop | None, tuple[Op, ...]]:
+    """Reads one entry of `param_aug` in DataCompDR's paug.json: [[top, left, height, width], [[op, magnitude], ...]].
+
+    Either may be null: it was not applied.
+
+    Raises:
+      ValueError: an entry of another shape, an unknown operation, or a number that no sampling gives.
+    """
+    try:
+        crop, ops = entry
+        crop = None if crop is None else Crop(*crop)
+        ops = tuple((OPS[number] if number >= 0 else "", float(value)) for number, value in ops or ())
+        whole = crop is None or all(type(side) is int for side in crop)
+        if not whole or not all(name and abs(value) <= 10_000 for name, value in ops):
+            raise ValueError("a number is out of range")
+        if not all(1 <= value <= 8 for name, value in ops if name == "Posterize"):
+            raise ValueError("Posterize keeps 1 to 8 bits")
+        return crop, ops
+    except (TypeError, ValueError, IndexError, OverflowError) as error:
+        shown = repr(entry)[:80]
+        raise ValueError(f"param_aug must be [[top, left, height, width], [[op, magnitude], ...]]: {shown}") from error
+
+
+def augment_into(
+    image: np.ndarray, out: np.ndarray, crop: Crop | None, ops: Sequence[Op] = (), exact: bool = False
+) -> None:
+    """Writes a crop of an image, resized and then changed by operations.
+
+    Args:
+      image: uint8 [h, w, 3], as large as it was when `crop` was chosen.
+      out: uint8 [H, W, 3].
+      crop: what to show; None for the whole image.
+      ops: applied in turn; black comes in at edges.
+      exact: the pixels of torchvision's and ml-mobileclip's transforms (Pillow's bicubic), not `fit_into`'s fast path.
+
+    Raises:
+      ValueError: a crop that is not inside the image.
+    """
+    height, width = image.shape[:2]
+    top, left, rows, columns = crop or (0, 0, height, width)
+    if not (0 <= top < top + rows <= height and 0 <= left < left + columns <= width):
+        raise ValueError(f"{crop} is not inside the image of {width} x {height}: was it resized since?")
+    fit_into(image[top : top + rows, left : left + columns], out, "stretch", exact=exact)
+    if ops:
+        changed = PIL.Image.fromarray(out)
+        for name, magnitude in ops:
+            changed = _apply(changed, name, magnitude)
+        out[:] = np.asarray(changed)
+
+
+def _apply(image: PIL.Image.Image, name: str, magnitude: float) -> PIL.Image.Image:
+    if name == "Identity":
+        return image
+    if name in _ENHANCE:
+        return _ENHANCE[name](image).enhance(1.0 + magnitude)
+    if name == "Rotate":
+        return image.rotate(magnitude, PIL.Image.Resampling.NEAREST)
+    if name == "Posterize":
+        return PIL.ImageOps.posterize(image, int(magnitude))
+    if name == "Solarize":
+        return PIL.ImageOps.solarize(image, magnitude)
+    if name == "AutoContrast":
+        return PIL.ImageOps.autocontrast(image)
+    if name == "Equalize":
+        return PIL.ImageOps.equalize(image)
+    # torchvision takes the angle through degrees: the last bit decides which pixel is nearest.
+    angle = math.radians(math.degrees(math.atan(magnitude)))
+    inverse = {  # from a point of the result to one of the image
+        "ShearX": (1, math.tan(angle), 0, 0, 1, 0),
+        "ShearY": (1, 0, 0, math.sin(angle) / math.cos(angle), 1, 0),
+        "TranslateX": (1, 0, -int(magnitude), 0, 1, 0),
+        "TranslateY": (1, 0, 0, 0, 1, -int(magnitude)),
+    }[name]
+    return image.transform(image.size, PIL.Image.Transform.AFFINE, inverse, PIL.Image.Resampling.NEAREST)

@@ -113,7 +113,7 @@ def bad_inputs(tmp_path, workdir, easy_vqa):
         "config value of the wrong type": ([*train_it, "--workdir=W", "--config.steps=many"], 2, "steps"),
         "missing config": (["train", "--config=nowhere.py", "--workdir=W"], 1, "nowhere.py"),
         "unknown stage": (["train", f"--config={CONFIG}:stage9", "--workdir=W"], 2, "unknown stage 'stage9'"),
-        "missing dataset": ([*train_it[:3], "--workdir=W", "--config.data.path=/nowhere"], 1, "fastvlm data easy-vqa"),
+        "missing dataset": ([*train_it[:3], "--workdir=W", "--config.data.path=/nowhere"], 1, "fastvlm data write"),
         "parent of another size": ([*train_it, "--workdir=W", f"--config.parent={workdir}"], 1, "parent has model."),
         "workdir of something else": (
             [*train_it, f"--workdir={tmp_path / 'other'}", "--config.data.groups=8"],
@@ -126,7 +126,7 @@ def bad_inputs(tmp_path, workdir, easy_vqa):
         "empty image": ([*ask, f"--image={empty}"], 1, "empty.png"),
         "text as an image": ([*ask, f"--image={text}"], 1, "text.jpg"),
         "prompt longer than the context": ([*ask, "--max_length=20", "--max_tokens=16"], 1, "allowed: shorten it"),
-        "unknown data set": (["data", "imagenet"], 1, "the built-in one is easy-vqa"),
+        "unknown data set": (["data", "imagenet"], 1, "has write, inspect, easy-vqa"),
         "occupied target": (["convert", f"--source={workdir}", f"--target={tmp_path / 'other'}"], 1, "other"),
         "report of a folder that is no run": (["report", tmp_path / "other", "--output=R.html"], 1, "no metrics.jsonl"),
     }

@@ -5,7 +5,8 @@ import pathlib
 from collections import defaultdict
 from collections.abc import Iterator
 
-from fastvlm_jax.data.sources import Record, read_manifest
+from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.sources import read_manifest
 from fastvlm_jax.data.tokenizer import train_sentencepiece
 from fastvlm_jax.data.write import write_shards
 

@@ -1,82 +1,64 @@
 """Records on disk, read in any order.
 
-A dataset is a folder: shards `SPLIT-00000-of-00004.array_record` and a `manifest.json`, both made by write.py.
+A data set is a folder, local or gs://: shards `SPLIT-00000-of-00004.array_record`, a `manifest.json` and a folder
+`index`, all made by write.py.
 """
 
-import dataclasses
+import concurrent.futures
 import json
 import os
-import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
-import grain
-import msgpack
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from etils import epath
 
-from fastvlm_jax.data.conversation import Turn
+from fastvlm_jax.data.record import Record, unpack
 
 MANIFEST = "manifest.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """Encoded images and the conversation about them.
+class _Shard(NamedTuple):
+    """A whole shard in ArrayRecord's words, so that it need not be opened to be counted."""
 
-    Attributes:
-      key: names the record in messages, such as "train/17".
-      images: encoded files (JPEG, PNG ...), untouched.
-      turns: (role, content) in order; content holds texts, and ints that number `images`.
-    """
-
-    key: str
-    images: tuple[bytes, ...]
-    turns: tuple[Turn, ...]
-
-
-def pack(record: Record) -> bytes:
-    """Returns the bytes of `record` as a shard holds them (msgpack)."""
-    return msgpack.packb({"key": record.key, "images": record.images, "turns": record.turns})
-
-
-def unpack(data: bytes) -> Record:
-    """The inverse of `pack`; raises ValueError for anything that is not a record."""
-    try:
-        raw = msgpack.unpackb(data)
-        turns = tuple((str(role), tuple(content)) for role, content in raw["turns"])
-        record = Record(str(raw["key"]), tuple(raw["images"]), turns)
-        numbers = [part for _, content in turns for part in content if not isinstance(part, str)]
-        if all(isinstance(image, bytes) for image in record.images) and all(
-            isinstance(number, int) and 0 <= number < len(record.images) for number in numbers
-        ):
-            return record
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
-        raise ValueError(f"not a record: {type(error).__name__} {error}") from error
-    raise ValueError(f"record {record.key} names an image that it does not hold")
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
 
 
 class RecordSource:
     """The records of one split: `len(source)`, `source[i] -> Record`; safe to read from several threads.
 
     Attributes:
+      folder, split: of the data set.
+      shards: the shards' paths with their numbers of records, in order.
       fingerprint: sha256 over the whole dataset's contents, hexadecimal.
     """
 
-    def __init__(self, folder: pathlib.Path, split: str, shards: list[pathlib.Path], fingerprint: str):
-        self._where = f"{folder} ({split})"
-        try:
-            self._raw = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
-        except Exception as error:
-            raise ValueError(f"{self._where} is damaged ({_first_line(error)}): write it again") from error
-        self.fingerprint = fingerprint
+    def __init__(self, folder: epath.Path, split: str, shards: dict[epath.Path, int], fingerprint: str):
+        self.folder, self.split, self.shards, self.fingerprint = folder, split, shards, fingerprint
+        self._ends = np.cumsum(list(shards.values()))
+        parts = [_Shard(os.fspath(path), 0, count, count) for path, count in shards.items() if count]
+        self._raw = ArrayRecordDataSource(parts) if parts else ()
 
     def __len__(self) -> int:
         return len(self._raw)
 
     def __getitem__(self, index: int) -> Record:
+        """Raises ValueError, naming shard and record, where the record is damaged."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         try:
             return unpack(self._raw[index])
         except Exception as error:  # the reader raises bare RuntimeErrors of many lines
-            where = f"record {index} of {self._where}"
-            raise ValueError(f"{where} is damaged ({_first_line(error)}): write it again") from error
+            raise ValueError(f"{self.where(index)} is damaged ({_first_line(error)}): write it again") from error
+
+    def where(self, index: int) -> str:
+        """Returns where record `index` lies, for messages: "FOLDER/train-00000-of-00002.array_record record 7"."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        number = index - int(self._ends[shard] - list(self.shards.values())[shard])
+        return f"{list(self.shards)[shard]} record {number}"
 
 
 def _first_line(error: Exception) -> str:
@@ -89,12 +71,17 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ValueError: the file is not one that write.py made.
     """
-    path = pathlib.Path(folder) / MANIFEST
+    path = epath.Path(folder) / MANIFEST
     if not path.is_file():
         return {"splits": {}, "fingerprint": ""}
     try:
         manifest = json.loads(path.read_text())
-        manifest["fingerprint"], manifest["splits"].items()
+        for split in manifest["splits"].values():
+            for name, shard in split["shards"].items():
+                if name != epath.Path(name).name or min(int(shard["records"]), int(shard["bytes"])) < 0:
+                    raise ValueError(f"shard {name!r}")
+        if not isinstance(manifest["fingerprint"], str):
+            raise ValueError("fingerprint")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: delete the folder and write the dataset again") from error
     return manifest
@@ -103,25 +90,33 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 def incomplete_shards(folder: str | os.PathLike, manifest: dict[str, Any], split: str) -> list[str]:
     """Returns the shards of `split` that are missing or not of the size the manifest gives."""
     sizes = {name: shard["bytes"] for name, shard in manifest["splits"][split]["shards"].items()}
-    paths = {name: pathlib.Path(folder) / name for name in sizes}
-    return [name for name, path in paths.items() if not path.is_file() or path.stat().st_size != sizes[name]]
+
+    def whole(name: str) -> bool:
+        try:
+            return (epath.Path(folder) / name).stat().length == sizes[name]
+        except OSError:
+            return False
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each is a round trip to a bucket
+        return [name for name, fine in zip(sizes, pool.map(whole, sizes), strict=True) if not fine]
 
 
-def read_shards(folder: str | os.PathLike, split: str) -> RecordSource:
-    """Opens one split of a dataset folder.
+def read_shards(folder: str | os.PathLike, split: str, only: str | None = None) -> RecordSource:
+    """Opens one split of a dataset folder, or the shard named `only` of it.
 
     Raises:
       FileNotFoundError: no such folder, or it holds no complete dataset.
       ValueError: no such split, or shards that do not fit the manifest.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = epath.Path(folder).expanduser()
     manifest = read_manifest(folder)
     if not manifest["splits"]:
         found = f"{folder} holds no complete dataset" if folder.is_dir() else f"there is no dataset folder {folder}"
-        raise FileNotFoundError(f"{found}: write one with `fastvlm data easy-vqa --output {folder}`")
+        raise FileNotFoundError(f"{found}: write one with `fastvlm data write --source PATH --output {folder}`")
     if split not in manifest["splits"]:
         raise ValueError(f"{folder} has no split {split!r}: it has {', '.join(sorted(manifest['splits']))}")
     if broken := incomplete_shards(folder, manifest, split):
-        raise ValueError(f"{folder / broken[0]} is missing or cut short: write the dataset again")
-    shards = [folder / name for name in manifest["splits"][split]["shards"]]
-    return RecordSource(folder, split, shards, manifest["fingerprint"])
+        raise ValueError(f"{folder / broken[0]} is missing or not as it was written: write the dataset again")
+    shards = manifest["splits"][split]["shards"]
+    counts = {folder / name: shard["records"] for name, shard in shards.items() if only in (None, name)}
+    return RecordSource(folder, split, counts, manifest["fingerprint"])

@@ -1,0 +1,129 @@
+"""The last step of a write: shards, index and list of rejected entries get their names, the manifest its entry."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from fastvlm_jax.data.index import FOLDER as INDEX
+from fastvlm_jax.data.shard_job import Job, put_in_place, write_whole
+from fastvlm_jax.data.sources import MANIFEST
+
+REJECTED = "rejected.jsonl"
+
+
+def assemble(
+    output: pathlib.Path,
+    manifest: dict[str, Any],
+    splits: Sequence[str],
+    jobs: Sequence[Job],
+    done: Sequence[dict[str, Any]],
+    source: dict[str, str],
+) -> None:
+    """Makes the splits of finished jobs part of the data set `output`, whose manifest is brought up to date.
+
+    Killed anywhere, it is done again by the next run: the jobs' own files stay.
+
+    Raises:
+      ValueError: the jobs have no record between them.
+    """
+    rejected, example = _merge_rejected(output, splits[0], jobs, done)
+    if not any(facts["shards"] for facts in done):
+        raise ValueError(
+            f"no record of {source['path']} can be used: "
+            + (f"{rejected} entries were rejected, as in {example!r}" if rejected else "it has no entries")
+        )
+    _drop(output, manifest, splits)
+    (output / INDEX).mkdir(exist_ok=True)
+    for split in splits:
+        shards = [
+            (pathlib.Path(job.folder), shard)
+            for job, facts in zip(jobs, done, strict=True)
+            for shard in facts["shards"]
+            if shard["split"] == split
+        ]
+        names = [f"{split}-{i:05d}-of-{len(shards):05d}.array_record" for i in range(len(shards))]
+        for (folder, shard), name in zip(shards, names, strict=True):
+            for file in (folder / INDEX).glob(f"{shard['name']}.*"):
+                _link(file, output / INDEX / file.name.replace(shard["name"], name))
+            _link(folder / shard["name"], output / name)
+        manifest["splits"][split] = {
+            "records": sum(shard["records"] for _, shard in shards),
+            "images": sum(shard["images"] for _, shard in shards),
+            "rejected": rejected if split == splits[0] else 0,
+            "shards": {
+                name: {key: shard[key] for key in ("records", "bytes", "sha256")}
+                for name, (_, shard) in zip(names, shards, strict=True)
+            },
+            "source": source,
+        }
+    save_manifest(output, manifest)
+
+
+def save_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest with the fingerprint of what its shards hold."""
+    content = {name: [split["records"], split["shards"]] for name, split in manifest["splits"].items()}
+    manifest["fingerprint"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _drop(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str]) -> None:
+    """Removes splits, and the validation records that an earlier write took out of them, before new ones come."""
+    old = [manifest["splits"][split].get("source") for split in splits if split in manifest["splits"]]
+    of_them = [split for split, facts in manifest["splits"].items() if facts.get("source") and facts["source"] in old]
+    gone = {*splits, *of_them}
+    if gone & manifest["splits"].keys():  # the entries go before the files do
+        manifest["splits"] = {split: facts for split, facts in manifest["splits"].items() if split not in gone}
+        save_manifest(output, manifest)
+    for split in gone:
+        for stale in output.glob(f"{split}-?????-of-?????.array_record"):
+            stale.unlink()
+        for stale in (output / INDEX).glob(f"{split}-?????-of-?????.array_record.*"):
+            stale.unlink()
+
+
+def _link(file: pathlib.Path, name: pathlib.Path) -> None:
+    """Gives a file a second name; its first stays, so that a killed run finds it again."""
+    try:
+        os.link(file, name)
+    except OSError:  # a file system without hard links
+        partial = name.with_name(f"{name.name}.{os.getpid()}.partial")
+        shutil.copyfile(file, partial)
+        put_in_place(partial, name)
+
+
+def split_of(line: str) -> str:
+    """Returns the split that a line of rejected.jsonl is about, "" for another line."""
+    try:
+        return json.loads(line)["split"]
+    except (ValueError, KeyError, TypeError):  # not a line of ours
+        return ""
+
+
+def _merge_rejected(output: pathlib.Path, split: str, jobs, done) -> tuple[int, str]:
+    """Brings OUTPUT/rejected.jsonl up to date: lines of other splits stay, those of this one are in source order.
+
+    Returns:
+      How many entries of this split there are, and the first one's reason.
+    """
+    path, count, example = output / REJECTED, 0, ""
+    partial = path.with_name(f"{REJECTED}.{os.getpid()}.partial")
+    try:
+        with partial.open("w") as file:
+            if path.is_file():
+                with path.open() as old:
+                    file.writelines(line for line in old if split_of(line) != split)
+            for job, facts in zip(jobs, done, strict=True):
+                with (pathlib.Path(job.folder) / f"{job.name}.rejected.jsonl").open() as lines:
+                    entries = [*map(json.loads, lines), *facts["duplicates"]]
+                for _, name, key, reason in sorted(entries, key=lambda entry: entry[0]):
+                    file.write(json.dumps({"split": split, "file": name, "key": key, "reason": reason}) + "\n")
+                    example = example or reason
+                count += len(entries)
+        put_in_place(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count, example

@@ -1,0 +1,83 @@
+"""Keys that occur twice in a source: the first record keeps it, the later ones are rejected."""
+
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from fastvlm_jax.data.record import unpack
+from fastvlm_jax.data.shard_job import Job, Shard, load_keys, save_keys, write_whole
+
+
+def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None:
+    """Rewrites the shards of finished jobs that hold a key of an earlier record, and brings `done` up to date.
+
+    Hashes of 8 bytes are compared for all records; where two are equal, the keys themselves are read and decide.
+    """
+    places = [(job, facts, shard) for job, facts in zip(jobs, done, strict=True) for shard in facts["shards"]]
+    paths = [pathlib.Path(job.folder) / shard["name"] for job, _, shard in places]
+    if not paths:
+        return
+    hashes = [load_keys(path)[:, 0] for path in paths]
+    first = np.cumsum([0] + [len(column) for column in hashes])
+    late = _later_ones(np.concatenate(hashes), first, paths)
+    changed = {}
+    for number, (job, facts, shard) in enumerate(places):
+        start, stop = np.searchsorted(late, first[number : number + 2])
+        rows = late[start:stop] - first[number]
+        if len(rows):
+            _rewrite(paths[number], job, facts, shard, set(rows.tolist()))
+            changed[job.number] = (job, facts)
+    for job, facts in changed.values():
+        facts["shards"] = [shard for shard in facts["shards"] if shard["records"]]
+        write_whole(pathlib.Path(job.folder) / f"{job.name}.json", json.dumps(facts).encode())
+
+
+def _later_ones(hashes: np.ndarray, first: np.ndarray, paths: list[pathlib.Path]) -> np.ndarray:
+    """The rows, over all shards, whose key an earlier row has."""
+    order = np.argsort(hashes, kind="stable")
+    equal = hashes[order[1:]] == hashes[order[:-1]]
+    late = []
+    ends = np.flatnonzero(~np.append(equal, False))  # the last of each run of equal hashes
+    starts = np.append(0, ends[:-1] + 1)
+    for start, end in zip(starts[ends > starts], ends[ends > starts], strict=True):
+        seen = set()
+        for row in order[start : end + 1]:
+            shard = int(np.searchsorted(first, row, side="right")) - 1
+            ((_, key),) = _records(paths[shard], [int(row - first[shard])])
+            if key in seen:
+                late.append(row)
+            seen.add(key)
+    return np.array(sorted(late), np.int64)
+
+
+def _records(path: pathlib.Path, rows: Iterable[int]):
+    """(packed record, its key) of some rows of a shard."""
+    reader = ArrayRecordReader(str(path))
+    try:
+        for row in rows:
+            (data,) = reader.read([row])
+            yield data, unpack(data).key
+    finally:
+        reader.close()
+
+
+def _rewrite(path: pathlib.Path, job: Job, facts: dict, shard: dict, late: set[int]) -> None:
+    keys, kept = load_keys(path), Shard(path, job.settings.counter)
+    try:
+        for row, (data, key) in enumerate(_records(path, range(len(keys)))):
+            if row in late:
+                number = int(keys[row, 1])
+                file = [name for name, start in facts["firsts"] if start <= number][-1]
+                reason = "the key is that of an earlier record"
+                facts["duplicates"].append([number, file, key, reason])
+            else:
+                kept.add(unpack(data), data)
+        shard.update(kept.close())
+    except BaseException:
+        kept.abandon()
+        raise
+    save_keys(path, [tuple(pair) for row, pair in enumerate(keys.tolist()) if row not in late])

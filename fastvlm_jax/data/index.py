@@ -1,0 +1,303 @@
+"""What the schedule knows of records without reading them: sizes of images and lengths of texts.
+
+Beside the shards of a data set lie two small files for each, made when it is written or when it is first used:
+
+    index/train-00000-of-00004.sizes.npz             images of each record, width and height of each image
+    index/train-00000-of-00004.tokens-1f0c9a33.npz   tokens of each text, for one tokenizer, template and way of turns
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import multiprocessing
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import tqdm
+from absl import logging
+from etils import epath
+
+from fastvlm_jax.data.conversation import TEMPLATES, Turn, drop_oldest, questions, render
+from fastvlm_jax.data.image import size_of
+from fastvlm_jax.data.record import Record, check
+from fastvlm_jax.data.sources import RecordSource, read_shards
+from fastvlm_jax.data.tokenizer import Tokenizer
+
+TURNS = ("separate", "conversation")
+FOLDER = "index"
+_VERSION = 1  # of the files, and of what they count
+_ALONE = 4096  # records that are counted without starting other processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """Counts the tokens of a record's texts.
+
+    Attributes:
+      tokenizer: see tokenizer.py.
+      template: a name in conversation.TEMPLATES.
+      turns: "separate" or "conversation", see `talks_of`.
+    """
+
+    tokenizer: Tokenizer
+    template: str
+    turns: str
+
+    def __post_init__(self):
+        if self.turns not in TURNS:
+            raise ValueError(f"unknown data.turns {self.turns!r}: choose one of {', '.join(TURNS)}")
+        if self.template not in TEMPLATES:
+            raise ValueError(f"unknown data.template {self.template!r}: choose one of {', '.join(TEMPLATES)}")
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Eight hexadecimal digits that stand for the tokenizer's contents, the template and the way of turns."""
+        digest = hashlib.sha256(f"{_VERSION} {TEMPLATES[self.template]} {self.turns}".encode())
+        for file in self.tokenizer.files:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:8]
+
+    def count(self, record: Record) -> list[tuple[int, int, tuple[int, ...]]]:
+        """Returns (tokens of text, those of its newest question and answer alone, images named) of each segment.
+
+        Raises:
+          ValueError: nothing can be learnt from the record, and why.
+        """
+        return [
+            (self._length(talk), self._length(newest(talk)), tuple(images_named(talk)))
+            for talk in talks_of(record, self.turns)
+        ]
+
+    def _length(self, talk: tuple[Turn, ...]) -> int:
+        segment = render(talk, self.tokenizer, TEMPLATES[self.template], 0)
+        if not segment.loss_mask[1:].any():
+            raise ValueError("no token of it is supervised")
+        return len(segment.tokens)
+
+
+def talks_of(record: Record, turns: str) -> list[tuple[Turn, ...]]:
+    """Returns the conversations that become segments: each question alone ("separate"), or all in one.
+
+    Raises:
+      ValueError: nothing can be learnt from the record, and why.
+    """
+    if reason := check(record):
+        raise ValueError(reason)
+    return questions(record.turns) if turns == "separate" else [tuple(record.turns)]
+
+
+def images_named(talk: tuple[Turn, ...]) -> list[int]:
+    """Returns the images that a conversation names, in order, as often as it does."""
+    return [part for _, content in talk for part in content if isinstance(part, int)]
+
+
+def newest(talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Returns a conversation without all but its newest question and answer."""
+    while (shorter := drop_oldest(talk)) is not None:
+        talk = shorter
+    return talk
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordIndex:
+    """Facts of M records with I images and S segments, which name images R times in all.
+
+    Attributes:
+      num_images: int [M]. width, height: uint16 [I], pixels, upright; record after record.
+      num_segments: int [M]. text, shortest: int32 [S], tokens of text, of a whole segment and of its newest question.
+      num_refs: int [S]. refs: uint16 [R]; which images of its record a segment names, in order.
+      unusable: record number -> why nothing can be learnt from it; such a record has no segments.
+    """
+
+    num_images: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    num_segments: np.ndarray
+    text: np.ndarray
+    shortest: np.ndarray
+    num_refs: np.ndarray
+    refs: np.ndarray
+    unusable: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.num_images)
+
+
+_SIZES = {"num_images": np.uint16, "width": np.uint16, "height": np.uint16}
+_TOKENS = {
+    "num_segments": np.uint16, "text": np.int32, "shortest": np.int32, "num_refs": np.uint16, "refs": np.uint16
+}  # fmt: skip
+
+
+class ShardIndex:
+    """Collects the facts of one shard's records, in order, and writes its two files.
+
+    Without a counter only the sizes are collected.
+    """
+
+    def __init__(self, counter: Counter | None = None):
+        self._counter = counter
+        self._columns: dict[str, list[int]] = {name: [] for name in (*_SIZES, *_TOKENS)}
+        self._unusable: dict[int, str] = {}
+
+    def add(self, record: Record, sizes: Sequence[tuple[int, int]] | None = None) -> None:
+        """Adds the next record; `sizes` are the (width, height) of its images where the caller has read them."""
+        columns, number = self._columns, len(self._columns["num_images"])
+        counted, reason = [], None
+        try:
+            sizes = [size_of(image) for image in record.images] if sizes is None else sizes
+            if self._counter is not None:
+                counted = self._counter.count(record)
+        except ValueError as error:
+            reason = str(error)
+            if sizes is None:
+                sizes = [(1, 1)] * len(record.images)
+        columns["num_images"].append(len(record.images))
+        columns["width"] += [width for width, _ in sizes]
+        columns["height"] += [height for _, height in sizes]
+        columns["num_segments"].append(len(counted))
+        for text, shortest, refs in counted:
+            columns["text"].append(text)
+            columns["shortest"].append(shortest)
+            columns["num_refs"].append(len(refs))
+            columns["refs"] += refs
+        if reason is not None:
+            self._unusable[number] = reason[:200]
+
+    def add_unusable(self, reason: str) -> None:
+        """Adds the next record as one that cannot be read at all."""
+        self._unusable[len(self._columns["num_images"])] = reason[:200]
+        for name in ("num_images", "num_segments"):
+            self._columns[name].append(0)
+
+    def save(self, shard: os.PathLike, folder: os.PathLike | None = None) -> None:
+        """Writes the files of `shard` to `folder`, by default the folder `index` beside it; each appears whole."""
+        shard = pathlib.Path(shard)
+        folder = shard.parent / FOLDER if folder is None else pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        kinds = {"sizes": _SIZES} | ({f"tokens-{self._counter.id}": _TOKENS} if self._counter else {})
+        for kind, columns in kinds.items():
+            arrays = {name: np.array(self._columns[name], dtype) for name, dtype in columns.items()}
+            if columns is _TOKENS:
+                arrays["unusable"] = np.array(list(self._unusable), np.int64)
+                arrays["reasons"] = np.array(list(self._unusable.values()), "U200")
+            path = folder / f"{shard.name}.{kind}.npz"
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            try:
+                with partial.open("wb") as file:
+                    np.savez(file, **arrays)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+def cache_folder() -> pathlib.Path:
+    """Where what can be computed again is kept: $FASTVLM_CACHE, else fastvlm_jax in the user's cache folder."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastvlm_jax"
+    return pathlib.Path(os.environ.get("FASTVLM_CACHE") or default).expanduser()
+
+
+def load_index(source: RecordSource, counter: Counter) -> RecordIndex:
+    """Returns the index of a split; what is not there yet is counted now, by all cores, and kept.
+
+    It is kept beside the shards, or in the user's cache folder where those cannot be written to.
+
+    Raises:
+      ValueError: a shard or an index file is damaged.
+    """
+    beside = source.folder / FOLDER
+    local = cache_folder() / FOLDER / source.fingerprint[:16]
+    names = {shard: [f"{shard.name}.sizes.npz", f"{shard.name}.tokens-{counter.id}.npz"] for shard in source.shards}
+    present = {path.name for path in beside.iterdir()} if beside.is_dir() else set()
+    present_here = {path.name for path in local.iterdir()} if local.is_dir() else set()
+    missing = [shard for shard, files in names.items() if not set(files) <= present | present_here]
+    if missing:
+        writable = "://" not in os.fspath(source.folder) and os.access(source.folder, os.W_OK)
+        _count_shards(source, missing, counter, pathlib.Path(beside) if writable else local)
+        present, present_here = present | (names_in(beside) if writable else set()), names_in(local)
+    files = [(beside if name in present else epath.Path(local)) / name for own in names.values() for name in own]
+    return _join(files[0::2], files[1::2], source)
+
+
+def names_in(folder) -> set[str]:
+    """The names in a folder; none where there is no folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _count_shards(source: RecordSource, shards: list[epath.Path], counter: Counter, folder: pathlib.Path) -> None:
+    total = sum(source.shards[shard] for shard in shards)
+    jobs = [(os.fspath(source.folder), source.split, shard.name, counter, os.fspath(folder)) for shard in shards]
+    with contextlib.ExitStack() as stack:
+        if total > _ALONE and len(jobs) > 1 and (cores := len(os.sched_getaffinity(0))) > 1:
+            logging.warning("%s: counting the tokens of %d records", source.folder, total)
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(min(cores, len(jobs)), spawn))
+            counts = (
+                done.result() for done in concurrent.futures.as_completed([pool.submit(_count, *j) for j in jobs])
+            )
+        else:
+            counts = (_count(*job) for job in jobs)
+        bar = tqdm.tqdm(
+            total=total, desc="count tokens", unit="record", disable=total <= _ALONE or not sys.stderr.isatty()
+        )
+        with bar:
+            for count in counts:
+                bar.update(count)
+
+
+def _count(folder: str, split: str, shard: str, counter: Counter, target: str) -> int:
+    source = read_shards(folder, split, only=shard)
+    index = ShardIndex(counter)
+    for number in range(len(source)):
+        try:
+            record = source[number]
+        except ValueError as error:
+            index.add_unusable(str(error))
+        else:
+            index.add(record)
+    index.save(pathlib.Path(shard), target)
+    return len(source)
+
+
+def _join(sizes: list[epath.Path], tokens: list[epath.Path], source: RecordSource) -> RecordIndex:
+    found: dict[str, list[np.ndarray]] = {name: [] for name in (*_SIZES, *_TOKENS)}
+    unusable, first = {}, 0
+    for records, size_file, token_file in zip(source.shards.values(), sizes, tokens, strict=True):
+        with _opened(size_file, _SIZES) as arrays:
+            for name in _SIZES:
+                found[name].append(arrays[name])
+            images = int(arrays["num_images"].sum())
+            fits = len(arrays["num_images"]) == records and len(arrays["width"]) == len(arrays["height"]) == images
+        with _opened(token_file, _TOKENS) as arrays:
+            for name in _TOKENS:
+                found[name].append(arrays[name])
+            segments, refs = int(arrays["num_segments"].sum()), int(arrays["num_refs"].sum())
+            fits &= len(arrays["num_segments"]) == records and len(arrays["refs"]) == refs
+            fits &= segments == len(arrays["text"]) == len(arrays["shortest"]) == len(arrays["num_refs"])
+            reasons = zip(arrays["unusable"].tolist(), arrays["reasons"].tolist(), strict=True)
+            unusable |= {first + number: reason for number, reason in reasons}
+        if not fits:
+            raise ValueError(f"{token_file} does not fit its shard: delete the folder {token_file.parent}")
+        first += records
+    joined = {name: np.concatenate(found.pop(name) or [np.zeros(0, np.int32)]) for name in (*_SIZES, *_TOKENS)}
+    return RecordIndex(**joined, unusable=unusable)
+
+
+@contextlib.contextmanager
+def _opened(path: epath.Path, columns: dict[str, type]):
+    """The arrays of an index file, checked for names and types."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        if any(arrays[name].dtype != dtype or arrays[name].ndim != 1 for name, dtype in columns.items()):
+            raise ValueError("a column has another type")
+        if columns is _TOKENS and (arrays["unusable"].dtype != np.int64 or arrays["reasons"].dtype.kind != "U"):
+            raise ValueError("a column has another type")
+    except Exception as error:  # of numpy, zipfile and zlib, of many kinds
+        raise ValueError(f"{path} is damaged ({error}): delete the folder {path.parent}") from error
+    yield arrays

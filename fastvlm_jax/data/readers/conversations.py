@@ -1,0 +1,116 @@
+"""Other people's conversations to turns: roles, and where each image stands.
+
+{"from": "human", "value": "<image>\\nwhat color?"}   ->  ("user", (0, "what color?"))
+{"role": "user", "content": "compare <image> and <image>"}   ->  ("user", ("compare", 1, "and", 2))
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from fastvlm_jax.data.conversation import Turn
+
+MARK = "<image>"
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+MAX_NAME = 80  # characters of a name or value that a message repeats
+
+
+def to_turns(messages: Any, num_images: int) -> tuple[Turn, ...]:
+    """Returns the turns of a conversation of `num_images` images.
+
+    A message is a mapping of `from` and `value` (LLaVA) or `role` and `content` (OpenAI, where content may be a list of
+    `{"type": "text", "text": ...}` and `{"type": "image"}`). The i-th mark `<image>` of the conversation is image i. A
+    turn with one mark shows its image first, as LLaVA's `preprocess_multimodal` has it; with several, the order stays.
+    An image that no mark places opens the first turn of the user, if it is the only one.
+
+    Raises:
+      ValueError: in a short line, what is wrong with it.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not len(messages):
+        raise ValueError(f"the conversation is {shown(messages)}, not a list of messages")
+    talk = [_role_and_text(message) for message in messages]
+    marks = sum(text.count(MARK) for _, text in talk)
+    if num_images == 1 and not marks:
+        first = next((i for i, (role, _) in enumerate(talk) if role == "user"), None)
+        if first is None:
+            raise ValueError("no turn of the user for the image to stand in")
+        talk[first] = ("user", MARK + talk[first][1])
+    elif marks != num_images:
+        raise ValueError(f"the conversation has {marks} {MARK} marks for {num_images} images")
+    turns, seen = [], 0
+    for role, text in talk:
+        turns.append((role, _content(text, seen)))
+        seen += text.count(MARK)
+    return tuple(turns)
+
+
+def about_image(caption: str, key: str, questions: Sequence[str]) -> tuple[Turn, ...]:
+    """Returns the conversation of a caption about image 0: one of `questions`, picked by `key`, or the image alone."""
+    asked = (questions[zlib.crc32(key.encode()) % len(questions)],) if questions else ()
+    return (("user", (0, *asked)), ("assistant", (caption,)))
+
+
+def text_of(value: Any, what: str) -> str:
+    """Returns `value` if it is text that UTF-8 can hold; ValueError naming `what` otherwise."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {shown(value)}, not text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{what} holds half a surrogate pair, which is no text") from error
+    return value
+
+
+def shown(value: Any) -> str:
+    """Returns a value as a message repeats it: one line, of MAX_NAME characters at most."""
+    text = repr(value) if isinstance(value, int | float | bool | None) else type(value).__name__
+    if isinstance(value, str):
+        text = repr(value[:MAX_NAME])
+    return text if len(text) <= MAX_NAME else text[: MAX_NAME - 3] + "..."
+
+
+def _role_and_text(message: Any) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        raise ValueError(f"a message is {shown(message)}, not an object with from and value")
+    named = message.get("from") if "from" in message else message.get("role")
+    role = ROLES.get(named) if isinstance(named, str) else None
+    if role is None:
+        raise ValueError(f"a message is from {shown(named)}: the roles are {', '.join(ROLES)}")
+    content = message.get("value") if "value" in message else message.get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        return role, "".join(_piece(piece) for piece in content)
+    return role, text_of(content, "a message")
+
+
+def _piece(piece: Any) -> str:
+    """One element of a content list, an image as its mark."""
+    kind = piece.get("type") if isinstance(piece, dict) else piece
+    if kind == "text":
+        return text_of(piece.get("text"), "a text of a message")
+    if kind in ("image", "image_url"):
+        return MARK
+    raise ValueError(f"a message holds a part of type {shown(kind)}: text and image are known")
+
+
+def _content(text: str, first_image: int) -> tuple[str | int, ...]:
+    pieces = text.split(MARK)
+    if len(pieces) == 1:
+        return (text,)
+    if len(pieces) == 2:
+        text = "".join(pieces).strip()
+        return (first_image, text) if text else (first_image,)
+    content: list[str | int] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            content.append(first_image + number - 1)
+        # The spaces at the outer ends of a turn are as meaningless as those beside a mark.
+        if piece := piece.strip():
+            content.append(piece)
+    return tuple(content)

@@ -1,0 +1,238 @@
+"""LLaVA's files: a JSON list, or a JSON object a line, of `id`, `image` or `images`, and `conversations`.
+
+    [{"id": "000000033471", "image": "coco/train2017/000000033471.jpg",
+      "conversations": [{"from": "human", "value": "<image>\\nWhat is on the bus?"}, {"from": "gpt", "value": "..."}]}]
+
+Also read: entries without an image, `messages` in place of `conversations`, `role` and `content` in place of `from` and
+`value`. A part is a range of bytes: whole entries of a list, or the lines that begin in it.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from fastvlm_jax.data.readers import Options, Part
+from fastvlm_jax.data.readers.conversations import shown, text_of, to_turns
+from fastvlm_jax.data.readers.files import (
+    check_images_folder,
+    images_folder,
+    key_of,
+    lines,
+    listed,
+    loads,
+    looks_like,
+    read_images,
+    whole_number,
+)
+from fastvlm_jax.data.record import Record, Rejected
+
+SUFFIXES = (".json", ".jsonl")
+MAX_ENTRY = 16 << 20  # bytes of one entry; parsed, hostile JSON is 20 times as large
+PART_ENTRIES = 20_000
+PART_BYTES = 32 << 20
+_CHUNK = 8 << 20
+_SPACE = re.compile(r"[ \t\r\n]*")
+# Up to the next run of opening or closing brackets that stand in no string.
+_BRACKETS = re.compile(r'[^"{}\[\]]*+(?:"(?:[^"\\]++|\\.)*+"[^"{}\[\]]*+)*+([{\[]++|[}\]]++)', re.DOTALL)
+
+
+def recognise(path: epath.Path) -> bool:
+    return looks_like(path, SUFFIXES)
+
+
+def parts(path: epath.Path, options: Options) -> list[Part]:
+    """Returns the parts of a file, or of the .json and .jsonl files of a folder; a list is parsed once for it.
+
+    Raises:
+      FileNotFoundError: no such file or folder, or a folder without such files.
+      ValueError: a .json that is no list of entries, or is broken or cut.
+    """
+    found = []
+    check_images_folder(options)
+    for file in listed(path, SUFFIXES):
+        if not _is_list(file):
+            size = file.stat().length
+            found += [Part(str(file), start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)]
+            continue
+        start, count, end = 0, 0, 0
+        for begin, end in _scan(file):
+            if count == PART_ENTRIES or (count and end - start > PART_BYTES):
+                found.append(Part(str(file), start, begin))
+                count = 0
+            if not count:
+                start = begin
+            count += 1
+        if count:
+            found.append(Part(str(file), start, end))
+    return found
+
+
+def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
+    """Yields a part's records in order; what is wrong with an entry is a Rejected, named by its id or first byte."""
+    path = epath.Path(part.path)
+    folder = images_folder(path, options)
+    seen: dict[str, int] = {}
+    try:
+        for at, raw, entry in (_list_entries if _is_list(path) else _line_entries)(part):
+            key = f"byte {at}"
+            try:
+                name = _name(entry)
+                key = key_of(name or path.stem, raw)
+                if key in seen:
+                    raise ValueError(f"the same entry stands at byte {seen[key]}")
+                seen[key] = at
+                yield _record(entry, key, folder)
+            except ValueError as error:
+                yield Rejected(part.path, key, str(error))
+    except (OSError, ValueError) as error:
+        yield Rejected(part.path, f"byte {part.start}", f"the file has changed or cannot be read: {error}")
+
+
+def _name(entry: Any) -> str:
+    """The id of an entry, "" if it has none."""
+    if isinstance(entry, ValueError):
+        raise entry
+    if not isinstance(entry, dict):
+        raise ValueError(f"an entry is {shown(entry)}, not an object")
+    name = entry.get("id")
+    if name is None:
+        return ""
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise ValueError(f"the id is {shown(name)}, not text or a whole number")
+    return text_of(str(name), "the id")
+
+
+def _record(entry: dict[str, Any], key: str, folder: epath.Path) -> Record:
+    if entry.get("video") or entry.get("videos"):
+        raise ValueError("it is about a video: only images are read")
+    images = entry.get("image") if entry.get("image") is not None else entry.get("images")
+    names = [] if images is None else images if isinstance(images, list) else [images]
+    names = [text_of(name, "the name of an image") for name in names]
+    messages = entry.get("conversations") if "conversations" in entry else entry.get("messages")
+    turns = to_turns(messages, len(names))
+    return Record(key, read_images(folder, names), turns)
+
+
+def _is_list(path: epath.Path) -> bool:
+    """Whether the file is one JSON list; False for an object a line; ValueError for neither."""
+    if path.name.lower().endswith(".jsonl"):
+        return False
+    with path.open("rb") as file:
+        first = file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+        if first[:1] == b"[":
+            return True
+        if first[:1] == b"{":
+            try:
+                # Some publish an object a line as .json.
+                json.loads(first.split(b"\n", 1)[0])
+                return False
+            except (ValueError, RecursionError):
+                pass
+    raise ValueError(f"{path} holds no JSON list of conversations, and no object a line: see the format `llava`")
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_int=whole_number)
+
+
+def _element(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value at `at` and its end; a ValueError as the value if it nests too deep; JSONDecodeError if broken."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except RecursionError:
+        depth = 0
+        while found := _BRACKETS.match(text, at):
+            run = len(found[1])
+            if found[1][0] in "}]":
+                if run >= depth:
+                    return ValueError("it nests too deep"), found.start(1) + depth
+                run = -run
+            depth, at = depth + run, found.end()
+        raise json.JSONDecodeError("Unbalanced brackets", text, at) from None
+
+
+def _scan(path: epath.Path) -> Iterator[tuple[int, int]]:
+    """Yields the bytes [start, end) of each element of a list, holding one chunk and one element of the file.
+
+    Read as Latin-1, a character is a byte, and the marks of JSON are the same as in UTF-8.
+    """
+    with path.open("rb") as file:
+        text, base, first = file.read(_CHUNK).decode("latin-1"), 0, True
+        at = text.index("[") + 1
+        while True:
+            try:
+                begin = _next(text, at, first)
+                if begin < 0:
+                    break
+                _, end = _element(text, begin)
+                if end == len(text):  # a number may go on
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
+            except json.JSONDecodeError as error:
+                chunk = file.read(_CHUNK)
+                if not chunk or len(text) - at > MAX_ENTRY:
+                    where = f"byte {base + error.pos} ({error.msg})"
+                    raise ValueError(f"the JSON of {path} is cut or broken at {where}: copy it again") from None
+                text, base, at = text[at:] + chunk.decode("latin-1"), base + at, 0
+                continue
+            yield base + begin, base + end
+            at, first = end, False
+        if text[at:].strip(" \t\r\n") != "]" or file.read(_CHUNK).strip():
+            raise ValueError(f"{path} goes on after its list, which ends after byte {base + at}: copy it again")
+
+
+def _next(text: str, at: int, first: bool) -> int:
+    """Where the next element of a list begins; -1 at the list's end."""
+    at = _SPACE.match(text, at).end()
+    if text.startswith("]", at):
+        return -1
+    if first:
+        return at
+    if not text.startswith(",", at):
+        raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    return _SPACE.match(text, at + 1).end()
+
+
+def _list_entries(part: Part) -> Iterator[tuple[int, bytes, Any]]:
+    """Yields (first byte, bytes, value or what is wrong) of each element in [start, stop) of a list."""
+    with epath.Path(part.path).open("rb") as file:
+        file.seek(part.start)
+        text = file.read(part.stop - part.start).decode("latin-1")
+    at = 0
+    while at < len(text):
+        try:
+            value, end = _element(text, at)
+        except json.JSONDecodeError as error:
+            yield part.start + at, b"", ValueError(f"the file has changed: {error.msg}")
+            return
+        raw = text[at:end].encode("latin-1")
+        if not raw.isascii() and not isinstance(value, ValueError):
+            value = _value(raw)
+        yield part.start + at, raw, value
+        at = _SPACE.match(text, end).end()
+        at = _SPACE.match(text, at + 1).end()  # the comma
+
+
+def _line_entries(part: Part) -> Iterator[tuple[int, bytes, Any]]:
+    """Yields (first byte, bytes, value or what is wrong) of each line that begins in [start, stop)."""
+    with epath.Path(part.path).open("rb") as file:
+        at = part.start
+        if at:
+            file.seek(at - 1)
+            at += next(lines(file, 0), (1, None))[0] - 1
+        for length, line in lines(file, MAX_ENTRY):
+            if at >= part.stop:
+                return
+            if line is None:
+                yield at, b"", ValueError(f"the line is over {MAX_ENTRY >> 20} MB")
+            elif line := line.removeprefix(b"\xef\xbb\xbf").strip():
+                yield at, line, _value(line)
+            at += length
+
+
+def _value(raw: bytes) -> Any:
+    try:
+        return loads(raw)
+    except ValueError as error:
+        return error

@@ -1,0 +1,210 @@
+"""CSV and TSV lists of an image's path and its caption, as CC3M, CC12M and their recaptioned editions are handed on.
+
+    image,caption                  a header names the columns (see IMAGE and CAPTION; others are not read);
+    0001.jpg,"a dog, running"      without one there are two columns, the image first
+
+A .tsv has a row a line and quotes are text, unless they enclose the whole field. `.gz` may follow either name. A part
+is a range of bytes of the (unpacked) file, at the beginnings of rows.
+"""
+
+import contextlib
+import csv
+import gzip
+import itertools
+import zlib
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+from etils import epath
+
+from fastvlm_jax.data.readers import Options, Part
+from fastvlm_jax.data.readers.conversations import about_image, shown
+from fastvlm_jax.data.readers.files import (
+    check_images_folder,
+    images_folder,
+    key_of,
+    lines,
+    listed,
+    looks_like,
+    read_images,
+)
+from fastvlm_jax.data.record import Record, Rejected
+
+SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+IMAGE = ("image", "path", "filename", "file_name", "filepath", "file", "image_path", "img_path")
+CAPTION = ("caption", "text", "title", "description")
+ADDRESS = ("url", "image_url")
+MAX_LINE = 1 << 20
+MAX_ROW_LINES = 32  # a caption in quotes may hold newlines; a quote that is never closed must not swallow the file
+PART_ROWS = 20_000
+PART_ROWS_GZ = 500_000  # a .gz is unpacked from its beginning for every part
+
+
+class _Columns(NamedTuple):
+    image: int
+    caption: int
+    count: int
+    header: int  # its first byte; -1 without one
+
+
+def recognise(path: epath.Path) -> bool:
+    return looks_like(path, SUFFIXES)
+
+
+def parts(path: epath.Path, options: Options) -> list[Part]:
+    """Returns the parts of a file, or of all such files of a folder; each is read once for it.
+
+    Raises:
+      FileNotFoundError: no such file or folder, or a folder without such files.
+      ValueError: no column of images, or none of captions.
+    """
+    check_images_folder(options)
+    found = []
+    for file in listed(path, SUFFIXES):
+        columns, length = _columns(file), PART_ROWS_GZ if _is_gz(file) else PART_ROWS
+        if columns is None:
+            continue
+        starts = [row.at for i, row in enumerate(_rows(file, 0, columns)) if i % length == 0]
+        # The last part has no end, so that reading it meets whatever stopped the rows.
+        found += [
+            Part(str(file), start, stop) for start, stop in itertools.zip_longest(starts, starts[1:], fillvalue=-1)
+        ]
+    return found
+
+
+def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
+    """Yields a part's records in order; what is wrong with a row is a Rejected, named by its image or first byte."""
+    path = epath.Path(part.path)
+    folder = images_folder(path, options)
+    seen: dict[str, int] = {}
+    try:
+        columns = _columns(path)
+        for row in _rows(path, part.start, columns):
+            if part.stop >= 0 and row.at >= part.stop:
+                return
+            key = f"byte {row.at}"
+            try:
+                if row.wrong:
+                    raise ValueError(row.wrong)
+                if len(row.fields) != columns.count:
+                    raise ValueError(f"the row has {len(row.fields)} columns in place of {columns.count}")
+                image, caption = row.fields[columns.image].strip(), row.fields[columns.caption].strip()
+                key = key_of(image, "\t".join([image, caption]).encode())
+                if key in seen:
+                    raise ValueError(f"the same row stands at byte {seen[key]}")
+                seen[key] = row.at
+                yield Record(key, read_images(folder, [image]), about_image(caption, key, options.questions))
+            except ValueError as error:
+                yield Rejected(part.path, key, str(error))
+    except (OSError, ValueError) as error:
+        yield Rejected(part.path, f"byte {part.start}", f"the file has changed or cannot be read: {error}")
+
+
+def _is_gz(path: epath.Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+def _columns(path: epath.Path) -> _Columns | None:
+    """What the first row says; None for a file without rows."""
+    row = next(_rows(path, 0, None), None)
+    if row is None:
+        return None
+    if row.wrong:
+        raise ValueError(f"the first row of {path} cannot be read: {row.wrong}")
+    names = [field.strip().lower() for field in row.fields]
+    image = next((names.index(name) for name in IMAGE if name in names), -1)
+    caption = next((names.index(name) for name in CAPTION if name in names), -1)
+    if image >= 0 and caption >= 0:
+        return _Columns(image, caption, len(names), row.at)
+    if any(name in ADDRESS or "://" in name for name in names):
+        raise ValueError(
+            f"{path} lists addresses, not files: download the images first, into .tar files by img2dataset"
+        )
+    if len(names) == 2 and image < 0 and caption < 0:
+        return _Columns(0, 1, 2, -1)
+    raise ValueError(
+        f"{path} has the columns {shown(', '.join(names))}: it needs one of {', '.join(IMAGE)} and one of "
+        f"{', '.join(CAPTION)}, or just two columns, image and caption"
+    )
+
+
+class _Row(NamedTuple):
+    at: int
+    fields: list[str]
+    wrong: str = ""
+
+
+def _rows(path: epath.Path, start: int, columns: _Columns | None) -> Iterator[_Row]:
+    """Yields the rows from byte `start` of the unpacked file on, the header aside; one that is broken says so."""
+    tabs = ".tsv" in path.name.lower()[-7:]
+    at, pending = start, []  # lines read ahead: (length, line)
+    with _open(path) as file:
+        source = _unbroken(file, start)
+        while pending or (line := next(source, None)):
+            pending = pending or [line]
+            row, used = _parse_tabs(pending) if tabs else _parse_commas(pending, source)
+            if not (columns and at == columns.header) and (row.fields or row.wrong):
+                yield row._replace(at=at)
+            at += sum(length for length, _ in pending[:used])
+            pending = pending[used:]
+
+
+@contextlib.contextmanager
+def _open(path: epath.Path) -> Iterator[IO[bytes]]:
+    with path.open("rb") as file:
+        yield gzip.GzipFile(fileobj=file) if _is_gz(path) else file
+
+
+def _unbroken(file: IO[bytes], start: int) -> Iterator[tuple[int, bytes | str]]:
+    """Yields (length, line) from byte `start` on; what is wrong with the line in its place as text."""
+    try:
+        file.seek(start)
+        for length, line in lines(file, MAX_LINE):
+            yield length, f"the line is over {MAX_LINE >> 20} MB" if line is None else line
+    except (EOFError, OSError, zlib.error) as error:
+        yield 0, f"the file is cut or broken here: {error}"
+
+
+def _text(line: bytes | str) -> str:
+    """The text of a line; ValueError for one that is none."""
+    if isinstance(line, str):
+        raise ValueError(line)
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
+
+
+def _parse_tabs(pending: list[tuple[int, bytes | str]]) -> tuple[_Row, int]:
+    try:
+        text = _text(pending[0][1])
+    except ValueError as error:
+        return _Row(0, [], str(error)), 1
+    return _Row(0, [_unquoted(field) for field in text.split("\t")] if text.strip() else []), 1
+
+
+def _unquoted(field: str) -> str:
+    inner = field[1:-1]
+    enclosed = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if enclosed else field
+
+
+def _parse_commas(pending: list[tuple[int, bytes | str]], source: Iterator) -> tuple[_Row, int]:
+    """The row that begins `pending`, which grows by the lines it takes, and their number; 1 where it is broken."""
+    text, wrong = "", ""
+    for used in range(MAX_ROW_LINES):
+        if used == len(pending):
+            if (line := next(source, None)) is None:
+                break
+            pending.append(line)
+        try:
+            text += ("\n" if used else "") + _text(pending[used][1])
+            return _Row(0, next(csv.reader([text], strict=True), [])), used + 1
+        except csv.Error as error:
+            wrong = f"it is not a row of CSV ({error})"
+            if "unexpected end" not in wrong:  # else a caption in quotes may go on in the next line
+                break
+        except ValueError as error:
+            wrong = wrong or str(error)
+            break
+    return _Row(0, [], wrong), 1

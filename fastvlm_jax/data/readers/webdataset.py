@@ -1,0 +1,168 @@
+"""WebDataset tars: members of one name before its first dot are one entry.
+
+    000000012.jpg      the image: jpg, jpeg, png, webp, gif, tif, tiff or bmp; 000000012.0.jpg, .1.jpg for several
+    000000012.txt      its caption
+    000000012.json     `conversations` or `messages`, which come before a caption, or `caption` or `text` where there is
+                       no .txt (img2dataset writes both)
+    .syn.json .paug.json .npz      DataCompDR's: `synthetic_captions`, `augmentation` and `teacher` in `extra`
+
+Other members of an entry (`.cls`, `.url.txt`, `.seg.png`) are not read. A part is a tar. Members of an entry need not
+be neighbours: entries are put together over PENDING keys, and come in the order of their first members.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from etils import epath
+
+from fastvlm_jax.data.readers import Options, Part, datacompdr, tar
+from fastvlm_jax.data.readers.conversations import about_image, shown, text_of, to_turns
+from fastvlm_jax.data.readers.files import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, checked, key_of, listed, loads, looks_like
+from fastvlm_jax.data.record import Record, Rejected
+
+SUFFIXES = (".tar",)
+PENDING = 50_000
+MAX_TEXT = 16 << 20
+MAX_NPZ = 64 << 20
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_IMAGE = re.compile(r"(?:(\d{1,9})\.)?(?:jpe?g|png|webp|gif|tiff?|bmp)")
+_META = re.compile(r"__[^/]*__")  # WebDataset's own members
+_PICKLES = ("pth", "pth.gz", "pt", "pt.gz", "pkl", "pickle", "pyd")
+
+_Entry = dict[str, tar.Member]  # extension to member
+
+
+def recognise(path: epath.Path) -> bool:
+    return looks_like(path, SUFFIXES)
+
+
+def parts(path: epath.Path, options: Options) -> list[Part]:
+    """Returns a part for a tar, or for each tar of a folder; FileNotFoundError where there is none."""
+    return [Part(str(file)) for file in listed(path, SUFFIXES)]
+
+
+def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
+    """Yields the records of a tar; what is wrong with an entry, or with the tar, is a Rejected each."""
+    path = epath.Path(part.path)
+    entries: dict[str, _Entry] = {}
+    cut = None
+    try:
+        with path.open("rb") as file:
+            for member in tar.members(file, path.stat().length):
+                if cut:  # not at the end: it is nothing that the last entry lacks
+                    yield cut
+                    cut = None
+                if not member.name:
+                    cut = Rejected(part.path, f"byte {member.at}", member.wrong)
+                    continue
+                if _META.fullmatch(member.name):
+                    continue
+                key, extension, wrong = _split(member.name)
+                if key not in entries and len(entries) >= PENDING:
+                    yield from _records(path, file, entries, options, None)
+                    entries = {}
+                entry = entries.setdefault(key, {})
+                if extension in entry:
+                    name = f"{path.name}/{_printable(member.name)}"
+                    yield Rejected(part.path, name, "the tar holds it twice: the first is kept")
+                else:
+                    entry[extension] = member._replace(wrong=wrong or member.wrong)
+            yield from _records(path, file, entries, options, cut)
+    except OSError as error:
+        yield Rejected(part.path, "byte 0", f"the tar cannot be read: {error}")
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """(key, extension in lower case, what is wrong with the name)."""
+    name = name.removeprefix("./")
+    if name.startswith("/") or ".." in name.split("/"):
+        return name, "", "has a name that leads out of its folder"
+    found = _NAME.fullmatch(name)
+    return (found[1], found[2].lower(), "") if found else (name, "", "has no name of the form KEY.EXTENSION")
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 200 else key_of(name, name.encode("utf-8", "surrogateescape"))
+
+
+def _records(
+    path: epath.Path, file: IO[bytes], entries: dict[str, _Entry], options: Options, cut: Rejected | None
+) -> Iterator[Record | Rejected]:
+    """Yields what the entries give; one that lacks a member because the tar is cut behind it is told once."""
+    for number, (name, entry) in enumerate(entries.items()):
+        key = f"{path.name}/{_printable(name)}"
+        try:
+            yield _record(key, entry, file, options)
+        except ValueError as error:
+            if cut and number == len(entries) - 1:
+                cut = cut._replace(key=key)
+            else:
+                yield Rejected(str(path), key, str(error))
+    if cut:
+        yield cut
+
+
+def _record(key: str, entry: _Entry, file: IO[bytes], options: Options) -> Record:
+    for extension, member in entry.items():
+        if member.wrong:
+            raise ValueError(f"{shown(member.name)} {member.wrong}")
+        if extension in _PICKLES:
+            name = shown(member.name)
+            raise ValueError(f"{name} is a Python pickle, which can run code: take the edition of the data with .npz")
+    images = _images(entry, file)
+    about = loads(_bytes(file, entry["json"], MAX_TEXT)) if "json" in entry else {}
+    if not isinstance(about, dict):
+        raise ValueError(f"{shown(entry['json'].name)} holds {shown(about)}, not an object")
+    messages = about.get("conversations") if "conversations" in about else about.get("messages")
+    if messages is not None:
+        turns = to_turns(messages, len(images))
+    elif len(images) != 1:
+        raise ValueError(f"{len(images)} images and no conversation among its members {shown(', '.join(entry))}")
+    else:
+        turns = about_image(_caption(entry, about, file), key, options.questions)
+    return Record(key, images, turns, _extra(entry, file))
+
+
+def _images(entry: _Entry, file: IO[bytes]) -> tuple[bytes, ...]:
+    found = [(int(match[1] or -1), entry[name]) for name in entry if (match := _IMAGE.fullmatch(name))]
+    members = [member for _, member in sorted(found, key=lambda numbered: numbered[0])]
+    if sum(member.size for member in members) > MAX_RECORD_BYTES:
+        raise ValueError(f"its images are more than {MAX_RECORD_BYTES >> 20} MB together")
+    return tuple(checked(_bytes(file, member, MAX_IMAGE_BYTES), member.name) for member in members)
+
+
+def _caption(entry: _Entry, about: dict[str, Any], file: IO[bytes]) -> str:
+    if "txt" in entry:
+        try:
+            return _bytes(file, entry["txt"], MAX_TEXT).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{shown(entry['txt'].name)} is not UTF-8 ({error.reason} at byte {error.start})"
+            ) from error
+    caption = about.get("caption") if about.get("caption") is not None else about.get("text")
+    if caption is None:
+        raise ValueError(f"no caption and no conversation among its members {shown(', '.join(entry))}")
+    return text_of(caption, "the caption").strip()
+
+
+def _extra(entry: _Entry, file: IO[bytes]) -> dict[str, Any]:
+    extra: dict[str, Any] = {}
+    if "syn.json" in entry:
+        captions = datacompdr.synthetic_captions(loads(_bytes(file, entry["syn.json"], MAX_TEXT)))
+        extra["synthetic_captions"] = captions
+    if "paug.json" in entry:
+        extra["augmentation"] = datacompdr.augmentation(loads(_bytes(file, entry["paug.json"], MAX_TEXT)))
+    if "npz" in entry:
+        extra["teacher"] = datacompdr.embeddings(_bytes(file, entry["npz"], MAX_NPZ))
+    return extra
+
+
+def _bytes(file: IO[bytes], member: tar.Member, limit: int) -> bytes:
+    if member.size > limit:
+        raise ValueError(f"{shown(member.name)} is over {limit >> 20} MB")
+    file.seek(member.at)
+    data = file.read(member.size)
+    if len(data) < member.size:
+        raise ValueError(f"{shown(member.name)} is cut: the tar has changed")
+    return data

@@ -1,0 +1,298 @@
+"""A share of a write: the entries of some parts of a source, to shards in a folder of their own.
+
+job-00003.json                             written last: the job is done; names what follows, with checksums
+job-00003-train-00000.array_record         records
+job-00003-train-00000.array_record.keys    uint64 [records, 2]: hash of the key, number of the entry in the job
+index/job-00003-train-00000.array_record.* sizes and token counts
+job-00003.rejected.jsonl                   [number, file, key, reason] a line
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from fastvlm_jax.data.image import decode, shrink, size_of
+from fastvlm_jax.data.index import Counter, ShardIndex
+from fastvlm_jax.data.readers import Options, Part, reader
+from fastvlm_jax.data.record import Record, Rejected, check, pack
+from fastvlm_jax.data.tokenizer import load_tokenizer
+
+VALIDATION = "validation"
+_REPORT_EVERY = 0.25  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is done to the records of a source.
+
+    Attributes:
+      split: that they go to.
+      validation_share: of them that goes to the split `validation` instead, chosen by a hash of the key.
+      max_side: images with a longer side are shrunk to it, pixels; 0 for none.
+      quality: of JPEGs that were shrunk.
+      verify: decode every image in full.
+      shard_bytes: a shard ends with the record that reaches this size.
+      tokenizer: its file or folder, to count tokens for the index with; "" for no counting.
+      template, turns: of conversations, as `data.template` and `data.turns` in configs.
+    """
+
+    split: str = "train"
+    validation_share: float = 0.0
+    max_side: int = 0
+    quality: int = 92
+    verify: bool = False
+    shard_bytes: int = 256 << 20
+    tokenizer: str = ""
+    template: str = "qwen_2"
+    turns: str = "conversation"
+
+    @property
+    def counter(self) -> Counter | None:
+        """What counts tokens; ValueError or FileNotFoundError for an unreadable tokenizer."""
+        return _counter(self.tokenizer, self.template, self.turns) if self.tokenizer else None
+
+
+@functools.lru_cache(maxsize=2)
+def _counter(tokenizer: str, template: str, turns: str) -> Counter:
+    return Counter(load_tokenizer(tokenizer), template, turns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Consecutive parts of a source, and the folder that their shards go to."""
+
+    number: int
+    format: str
+    parts: tuple[Part, ...]
+    options: Options
+    settings: Settings
+    folder: str
+
+    @property
+    def name(self) -> str:
+        return f"job-{self.number:05d}"
+
+
+class Shard:
+    """A shard being written, and its index; both get their names only when they are whole.
+
+    Attributes:
+      bytes: of the records so far.
+    """
+
+    def __init__(self, path: pathlib.Path, counter: Counter | None = None):
+        self.path, self.bytes = path, 0
+        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._records = self._images = 0
+        self._index = ShardIndex(counter)
+        # One record a group: random access decompresses nothing else.
+        self._writer = _told(path, lambda: ArrayRecordWriter(str(self._partial), "group_size:1"))
+
+    def add(self, record: Record, data: bytes, sizes: list[tuple[int, int]] | None = None) -> None:
+        """Adds a record, packed as `data`; `sizes` are those of its images where they are known."""
+        _told(self.path, lambda: self._writer.write(data))
+        self._index.add(record, sizes)
+        self._records += 1
+        self._images += len(record.images)
+        self.bytes += len(data)
+
+    def close(self) -> dict[str, Any]:
+        """Puts the shard and its index in place; returns its records, images, bytes and sha256."""
+        _told(self.path, self._writer.close)
+        self._index.save(self.path)
+        facts = {"records": self._records, "images": self._images, "bytes": self._partial.stat().st_size}
+        facts["sha256"] = sha256(self._partial)
+        put_in_place(self._partial, self.path)
+        return facts
+
+    def abandon(self) -> None:
+        with contextlib.suppress(Exception):  # what brought us here is told already
+            self._writer.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def _told(path: pathlib.Path, action: Callable) -> Any:
+    """Does what the shard writer does; its RuntimeErrors of many lines become an OSError of one."""
+    try:
+        return action()
+    except (RuntimeError, ValueError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise OSError(f"{path} cannot be written: {line}"[:300]) from error
+
+
+def put_in_place(partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Renames a written file when it has reached the disk."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file that appears under its name only whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        put_in_place(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(key: str) -> int:
+    """Eight bytes that stand for a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+
+
+def run(job: Job, report: Callable[[int, int, int], None]) -> None:
+    """Writes the shards of a job; `report(records, bytes, rejected)` tells what came since it was last called.
+
+    Raises:
+      ValueError: a part cannot be read at all.
+      OSError: the disk is full, or the like.
+    """
+    folder = pathlib.Path(job.folder)
+    shards: dict[str, Shard] = {}  # the open one of each split
+    done: list[dict[str, Any]] = []
+    keys: dict[str, list[tuple[int, int]]] = {}
+    firsts: list[tuple[str, int]] = []  # each part's file and the number of its first entry
+
+    def close(split: str) -> None:
+        shard = shards.pop(split)
+        done.append({"name": shard.path.name, "split": split, **shard.close()})
+        save_keys(shard.path, keys.pop(split))
+
+    partial = folder / f"{job.name}.rejected.jsonl.{os.getpid()}.partial"
+    try:
+        with partial.open("w") as rejected:
+            for number, entry in _reported(_entries(job, firsts), report):
+                if isinstance(entry, Rejected):
+                    rejected.write(json.dumps([number, *entry]) + "\n")
+                    continue
+                record, data, sizes = entry
+                split, hashed = _split_and_hash(record.key, job.settings)
+                if split not in shards:
+                    count = sum(shard["split"] == split for shard in done)
+                    name = f"{job.name}-{split}-{count:05d}.array_record"
+                    shards[split], keys[split] = Shard(folder / name, job.settings.counter), []
+                shards[split].add(record, data, sizes)
+                keys[split].append((hashed, number))
+                if shards[split].bytes >= job.settings.shard_bytes:
+                    close(split)
+            for split in sorted(shards):
+                close(split)
+        put_in_place(partial, folder / f"{job.name}.rejected.jsonl")
+    finally:
+        partial.unlink(missing_ok=True)
+        for shard in shards.values():
+            shard.abandon()
+    counter = job.settings.counter and job.settings.counter.id
+    facts = {"shards": done, "firsts": firsts, "counter": counter, "duplicates": []}
+    write_whole(folder / f"{job.name}.json", json.dumps(facts).encode())
+
+
+def save_keys(shard: pathlib.Path, keys: list[tuple[int, int]]) -> None:
+    write_whole(shard.with_name(shard.name + ".keys"), np.array(keys, "<u8").reshape(-1, 2).tobytes())
+
+
+def load_keys(shard: pathlib.Path) -> np.ndarray:
+    return np.frombuffer(shard.with_name(shard.name + ".keys").read_bytes(), "<u8").reshape(-1, 2)
+
+
+def read_facts(job: Job) -> dict[str, Any]:
+    """Returns what a job says that it wrote."""
+    return json.loads((pathlib.Path(job.folder) / f"{job.name}.json").read_bytes())
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """Returns what the finished job wrote, if every byte of it is there; None if the job is to be done."""
+    folder = pathlib.Path(job.folder)
+    try:
+        facts = read_facts(job)
+        whole = (folder / f"{job.name}.rejected.jsonl").is_file()
+        whole &= facts["counter"] == (job.settings.counter and job.settings.counter.id)
+        for shard in facts["shards"]:
+            path = folder / shard["name"]
+            whole &= path.stat().st_size == shard["bytes"] and sha256(path) == shard["sha256"]
+            whole &= len(load_keys(path)) == shard["records"]
+            whole &= any((folder / "index").glob(f"{path.name}.sizes.*"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return facts if whole else None
+
+
+def _split_and_hash(key: str, settings: Settings) -> tuple[str, int]:
+    hashed = hash_of(key)
+    return (VALIDATION if hashed < settings.validation_share * 2**64 else settings.split), hashed
+
+
+def _entries(job: Job, firsts: list[tuple[str, int]]) -> Iterator[tuple[int, Any]]:
+    """(number, Rejected or a record ready to write) of each entry; `firsts` grows with the parts."""
+    read, number = reader(job.format).read, 0
+    for part in job.parts:
+        firsts.append((part.path, number))
+        entries = read(part, job.options)
+        while True:
+            try:
+                entry = next(entries, None)
+            except OSError as error:
+                raise OSError(f"{part.path} cannot be read any more: {error}") from error
+            except Exception as error:
+                raise ValueError(f"{part.path} cannot be read: {type(error).__name__} {error}"[:300]) from error
+            if entry is None:
+                break
+            yield number, entry if isinstance(entry, Rejected) else _prepare(entry, part.path, job.settings)
+            number += 1
+
+
+def _prepare(record: Record, file: str, settings: Settings) -> Rejected | tuple[Record, bytes, list[tuple[int, int]]]:
+    """Checks a record and shrinks its images; returns it with its bytes and the images' (width, height)."""
+    if reason := check(record):
+        return Rejected(file, record.key, reason)
+    images, sizes = [], []
+    for number, image in enumerate(record.images):
+        try:
+            size = size_of(image)
+            if settings.verify:
+                decode(image)
+            if settings.max_side and max(size) > settings.max_side:
+                image = shrink(image, settings.max_side, settings.quality)
+                size = size_of(image)
+        except ValueError as error:
+            which = f"image {number}: " if len(record.images) > 1 else ""
+            return Rejected(file, record.key, f"{which}{error}")
+        images.append(image)
+        sizes.append(size)
+    record = dataclasses.replace(record, images=tuple(images))
+    try:
+        return record, pack(record), sizes
+    except (ValueError, TypeError, OverflowError) as error:
+        return Rejected(file, ascii(record.key), f"it cannot be stored: {error}")
+
+
+def _reported(entries: Iterator[tuple[int, Any]], report: Callable[[int, int, int], None]) -> Iterator:
+    counts, last = [0, 0, 0], time.monotonic()
+    for number, entry in entries:
+        yield number, entry
+        if isinstance(entry, Rejected):
+            counts[2] += 1
+        else:
+            counts[0] += 1
+            counts[1] += len(entry[1])
+        if time.monotonic() - last > _REPORT_EVERY:
+            report(*counts)
+            counts, last = [0, 0, 0], time.monotonic()
+    report(*counts)

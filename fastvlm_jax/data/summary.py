@@ -1,0 +1,64 @@
+"""What a write left in its folder, for people to read."""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fastvlm_jax.data.assemble import REJECTED, split_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a folder holds after a write.
+
+    Attributes:
+      splits: name to {"records", "images", "shards"}, each a number.
+      rejected: entries that became no record.
+      reasons: (how many, an example) of the most frequent reasons, numbers and quoted names in them left aside.
+      nothing_to_do: the splits were there already.
+    """
+
+    splits: dict[str, dict[str, int]]
+    rejected: int
+    reasons: tuple[tuple[int, str], ...]
+    nothing_to_do: bool
+
+    def describe(self, output: str | os.PathLike) -> str:
+        """Returns what the command prints."""
+        lines = [
+            f"{output} {name}: {split['records']:,} records, {split['images']:,} images, {split['shards']} shards"
+            for name, split in self.splits.items()
+        ]
+        if self.rejected:
+            lines.append(f"rejected: {self.rejected:,} entries, all named in {pathlib.Path(output) / REJECTED}")
+            lines += [f"{count:10,}  {reason}" for count, reason in self.reasons]
+        return "\n".join(([f"nothing to do: {output} is complete"] if self.nothing_to_do else []) + lines)
+
+
+def summarise(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str], nothing_to_do: bool) -> Summary:
+    """Returns what the manifest and the list of rejected entries say of these splits."""
+    counts, examples = collections.Counter(), {}
+    path = output / REJECTED
+    if path.is_file():
+        with path.open() as lines:
+            for line in lines:
+                if split_of(line) == splits[0]:
+                    entry = json.loads(line)
+                    kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*[\d/]\S*", "*", entry["reason"])
+                    counts[kind] += 1
+                    examples.setdefault(kind, entry["reason"])
+    found = {name: manifest["splits"][name] for name in splits}
+    return Summary(
+        {
+            name: {"records": split["records"], "images": split["images"], "shards": len(split["shards"])}
+            for name, split in found.items()
+        },
+        found[splits[0]]["rejected"],
+        tuple((count, examples[kind]) for kind, count in counts.most_common(10)),
+        nothing_to_do,
+    )

@@ -1,14 +1,33 @@
 """Stage 2: visual instruction tuning (paper, Tables 8 and 9). 0.7M to 12.5M conversations, one epoch, the full model.
 
-fastvlm train --config configs/stage2_instruct.py:0.5b --workdir DIR --config.parent=STAGE15 --config.data.path=SHARDS
+fastvlm train --config configs/stage2_instruct.py:0.5b --workdir DIR --config.parent=STAGE15
+fastvlm train --config configs/stage2_instruct.py:0.5b/665k ...           665k, 1.1m (the default), 6.5m, 11.9m or 12.5m
+
+The data sets, in data/, are written as docs/data.md tells; --config.data.path=DIR takes another. Dynamic resolution
+(AnyRes) as in the paper, 2 x 2 tiles of 1024 px beside an overview:
+--config.data.grids="((2, 2),)" --config.data.images_per_group=5 --config.data.groups=128
 """
 
-from fastvlm_jax.config import get_base
+from fastvlm_jax.config import fit_rows, get_base
+
+# Each adds to the one before; the 1.1M hold the 665K of LLaVA-1.5 (paper, appendix D).
+ADDED = {
+    "1.1m": "internvl_1.1m",
+    "6.5m": "cambrian_5.4m",
+    "11.9m": "onevision_single_image",
+    "12.5m": "docmatix_0.6m",
+}
 
 
-def get_config(size: str = "0.5b"):
+def get_config(size: str = "0.5b/1.1m"):
+    size, _, data = size.partition("/")
+    data = data or "1.1m"
+    if data not in ("665k", *ADDED):
+        raise ValueError(f"unknown data {data!r}: choose 665k, {', '.join(ADDED)} (as in FILE.py:0.5b/665k)")
     c = get_base(size)
     c.stage = "stage2_instruct"
-    c.data.groups, c.data.row_length = 128, 2048
+    folders = ["llava_665k"] if data == "665k" else list(ADDED.values())[: list(ADDED).index(data) + 1]
+    c.data.mixture = tuple((folder, 0.0) for folder in folders)
+    fit_rows(c, samples=128, images=4, text=256)  # batch size 128
     c.groups = (("vision/.*", 2e-5, 0.0), ("projector/.*", 2e-5, 0.0), ("llm/.*", 2e-5, 0.0))
     return c

@@ -27,6 +27,7 @@ class Batch:
       loss_mask: bool [G, R, T]; True where `targets` is supervised.
       segment_ids: int32 [G, R, T]; tokens attend within their segment only, 0 is padding.
       positions: int32 [G, R, T]; position inside the segment, for the rotary embedding.
+      source: int32 [G, R, T]; the data set that a token comes from, -1 for padding. It is for metrics alone.
     """
 
     images: Array
@@ -37,3 +38,4 @@ class Batch:
     loss_mask: Array
     segment_ids: Array
     positions: Array
+    source: Array | None = None

@@ -171,15 +171,28 @@ def get_base(size: str) -> ml_collections.ConfigDict:
     c.model.llm.remat = not tiny
 
     c.data = ml_collections.ConfigDict()
-    c.data.path = ""  # folder of ArrayRecord shards (`fastvlm data`)
+    c.data.path = ""  # folder of ArrayRecord shards (`fastvlm data write`), local or gs://; takes the mixture's place
+    c.data.root = "data"  # folder or gs:// prefix that the mixture's folders lie in
+    # ((folder, share of the records drawn), ...); all shares 0 = each record of each set once an epoch.
+    c.data.mixture = ()
     c.data.tokenizer = ""  # tokenizer.model, tokenizer.json or their folder; "" = the parent's, else the data folder's
     # Conversation template: qwen_2, vicuna_v1, chatml or plain.
     c.data.template = {"vicuna-7b": "vicuna_v1", "smollm2-135m": "chatml"}.get(llm, "qwen_2")
     # Side of the square that images are padded and resized to, pixels; vision transformers take one size only.
     c.data.image_size = VISION_SIZES[vision].get("image_size", 1024)
+    # Sides that batches come in, as ((512, 0.3), (1024, 0.7)) with their shares of the records; () = image_size alone.
+    c.data.resolutions = ()
+    # Shapes of images, (width, height) as ((1, 1), (4, 3), (3, 4)): each goes to the nearest; () = squares.
+    c.data.aspects = ()
+    c.data.fit = "pad"  # "pad" = the whole image on a background, "crop" = fill the size, cut off what is over
+    # AnyRes: (rows, columns) of tiles of image_size as ((2, 2),), each beside an overview; () = one view an image.
+    c.data.grids = ()
+    c.data.decode = "fast"  # libjpeg's scaled decoding and OpenCV; "exact" = the pixels of CLIPImageProcessor
     c.data.turns = "conversation"  # "separate" = every question of a conversation is its own segment
+    c.data.overlong = "truncate"  # texts longer than a row lose their oldest questions; "reject" = the record
+    c.data.max_substituted = 0.01  # share of records that may be unusable, and so replaced, before training stops
     c.data.groups = 128  # G: groups in a global batch; the data shards of the mesh divide it
-    c.data.images_per_group = 1  # N: image slots of a group
+    c.data.images_per_group = 1  # N: image slots of a group, of image_size; of smaller sizes more, of tiles each one
     c.data.rows_per_group = 1  # R: text rows of a group
     c.data.row_length = 2048  # T: tokens of a row
     c.data.cache_images = False  # keep decoded images in memory (small sets)
@@ -204,10 +217,22 @@ def get_base(size: str) -> ml_collections.ConfigDict:
     return c
 
 
+def fit_rows(config: ml_collections.ConfigDict, samples: int, images: int, text: int) -> None:
+    """Sets data.groups, images_per_group and row_length for packed batches of about `samples` samples.
+
+    Args:
+      images: a group's image slots, one a sample.
+      text: tokens of text that a sample has on average; longer ones and shorter ones share a row.
+    """
+    from fastvlm_jax.models.fastvlm import make_encoder
+
+    rows, columns = make_encoder(**config.model.vision.to_dict()).grid(config.data.image_size, config.data.image_size)
+    config.data.groups, config.data.images_per_group = samples // images, images
+    config.data.row_length = -(-images * (rows * columns + text) // 256) * 256
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
     """Refuses settings that contradict each other (ValueError naming the key)."""
-    if not config.data.path:
-        raise ValueError("data.path is empty: name the folder of shards with --config.data.path=DIR")
     for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastvlm_jax.data.conversation import questions
+from fastvlm_jax.data.geometry import slots_of
+from fastvlm_jax.data.image import size_of
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.generate import generate
@@ -40,10 +42,12 @@ def answer_records(
     All batches have one shape, so that the decoder is compiled once; `progress` is called with the questions done.
     """
     asked = list(ask(records, limit))
-    longest = max((len(processor.segment(talk, True).tokens) for _, _, talk, _ in asked), default=1)
+    longest = max((prompt_length(processor, image, talk) for _, image, talk, _ in asked), default=1)
     length = -(-longest // 8) * 8
+    # Images that take tiles, or sizes by their shape, do not share a batch of one shape.
+    images_per_batch = 1 if processor.grids or processor.sizes else IMAGES_PER_BATCH
     results: list[Result] = []
-    for batch in batched(asked):
+    for batch in batched(asked, images_per_batch):
         images = list(dict.fromkeys(key for key, *_ in batch))
         pictures = {key: image for key, image, *_ in batch}
         texts = [question_text(talk) for _, _, talk, _ in batch]
@@ -53,7 +57,7 @@ def answer_records(
             model,
             variables,
             processor,
-            [pictures[key] for key in images] + [pictures[images[0]]] * (IMAGES_PER_BATCH - len(images)),
+            [pictures[key] for key in images] + [pictures[images[0]]] * (images_per_batch - len(images)),
             texts + texts[:1] * padding,
             image_of + [0] * padding,
             max_tokens=max_tokens,
@@ -83,12 +87,18 @@ def ask(records: RecordSource, limit: int | None) -> Iterator[tuple[str, bytes, 
             count += 1
 
 
-def batched(asked: Sequence[tuple]) -> Iterator[list[tuple]]:
-    """Runs of questions about at most IMAGES_PER_BATCH images and of at most ROWS_PER_BATCH rows."""
+def prompt_length(processor: Processor, image: bytes, talk: tuple) -> int:
+    """Tokens of a question with its image."""
+    size, grids = processor.layout([size_of(image)])
+    return len(processor.segment(talk, True, tuple(map(slots_of, grids)), size.tokens).tokens)
+
+
+def batched(asked: Sequence[tuple], images_per_batch: int) -> Iterator[list[tuple]]:
+    """Runs of questions about at most `images_per_batch` images and of at most ROWS_PER_BATCH rows."""
     batch: list[tuple] = []
     for item in asked:
         images = {key for key, *_ in batch} | {item[0]}
-        if len(batch) == ROWS_PER_BATCH or len(images) > IMAGES_PER_BATCH:
+        if len(batch) == ROWS_PER_BATCH or len(images) > images_per_batch:
             yield batch
             batch = []
         batch.append(item)

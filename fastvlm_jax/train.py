@@ -15,9 +15,9 @@ import ml_collections
 from fastvlm_jax import checkpoint, evaluate, model_io, optim, sharding
 from fastvlm_jax import config as config_lib
 from fastvlm_jax.convert.encoder import without_head
-from fastvlm_jax.data.pipeline import Loader, eval_batches, make_loader
+from fastvlm_jax.data.geometry import make_sizes
+from fastvlm_jax.data.pipeline import Loader, data_sets, eval_batches, fingerprint, make_loader, open_sources
 from fastvlm_jax.data.processor import Processor
-from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.tokenizer import load_tokenizer
 from fastvlm_jax.metrics import MetricsWriter
 from fastvlm_jax.models import fastvlm
@@ -51,14 +51,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     sharding.check_mesh(mesh, groups=config.data.groups, num_kv_heads=config.model.llm.num_kv_heads)
     parent = model_io.read(config.parent) if config.parent else None
     model = fastvlm.build(**config.model.to_dict())
-    source = read_shards(pathlib.Path(config.data.path).expanduser(), "train")
+    sources = open_sources(config.data, "train")
     processor = make_processor(config, model, parent)
     abstract_params = model_io.abstract_variables(model)["params"]
     trainable, _ = optim.split(abstract_params, config.groups)
     if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
         raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
     settings = config_lib.plain(config)
-    lineage = checkpoint.make_lineage(settings, parent and parent.lineage, source.fingerprint)
+    lineage = checkpoint.make_lineage(settings, parent and parent.lineage, fingerprint(sources))
     variables = adapt(parent, model) if parent else None
 
     with jax.set_mesh(mesh):
@@ -87,7 +87,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         else:
             state = make_state(jax.random.key(config.seed), variables)
         step_fn = jax.jit(
-            partial(train_step, model=model, optimizer=optimizer, groups=config.groups, seed=config.seed),
+            partial(
+                train_step,
+                model=model,
+                optimizer=optimizer,
+                groups=config.groups,
+                seed=config.seed,
+                num_sources=len(sources),
+            ),
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
@@ -103,32 +110,32 @@ def run(
     writer = MetricsWriter(workdir, config.stage or workdir.name, start, steps)
     validate = make_validation(config, model, processor, loader.sharding)
     stop = StopRequest()
-    logged = (start, writer.seconds())
+    logged = writer.seconds()
     try:
         with stop:
             for step in range(start + 1, steps + 1):
                 state, metrics = step_fn(state, next(loader))
                 if step % config.log_every == 0 or step == steps:
+                    by_source = metrics.pop("loss_by_source", None)
                     scalars = {key: float(value) for key, value in metrics.items()}
                     if not math.isfinite(scalars["loss"]):
                         raise FloatingPointError(
                             f"the loss at step {step} is {scalars['loss']}; the last checkpoint is of step "
                             f"{checkpointer.latest.step if checkpointer.latest else None}: lower the rates in groups"
                         )
-                    seconds = max(writer.seconds() - logged[1], 1e-9)
-                    done, logged = step - logged[0], (step, writer.seconds())
-                    data = config.data
-                    images = data.groups * data.images_per_group * loader.image_fill
-                    tokens = data.groups * data.rows_per_group * data.row_length * loader.token_fill
-                    scalars["images/s"], scalars["tokens/s"] = done * images / seconds, done * tokens / seconds
-                    scalars["substituted"] = loader.substituted
+                    seconds, logged = max(writer.seconds() - logged, 1e-9), writer.seconds()
+                    scalars |= flow_scalars(loader, seconds)
+                    if by_source is not None:
+                        losses = zip(loader.names, by_source.tolist(), strict=True)
+                        scalars |= {f"loss/{name}": loss for name, loss in losses if math.isfinite(loss)}
                     rates = optim.learning_rates(step, config.groups, steps, config.warmup_ratio)
                     scalars["lr"] = max(float(rate) for rate in rates.values())
                     writer.write(step, scalars)
                 if step % config.eval_every == 0 or step == steps:
                     if scalars := validate(state):
                         writer.write(step, scalars)
-                    logged = (step, writer.seconds())
+                    logged = writer.seconds()
+                    loader.flow()
                 if step % config.checkpoint_every == 0 or step == steps or stop.requested:
                     checkpoint.save(checkpointer, state, loader, lineage)
                 if stop.requested and step < steps:
@@ -148,8 +155,9 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
     Raises:
       ValueError: the tokenizer has more ids than the model.
     """
-    if config.data.tokenizer or parent is None or parent.processor is None:
-        tokenizer = load_tokenizer(config.data.tokenizer or config.data.path)
+    data = config.data
+    if data.tokenizer or parent is None or parent.processor is None:
+        tokenizer = load_tokenizer(data.tokenizer or data_sets(data)[0][0])
     else:
         tokenizer = parent.processor.tokenizer
     if tokenizer.vocab_size > model.llm_args["vocab_size"]:
@@ -157,12 +165,41 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
             f"the tokenizer has {tokenizer.vocab_size} ids and model.llm.vocab_size is {model.llm_args['vocab_size']}; "
             f"set --config.model.llm.vocab_size={tokenizer.vocab_size}"
         )
-    size, vision = config.data.image_size, fastvlm.make_encoder(**model.vision_args)
+    vision = fastvlm.make_encoder(**model.vision_args)
+    sides = [side for side, _ in data.resolutions] or [data.image_size]
+    if data.image_size not in sides:
+        raise ValueError(f"data.resolutions {sides} leave out data.image_size={data.image_size}, the one of validation")
     try:
-        tokens = model.tokens_per_image(size)
+        multiple = getattr(vision, "stride", data.image_size)
+        sizes = [make_sizes(side, data.aspects, multiple, model.tokens_per_image) for side in sides]
+        square = model.tokens_per_image(data.image_size)
     except ValueError as error:
-        raise ValueError(f"data.image_size={size}: {error}") from error
-    return Processor(tokenizer, config.data.template, size, tokens, tuple(vision.image_mean), tuple(vision.image_std))
+        raise ValueError(f"data.image_size={data.image_size}: {error}") from error
+    return Processor(
+        tokenizer,
+        data.template,
+        data.image_size,
+        square,
+        tuple(vision.image_mean),
+        tuple(vision.image_std),
+        data.fit,
+        tuple(map(tuple, data.grids)),
+        sum(sizes, ()) if data.aspects or data.resolutions else (),
+    )
+
+
+def flow_scalars(loader: Loader, seconds: float) -> dict[str, float]:
+    """What the input did in the last `seconds`: rates, the share of the time waited for it, records by data set."""
+    flow = loader.flow()
+    scalars = {
+        "images/s": flow.images / seconds,
+        "tokens/s": flow.tokens / seconds,
+        "input_bound": min(flow.waited / seconds, 1.0),
+        "substituted": loader.substituted,
+    }
+    if len(loader.names) > 1:
+        scalars |= {f"records/{name}": count for name, count in zip(loader.names, flow.records, strict=True)}
+    return scalars
 
 
 # What may differ between a parent and a stage; a CLIP projection is dropped, a context length computes nothing.
@@ -259,24 +296,27 @@ def state_of(model: FastVLM, optimizer, groups: optim.Groups, mesh):
 
 
 def make_validation(config, model: FastVLM, processor: Processor, batches):
-    """A function from the state to {"validation/loss", "validation/accuracy"}, on the held-out split."""
+    """A function from the state to {"validation/loss", "validation/accuracy"}, on the held-out split.
+
+    The loss is over all data sets that have one, questions are asked of the first; without any there is no validation.
+    """
+    held_out = open_sources(config.data, "validation")
     loss_fn = jax.jit(partial(eval_step, model=model))
 
     def validate(state: TrainState) -> dict[str, float]:
         variables, scalars = {"params": state.params, "batch_stats": state.batch_stats}, {}
-        if config.eval_batches:
+        if config.eval_batches and held_out:
             total = tokens = 0.0
-            held_out = eval_batches(
+            loader = eval_batches(
                 config.data, processor, "validation", sharding=batches, num_batches=config.eval_batches
             )
-            for batch in held_out:
+            for batch in loader:
                 loss, count = loss_fn(variables, batch)
                 total, tokens = total + float(loss), tokens + float(count)
-            held_out.close()
+            loader.close()
             scalars["validation/loss"] = total / max(tokens, 1)
-        if config.eval_questions:
-            records = read_shards(pathlib.Path(config.data.path).expanduser(), "validation")
-            results = evaluate.answer_records(model, variables, processor, records, limit=config.eval_questions)
+        if config.eval_questions and held_out:
+            results = evaluate.answer_records(model, variables, processor, held_out[0], limit=config.eval_questions)
             scalars["validation/accuracy"] = evaluate.accuracy(results)
         return scalars
 

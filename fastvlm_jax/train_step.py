@@ -28,10 +28,17 @@ def inputs(batch: Batch) -> dict[str, jax.Array]:
     return {name: getattr(batch, name) for name in names}
 
 
-def cross_entropy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(summed loss, number of supervised tokens) over the global batch; logits [G, R, T, V], computed in float32."""
+def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
+    """The loss of each token [G, R, T], 0 where it is not supervised; logits [G, R, T, V], computed in float32."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.targets)
-    return jnp.sum(losses * batch.loss_mask), jnp.sum(batch.loss_mask)
+    return losses * batch.loss_mask
+
+
+def mean_by_source(losses: jax.Array, batch: Batch, num_sources: int) -> jax.Array:
+    """The mean loss of the supervised tokens of each data set [num_sources], NaN for those not in the batch."""
+    own = batch.source[..., None] == jnp.arange(num_sources)
+    counts = jnp.sum(own & batch.loss_mask[..., None], axis=(0, 1, 2))
+    return jnp.sum(losses[..., None] * own, axis=(0, 1, 2)) / counts
 
 
 def train_step(
@@ -42,13 +49,15 @@ def train_step(
     optimizer: optax.GradientTransformation,
     groups: optim.Groups,
     seed: int,
+    num_sources: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step; the loss is the mean over the supervised tokens of the global batch.
 
     Frozen parameters are not differentiated. The randomness of a step is that of (seed, step).
 
     Returns:
-      The new state and device scalars: loss, tokens (supervised), grad_norm (before clipping).
+      The new state and device scalars: loss, tokens (supervised), grad_norm (before clipping); of several data sets
+      also loss_by_source [num_sources].
     """
     trainable, frozen = optim.split(state.params, groups)
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -57,16 +66,19 @@ def train_step(
     def loss_fn(trainable):
         variables = {"params": optim.merge(trainable, frozen), "batch_stats": state.batch_stats}
         logits, updated = model.apply(variables, **inputs(batch), train=True, mutable=["batch_stats"], rngs=rngs)
-        total, tokens = cross_entropy(logits, batch)
-        return total / jnp.maximum(tokens, 1), (tokens, updated.get("batch_stats", {}))
+        losses, tokens = cross_entropy(logits, batch), jnp.sum(batch.loss_mask)
+        return jnp.sum(losses) / jnp.maximum(tokens, 1), (losses, tokens, updated.get("batch_stats", {}))
 
-    (loss, (tokens, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    (loss, (losses, tokens, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
     params = optim.merge(optax.apply_updates(trainable, updates), frozen)
     metrics = {"loss": loss, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+    if num_sources > 1:
+        metrics["loss_by_source"] = mean_by_source(losses, batch, num_sources)
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
 def eval_step(variables: dict, batch: Batch, *, model: FastVLM) -> tuple[jax.Array, jax.Array]:
     """(summed loss, number of supervised tokens) of a batch, with stored BatchNorm statistics."""
-    return cross_entropy(model.apply(variables, **inputs(batch)), batch)
+    losses = cross_entropy(model.apply(variables, **inputs(batch)), batch)
+    return jnp.sum(losses), jnp.sum(batch.loss_mask)

@@ -18,6 +18,14 @@ CASES += [("stage1_align", "0.5b,siglip_so400m_384"), ("stage2_instruct", "smoll
 CASES += [("quickstart", stage) for stage in ("stage1_align", "stage15_pretrain", "stage2_instruct")]
 # Qwen2's published counts, with the embedding counted once where it is tied.
 QWEN2 = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
+# What the sets of stage 2 consist of (paper, appendix D).
+ADDED = {
+    "665k": ["llava_665k"],
+    "1.1m": ["internvl_1.1m"],
+    "6.5m": ["internvl_1.1m", "cambrian_5.4m"],
+    "11.9m": ["internvl_1.1m", "cambrian_5.4m", "onevision_single_image"],
+    "12.5m": ["internvl_1.1m", "cambrian_5.4m", "onevision_single_image", "docmatix_0.6m"],
+}
 WIDTH = {"0.5b": 896, "1.5b": 1536, "7b": 3584}
 
 
@@ -59,6 +67,14 @@ def test_parameter_counts_are_the_published_ones(size):
     assert round((count(params["vision"]) + 3072 * 768) / 1e6, 2) == 125.07
     width = WIDTH[size]
     assert count(params["projector"]) == 3072 * width + width + width * width + width
+
+
+def test_stage_2_mixes_what_its_data_adds():
+    folders = {data: [folder for folder, _ in get("stage2_instruct", f"0.5b/{data}").data.mixture] for data in ADDED}
+    assert folders == ADDED
+    assert get("stage2_instruct", "0.5b").data.mixture == (("internvl_1.1m", 0.0),)
+    with pytest.raises(ValueError, match="unknown data '2m': choose 665k, 1.1m"):
+        get("stage2_instruct", "0.5b/2m")
 
 
 def test_unknown_size_is_refused():

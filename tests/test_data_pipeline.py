@@ -1,4 +1,5 @@
 import io
+import re
 import threading
 import time
 
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fastvlm_jax.data.pipeline import eval_batches, make_loader
 from fastvlm_jax.data.processor import Processor
-from fastvlm_jax.data.sources import Record
+from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.data.write import write_shards
 
@@ -38,7 +39,7 @@ def record(i, image=None):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dataset")
     write_shards(folder, "train", [record(i) for i in range(COUNT)])
-    write_shards(folder, "bad", [record(i, b"not an image" if i == BAD else None) for i in range(COUNT)])
+    write_shards(folder, "bad", [record(i, png(i)[:50] if i == BAD else None) for i in range(COUNT)])
     write_shards(folder, "hopeless", [record(i, b"") for i in range(3)])
     write_shards(folder, "text", [Record("text/0", (), (("user", ("hi",)), ("assistant", ("no",))))])
     write_shards(folder, "mute", [Record("mute/0", (png(1),), (("user", (0, "hi")),))])
@@ -54,9 +55,10 @@ def processor(folder):
 
 def config(folder, **changes):
     values = {
-        "path": str(folder), "template": "chatml", "image_size": 16, "turns": "separate", "groups": GROUPS,
-        "images_per_group": 3, "rows_per_group": 4, "row_length": 64, "cache_images": False, "num_threads": 2,
-        "prefetch": 4,
+        "path": str(folder), "root": "", "mixture": (), "template": "chatml", "image_size": 16, "resolutions": (),
+        "aspects": (), "decode": "fast", "turns": "separate", "overlong": "truncate", "max_substituted": 0.01,
+        "groups": GROUPS, "images_per_group": 3, "rows_per_group": 4, "row_length": 64, "cache_images": False,
+        "num_threads": 2, "prefetch": 4,
     }  # fmt: skip
     return ml_collections.ConfigDict(values | changes)
 
@@ -219,12 +221,14 @@ def test_text_alone_leaves_the_image_slots_empty(folder, processor):
 def test_a_bad_image_is_replaced_counted_and_named(folder, processor, caplog):
     runs = []
     for devices in (1, 8):
-        loader = make_loader(config(folder), processor, "bad", seed=3, sharding=sharding(devices), num_batches=3)
+        changes = {"max_substituted": 0.1}
+        loader = make_loader(
+            config(folder, **changes), processor, "bad", seed=3, sharding=sharding(devices), num_batches=3
+        )
         runs.append([jax.tree.map(np.asarray, batch) for batch in loader])
-        epochs = 3 / loader.batches_per_epoch
-        assert int(epochs) <= loader.substituted <= int(epochs) + 1
+        assert loader.substituted == 1
         loader.close()
-    assert f"record train/{BAD} is replaced by another: the image cannot be read" in caplog.text
+    assert re.search(r"array_record record 5 \(train/5\) is replaced by another", caplog.text)
     assert_same(*runs)
     found = [item for batch in runs[0] for item in read_back(batch, processor.tokenizer)]
     assert not any(f" {BAD}?" in text or f" {BAD} " in text for text, _, _ in found)
@@ -233,12 +237,16 @@ def test_a_bad_image_is_replaced_counted_and_named(folder, processor, caplog):
     assert all(f" {level}?" in text or f" {level} " in text for text, _, level in found)
 
 
+def test_above_the_allowed_share_training_stops_with_the_list(folder, processor):
+    loader = make_loader(config(folder), processor, "bad", seed=3, sharding=sharding(1))
+    with pytest.raises(ValueError, match=r"1 records cannot be used, more than data.max_substituted=0.01.*\(train/5\)"):
+        take(loader, 4)
+
+
 def test_a_split_without_one_readable_image_is_refused(folder, processor):
-    loader = make_loader(config(folder), processor, "hopeless", seed=0, sharding=sharding(1))
-    with pytest.raises(ValueError, match=r"no readable record after train/\d fits its place") as caught:
-        next(loader)
+    with pytest.raises(ValueError, match="none of the 3 records can be used; record 0: the image is empty") as caught:
+        make_loader(config(folder), processor, "hopeless", seed=0, sharding=sharding(1))
     assert "\n" not in str(caught.value)
-    loader.close()
 
 
 def test_closing_stops_the_threads(folder, processor):
@@ -257,14 +265,14 @@ def test_closing_stops_the_threads(folder, processor):
 @pytest.mark.parametrize(
     "changes, split, message",
     [
-        ({"path": "/absent"}, "train", "there is no dataset folder /absent: write one with `fastvlm data easy-vqa"),
-        ({}, "validation", "has no split 'validation': it has bad, hopeless, mute, text, train"),
+        ({"path": "/absent"}, "train", "there is no dataset folder /absent: write one with `fastvlm data write"),
+        ({}, "extra", "has no split 'extra': it has bad, hopeless, mute, text, train"),
         ({"turns": "all"}, "train", "unknown data.turns 'all': choose one of separate, conversation"),
-        ({"row_length": 10}, "train", r"record train/\d+ has a text of \d+ tokens: raise data.row_length, now 10"),
-        ({"images_per_group": 0}, "train", "record train/0 has 1 images: raise data.images_per_group, now 0"),
+        ({"row_length": 10}, "train", r"question and answer of \d+ tokens, rows have 10: raise data.row_length"),
+        ({"images_per_group": 0}, "train", "takes 1 image slots, groups have 0: raise data.images_per_group"),
         ({"groups": 3}, "train", "data.groups 3 does not divide over NamedSharding.*: make it a multiple"),
-        ({"turns": "conversation"}, "mute", "record mute/0 has no assistant turn: there is nothing to learn from it"),
-        ({}, "mute", "record mute/0: turns must alternate user, assistant, not user"),
+        ({"turns": "conversation"}, "mute", "record 0: the conversation has no answer"),
+        ({}, "mute", "none of the 1 records can be used; record 0: the conversation has no answer"),
     ],
 )
 def test_what_is_wrong_is_named_when_the_loader_is_made(folder, processor, changes, split, message):

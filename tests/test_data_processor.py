@@ -5,13 +5,13 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+import torch_reference  # noqa: F401 (makes torchvision importable)
 import transformers
 from test_data_image import photo
 from test_data_tokenizer import json_file, llama_file, sentencepiece_file  # noqa: F401 (fixtures)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from fastvlm_jax.data.image import pad_to_square
 from fastvlm_jax.data.processor import Processor, load_processor
 from fastvlm_jax.data.tokenizer import load_tokenizer
 
@@ -30,7 +30,7 @@ def png(image):
 def test_two_questions_about_one_image(processor):
     batch = processor(photo(40, 60), ["is it red?", "no"])
     assert batch.images.shape == (1, 1, 64, 64, 3) and batch.images.dtype == np.uint8
-    np.testing.assert_array_equal(batch.images[0, 0], pad_to_square(photo(40, 60), 64))
+    np.testing.assert_array_equal(batch.images[0, 0], processor.pixels(photo(40, 60)))
     assert batch.image_mask.tolist() == [[True]]
     for name in ("tokens", "image_index", "targets", "segment_ids", "positions", "loss_mask"):
         array = getattr(batch, name)

@@ -178,3 +178,19 @@ def test_settings_that_do_not_fit_are_refused_and_nothing_is_written(easy_vqa, s
     with pytest.raises((ValueError, FileNotFoundError), match=words.replace(".*", r"\.\*")):
         train(config, workdir, jax.devices()[: 8 if 8 in config.mesh else 1])
     assert sorted(workdir.rglob("*")) == before
+
+
+def test_a_mixture_tells_loss_and_records_of_each_data_set(easy_vqa, tmp_path):
+    config = small_config(
+        easy_vqa, steps=3, data__path="", data__root=str(easy_vqa), data__mixture=((".", 1.0), ("captions", 3.0)), **ONE
+    )
+    run(config, tmp_path / "run")
+    name = easy_vqa.name
+    for row in read_metrics(tmp_path / "run"):
+        assert abs(row[f"loss/{name}"] - row["loss"]) < 1 and abs(row["loss/captions"] - row["loss"]) < 1
+        assert row[f"loss/{name}"] != row["loss/captions"]
+        # 8 groups of one image slot: one record each
+        assert row[f"records/{name}"] + row["records/captions"] == 8
+        assert 0 <= row["input_bound"] <= 1 and row["substituted"] == 0 and row["images/s"] > 0
+    drawn = sum(row["records/captions"] for row in read_metrics(tmp_path / "run"))
+    assert 12 <= drawn <= 24

@@ -1,132 +1,211 @@
-"""Records to the arrays of one group: tokenize, decode, put each segment where the schedule planned it."""
+"""Records to the arrays of a batch: tokenize, decode, put each segment where the schedule planned it."""
 
-import collections
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
-from fastvlm_jax.data.conversation import Segment, questions
+from fastvlm_jax.data.buffers import Buffers
+from fastvlm_jax.data.conversation import Segment, drop_oldest
+from fastvlm_jax.data.geometry import Size, slots_of
+from fastvlm_jax.data.image import size_of, views_into
+from fastvlm_jax.data.index import FOLDER, talks_of
+from fastvlm_jax.data.packing import GroupShape
 from fastvlm_jax.data.processor import Processor
-from fastvlm_jax.data.schedule import GroupPlan, GroupShape, Placement, RecordIndex
-from fastvlm_jax.data.sources import Record, RecordSource
+from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.schedule import BatchPlan, Place, Placement, Schedule
+from fastvlm_jax.data.sources import RecordSource
 
-MAX_BAD = 100  # unreadable records one after another
+MAX_TRIES = 100  # records that are tried in the place of one that cannot be used
 
 Arrays = dict[str, np.ndarray]
 
 
-def segments(record: Record, processor: Processor, turns: str) -> list[Segment]:
-    """Returns the segments of a record: each question alone ("separate"), or all in one ("conversation")."""
-    try:
-        talks = questions(record.turns) if turns == "separate" else [record.turns]
-        found = [processor.segment(talk) for talk in talks]
-    except ValueError as error:
-        raise ValueError(f"record {record.key}: {error}") from error
-    if not all(segment.loss_mask[1:].any() for segment in found):
-        raise ValueError(f"record {record.key} has no assistant turn: there is nothing to learn from it")
-    return found
+class Substituted(NamedTuple):
+    """A record that could not be used: its data set, number, file, key, and why. Another one took its place."""
 
-
-def index_records(source: RecordSource, processor: Processor, turns: str) -> RecordIndex:
-    """Reads every record once and returns what the schedule needs; texts that recur are tokenized once."""
-    keys, num_images, lengths, first = [], [], [], [0]
-    for i in range(len(source)):
-        record = source[i]
-        keys.append(record.key)
-        num_images.append(len(record.images))
-        lengths += [len(segment.tokens) for segment in segments(record, processor, turns)]
-        first.append(len(lengths))
-    return RecordIndex(keys, np.array(num_images, int), np.array(lengths, int), np.array(first, int))
+    source: int
+    record: int
+    where: str
+    key: str
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupBuilder:
-    """Makes the arrays of a group from its plan; safe to call from several threads.
+class BatchBuilder:
+    """Makes the arrays of a process's groups of a global batch; safe to call from several threads.
 
     Attributes:
-      source, processor, shape, turns: where records come from and what becomes of them.
-      cache: record number -> its decoded images, kept in memory; None to decode each time.
+      sources, schedule, processor: where records come from and what becomes of them.
+      turns: "separate" or "conversation".
+      overlong: "truncate" or "reject".
+      exact: Pillow's pixels, those of transformers' image processor, instead of the fast path.
+      cache: (data set, record, size) -> its views, kept in memory; None to decode each time.
+      buffers: where the images of batches lie.
     """
 
-    source: RecordSource
+    sources: tuple[RecordSource, ...]
+    schedule: Schedule
     processor: Processor
-    shape: GroupShape
     turns: str
-    cache: dict[int, list[np.ndarray]] | None = None
+    overlong: str = "truncate"
+    exact: bool = False
+    cache: dict[tuple[int, int, Size], np.ndarray] | None = None
+    buffers: Buffers = dataclasses.field(default_factory=Buffers)
 
-    def __call__(self, plan: GroupPlan) -> tuple[Arrays, int]:
-        """Returns the fields of Batch without the group axis, and how many records had to be replaced.
+    def __call__(self, k: int, groups: Sequence[int]) -> tuple[Arrays, list[Substituted]]:
+        """Returns the fields of Batch for these groups of global batch k, and the records that had to be replaced.
 
         A token learns its successor: targets[t] = tokens[t + 1], and loss_mask[t] is that of t + 1, inside a segment.
         """
-        (num_images, rows, length), size = self.shape, self.processor.image_size
-        out = {
-            "images": np.zeros((num_images, size, size, 3), np.uint8),
-            "image_mask": np.zeros(num_images, bool),
-            "tokens": np.zeros((rows, length), np.int32),
-            "image_index": np.full((rows, length), -1, np.int32),
-            "targets": np.zeros((rows, length), np.int32),
-            "loss_mask": np.zeros((rows, length), bool),
-            "segment_ids": np.zeros((rows, length), np.int32),
-            "positions": np.zeros((rows, length), np.int32),
-        }
-        substituted = 0
-        placements = collections.defaultdict(list)
-        for placement in plan.placements:
-            placements[placement.record].append(placement)
-        segments_in_row = [0] * rows
-        for number, slot in zip(plan.records, plan.slots, strict=True):
-            places = placements[number]
-            images, texts = self._read(number)
-            if images is None:
-                substituted += 1
-                images, texts, places = self._substitute(number, places)
-            for i, image in enumerate(images):
-                out["images"][slot + i] = image
-                out["image_mask"][slot + i] = True
-            for place in places:
-                segment = texts[place.question]
-                count = len(segment.tokens)
-                segments_in_row[place.row] += 1
-                span = np.s_[place.row, place.offset : place.offset + count]
-                before = np.s_[place.row, place.offset : place.offset + count - 1]
-                out["tokens"][span] = segment.tokens
-                out["image_index"][span] = np.where(
-                    segment.image_index < 0, -1, segment.image_index + slot * self.processor.tokens_per_image
-                )
-                out["targets"][before] = segment.tokens[1:]
-                out["loss_mask"][before] = segment.loss_mask[1:]
-                out["segment_ids"][span] = segments_in_row[place.row]
-                out["positions"][span] = np.arange(count)
+        plan = self.schedule.batch(k)
+        size, shape, _ = self.schedule.settings.buckets[plan.bucket]
+        out, substituted = empty_arrays(len(groups), shape, size, self.buffers), []
+        for i, g in enumerate(groups):
+            self._fill_group({name: array[i] for name, array in out.items()}, plan, g, size, substituted)
         return out, substituted
 
-    def _read(self, number: int) -> tuple[list[np.ndarray] | None, list[Segment]]:
-        record = self.source[number]
-        images = None if self.cache is None else self.cache.get(number)
-        if images is None:
+    def _fill_group(self, out: Arrays, plan: BatchPlan, g: int, size: Size, substituted: list[Substituted]) -> None:
+        segments_in_row = [0] * len(out["tokens"])
+        for place in self.schedule.group(plan, g):
+            views, row_length = out["images"][place.slot : place.slot + place.slots], out["tokens"].shape[1]
             try:
-                images = [self.processor.pixels(image) for image in record.images]
-            except ValueError as error:
-                logging.warning("record %s is replaced by another: %s", record.key, error)
-                return None, []
-            if self.cache is not None:
-                self.cache[number] = images
-        return images, segments(record, self.processor, self.turns)
+                slots, segments = self.load(place.source, place.record, views, size, row_length)
+                placements = place.placements
+                self._check_lengths(segments, place, row_length)
+            except _UnusableError as error:
+                where = self.sources[place.source].where(place.record)
+                substituted.append(Substituted(place.source, place.record, where, error.key, str(error)))
+                slots, segments, placements = self._substitute(place, views, size, row_length)
+            out["image_mask"][place.slot : place.slot + slots] = True
+            for question, row, offset, _ in placements:
+                segments_in_row[row] += 1
+                first_feature = place.slot * size.tokens
+                _put(out, segments[question], row, offset, segments_in_row[row], first_feature, place.source)
+        out["images"][~out["image_mask"]] = 0
 
-    def _substitute(self, number: int, places: list[Placement]):
-        """Puts the next readable record of the source in the places of a bad one, as many of its segments as fit."""
-        slots = len(self.source[number].images)
-        for step in range(1, min(len(self.source), MAX_BAD) + 1):
-            images, texts = self._read((number + step) % len(self.source))
-            if images is None or len(images) > slots:
+    def load(
+        self, source: int, number: int, views: np.ndarray, size: Size, row_length: int
+    ) -> tuple[int, list[Segment]]:
+        """Writes a record's images to `views`, uint8 [slots, H, W, 3], and returns the slots used and its segments.
+
+        Raises:
+          _UnusableError: it is damaged, has nothing to learn, or does not fit.
+        """
+        key = ""
+        try:
+            record = self.sources[source][number]
+            key = record.key
+            grids = [self._grid(image, size) for image in record.images]
+            slots = tuple(map(slots_of, grids))
+            if sum(slots) > len(views):
+                raise ValueError(f"it takes {sum(slots)} image slots, there are {len(views)}")
+            segments = self.segments(record, slots, size, row_length)
+            self._draw(source, number, record, grids, views[: sum(slots)], size)
+            return sum(slots), segments
+        except ValueError as error:
+            raise _UnusableError(key, str(error)) from error
+
+    def segments(self, record: Record, slots: tuple[int, ...], size: Size, row_length: int) -> list[Segment]:
+        """Returns the segments of a record; one that is longer than a row loses its oldest questions."""
+        found = []
+        for talk in talks_of(record, self.turns):
+            segment = self._segment(talk, slots, size)
+            while len(segment.tokens) > row_length:
+                talk = drop_oldest(talk) if self.overlong == "truncate" else None
+                if talk is None:
+                    raise ValueError(f"a text of {len(segment.tokens)} tokens, rows have {row_length}")
+                segment = self._segment(talk, slots, size)
+            if not segment.loss_mask[1:].any():
+                raise ValueError("no token of it is supervised")
+            found.append(segment)
+        return found
+
+    def _segment(self, talk, slots: tuple[int, ...], size: Size) -> Segment:
+        return self.processor.segment(talk, False, slots if self.processor.grids else (), size.tokens)
+
+    def _grid(self, image: bytes, size: Size) -> tuple[int, int]:
+        return self.processor.grid(*size_of(image), size.side) if self.processor.grids else (1, 1)
+
+    def _draw(self, source: int, number: int, record: Record, grids, views: np.ndarray, size: Size) -> None:
+        kept = None if self.cache is None else self.cache.get((source, number, size))
+        if kept is not None:
+            views[:] = kept
+            return
+        at = 0
+        for i, (image, grid) in enumerate(zip(record.images, grids, strict=True)):
+            own = views[at : at + slots_of(grid)]
+            try:
+                views_into(image, own, grid, self.processor.overview(grid), self.processor.background, self.exact)
+            except ValueError as error:
+                raise ValueError(f"image {i}: {error}" if len(grids) > 1 else str(error)) from error
+            at += len(own)
+        if self.cache is not None:
+            self.cache[source, number, size] = views.copy()
+
+    def _check_lengths(self, segments: list[Segment], place: Place, row_length: int) -> None:
+        for question, _, _, length in place.placements:
+            found = len(segments[question].tokens) if question < len(segments) else 0
+            if not (found == length or found < length == row_length):
+                folder = self.sources[place.source].folder
+                raise ValueError(f"the index of {folder} does not fit its records: delete {folder / FOLDER}")
+
+    def _substitute(
+        self, place: Place, views: np.ndarray, size: Size, row_length: int
+    ) -> tuple[int, list[Segment], list[Placement]]:
+        """Puts the next usable record of the data set in the places of a bad one, as many of its segments as fit."""
+        total = len(self.sources[place.source])
+        for step in range(1, min(total, MAX_TRIES) + 1):
+            try:
+                number = (place.record + step) % total
+                slots, segments = self.load(place.source, number, views, size, row_length)
+            except _UnusableError:
                 continue
-            free, chosen = sorted(places, key=lambda place: place.length), []
-            for question in sorted(range(len(texts)), key=lambda q: len(texts[q].tokens), reverse=True):
-                fits = [place for place in free if place.length >= len(texts[question].tokens)]
+            free, chosen = sorted(place.placements, key=lambda at: at.length), []
+            for question in sorted(range(len(segments)), key=lambda q: len(segments[q].tokens), reverse=True):
+                fits = [at for at in free if at.length >= len(segments[question].tokens)]
                 if fits:
                     free.remove(fits[0])
                     chosen.append(fits[0]._replace(question=question))
             if chosen:
-                return images, texts, chosen
-        raise ValueError(f"no readable record after {self.source[number].key} fits its place: write the dataset again")
+                return slots, segments, chosen
+        where = self.sources[place.source].where(place.record)
+        raise ValueError(f"no usable record after {where} fits its place: write the data set again")
+
+
+class _UnusableError(ValueError):
+    """A record that cannot be used, with its key where that could be read."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(reason)
+        self.key = key
+
+
+def empty_arrays(groups: int, shape: GroupShape, size: Size, buffers: Buffers) -> Arrays:
+    """Returns the fields of Batch for `groups` empty groups; images are not written yet."""
+    text = (groups, shape.rows, shape.length)
+    return {
+        "images": buffers.empty((groups, shape.images, size.height, size.width, 3)),
+        "image_mask": np.zeros((groups, shape.images), bool),
+        "tokens": np.zeros(text, np.int32),
+        "image_index": np.full(text, -1, np.int32),
+        "targets": np.zeros(text, np.int32),
+        "loss_mask": np.zeros(text, bool),
+        "segment_ids": np.zeros(text, np.int32),
+        "positions": np.zeros(text, np.int32),
+        "source": np.full(text, -1, np.int32),
+    }
+
+
+def _put(out: Arrays, segment: Segment, row: int, offset: int, number: int, first_feature: int, source: int) -> None:
+    """Writes one segment, the `number`-th of its row, to the arrays of a group."""
+    count = len(segment.tokens)
+    span, before = np.s_[row, offset : offset + count], np.s_[row, offset : offset + count - 1]
+    out["tokens"][span] = segment.tokens
+    out["image_index"][span] = np.where(segment.image_index < 0, -1, segment.image_index + first_feature)
+    out["targets"][before] = segment.tokens[1:]
+    out["loss_mask"][before] = segment.loss_mask[1:]
+    out["segment_ids"][span] = number
+    out["positions"][span] = np.arange(count)
+    out["source"][span] = source

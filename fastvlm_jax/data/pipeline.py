@@ -1,42 +1,67 @@
 """Records to global batches on the devices.
 
-    RecordSource ──Schedule──> plan(k, g) ──GroupBuilder──> arrays of one group ──Grain threads──> Loader ──> Batch
+    RecordSources ──Schedule──> batch(k) ──BatchBuilder──> arrays of this process's groups ──Grain──> Loader ──> Batch
 
 Every process builds only the groups that its own devices hold, so the global batch k is the same array on any mesh.
 """
 
 import collections
+import hashlib
+import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
+from etils import epath
 
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.data.groups import Arrays, GroupBuilder, index_records
+from fastvlm_jax.data.facts import Bucket, Settings
+from fastvlm_jax.data.groups import Arrays, BatchBuilder, Substituted
+from fastvlm_jax.data.index import Counter, load_index
+from fastvlm_jax.data.packing import GroupShape
 from fastvlm_jax.data.processor import Processor
-from fastvlm_jax.data.schedule import GroupShape, Schedule
-from fastvlm_jax.data.sources import read_shards
+from fastvlm_jax.data.schedule import Schedule
+from fastvlm_jax.data.sources import RecordSource, read_manifest, read_shards
 
-TURNS = ("separate", "conversation")
+DECODERS = ("fast", "exact")
 _AHEAD = 2  # batches on their way to the devices
+_SHOWN = 20  # unusable records that are named one by one
+_ENOUGH = 1000  # records before the share of unusable ones says something
 
 
 class _LocalBatches:
-    """Grain's view: item i is this process's part of global batch `start + i`, and its count of replaced records."""
+    """Grain's view: item i is this process's part of global batch `start + i`, and the records replaced in it."""
 
-    def __init__(self, build: GroupBuilder, schedule: Schedule, groups: list[int], start: int, stop: int):
-        self._build, self._schedule, self._groups = build, schedule, groups
-        self._start, self._stop = start, stop
+    def __init__(self, build: BatchBuilder, groups: list[int], start: int, stop: int):
+        self._build, self._groups, self._start, self._stop = build, groups, start, stop
 
     def __len__(self) -> int:
         return max(self._stop - self._start, 0)
 
-    def __getitem__(self, item: int) -> tuple[Arrays, int]:
-        built = [self._build(self._schedule.plan(self._start + item, g)) for g in self._groups]
-        return {name: np.stack([arrays[name] for arrays, _ in built]) for name in built[0][0]}, sum(n for _, n in built)
+    def __getitem__(self, item: int) -> tuple[Arrays, list[Substituted], dict]:
+        k = self._start + item
+        return *self._build(k, self._groups), self._build.schedule.counts(self._build.schedule.batch(k))
+
+
+class Flow(NamedTuple):
+    """What went through a loader since it was last asked.
+
+    Attributes:
+      images, tokens: of all processes; tiles and placeholders are counted too.
+      records: of each data set, of all processes.
+      waited: seconds that this process waited for a batch.
+    """
+
+    images: int
+    tokens: int
+    records: tuple[int, ...]
+    waited: float
 
 
 class Loader:
@@ -44,16 +69,17 @@ class Loader:
 
     Attributes:
       position: batches given out so far, those before `start` included: the number to save, and to pass as `start`.
-      substituted: unreadable records replaced in the batches given out by this process.
-      batches_per_epoch: global batches in an epoch (a fraction).
+      names: of the data sets, for metrics.
+      batches_per_epoch: global batches in the first epoch.
       token_fill, image_fill: share of token and image slots used.
-      fingerprint: that of the dataset, for the lineage.
+
+    Raises:
+      ValueError: from `next`, when more records than the share `max_substituted` cannot be used.
     """
 
     def __init__(
         self,
-        build: GroupBuilder,
-        schedule: Schedule,
+        build: BatchBuilder,
         groups: int,
         sharding: jax.sharding.Sharding,
         *,
@@ -61,9 +87,12 @@ class Loader:
         stop: int | None = None,
         num_threads: int = 2,
         prefetch: int = 4,
+        max_substituted: float = 0.01,
     ):
-        self.position, self.substituted = start, 0
-        self.batches_per_epoch, self.fingerprint = schedule.batches_per_epoch, build.source.fingerprint
+        schedule = build.schedule
+        self.position = start
+        self.names = set_names([os.fspath(source.folder) for source in build.sources])
+        self.batches_per_epoch = schedule.batches_per_epoch
         self.token_fill, self.image_fill = schedule.token_fill, schedule.image_fill
         self._num_groups, self.sharding = groups, sharding
         try:
@@ -73,11 +102,13 @@ class Loader:
         indices = sharding.addressable_devices_indices_map((groups,)).values()
         local = sorted({g for (index,) in indices for g in range(*index.indices(groups))})
         self._local_position = {g: i for i, g in enumerate(local)}
-        batches = _LocalBatches(build, schedule, local, start, sys.maxsize // 2 if stop is None else stop)
+        batches = _LocalBatches(build, local, start, sys.maxsize // 2 if stop is None else stop)
         self._length = len(batches) if stop is not None else None
+        self._sources, self._unusable = build.sources, _Unusable(build, max_substituted)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         self._host = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._ahead = collections.deque()
+        self._flow = Flow(0, 0, (0,) * len(self.names), 0.0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -88,18 +119,34 @@ class Loader:
         return self._length
 
     def __next__(self) -> Batch:
+        begin = time.monotonic()
         while len(self._ahead) <= _AHEAD:
             try:
-                arrays, substituted = next(self._host)
+                arrays, substituted, counts = next(self._host)
             except StopIteration:
                 break
-            self._ahead.append((Batch(**{name: self._put(array) for name, array in arrays.items()}), substituted))
+            batch = Batch(**{name: self._put(array) for name, array in arrays.items()})
+            self._ahead.append((batch, substituted, counts))
         if not self._ahead:
             raise StopIteration
-        batch, substituted = self._ahead.popleft()
+        batch, substituted, counts = self._ahead.popleft()
+        self._unusable.add(substituted, int(counts["records"].sum()))
         self.position += 1
-        self.substituted += substituted
+        images, tokens, records, waited = self._flow
+        records = tuple(np.add(records, counts["records"]).tolist())
+        waited += time.monotonic() - begin
+        self._flow = Flow(images + counts["images"], tokens + counts["tokens"], records, waited)
         return batch
+
+    @property
+    def substituted(self) -> int:
+        """How many records are known by now that cannot be used, and are replaced wherever they are drawn."""
+        return self._unusable.count
+
+    def flow(self) -> Flow:
+        """Returns what went through since the last call."""
+        flow, self._flow = self._flow, Flow(0, 0, (0,) * len(self.names), 0.0)
+        return flow
 
     def close(self) -> None:
         """Stops the threads."""
@@ -112,6 +159,123 @@ class Loader:
             return local[self._local_position[start] : self._local_position[start] + stop - start]
 
         return jax.make_array_from_callback((self._num_groups, *local.shape[1:]), self.sharding, part)
+
+
+class _Unusable:
+    """The records that cannot be used: each is logged once; above a share of all, training stops with the list."""
+
+    def __init__(self, build: BatchBuilder, share: float):
+        self._share, self._seen, self._found = share, 0, {}
+        self._total = sum(map(len, build.sources))
+        schedule = build.schedule
+        for number, reason in schedule.unusable.items():
+            source, record = schedule.where(number)
+            if len(self._found) < _SHOWN:
+                self._log(Substituted(source, record, build.sources[source].where(record), "", reason))
+            self._found[source, record] = f"{build.sources[source].where(record)}: {reason}"
+        if len(self._found) > share * self._total:
+            self._stop(f"{len(self._found):,} of {self._total:,} records")
+
+    @property
+    def count(self) -> int:
+        return len(self._found)
+
+    def add(self, substituted: list[Substituted], seen: int) -> None:
+        self._seen = min(self._seen + seen, self._total)
+        for item in substituted:
+            if (item.source, item.record) not in self._found:
+                if len(self._found) < _SHOWN or len(self._found) % 1000 == 0:
+                    self._log(item)
+                self._found[item.source, item.record] = f"{item.where} ({item.key}): {item.reason}"
+        if len(self._found) > self._share * max(self._seen, min(self._total, _ENOUGH)):
+            self._stop(f"{len(self._found):,} records")
+
+    def _log(self, item: Substituted) -> None:
+        key = f" ({item.key})" if item.key else ""
+        logging.warning("%s%s is replaced by another record: %s", item.where, key, item.reason)
+
+    def _stop(self, count: str) -> None:
+        listed = "; ".join(list(self._found.values())[:_SHOWN])
+        raise ValueError(
+            f"{count} cannot be used, more than data.max_substituted={self._share:g} allows. Mend them (`fastvlm data "
+            f"inspect` lists all) or raise it. The first: {listed}"
+        )
+
+
+def set_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """Returns short names of data sets: the last parts of their paths that tell them apart."""
+    parts = [[part for part in path.split("/") if part] for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = tuple("/".join(part[-count:]) for part in parts)
+        if len(set(names)) == len(names):
+            return names
+    return tuple(f"{'/'.join(part)}#{i}" for i, part in enumerate(parts))
+
+
+def data_sets(config: ml_collections.ConfigDict) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Returns the folders of `data.path` or `data.mixture`, and their weights; () where each record counts once.
+
+    Raises:
+      ValueError: no data set is named, or a mixture is not of (folder, weight) pairs.
+    """
+    if config.path:
+        return (config.path,), ()
+    try:
+        folders = tuple(os.fspath(epath.Path(config.root) / folder) for folder, _ in config.mixture)
+        weights = tuple(float(weight) for _, weight in config.mixture)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"data.mixture must be pairs as (('captions', 0.3), ('questions', 0.7)): {error}") from error
+    if not folders:
+        raise ValueError("data.path is empty: name the folder of shards with --config.data.path=DIR")
+    if min(weights) < 0 or (any(weights) and not all(weights)) or not np.isfinite(weights).all():
+        raise ValueError(f"data.mixture: weights {weights} must all be positive, or all 0: each record once an epoch")
+    return folders, weights if any(weights) else ()
+
+
+def open_sources(config: ml_collections.ConfigDict, split: str) -> tuple[RecordSource, ...]:
+    """Opens a split of every data set of a config; of "validation" those that have it, perhaps none.
+
+    Raises:
+      FileNotFoundError, ValueError: see `data_sets` and `read_shards`.
+    """
+    folders, _ = data_sets(config)
+    if split == "validation":
+        folders = [f for f in folders if split in read_manifest(epath.Path(f).expanduser())["splits"]]
+    return tuple(read_shards(folder, split) for folder in folders)
+
+
+def fingerprint(sources: Sequence[RecordSource]) -> str:
+    """Returns that of the data set, or one for several together."""
+    if len(sources) == 1:
+        return sources[0].fingerprint
+    return hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
+
+
+def make_buckets(config: ml_collections.ConfigDict, processor: Processor) -> tuple[Bucket, ...]:
+    """Returns the bucket of each of the processor's sizes: images_per_group of image_size, more of smaller ones.
+
+    Pixels and text tokens of a group stay within those of the square of `image_size`.
+    """
+    sizes = processor.sizes or (processor.size,)
+    shares = dict(config.resolutions) if config.resolutions else {processor.image_size: 1.0}
+    buckets = []
+    for size in sizes:
+        images = config.images_per_group * processor.image_size**2 // (size.height * size.width)
+        images = max(images, 1) if config.images_per_group else 0
+        buckets.append(Bucket(size, GroupShape(images, config.rows_per_group, config.row_length), shares[size.side]))
+    return tuple(buckets)
+
+
+def make_schedule(
+    config: ml_collections.ConfigDict, processor: Processor, sources: Sequence[RecordSource], seed: int | None
+) -> Schedule:
+    """Returns the schedule of opened data sets; records are counted first where that was not done yet."""
+    counter = Counter(processor.tokenizer, processor.template, config.turns)
+    indexes = [load_index(source, counter) for source in sources]
+    weights = data_sets(config)[1] if seed is not None else ()
+    settings = Settings(make_buckets(config, processor), config.groups, seed, weights, processor.grids, config.overlong)
+    split = " ".join(f"{source.fingerprint} {source.split}" for source in sources)
+    return Schedule(indexes, settings, f"{split} {counter.id}")
 
 
 def make_loader(
@@ -128,13 +292,13 @@ def make_loader(
 
     Args:
       config: the keys `data.*`.
-      processor: its template, image size and tokens per image are what the batches are made with.
+      processor: its template, sizes and tokens per image are what the batches are made with.
       seed: of the order.
       sharding: of axis 0, the groups; the data shards must divide `config.groups`.
       start: the position to go on from.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_shards` and `Schedule`.
+      FileNotFoundError, ValueError: see `read_shards` and `Schedule`; more unusable records than allowed.
     """
     stop = None if num_batches is None else start + num_batches
     return _open(config, processor, split, seed, sharding, start, stop)
@@ -153,22 +317,23 @@ def eval_batches(
 
 
 def _open(config, processor, split, seed, sharding, start, stop) -> Loader:
-    if config.turns not in TURNS:
-        raise ValueError(f"unknown data.turns {config.turns!r}: choose one of {', '.join(TURNS)}")
-    source = read_shards(config.path, split)
-    shape = GroupShape(config.images_per_group, config.rows_per_group, config.row_length)
-    schedule = Schedule(index_records(source, processor, config.turns), shape, config.groups, seed)
+    if config.decode not in DECODERS:
+        raise ValueError(f"unknown data.decode {config.decode!r}: choose one of {', '.join(DECODERS)}")
+    sources = open_sources(config, split)
+    schedule = make_schedule(config, processor, sources, seed)
     if seed is None:
-        whole = -(-schedule.num_groups // config.groups)
-        stop = whole if stop is None else min(stop, whole)
-    build = GroupBuilder(source, processor, shape, config.turns, {} if config.cache_images else None)
+        stop = schedule.batches_per_epoch if stop is None else min(stop, schedule.batches_per_epoch)
+    build = BatchBuilder(
+        sources, schedule, processor, config.turns, config.overlong, config.decode == "exact",
+        {} if config.cache_images else None,
+    )  # fmt: skip
     return Loader(
         build,
-        schedule,
         config.groups,
         sharding,
         start=start,
         stop=stop,
         num_threads=config.num_threads,
         prefetch=config.prefetch,
+        max_substituted=config.max_substituted,
     )

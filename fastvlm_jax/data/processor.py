@@ -15,12 +15,15 @@ from fastvlm_jax.batch import Batch
 from fastvlm_jax.data import image as image_lib
 from fastvlm_jax.data.bpe import read_settings
 from fastvlm_jax.data.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render
+from fastvlm_jax.data.geometry import Grid, Size, best_grid, nearest, slots_of
+from fastvlm_jax.data.resize import fit_into, tiles_into
 from fastvlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # of transformers' processor, which joins tokenizer and image settings
 CHAT_TEMPLATE = "chat_template.jinja"
 OWN = "fastvlm_jax"  # the key of what transformers has no word for
+FITS = ("pad", "crop")
 
 Image = str | os.PathLike | bytes | np.ndarray
 
@@ -44,27 +47,81 @@ class Processor:
     tokens_per_image: int
     image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     image_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    fit: str = "pad"
+    grids: tuple[Grid, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     def __post_init__(self):
         if self.template not in TEMPLATES:
             raise ValueError(f"unknown data.template {self.template!r}: choose one of {', '.join(TEMPLATES)}")
+        if self.fit not in FITS:
+            raise ValueError(f"unknown data.fit {self.fit!r}: choose one of {', '.join(FITS)}")
+        if not all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids):
+            raise ValueError(f"data.grids: {self.grids} must be pairs of rows and columns, as ((2, 2),)")
+        if self.grids and any(size.height != size.width for size in self.sizes):
+            raise ValueError("data.grids and data.aspects exclude each other: tiles are square")
 
     @property
     def end_id(self) -> int:
         """The id that ends an answer."""
         return self.tokenizer.special_id(end_mark(TEMPLATES[self.template], self.tokenizer))
 
-    def segment(self, turns: tuple[Turn, ...], generation_prompt: bool = False) -> Segment:
-        """Returns the tokens of one conversation; recent ones are remembered, so the arrays are read-only."""
-        return _segment(self, turns, generation_prompt)
+    @property
+    def size(self) -> Size:
+        """The square of `image_size`."""
+        return Size(self.image_size, self.image_size, self.image_size, self.tokens_per_image)
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The colour around images, uint8."""
+        return tuple(int(mean * 255) for mean in self.image_mean)
+
+    def segment(
+        self,
+        turns: tuple[Turn, ...],
+        generation_prompt: bool = False,
+        slots: tuple[int, ...] = (),
+        tokens_per_image: int | None = None,
+    ) -> Segment:
+        """Returns the tokens of one conversation; recent ones are remembered, so the arrays are read-only.
+
+        Args:
+          slots: image slots that each image of its record takes; one each by default.
+          tokens_per_image: of another size of images than the square of `image_size`.
+        """
+        tokens = self.tokens_per_image if tokens_per_image is None else tokens_per_image
+        return _segment(self.tokenizer, self.template, tokens, turns, generation_prompt, slots)
+
+    def grid(self, width: int, height: int, side: int | None = None) -> Grid:
+        """Returns the (rows, columns) of tiles for an image of that size; (1, 1) without AnyRes."""
+        if not self.grids:
+            return (1, 1)
+        return self.grids[int(best_grid(width, height, self.grids, side or self.image_size))]
 
     def pixels(self, image: Image) -> np.ndarray:
-        """Returns a file, encoded bytes or uint8 [H, W, 3] as uint8 [image_size, image_size, 3].
+        """Returns a file, encoded bytes or uint8 [H, W, 3] as uint8 [image_size, image_size, 3], exactly as
+        transformers' CLIPImageProcessor does it.
 
         Raises:
           FileNotFoundError: no such file.
           ValueError: not an image; the message names the file. Or the model reads no images.
         """
+        return self.views(self.decode(image), self.size, (1, 1))[0]
+
+    def views(self, image: np.ndarray, size: Size, grid: Grid) -> np.ndarray:
+        """Returns what the model sees of a uint8 [h, w, 3] image: uint8 [slots, H, W, 3], the overview first."""
+        out = np.empty((slots_of(grid), size.height, size.width, 3), np.uint8)
+        fit_into(image, out[0], self.overview(grid), self.background, True)
+        if len(out) > 1:
+            tiles_into(image, out[1:], grid, self.background, True)
+        return out
+
+    def overview(self, grid: Grid) -> str:
+        """How an image is fitted into its first slot; LLaVA stretches the overview beside tiles."""
+        return self.fit if slots_of(grid) == 1 else "stretch"
+
+    def decode(self, image: Image) -> np.ndarray:
+        """Returns a file, encoded bytes or an array as uint8 [H, W, 3]; see `pixels` for the errors."""
         if not self.image_size:
             raise ValueError("this model reads text alone: it was given an image")
         where = ""
@@ -80,8 +137,7 @@ class Processor:
                 raise ValueError(f"{where}{error}") from error
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
             raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        background = tuple(int(mean * 255) for mean in self.image_mean)
-        return image_lib.pad_to_square(image, self.image_size, background)
+        return image
 
     def __call__(
         self,
@@ -102,7 +158,8 @@ class Processor:
           max_length: the most tokens that the model can read.
 
         Returns:
-          A Batch of numpy arrays with G = 1: images [1, N, H, W, 3], tokens [1, R, T] padded on the right.
+          A Batch of numpy arrays with G = 1: images [1, slots of N images, H, W, 3], tokens [1, R, T] padded on the
+          right. All images have one size: with aspect buckets, that nearest to their mean shape.
 
         Raises:
           ValueError: images and texts that do not match, an unreadable image, or a text too long.
@@ -115,17 +172,19 @@ class Processor:
             image_of = range(len(texts)) if len(images) > 1 else [0] * len(texts)
         elif len(image_of) != len(texts) or not all(0 <= i < len(images) for i in image_of):
             raise ValueError(f"image_of must give each of {len(texts)} texts one of {len(images)} images: {image_of}")
+        decoded = [self.decode(image) for image in images]
+        size, grids = self.layout([(image.shape[1], image.shape[0]) for image in decoded])
+        slots = tuple(map(slots_of, grids))
         turns = [(("user", (i, text) if len(images) else (text,)),) for text, i in zip(texts, image_of, strict=True)]
-        segments = [self.segment(turn, generation_prompt=True) for turn in turns]
+        segments = [self.segment(turn, True, slots, size.tokens) for turn in turns]
         longest = max((len(segment.tokens) for segment in segments), default=0)
         length = -(-longest // 16) * 16 if length is None else length
         if longest > min(length, max_length or longest):
             limit = min(length, max_length or length)
             raise ValueError(f"the prompt is {longest} tokens long, more than the {limit} allowed: shorten it")
         shape = (1, len(texts), length)
-        pixels = np.zeros((1, len(images), self.image_size, self.image_size, 3), np.uint8)
-        for slot, image in enumerate(images):
-            pixels[0, slot] = self.pixels(image)
+        views = [self.views(image, size, grid) for image, grid in zip(decoded, grids, strict=True)]
+        pixels = np.concatenate([np.zeros((0, size.height, size.width, 3), np.uint8), *views])[None]
         tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         positions, image_index = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         for row, segment in enumerate(segments):
@@ -134,7 +193,7 @@ class Processor:
             positions[span] = np.arange(len(segment.tokens))
         return Batch(
             images=pixels,
-            image_mask=np.ones((1, len(images)), bool),
+            image_mask=np.ones(pixels.shape[:2], bool),
             tokens=tokens,
             image_index=image_index,
             targets=np.zeros(shape, np.int32),
@@ -142,6 +201,15 @@ class Processor:
             segment_ids=segment_ids,
             positions=positions,
         )
+
+    def layout(self, images: Sequence[tuple[int, int]]) -> tuple[Size, list[Grid]]:
+        """Returns the size that images of these (width, height) are brought to together, and the tiles of each."""
+        sizes = [size for size in self.sizes if size.side == self.image_size] or [self.size]
+        best = 0
+        if images and len(sizes) > 1:
+            aspect = np.exp(np.mean([np.log(width / height) for width, height in images]))
+            best = int(nearest(aspect, sizes))
+        return sizes[best], [self.grid(width, height) for width, height in images]
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the tokenizer's files, chat_template.jinja and, for images, what transformers' processor reads."""
@@ -167,7 +235,13 @@ class Processor:
             "do_normalize": True,
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
-            OWN: {"template": self.template, "tokens_per_image": self.tokens_per_image},
+            OWN: {
+                "template": self.template,
+                "tokens_per_image": self.tokens_per_image,
+                "fit": self.fit,
+                "grids": self.grids,
+                "sizes": self.sizes,
+            },
         }
         # transformers counts (size // patch_size)^2 placeholders and the additional ones.
         across = math.isqrt(self.tokens_per_image)
@@ -225,7 +299,11 @@ def load_processor(
             count = (size // joined["patch_size"]) ** 2 + joined.get("num_additional_image_tokens", 0)
             count -= joined.get("vision_feature_select_strategy") == "default"
         found = found or template or ("vicuna_v1" if tokenizer.end == "</s>" else "qwen_2")
-        return Processor(tokenizer, found, size, count, mean, std)
+        sizes = tuple(Size(*map(int, item)) for item in own.get("sizes", ()))
+        grids = tuple((int(rows), int(columns)) for rows, columns in own.get("grids", ()))
+        if any(min(item) < 1 or max(item[:3]) > image_lib.MAX_SIDE for item in sizes):
+            raise ValueError(f"sizes {sizes} must be positive, up to {image_lib.MAX_SIDE} a side")
+        return Processor(tokenizer, found, size, count, mean, std, own.get("fit", "pad"), grids, sizes)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise ValueError(f"{path}: the image settings cannot be read: {reason}") from error
@@ -253,9 +331,8 @@ def _template(path: pathlib.Path, tokenizer: Tokenizer) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _segment(processor: Processor, turns: tuple[Turn, ...], generation_prompt: bool) -> Segment:
-    template = TEMPLATES[processor.template]
-    segment = render(turns, processor.tokenizer, template, processor.tokens_per_image, generation_prompt)
+def _segment(tokenizer, template, tokens_per_image, turns, generation_prompt, slots) -> Segment:
+    segment = render(turns, tokenizer, TEMPLATES[template], tokens_per_image, generation_prompt, slots)
     for array in (segment.tokens, segment.image_index, segment.loss_mask):
         array.flags.writeable = False
     return segment

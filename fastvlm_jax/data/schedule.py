@@ -1,210 +1,298 @@
 """Which record goes where, decided before anything is decoded.
 
-The stream of groups is a function of (index, shape, seed) alone. Global batch k is groups kG ... kG+G-1 of it, whoever
-builds them, so one integer is the whole data position:
+The batches of an epoch are a function of (indexes, settings, seed, epoch) alone, whoever builds them, so one integer is
+the whole data position, on any number of hosts:
 
-    epoch 0, shuffled by (seed, 0)    epoch 1, shuffled by (seed, 1)
-    |group 0 |group 1 | ... |group 58 |group 59 |group 60 | ...          the last group of an epoch may be part filled
-    `--- batch 0 ----´ ...  `---- batch 29 ----´                         G = 2
+    data sets, weights     draws of epoch e, shuffled    by bucket         packed            batches of G groups, spread
+    a a a a    2/3
+                      ->   a2 b1 a0 a3 b0 a1        ->   1024: a2 b1 a1 -> [a2 b1][a1]   ->  k     1024: [a2 b1][a1]
+    b b b      1/3                                        512: a0 a3 b0 -> [a0 a3 b0]        k+1    512: [a0 a3 b0][]
 
-    one group, N = 2 image slots, R = 2 rows of T tokens: records a and b, three questions each
-    slots   [a][b]
-    row 0   [a2......][a0....][b1....]     longest first, each into the fullest row that has room
-    row 1   [b0.........][b2....][a1..]
+All groups of a batch have one shape. The last batch of a bucket in an epoch may hold empty groups.
 """
 
 import bisect
-import dataclasses
-import itertools
+import hashlib
+import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-LOOKAHEAD = 64  # records; small beside an epoch, so the order stays random
+from fastvlm_jax.data.epochs import Epoch, read_epoch, write_epoch
+from fastvlm_jax.data.facts import Settings, find_unusable, make_facts
+from fastvlm_jax.data.geometry import nearest
+from fastvlm_jax.data.index import RecordIndex, cache_folder
+from fastvlm_jax.data.packing import LOOKAHEAD, fill_groups, place
 
-
-class GroupShape(NamedTuple):
-    """Sizes of one group: N image slots, R rows of T tokens."""
-
-    images: int
-    rows: int
-    length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordIndex:
-    """What the schedule knows of each of M records, with S segments in all.
-
-    Attributes:
-      keys: the M records' names, for messages.
-      num_images: int [M].
-      lengths: int [S], tokens of each segment, record after record.
-      first: int [M + 1]; the segments of record i are `lengths[first[i]:first[i + 1]]`.
-    """
-
-    keys: Sequence[str]
-    num_images: np.ndarray
-    lengths: np.ndarray
-    first: np.ndarray
+_VERSION = 1  # of the algorithm: another order is another number
+_KEEP = 2  # epochs in memory: prefetching crosses one border
+_SLOW = 1.0  # seconds; what takes longer is kept on disk
 
 
 class Placement(NamedTuple):
-    """Where one segment stands: it starts at `offset` of `row` and takes `length` tokens."""
+    """Where one segment stands: it starts at `offset` of `row` and takes up to `length` tokens."""
 
-    record: int  # in the source
     question: int  # which segment of the record
     row: int
     offset: int
     length: int
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupPlan:
-    """What fills one group.
+class Place(NamedTuple):
+    """One record in a group: the data set, its number there, its first image slot, its segments."""
 
-    Attributes:
-      records: the record numbers, in order of their image slots.
-      slots: the first image slot of each record.
-      placements: every segment of those records.
-    """
+    source: int
+    record: int
+    slot: int
+    slots: int  # that it takes
+    placements: tuple[Placement, ...]
 
-    records: tuple[int, ...] = ()
-    slots: tuple[int, ...] = ()
-    placements: tuple[Placement, ...] = ()
+
+class BatchPlan(NamedTuple):
+    """One global batch: its bucket, and for each of its groups the number of it in the bucket; -1 = empty."""
+
+    epoch: int
+    bucket: int
+    groups: tuple[int, ...]
 
 
 class Schedule:
-    """The stream of groups of one split; safe to ask from several threads.
-
-    With `seed=None` (evaluation) the records come once, in the order of the source; groups after the last are empty.
+    """The stream of global batches of one split; safe to ask from several threads.
 
     Attributes:
-      num_groups, batches_per_epoch: groups, and global batches (a fraction), in epoch 0; others differ by a little.
+      settings: what it follows.
+      batches_per_epoch: global batches in epoch 0; others differ by a little.
       token_fill, image_fill: share of the token and image slots of epoch 0 that are used.
+      unusable: record number over all data sets -> why it cannot be used; another record takes its place.
 
     Raises:
-      ValueError: no records, or one that does not fit even an empty group.
+      ValueError: no usable record, or settings that contradict each other.
     """
 
-    def __init__(self, index: RecordIndex, shape: GroupShape, groups: int, seed: int | None):
-        self._index, self._shape, self._groups, self._seed = index, shape, groups, seed
-        self._check()
-        self._ends: list[int] = []  # groups up to the end of each epoch
-        self._epochs: dict[int, list[GroupPlan]] = {}
-        self._lock = threading.Lock()
-        with self._lock:
-            count = len(self._epoch(0))
-        self.num_groups = count
-        self.batches_per_epoch = count / groups
-        self.token_fill = float(index.lengths.sum()) / (count * shape.rows * shape.length)
-        self.image_fill = float(index.num_images.sum()) / (count * max(shape.images, 1))
-
-    def plan(self, k: int, g: int) -> GroupPlan:
-        """Returns what fills group g of global batch k."""
-        wanted = k * self._groups + g
-        if self._seed is None:
-            plans = self._epochs[0]
-            return plans[wanted] if wanted < len(plans) else GroupPlan()
-        with self._lock:
-            while not self._ends or self._ends[-1] <= wanted:
-                self._epoch(len(self._ends))
-            epoch = bisect.bisect_right(self._ends, wanted)
-            return self._epoch(epoch)[wanted - (self._ends[epoch - 1] if epoch else 0)]
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Returns the record numbers in the order of one epoch, int [M]."""
-        count = len(self._index.keys)
-        if self._seed is None:
-            return np.arange(count)
-        # The raw stream of a bit generator is fixed for good; numpy's own permutation() may change between versions.
-        return np.argsort(np.random.PCG64([self._seed, epoch]).random_raw(count), kind="stable")
-
-    def _epoch(self, epoch: int) -> list[GroupPlan]:
-        if epoch not in self._epochs:
-            lookahead = 1 if self._seed is None else LOOKAHEAD
-            plans = fill_groups(self._index, self._shape, self.order(epoch), lookahead)
-            if epoch == len(self._ends):
-                self._ends.append(len(plans) + (self._ends[-1] if epoch else 0))
-            # Prefetching crosses at most one border between epochs: the last few are enough.
-            self._epochs = {e: p for e, p in self._epochs.items() if abs(e - epoch) < 2} | {epoch: plans}
-        return self._epochs[epoch]
-
-    def _check(self) -> None:
-        index, (images, rows, length) = self._index, self._shape
-        if not len(index.keys):
+    def __init__(self, indexes: Sequence[RecordIndex], settings: Settings, key: str = ""):
+        """`key` names the contents of the indexes; with it, what takes long is kept on disk."""
+        self.settings = settings
+        self._key = key and hashlib.sha256(f"{_VERSION} {LOOKAHEAD} {settings} {key}".encode()).hexdigest()[:32]
+        self._offsets = np.cumsum([0] + [len(index) for index in indexes])
+        if not self._offsets[-1]:
             raise ValueError("the split holds no records: write the dataset again")
-        for i, key in enumerate(index.keys):
-            lengths = index.lengths[index.first[i] : index.first[i + 1]]
-            if index.num_images[i] > images:
-                raise ValueError(
-                    f"record {key} has {index.num_images[i]} images: raise data.images_per_group, now {images}"
-                )
-            if lengths.max(initial=0) > length:
-                raise ValueError(
-                    f"record {key} has a text of {lengths.max()} tokens: raise data.row_length, now {length}"
-                )
-            if not _OpenGroup(self._shape).add(i, 0, lengths.tolist()):
-                raise ValueError(
-                    f"record {key} has {lengths.sum()} tokens of text that do not fit one group: raise "
-                    f"data.row_length, now {length}, or data.rows_per_group, now {rows}"
-                )
+        self._facts = make_facts(indexes, settings)
+        self._lock = threading.Lock()
+        told = [
+            {int(o) + i: why for i, why in x.unusable.items()} for o, x in zip(self._offsets, indexes, strict=False)
+        ]
+        self.unusable = find_unusable(self._facts, settings.overlong)
+        for reasons in told:
+            self.unusable |= reasons
+        self._replacement = _replacements(self.unusable, self._offsets)
+        self._epochs: dict[int, Epoch] = {}
+        self._ends: list[int] = []  # batches up to the end of each epoch
+        with self._lock:
+            epoch = self._epoch(0)
+        self.batches_per_epoch = len(epoch.bucket)
+        self.token_fill, self.image_fill = self._fill(epoch)
 
+    def batch(self, k: int) -> BatchPlan:
+        """Returns what global batch k consists of; in evaluation, IndexError after the last."""
+        with self._lock:
+            if self.settings.seed is None and k >= self.batches_per_epoch:
+                raise IndexError(k)
+            while not self._ends or self._ends[-1] <= k:
+                self._epoch(len(self._ends))
+            number = bisect.bisect_right(self._ends, k)
+            epoch = self._epoch(number)
+        at = k - (self._ends[number - 1] if number else 0)
+        bucket, batch, G = int(epoch.bucket[at]), int(epoch.number[at]), self.settings.groups
+        count = min(len(epoch.first[bucket]) - 1 - batch * G, G)
+        groups = [-1] * G
+        for j in range(count):  # spread over the data shards
+            groups[j * G // count] = batch * G + j
+        return BatchPlan(number, bucket, tuple(groups))
 
-def fill_groups(
-    index: RecordIndex, shape: GroupShape, order: np.ndarray, lookahead: int = LOOKAHEAD
-) -> list[GroupPlan]:
-    """Fills groups one after another with the records in `order`; each record must fit an empty group.
+    def group(self, plan: BatchPlan, g: int) -> list[Place]:
+        """Returns what fills group g of a batch, in order of the image slots."""
+        shape = self.settings.buckets[plan.bucket].shape
+        places, slot = [], 0
+        room, used = np.full((1, shape.rows), shape.length, np.int32), [0] * shape.rows
+        for record in self._records(plan, [g]).tolist():
+            lengths, questions = self._facts.lengths(np.array([record]), plan.bucket)
+            rows, _ = place(room, lengths.tokens[None])
+            placements = []
+            for question, row, length in zip(
+                questions.tolist(), rows[0].tolist(), lengths.tokens.tolist(), strict=True
+            ):
+                placements.append(Placement(question, row, used[row], length))
+                used[row] += length
+            slots = int(self._facts.slots_in(plan.bucket)[record])
+            places.append(Place(*self.where(record), slot, slots, tuple(placements)))
+            slot += slots
+        return places
 
-    The open group takes the first of the next `lookahead` records that fits, for its last image slot the longest that
-    fits; when none does, it is closed. (Without looking ahead, easy-VQA fills 88 % of its tokens, with it 96 %.)
-    """
-    num_images, first, lengths = index.num_images.tolist(), index.first.tolist(), index.lengths.tolist()
-    totals = np.add.reduceat(np.append(index.lengths, 0), index.first[:-1]) * (np.diff(index.first) > 0)
-    totals, order = totals.tolist(), order.tolist()
-    window, upcoming = order[:lookahead], iter(order[lookahead:])
-    plans, group = [], _OpenGroup(shape)
-    while window:
-        longest_first = group.slots_left == 1
-        for record in sorted(window, key=totals.__getitem__, reverse=True) if longest_first else window:
-            fits = num_images[record] <= group.slots_left and totals[record] <= group.tokens_left
-            if fits and group.add(record, num_images[record], lengths[first[record] : first[record + 1]]):
-                window.remove(record)
-                window.extend(itertools.islice(upcoming, 1))
-                break
+    def counts(self, plan: BatchPlan) -> dict[str, np.ndarray | int]:
+        """Returns what a batch holds: `images` (tiles too), `tokens` with their images', `records` of each data set."""
+        records = self._records(plan, range(self.settings.groups))
+        sources = np.searchsorted(self._offsets, records, side="right") - 1
+        return {
+            "images": int(self._facts.slots_in(plan.bucket)[records].sum()),
+            "tokens": int(self._facts.lengths(records, plan.bucket)[0].tokens.sum()),
+            "records": np.bincount(sources, minlength=len(self._offsets) - 1),
+        }
+
+    def where(self, record: int) -> tuple[int, int]:
+        """Returns the data set of a record number over all of them, and the number there."""
+        source = int(np.searchsorted(self._offsets, record, side="right")) - 1
+        return source, record - int(self._offsets[source])
+
+    def _records(self, plan: BatchPlan, groups: Sequence[int]) -> np.ndarray:
+        with self._lock:
+            epoch = self._epoch(plan.epoch)
+        records, first = epoch.records[plan.bucket], epoch.first[plan.bucket]
+        held = [plan.groups[g] for g in groups if plan.groups[g] >= 0]
+        return np.concatenate([np.zeros(0, np.int32)] + [records[first[h] : first[h + 1]] for h in held])
+
+    def _epoch(self, number: int) -> Epoch:
+        """Returns an epoch; call it with the lock held, for new epochs in order."""
+        if number not in self._epochs:
+            path = cache_folder() / "schedules" / f"{self._key}-{number}.npz" if self._key else None
+            epoch = read_epoch(path, len(self.settings.buckets)) if path else None
+            if epoch is None:
+                start = time.monotonic()
+                epoch = self._build(number)
+                if path and time.monotonic() - start > _SLOW:
+                    write_epoch(path, epoch)
+            if number == len(self._ends):
+                self._ends.append(len(epoch.bucket) + (self._ends[-1] if number else 0))
+            near = {e: p for e, p in self._epochs.items() if abs(e - number) < _KEEP}
+            self._epochs = near | {number: epoch}
+        return self._epochs[number]
+
+    def _build(self, number: int) -> Epoch:
+        settings, G = self.settings, self.settings.groups
+        draws = self.draws(number)
+        buckets = self._buckets_of(draws, number)
+        records, first = [], []
+        for b, bucket in enumerate(settings.buckets):
+            own = draws[buckets == b] if len(settings.buckets) > 1 else draws
+            # Far less than there is, or every epoch of a small set would be packed alike.
+            lookahead = 1 if settings.seed is None else min(max(len(own) // 16, 4), LOOKAHEAD)
+            order, starts = fill_groups(
+                self._facts.slots_in(b)[own], self._facts.lengths(own, b)[0], bucket.shape, lookahead
+            )
+            if settings.seed is not None:
+                # A lane's first groups hold its longest records, its last ones the shortest: spread them.
+                order, starts = _reordered(order, starts, _shuffled([settings.seed, 3, number, b], len(starts) - 1))
+            records.append(own[order])
+            first.append(starts)
+        counts = [-(-(len(starts) - 1) // G) for starts in first]
+        bucket = np.repeat(np.arange(len(counts)), counts)
+        batch = np.concatenate([np.arange(count) for count in counts])
+        # Each bucket is spread evenly over the epoch.
+        spread = np.argsort((batch + 0.5) / np.repeat(np.maximum(counts, 1), counts), kind="stable")
+        return Epoch(records, first, bucket[spread].astype(np.int32), batch[spread].astype(np.int32))
+
+    def draws(self, epoch: int) -> np.ndarray:
+        """Returns the records of an epoch in their order, int32 numbers over all data sets, usable ones only.
+
+        With weights the draws of data set i go on where the epoch before left off in an endless row of shuffled
+        passes, so that no record comes twice before all others came once.
+        """
+        settings, sizes = self.settings, np.diff(self._offsets)
+        total = int(self._offsets[-1])
+        if settings.seed is None:  # each data set spread evenly over the whole
+            at = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes.tolist()])
+            drawn = np.argsort(at, kind="stable").astype(np.int32)
+        elif not settings.weights:
+            drawn = np.arange(total, dtype=np.int32)
         else:
-            plans.append(group.plan())
-            group = _OpenGroup(shape)
-    return [*plans, group.plan()]
+            shares = np.array(settings.weights) / math.fsum(settings.weights)
+            parts = []
+            for i, (size, share) in enumerate(zip(sizes.tolist(), shares.tolist(), strict=True)):
+                count = round(total * share)
+                for part, start, stop in _passes(epoch * count, (epoch + 1) * count, size):
+                    own = np.arange(size, dtype=np.int32)
+                    if stop - start < size:
+                        own = _shuffled([settings.seed, 1, i, part], size)[start:stop]
+                    parts.append(own + np.int32(self._offsets[i]))
+            drawn = np.concatenate(parts)
+        if settings.seed is not None:
+            drawn = drawn[_shuffled([settings.seed, 0, epoch], len(drawn))]
+        if self._replacement is not None:
+            drawn = self._replacement[drawn]
+        return drawn
+
+    def _buckets_of(self, draws: np.ndarray, epoch: int) -> np.ndarray:
+        settings, facts = self.settings, self._facts
+        sides = list(dict.fromkeys(bucket.size.side for bucket in settings.buckets))
+        if len(settings.buckets) == 1:
+            return np.zeros(len(draws), np.uint8)
+        shares = np.array([next(b.share for b in settings.buckets if b.size.side == side) for side in sides])
+        if settings.seed is None:
+            resolution = np.full(len(draws), int(np.argmax(sides)))
+        else:
+            uniform = np.random.PCG64([settings.seed, 2, epoch]).random_raw(len(draws)) / 2.0**64
+            resolution = np.searchsorted(np.cumsum(shares / shares.sum())[:-1], uniform, side="right")
+        # Texts alone fill up batches of any shape: they go with the image record before them.
+        at = np.where(facts.aspect[draws] > 0, np.arange(len(draws)), -1)
+        at = np.maximum.accumulate(at)
+        at[at < 0] = np.argmax(at >= 0)
+        aspect = np.maximum(facts.aspect[draws][at], 1e-3) if len(draws) else facts.aspect[:0]
+        buckets = np.zeros(len(draws), np.uint8)
+        for r, side in enumerate(sides):
+            numbers = [b for b, bucket in enumerate(settings.buckets) if bucket.size.side == side]
+            mine = resolution == r
+            shape = nearest(aspect[mine], [settings.buckets[b].size for b in numbers])
+            buckets[mine] = np.array(numbers, np.uint8)[shape]
+        return buckets
+
+    def _fill(self, epoch: Epoch) -> tuple[float, float]:
+        tokens = images = token_slots = image_slots = 0
+        for b, (_, shape, _) in enumerate(self.settings.buckets):
+            batches = int((epoch.bucket == b).sum())
+            tokens += int(self._facts.lengths(epoch.records[b], b)[0].tokens.sum(dtype=np.int64))
+            images += int(self._facts.slots_in(b)[epoch.records[b]].sum(dtype=np.int64))
+            groups = len(epoch.first[b]) - 1 if batches else 0
+            token_slots += groups * shape.rows * shape.length
+            image_slots += groups * shape.images
+        return tokens / max(token_slots, 1), images / max(image_slots, 1)
 
 
-class _OpenGroup:
-    """The group being filled."""
+def _replacements(unusable: dict[int, str], offsets: np.ndarray) -> np.ndarray | None:
+    """For each record itself, or the next usable one of its data set; None where all are usable."""
+    if not unusable:
+        return None
+    replacement = np.arange(offsets[-1], dtype=np.int32)
+    bad = np.zeros(len(replacement), bool)
+    bad[list(unusable)] = True
+    for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        usable = np.flatnonzero(~bad[start:stop]) + start
+        if not len(usable) and stop > start:
+            record, reason = next((r, why) for r, why in unusable.items() if start <= r < stop)
+            raise ValueError(f"none of the {stop - start} records can be used; record {record - start}: {reason}")
+        lost = np.flatnonzero(bad[start:stop]) + start
+        replacement[lost] = usable[np.searchsorted(usable, lost) % max(len(usable), 1)] if len(lost) else lost
+    return replacement
 
-    def __init__(self, shape: GroupShape):
-        self.length, self.slots, self.slots_left = shape.length, shape.images, shape.images
-        self.tokens_left = shape.rows * shape.length
-        self.free = [(shape.length, row) for row in range(shape.rows)]  # (room, row), ascending
-        self.records, self.first_slots, self.placements = [], [], []
 
-    def add(self, record: int, num_images: int, lengths: list[int]) -> bool:
-        """Puts the segments of a record, longest first, each into the fullest row with room; False if one has none."""
-        free, placements = self.free.copy(), []
-        for question in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-            best = bisect.bisect_left(free, (lengths[question], -1))
-            if best == len(free):
-                return False
-            room, row = free.pop(best)
-            bisect.insort(free, (room - lengths[question], row))
-            placements.append(Placement(record, question, row, self.length - room, lengths[question]))
-        self.records.append(record)
-        self.first_slots.append(self.slots - self.slots_left)
-        self.placements += placements
-        self.free = free
-        self.slots_left -= num_images
-        self.tokens_left -= sum(lengths)
-        return True
+def _shuffled(seed: list[int], count: int) -> np.ndarray:
+    # The raw stream of a bit generator is fixed for good; numpy's own permutation() may change between versions.
+    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.int32)
 
-    def plan(self) -> GroupPlan:
-        return GroupPlan(tuple(self.records), tuple(self.first_slots), tuple(self.placements))
+
+def _reordered(order: np.ndarray, first: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The groups [first[g], first[g + 1]) of `order` in another order."""
+    counts = np.diff(first)[groups]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    at = np.repeat(first[:-1][groups] - starts[:-1], counts) + np.arange(len(order))
+    return order[at], starts
+
+
+def _passes(start: int, stop: int, size: int):
+    """Cuts draws [start, stop) of endless passes over `size` records: (pass, from, to)."""
+    while start < stop and size:
+        number, at = divmod(start, size)
+        end = min(size, at + stop - start)
+        yield number, at, end
+        start += end - at

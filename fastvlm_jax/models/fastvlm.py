@@ -55,9 +55,9 @@ class FastVLM(nn.Module):
         if self.vision_args is not None and self.llm_args is not None:
             self.projector = Projector(self.llm_args["width"], self.llm_args.get("init_std", 0.02))
 
-    def tokens_per_image(self, image_size: int) -> int:
-        """Features (placeholders) of a square image of `image_size` pixels; ValueError if it cannot have that size."""
-        rows, columns = make_encoder(**self.vision_args, parent=None).grid(image_size, image_size)
+    def tokens_per_image(self, height: int, width: int | None = None) -> int:
+        """Features (placeholders) of an image of that many pixels, a square by default; ValueError for other sizes."""
+        rows, columns = make_encoder(**self.vision_args, parent=None).grid(height, width or height)
         return rows * columns
 
     def __call__(self, images, tokens, image_index, positions, segment_ids, image_mask=None, *, train=False) -> Array:

@@ -1,0 +1,90 @@
+"""Which sizes images are brought to: squares, aspect buckets, and AnyRes tiles.
+
+fixed           one square a batch                       1600 x 900  ->  1024 x 1024, padded
+resolutions     the side is drawn for each batch                     ->  512 x 512 or 1024 x 1024
+aspects         the bucket nearest to the image's shape              ->  1344 x 768 of ((1, 1), (16, 9), (9, 16))
+grids           an overview and tiles (paper, section 4.3: 2 x 2)    ->  5 x 1024 x 1024: whole image, 4 tiles
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Grid = tuple[int, int]  # rows, columns
+
+
+class Size(NamedTuple):
+    """One shape of the images of a batch.
+
+    Attributes:
+      side: of the resolution that it belongs to, pixels; height * width is at most its square.
+      height, width: pixels.
+      tokens: features that the model makes of such an image.
+    """
+
+    side: int
+    height: int
+    width: int
+    tokens: int
+
+
+def make_sizes(
+    side: int, aspects: Sequence[tuple[int, int]], multiple: int, tokens: Callable[[int, int], int]
+) -> tuple[Size, ...]:
+    """Returns the sizes of one resolution: its square, or one for each aspect (width, height), as (16, 9).
+
+    The sides of a bucket are multiples of `multiple`, the encoder's stride, and its area is at most side^2: of the
+    roundings the one nearest to the aspect; aspects that fall together are one bucket. `tokens(height, width)` counts features.
+
+    Raises:
+      ValueError: an aspect is not two positive numbers, or leaves a side of nothing.
+    """
+    if not aspects:
+        return (Size(side, side, side, tokens(side, side)),)
+    sizes = []
+    for aspect in aspects:
+        if len(aspect) != 2 or min(aspect) <= 0:
+            raise ValueError(f"data.aspects: {aspect} must be two positive numbers, width and height")
+        ratio = aspect[0] / aspect[1]
+        wide, tall = side * ratio**0.5 / multiple, side / ratio**0.5 / multiple  # of exactly this shape and area
+        options = []
+        for width, height in itertools.product((int(wide), math.ceil(wide)), (int(tall), math.ceil(tall))):
+            if 0 < width * height <= (side / multiple) ** 2:
+                options.append((abs(math.log(width / height / ratio)), -width * height, height, width))
+        if not options:
+            raise ValueError(f"data.aspects: {aspect} at {side} px leaves a side below {multiple} pixels: leave it out")
+        _, _, height, width = min(options)
+        sizes.append(Size(side, height * multiple, width * multiple, tokens(height * multiple, width * multiple)))
+    return tuple(dict.fromkeys(sizes))
+
+
+def nearest(aspect: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
+    """Returns for each aspect (width / height) the number of the size of the nearest shape, by ratio."""
+    shapes = np.log([size.width / size.height for size in sizes])
+    return np.abs(np.log(np.asarray(aspect, np.float32))[..., None] - shapes.astype(np.float32)).argmin(-1)
+
+
+def best_grid(widths: np.ndarray, heights: np.ndarray, grids: Sequence[Grid], side: int) -> np.ndarray:
+    """Returns for each image the number of the grid of tiles of side x side that keeps most of it.
+
+    LLaVA's rule: the largest number of pixels kept, never more than the image has; then the fewest pixels of padding.
+    """
+    widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
+    kept, padding = [], []
+    for rows, columns in grids:
+        scale = np.minimum(columns * side / widths, rows * side / heights)
+        pixels = (widths * scale).astype(np.int64) * (heights * scale).astype(np.int64)
+        kept.append(np.minimum(pixels, widths * heights))
+        padding.append(rows * columns * side * side - kept[-1])
+    kept, padding = np.array(kept), np.array(padding)
+    padding[kept < kept.max(0)] = np.iinfo(np.int64).max
+    return padding.argmin(0)
+
+
+def slots_of(grid: Grid) -> int:
+    """Returns how many image slots an image takes: itself, and its tiles where there is more than one."""
+    rows, columns = grid
+    return 1 if rows * columns == 1 else 1 + rows * columns

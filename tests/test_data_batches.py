@@ -1,0 +1,231 @@
+"""What stands in the arrays of a batch: tiles, buckets, mixtures, truncated texts, substitutes; and its loss."""
+
+import io
+
+import jax
+import ml_collections
+import numpy as np
+import PIL.Image
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from small import small_config
+
+from fastvlm_jax import model_io
+from fastvlm_jax.data.geometry import make_sizes
+from fastvlm_jax.data.pipeline import eval_batches, make_loader, set_names
+from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.train_step import eval_step
+
+
+def picture(width, height, seed=0):
+    """A smooth random picture as PNG."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(noise).resize((width, height), PIL.Image.Resampling.BICUBIC).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def ask(*pairs, images=1):
+    turns = [turn for q, a in pairs for turn in (("user", (q,)), ("assistant", (a,)))]
+    return (("user", (*range(images), *turns[0][1])), *turns[1:])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_sentencepiece(["user what is it assistant red green blue one two three"], folder / "tokenizer.model", 300)
+    return load_tokenizer(folder)
+
+
+def config(folder, **changes):
+    values = {
+        "path": str(folder), "root": "", "mixture": (), "image_size": 64, "resolutions": (), "decode": "exact",
+        "turns": "conversation", "overlong": "truncate", "max_substituted": 0.01, "groups": 1, "images_per_group": 8,
+        "rows_per_group": 1, "row_length": 400, "cache_images": False, "num_threads": 1, "prefetch": 1,
+    }  # fmt: skip
+    return ml_collections.ConfigDict(values | changes)
+
+
+def one_device():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def read(folder, processor, **changes):
+    loader = eval_batches(config(folder, **changes), processor, "train", sharding=one_device())
+    batches = [jax.tree.map(np.asarray, batch) for batch in loader]
+    loader.close()
+    return batches
+
+
+def test_tiles_follow_their_overview_and_placeholders_name_them_in_order(tmp_path, tokenizer):
+    pictures = (picture(130, 120), picture(40, 50, 1))
+    write_shards(tmp_path, "train", [Record("x", pictures, ask(("what", "red"), images=2))])
+    processor = Processor(tokenizer, "chatml", 64, 3, grids=((1, 1), (2, 2)))
+    (batch,) = read(tmp_path, processor)
+    assert batch.image_mask[0].tolist() == [True] * 6 + [False] * 2
+    large, small = (processor.decode(image) for image in pictures)
+    expected = np.concatenate(
+        [processor.views(large, processor.size, (2, 2)), processor.views(small, processor.size, (1, 1))]
+    )
+    np.testing.assert_array_equal(batch.images[0, :6], expected)
+    assert not batch.images[0, 6:].any()
+    # 5 views of 3 tokens, then (after a newline) 1 view
+    index = batch.image_index[0, 0]
+    assert index[index >= 0].tolist() == list(range(18))
+    gap = np.flatnonzero(np.diff(np.flatnonzero(index >= 0)) > 1)
+    assert gap.tolist() == [14]
+
+
+def test_the_prompt_of_generation_holds_the_views_that_training_saw(tmp_path, tokenizer):
+    image = picture(130, 120)
+    write_shards(tmp_path, "train", [Record("x", (image,), ask(("what", "red")))])
+    processor = Processor(tokenizer, "chatml", 64, 3, grids=((1, 1), (2, 2)))
+    (batch,) = read(tmp_path, processor)
+    prompt = processor(image, "what")
+    np.testing.assert_array_equal(prompt.images[0], batch.images[0, :5])
+    count = int((prompt.segment_ids[0, 0] > 0).sum())
+    for name in ("tokens", "image_index", "positions", "segment_ids"):
+        np.testing.assert_array_equal(getattr(prompt, name)[0, 0, :count], getattr(batch, name)[0, 0, :count])
+
+
+def test_an_image_goes_to_the_bucket_of_its_shape(tmp_path, tokenizer):
+    shapes = [(100, 50), (50, 100), (80, 80)]
+    records = [Record(str(i), (picture(*shape, i),), ask(("what", "red"))) for i, shape in enumerate(shapes)]
+    write_shards(tmp_path, "train", records)
+    sizes = make_sizes(64, ((1, 1), (2, 1), (1, 2)), 16, lambda h, w: h * w // 256)
+    processor = Processor(tokenizer, "chatml", 64, 16, sizes=sizes)
+    assert [(s.width, s.height, s.tokens) for s in sizes] == [(64, 64, 16), (80, 48, 15), (48, 80, 15)]
+    batches = read(tmp_path, processor, images_per_group=2)
+    found = {batch.images.shape[2:4]: batch for batch in batches}
+    for (width, height), record in zip(shapes, records, strict=True):
+        size = min(sizes, key=lambda s: abs(np.log(s.width / s.height * height / width)))
+        batch = found[size.height, size.width]
+        assert batch.images.shape[1] == 2 * 64 * 64 // (size.height * size.width)
+        expected = processor.views(processor.decode(record.images[0]), size, (1, 1))[0]
+        np.testing.assert_array_equal(batch.images[0, 0], expected)
+        assert (batch.image_index >= 0).sum() == size.tokens
+        np.testing.assert_array_equal(processor(record.images[0], "what").images[0, 0], expected)
+
+
+def test_every_token_names_its_data_set(tmp_path, tokenizer):
+    for name, answer, count in (("a", "red", 3), ("b", "green", 5)):
+        write_shards(
+            tmp_path / name, "train", [Record(f"{name}{i}", (), ask(("what", answer), images=0)) for i in range(count)]
+        )
+    settings = config("", root=str(tmp_path), mixture=(("a", 0), ("b", 0)), row_length=64)
+    loader = eval_batches(settings, Processor(tokenizer, "chatml", 64, 3), "train", sharding=one_device())
+    answers = {0: "red\n", 1: "green\n"}
+    seen = []
+    assert loader.names == ("a", "b")
+    for batch in map(jax.device_get, loader):
+        assert ((batch.source == -1) == (batch.segment_ids == 0)).all()
+        for number in range(1, batch.segment_ids.max() + 1):
+            own = batch.segment_ids == number
+            (source,) = set(batch.source[own].tolist())
+            assert tokenizer.decode(batch.targets[own & batch.loss_mask]) == answers[source]
+            seen.append(source)
+    assert sorted(seen) == [0, 0, 0, 1, 1, 1, 1, 1]
+    flow = loader.flow()
+    assert flow.records == (3, 5) and flow.images == 0 and flow.waited > 0
+    loader.close()
+
+
+def test_a_mixture_is_named_by_what_tells_its_folders_apart():
+    assert set_names(["gs://b/x/one", "/data/two"]) == ("one", "two")
+    assert set_names(["/a/train", "/b/train"]) == ("a/train", "b/train")
+    assert set_names(["/a", "/a"]) == ("a#0", "a#1")
+
+
+def test_the_oldest_questions_of_a_long_conversation_are_left_out_and_its_images_stay(tmp_path, tokenizer):
+    talk = ask(("one " * 20, "red"), ("two " * 20, "green"), ("three", "blue"))
+    write_shards(tmp_path, "train", [Record("x", (picture(9, 9),), talk)])
+    (batch,) = read(tmp_path, Processor(tokenizer, "chatml", 64, 3), row_length=60)
+    text = tokenizer.decode(batch.tokens[batch.segment_ids == 1])
+    assert text.endswith("user\n\nthree\nassistant\nblue\n") and "two" not in text and "one" not in text
+    assert batch.image_index[batch.image_index >= 0].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="rows have 60"):
+        read(tmp_path, Processor(tokenizer, "chatml", 64, 3), row_length=60, overlong="reject")
+
+
+def test_a_record_with_a_bad_checksum_is_replaced_and_named(tmp_path, tokenizer, caplog):
+    rng = np.random.default_rng(0)
+    noise = [picture(8, 8, i) + rng.bytes(9000) for i in range(6)]  # bytes after a PNG's end are nothing to it
+    write_shards(tmp_path, "train", [Record(f"r{i}", (image,), ask(("what", "red"))) for i, image in enumerate(noise)])
+    (shard,) = tmp_path.glob("*.array_record")
+    data = bytearray(shard.read_bytes())
+    data[data.index(noise[3][-4000:-3000])] ^= 1
+    shard.write_bytes(data)
+    (batch,) = read(tmp_path, Processor(tokenizer, "chatml", 64, 3), max_substituted=0.2)
+    assert batch.image_mask.sum() == 6
+    np.testing.assert_array_equal(batch.images[0, 3], batch.images[0, 4])
+    assert "record 3 is replaced by another record: " in caplog.text and "hash mismatch" in caplog.text
+
+
+def test_an_index_of_other_records_is_refused(tmp_path, tokenizer):
+    processor = Processor(tokenizer, "chatml", 64, 3)
+    for name, answer in (("a", "red"), ("b", "red " * 9)):
+        write_shards(tmp_path / name, "train", [Record("x", (), ask(("what", answer), images=0))])
+        read(tmp_path / name, processor)
+    for file in (tmp_path / "a" / "index").glob("*.tokens-*"):
+        file.write_bytes((tmp_path / "b" / "index" / file.name).read_bytes())
+    with pytest.raises(ValueError, match=r"the index of .*a does not fit its records: delete .*index"):
+        read(tmp_path / "a", processor)
+
+
+def test_a_damaged_index_file_is_named(tmp_path, tokenizer):
+    processor = Processor(tokenizer, "chatml", 64, 3)
+    write_shards(tmp_path, "train", [Record("x", (), ask(("what", "red"), images=0))])
+    read(tmp_path, processor)
+    for file in (tmp_path / "index").iterdir():
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-30])
+        with pytest.raises(ValueError, match=f"{file.name} is damaged .*: delete the folder"):
+            read(tmp_path, processor)
+        file.write_bytes(whole)
+
+
+def test_the_loss_of_packed_samples_is_that_of_each_alone(tmp_path, tokenizer):
+    rng = np.random.default_rng(3)
+    words = ["what", "is", "it", "red", "green", "blue", "one", "two", "three"]
+    records = []
+    for i in range(24):
+        images = tuple(picture(40, 40, 9 * i + j) for j in range(rng.integers(0, 3)))
+        pairs = [(" ".join(rng.choice(words, 4)), " ".join(rng.choice(words, rng.integers(1, 9)))) for _ in range(2)]
+        records.append(Record(str(i), images, ask(*pairs, images=len(images))))
+    write_shards(tmp_path, "train", records)
+    settings = small_config(tmp_path)
+    settings.model.llm.vocab_size = tokenizer.vocab_size
+    model = fastvlm.build(**settings.model.to_dict())
+    variables = jax.jit(lambda key: model_io.init_variables(model, key))(jax.random.key(0))
+    variables = jax.tree.map(lambda x: x * 3, variables)
+    processor = Processor(tokenizer, "chatml", 32, model.tokens_per_image(32))
+    score = jax.jit(lambda variables, batch: eval_step(variables, batch, model=model))
+    shape = {"image_size": 32, "images_per_group": 6, "row_length": 300}
+    loader = make_loader(config(tmp_path, **shape), processor, "train", seed=1, sharding=one_device())
+    packed = alone = segments = 0
+    for _ in range(loader.batches_per_epoch):
+        batch = jax.device_get(next(loader))
+        packed += float(score(variables, batch)[0])
+        for number in range(1, batch.segment_ids.max() + 1):
+            segments += 1
+            alone += float(score(variables, only(batch, number))[0])
+    loader.close()
+    assert segments == 24 and loader.batches_per_epoch <= 8
+    assert abs(packed / alone - 1) < 1e-5
+
+
+def only(batch, number):
+    """The batch with one of its segments alone, at the start of the row."""
+    at = np.flatnonzero(batch.segment_ids[0, 0] == number)
+    padding = {"image_index": -1, "source": -1}
+    moved = {}
+    for name in ("tokens", "image_index", "targets", "loss_mask", "segment_ids", "positions", "source"):
+        array = getattr(batch, name)
+        moved[name] = np.full_like(array, padding.get(name, 0))
+        moved[name][0, 0, : len(at)] = array[0, 0, at]
+    return batch.replace(**moved)

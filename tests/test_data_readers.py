@@ -236,8 +236,8 @@ def test_images_start_from_the_folder_that_was_asked_for(folder):
     (folder / "texts" / "list.json").write_text(json.dumps([entry]))
     assert isinstance(read_all(folder / "texts")[0], Rejected)
     assert read_all(folder / "texts", Options(images=str(folder)))[0].images == (png(0),)
-    with pytest.raises(FileNotFoundError, match="there is no folder of images /nowhere"):
-        read_all(folder / "texts", Options(images="/nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"there is no folder of images .*/nowhere"):
+        read_all(folder / "texts", Options(images=str(folder / "nowhere")))
 
 
 def test_an_entry_over_the_limit_is_passed_over_without_being_held(folder, monkeypatch):
@@ -429,7 +429,7 @@ def test_formats_are_recognised_by_their_files(folder):
     assert readers.recognise(folder) == "webdataset"  # img2dataset writes .json beside its .tar
     with pytest.raises(ValueError, match=r"0\.png is in no known format \(shards: .*choose one with --format"):
         readers.recognise(folder / "0.png")
-    with pytest.raises(FileNotFoundError, match="there is no file or folder /nowhere"):
-        readers.recognise(epath.Path("/nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*/nowhere"):
+        readers.recognise(folder / "nowhere")
     with pytest.raises(ValueError, match="unknown format 'zip': choose one of shards, tfds"):
         readers.reader("zip")

@@ -1,10 +1,12 @@
 """The order of one epoch, and how it is kept on disk."""
 
-import os
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
+
+from fastvlm_jax.data.index import save_arrays
 
 _FILES = 16  # epochs kept on disk
 
@@ -37,14 +39,11 @@ def read_epoch(path: pathlib.Path, buckets: int) -> Epoch | None:
 def write_epoch(path: pathlib.Path, epoch: Epoch) -> None:
     """Keeps an epoch on disk, and only the latest ones; a full or read-only disk costs the next start its time."""
     arrays = {f"{name}{b}": a for name in ("records", "first") for b, a in enumerate(getattr(epoch, name))}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, bucket=epoch.bucket, number=epoch.number, **arrays)
-        partial.replace(path)
+        save_arrays(path, {"bucket": epoch.bucket, "number": epoch.number, **arrays})
         kept = sorted(path.parent.glob("*.npz"), key=lambda p: p.stat().st_mtime, reverse=True)
         for old in kept[_FILES:]:
             old.unlink(missing_ok=True)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        logging.warning("the order of this epoch is not kept in %s: %s", path.parent, error)

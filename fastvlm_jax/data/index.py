@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -187,13 +188,20 @@ class ShardIndex:
                 arrays["unusable"] = np.array(list(self._unusable), np.int64)
                 arrays["reasons"] = np.array(list(self._unusable.values()), "U200")
             path = folder / f"{shard.name}.{kind}.npz"
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            try:
-                with partial.open("wb") as file:
-                    np.savez(file, **arrays)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            save_arrays(path, arrays)
+
+
+def save_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz file that appears whole, whichever of several hosts writes it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".partial", delete=False) as file:
+        try:
+            np.savez(file, **arrays)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def cache_folder() -> pathlib.Path:

@@ -31,11 +31,11 @@ def listed(path: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    if path.is_file():
+    if _is_file(path):
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither a file nor a folder")  # a pipe would be waited for
-    found = sorted(child for child in path.iterdir() if _named(child, suffixes) and child.is_file())
+    found = sorted(child for child in path.iterdir() if _named(child, suffixes) and _is_file(child))
     if not found:
         raise FileNotFoundError(f"the folder {path} holds no {' or '.join(suffixes)} file")
     return found
@@ -44,9 +44,14 @@ def listed(path: epath.Path, suffixes: tuple[str, ...]) -> list[epath.Path]:
 def looks_like(path: epath.Path, suffixes: tuple[str, ...]) -> bool:
     """Whether `path` is a file named so, or a folder with such a file in it; never raises."""
     try:
-        return bool(listed(path, suffixes)) if path.is_dir() else _named(path, suffixes) and path.is_file()
+        return bool(listed(path, suffixes)) if path.is_dir() else _named(path, suffixes) and _is_file(path)
     except (OSError, ValueError):
         return False
+
+
+def _is_file(path: epath.Path) -> bool:
+    # To epath, pipes and devices are files.
+    return path.is_file() if "://" in os.fspath(path) else os.path.isfile(path)
 
 
 def _named(path: epath.Path, suffixes: tuple[str, ...]) -> bool:

@@ -50,6 +50,7 @@ def serve(root: pathlib.Path) -> tuple[http.server.ThreadingHTTPServer, list[str
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # a reader that hangs up early
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, requests
 

@@ -12,9 +12,11 @@ from small import small_config
 
 from fastvlm_jax import model_io
 from fastvlm_jax.data.geometry import make_sizes
-from fastvlm_jax.data.pipeline import eval_batches, make_loader, set_names
+from fastvlm_jax.data.index import Counter, load_index
+from fastvlm_jax.data.pipeline import eval_batches, make_loader, open_sources, set_names
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.models import fastvlm
@@ -229,3 +231,131 @@ def only(batch, number):
         moved[name] = np.full_like(array, padding.get(name, 0))
         moved[name][0, 0, : len(at)] = array[0, 0, at]
     return batch.replace(**moved)
+
+
+def test_the_next_usable_record_stands_in_and_leaves_nothing_of_the_bad_one(tmp_path, tokenizer):
+    good = [picture(40, 40, i) for i in range(4)]
+    records = [
+        Record("0", (good[0],), ask(("what", "red"))),
+        Record("1", (good[1], picture(40, 40)[:90]), ask(("what", "green"), images=2)),
+        Record("2", (good[2],), ask(("what", "blue"))),
+        Record("3", (good[3],), ask(("what", "one"))),
+    ]
+    write_shards(tmp_path, "train", records)
+    processor = Processor(tokenizer, "chatml", 64, 3)
+    (batch,) = read(tmp_path, processor, max_substituted=0.5, images_per_group=6)
+    assert batch.image_mask[0].tolist() == [True, True, False, True, True, False]
+    for slot, number in ((0, 0), (1, 2), (3, 2), (4, 3)):
+        np.testing.assert_array_equal(batch.images[0, slot], processor.pixels(good[number]))
+    assert not batch.images[0, [2, 5]].any()
+    assert set(batch.image_index[0, 0]) == {-1, *range(6), *range(9, 15)}
+
+
+def test_the_index_names_what_cannot_be_used_in_every_shard(tmp_path, tokenizer):
+    mute = (("user", ("what",)), ("assistant", (" ",)))
+    talks = [ask(("what", "red"), images=0) if i not in (1, 4) else mute for i in range(6)]
+    write_shards(tmp_path, "train", [Record(str(i), (), talk) for i, talk in enumerate(talks)], num_shards=2)
+    index = load_index(read_shards(tmp_path, "train"), Counter(tokenizer, "chatml", "separate"))
+    # Read shard after shard: records 0 2 4 | 1 3 5
+    assert index.unusable == {2: "an answer is empty", 3: "an answer is empty"}
+    assert index.num_segments.tolist() == [1, 1, 0, 0, 1, 1]
+
+
+def test_an_index_is_of_one_tokenizer_template_and_way_of_turns(tokenizer, tmp_path):
+    train_sentencepiece(["another"], tmp_path / "tokenizer.model", 280)
+    other = load_tokenizer(tmp_path)
+    made = [(tokenizer, "chatml", "separate"), (other, "chatml", "separate"), (tokenizer, "plain", "separate")]
+    made.append((tokenizer, "chatml", "conversation"))
+    assert len({Counter(*settings).id for settings in made}) == 4
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_in_an_index_is_not_opened(tmp_path, tokenizer):
+    write_shards(tmp_path / "data", "train", [Record("x", (), ask(("what", "red"), images=0))])
+    processor = Processor(tokenizer, "chatml", 64, 3)
+    read(tmp_path / "data", processor)
+    (file,) = (tmp_path / "data" / "index").glob("*.tokens-*")
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    np.savez(file, **arrays | {"text": np.array([Trap(tmp_path / "sprung")], object)}, allow_pickle=True)
+    with pytest.raises(ValueError, match="is damaged"):
+        read(tmp_path / "data", processor)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_batches_of_a_lower_resolution_hold_more_images(tmp_path, tokenizer):
+    records = [Record(str(i), (picture(70, 70, i),), ask(("what", "red"))) for i in range(60)]
+    write_shards(tmp_path, "train", records)
+    sizes = tuple(size for side in (32, 64) for size in make_sizes(side, (), 16, lambda h, w: h * w // 256))
+    processor = Processor(tokenizer, "chatml", 64, 16, sizes=sizes)
+    settings = config(tmp_path, resolutions=((32, 0.5), (64, 0.5)), images_per_group=2, row_length=200)
+    loader = make_loader(settings, processor, "train", seed=0, sharding=one_device())
+    batches = [jax.device_get(next(loader)) for _ in range(loader.batches_per_epoch)]
+    loader.close()
+    assert {batch.images.shape[1:4] for batch in batches} == {(8, 32, 32), (2, 64, 64)}
+    assert sum(int(batch.image_mask.sum()) for batch in batches) == 60
+    assert all(
+        (batch.image_index >= 0).sum() == batch.image_mask.sum() * {32: 4, 64: 16}[batch.images.shape[2]]
+        for batch in batches
+    )
+
+
+def test_too_many_records_that_do_not_fit_are_told_before_the_first_batch(tmp_path, tokenizer):
+    records = [Record(str(i), (), ask(("what " * (30 if i < 3 else 1), "red"), images=0)) for i in range(10)]
+    write_shards(tmp_path, "train", records)
+    processor = Processor(tokenizer, "chatml", 64, 3)
+    with pytest.raises(ValueError, match=r"3 of 10 records cannot be used, .* rows have 40: raise data.row_length"):
+        make_loader(config(tmp_path, row_length=40), processor, "train", seed=0, sharding=one_device())
+    loader = make_loader(
+        config(tmp_path, row_length=40, max_substituted=0.3), processor, "train", seed=0, sharding=one_device()
+    )
+    assert loader.substituted == 3
+    loader.close()
+
+
+def test_validation_takes_the_data_sets_that_have_one(tmp_path):
+    record = Record("x", (), ask(("what", "red"), images=0))
+    write_shards(tmp_path / "a", "train", [record])
+    write_shards(tmp_path / "b", "train", [record])
+    write_shards(tmp_path / "b", "validation", [record])
+    settings = config("", root=str(tmp_path), mixture=(("a", 0), ("b", 0)))
+    assert [source.folder.name for source in open_sources(settings, "train")] == ["a", "b"]
+    assert [source.folder.name for source in open_sources(settings, "validation")] == ["b"]
+    assert open_sources(config(tmp_path / "a"), "validation") == ()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"path": ""}, "data.path is empty: name the folder of shards with --config.data.path=DIR"),
+        ({"path": "", "mixture": ("a", "b")}, "data.mixture must be pairs as"),
+        ({"path": "", "mixture": (("a", 1.0), ("b", 0.0))}, "must all be positive, or all 0"),
+        ({"path": "", "mixture": (("a", -1.0),)}, "must all be positive, or all 0"),
+        ({"decode": "best"}, "unknown data.decode 'best': choose one of fast, exact"),
+        ({"overlong": "cut"}, "unknown data.overlong 'cut': choose one of truncate, reject"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(tmp_path, tokenizer, changes, message):
+    write_shards(tmp_path, "train", [Record("x", (), ask(("what", "red"), images=0))])
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, Processor(tokenizer, "chatml", 64, 3), **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"fit": "squeeze"}, "unknown data.fit 'squeeze': choose one of pad, crop"),
+        ({"grids": ((2, 2, 2),)}, "must be pairs of rows and columns"),
+        ({"grids": ((2, 2),), "sizes": make_sizes(64, ((2, 1),), 16, max)}, "exclude each other"),
+    ],
+)
+def test_a_processor_refuses_what_it_cannot_do(tokenizer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Processor(tokenizer, "chatml", 64, 3, **changes)

@@ -268,6 +268,9 @@ def test_many_lanes_place_every_record_once_within_the_bounds():
     assert np.add.reduceat(tokens[order], first[:-1]).max() <= 2048
     assert np.add.reduceat(images[order], first[:-1]).max() <= 5
     assert tokens.sum() / (len(first) - 1) / 2048 > 0.95
+    # Two lanes of one group each stay two groups.
+    one = np.ones(5000, np.int32)
+    assert fill_groups(one * 0, Lengths(np.arange(5001), one), GroupShape(0, 1, 2600))[1].tolist() == [0, 2500, 5000]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ USAGE = """usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --hel
   data      write --source PATH --output DIR [--images DIR] [--validation_share S] [--max_side N] [--verify]
             inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--json FILE] [--verify]
             easy-vqa --output DIR
+  bench     input --config FILE.py[:ARG] --config.data.path=DIR [--seconds N] [--output FILE.json]
   report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
 
 --model, --source and --config.parent take a training workdir, one checkpoint in it, a model directory of any layout, a
@@ -85,14 +86,7 @@ def evaluate(argv: list[str]) -> None:
     model, variables, processor = fastvlm_jax.load(fv.model)
     with tqdm.tqdm(total=total, desc="evaluate", unit="question", disable=not sys.stderr.isatty()) as bar:
         summary, _ = easy_vqa.evaluate(model, variables, processor, fv.data, limit=fv.limit, progress=bar.update)
-    text = json.dumps({"model": fv.model, **summary}, indent=2)
-    if fv.output:
-        output = pathlib.Path(fv.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text(text + "\n")
-        os.replace(temporary, output)
-    print(text)
+    print(write_json({"model": fv.model, **summary}, fv.output))
 
 
 def convert(argv: list[str]) -> None:
@@ -221,6 +215,36 @@ def define_tokenizer(fv: flags.FlagValues) -> None:
     flags.DEFINE_string("turns", "conversation", "conversation or separate, as data.turns", flag_values=fv)
 
 
+def bench(argv: list[str]) -> None:
+    """fastvlm bench"""
+    if len(argv) < 2 or argv[1] != "input":
+        if {"--help", "-h"} & set(argv):
+            print(USAGE)
+            raise SystemExit(0)
+        raise ValueError(f"unknown command {(argv[1] if len(argv) > 1 else '')!r}: `fastvlm bench` has input")
+    from ml_collections import config_flags
+
+    fv, argv = flags.FlagValues(), argv[1:]
+    config_flags.DEFINE_config_file(
+        "config", None, "config file, FILE.py or FILE.py:ARG", flag_values=fv, sys_argv=argv
+    )
+    flags.DEFINE_float("seconds", 20.0, "that each contestant is timed for", lower_bound=0.1, flag_values=fv)
+    flags.DEFINE_string("output", None, "JSON file for the result", flag_values=fv)
+    parse(fv, argv, required=("config",))
+    from fastvlm_jax import model_io, sharding
+    from fastvlm_jax.data.bench import bench_input, describe
+    from fastvlm_jax.models import fastvlm
+    from fastvlm_jax.train import make_processor
+
+    config = fv.config
+    parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
+    processor = make_processor(config, fastvlm.build(**config.model.to_dict()), parent)
+    batches = sharding.batch_sharding(sharding.make_mesh(config.mesh))
+    found = bench_input(config, processor, batches, fv.seconds)
+    write_json(found, fv.output)
+    print(describe(found))
+
+
 def report(argv: list[str]) -> None:
     """fastvlm report"""
     fv = flags.FlagValues()
@@ -240,8 +264,21 @@ COMMANDS = {
     "evaluate": evaluate,
     "convert": convert,
     "data": data,
+    "bench": bench,
     "report": report,
 }
+
+
+def write_json(content: dict, path: str | None) -> str:
+    """Returns `content` as JSON, written to `path` if there is one."""
+    text = json.dumps(content, indent=2)
+    if path:
+        output = pathlib.Path(path).expanduser()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(output.name + ".tmp")
+        temporary.write_text(text + "\n")
+        os.replace(temporary, output)
+    return text
 
 
 def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (), positional: str = "") -> list[str]:

@@ -359,3 +359,11 @@ def test_settings_that_make_no_sense_are_named(tmp_path, tokenizer, changes, mes
 def test_a_processor_refuses_what_it_cannot_do(tokenizer, changes, message):
     with pytest.raises(ValueError, match=message):
         Processor(tokenizer, "chatml", 64, 3, **changes)
+
+
+def test_generation_uses_the_resolution_of_the_model_not_one_of_its_training(tokenizer):
+    sizes = tuple(
+        s for side in (32, 64, 128) for s in make_sizes(side, ((1, 1), (2, 1)), 16, lambda h, w: h * w // 256)
+    )
+    prompt = Processor(tokenizer, "chatml", 64, 16, sizes=sizes)(picture(100, 51), "what")
+    assert prompt.images.shape == (1, 1, 48, 80, 3) and (prompt.image_index >= 0).sum() == 15

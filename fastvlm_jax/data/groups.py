@@ -14,10 +14,11 @@ from fastvlm_jax.data.index import FOLDER, talks_of
 from fastvlm_jax.data.packing import GroupShape
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
-from fastvlm_jax.data.schedule import BatchPlan, Place, Placement, Schedule
+from fastvlm_jax.data.schedule import Place, Placement, Schedule
 from fastvlm_jax.data.sources import RecordSource
 
 MAX_TRIES = 100  # records that are tried in the place of one that cannot be used
+_TOGETHER = 16  # records that are read and tokenized before their images are decoded
 
 Arrays = dict[str, np.ndarray]
 
@@ -62,50 +63,71 @@ class BatchBuilder:
         plan = self.schedule.batch(k)
         size, shape, _ = self.schedule.settings.buckets[plan.bucket]
         out, substituted = empty_arrays(len(groups), shape, size, self.buffers), []
-        for i, g in enumerate(groups):
-            self._fill_group({name: array[i] for name, array in out.items()}, plan, g, size, substituted)
+        parts = [{name: array[i] for name, array in out.items()} for i in range(len(groups))]
+        places = [
+            (part, place) for part, g in zip(parts, groups, strict=True) for place in self.schedule.group(plan, g)
+        ]
+        # Texts first, then images: decoding throws the tokenizer's tables out of the processor's caches.
+        for start in range(0, len(places), _TOGETHER):
+            some = places[start : start + _TOGETHER]
+            items = [self._prepare(at.source, at.record, at.slots, size, shape.length) for _, at in some]
+            for (part, place), item in zip(some, items, strict=True):
+                self._fill(part, place, item, size, substituted)
+        out["images"][~out["image_mask"]] = 0
         return out, substituted
 
-    def _fill_group(self, out: Arrays, plan: BatchPlan, g: int, size: Size, substituted: list[Substituted]) -> None:
-        segments_in_row = [0] * len(out["tokens"])
-        for place in self.schedule.group(plan, g):
-            views, row_length = out["images"][place.slot : place.slot + place.slots], out["tokens"].shape[1]
-            try:
-                slots, segments = self.load(place.source, place.record, views, size, row_length)
-                placements = place.placements
-                self._check_lengths(segments, place, row_length)
-            except _UnusableError as error:
-                where = self.sources[place.source].where(place.record)
-                substituted.append(Substituted(place.source, place.record, where, error.key, str(error)))
-                slots, segments, placements = self._substitute(place, views, size, row_length)
-            out["image_mask"][place.slot : place.slot + slots] = True
-            for question, row, offset, _ in placements:
-                segments_in_row[row] += 1
-                first_feature = place.slot * size.tokens
-                _put(out, segments[question], row, offset, segments_in_row[row], first_feature, place.source)
-        out["images"][~out["image_mask"]] = 0
+    def _fill(
+        self, out: Arrays, place: Place, item: "_Prepared | _Unusable", size: Size, substituted: list[Substituted]
+    ) -> None:
+        """Writes a record, or the one that stands in for it, to the arrays of its group."""
+        views, row_length = out["images"][place.slot : place.slot + place.slots], out["tokens"].shape[1]
+        placements, drawn = place.placements, self._draw(place.source, place.record, item, views, size)
+        if isinstance(drawn, _Unusable):
+            where = self.sources[place.source].where(place.record)
+            substituted.append(Substituted(place.source, place.record, where, *drawn))
+            drawn, placements = self._substitute(place, views, size, row_length)
+        else:
+            self._check_lengths(drawn.segments, place, row_length)
+        out["image_mask"][place.slot : place.slot + sum(drawn.slots)] = True
+        for question, row, offset, _ in placements:
+            number = int(out["segment_ids"][row].max()) + 1
+            _put(out, drawn.segments[question], row, offset, number, place.slot * size.tokens, place.source)
 
-    def load(
-        self, source: int, number: int, views: np.ndarray, size: Size, row_length: int
-    ) -> tuple[int, list[Segment]]:
-        """Writes a record's images to `views`, uint8 [slots, H, W, 3], and returns the slots used and its segments.
-
-        Raises:
-          _UnusableError: it is damaged, has nothing to learn, or does not fit.
-        """
+    def _prepare(self, source: int, number: int, room: int, size: Size, row_length: int) -> "_Prepared | _Unusable":
+        """Reads and tokenizes a record that may take `room` image slots."""
         key = ""
         try:
             record = self.sources[source][number]
             key = record.key
             grids = [self._grid(image, size) for image in record.images]
             slots = tuple(map(slots_of, grids))
-            if sum(slots) > len(views):
-                raise ValueError(f"it takes {sum(slots)} image slots, there are {len(views)}")
-            segments = self.segments(record, slots, size, row_length)
-            self._draw(source, number, record, grids, views[: sum(slots)], size)
-            return sum(slots), segments
+            if sum(slots) > room:
+                raise ValueError(f"it takes {sum(slots)} image slots, there are {room}")
+            return _Prepared(record, grids, slots, self.segments(record, slots, size, row_length))
         except ValueError as error:
-            raise _UnusableError(key, str(error)) from error
+            return _Unusable(key, str(error))
+
+    def _draw(
+        self, source: int, number: int, item: "_Prepared | _Unusable", views: np.ndarray, size: Size
+    ) -> "_Prepared | _Unusable":
+        """Writes a record's images to `views`, uint8 [slots, H, W, 3], and returns `item`, or why it cannot be used."""
+        if isinstance(item, _Unusable):
+            return item
+        kept = None if self.cache is None else self.cache.get((source, number, size))
+        if kept is not None:
+            views[: len(kept)] = kept
+            return item
+        at = 0
+        for i, (image, grid) in enumerate(zip(item.record.images, item.grids, strict=True)):
+            own = views[at : at + slots_of(grid)]
+            try:
+                views_into(image, own, grid, self.processor.overview(grid), self.processor.background, self.exact)
+            except ValueError as error:
+                return _Unusable(item.record.key, f"image {i}: {error}" if len(item.grids) > 1 else str(error))
+            at += len(own)
+        if self.cache is not None:
+            self.cache[source, number, size] = views[:at].copy()
+        return item
 
     def segments(self, record: Record, slots: tuple[int, ...], size: Size, row_length: int) -> list[Segment]:
         """Returns the segments of a record; one that is longer than a row loses its oldest questions."""
@@ -128,22 +150,6 @@ class BatchBuilder:
     def _grid(self, image: bytes, size: Size) -> tuple[int, int]:
         return self.processor.grid(*size_of(image), size.side) if self.processor.grids else (1, 1)
 
-    def _draw(self, source: int, number: int, record: Record, grids, views: np.ndarray, size: Size) -> None:
-        kept = None if self.cache is None else self.cache.get((source, number, size))
-        if kept is not None:
-            views[:] = kept
-            return
-        at = 0
-        for i, (image, grid) in enumerate(zip(record.images, grids, strict=True)):
-            own = views[at : at + slots_of(grid)]
-            try:
-                views_into(image, own, grid, self.processor.overview(grid), self.processor.background, self.exact)
-            except ValueError as error:
-                raise ValueError(f"image {i}: {error}" if len(grids) > 1 else str(error)) from error
-            at += len(own)
-        if self.cache is not None:
-            self.cache[source, number, size] = views.copy()
-
     def _check_lengths(self, segments: list[Segment], place: Place, row_length: int) -> None:
         for question, _, _, length in place.placements:
             found = len(segments[question].tokens) if question < len(segments) else 0
@@ -153,15 +159,16 @@ class BatchBuilder:
 
     def _substitute(
         self, place: Place, views: np.ndarray, size: Size, row_length: int
-    ) -> tuple[int, list[Segment], list[Placement]]:
+    ) -> tuple["_Prepared", list[Placement]]:
         """Puts the next usable record of the data set in the places of a bad one, as many of its segments as fit."""
         total = len(self.sources[place.source])
         for step in range(1, min(total, MAX_TRIES) + 1):
-            try:
-                number = (place.record + step) % total
-                slots, segments = self.load(place.source, number, views, size, row_length)
-            except _UnusableError:
+            number = (place.record + step) % total
+            item = self._prepare(place.source, number, place.slots, size, row_length)
+            item = self._draw(place.source, number, item, views, size)
+            if isinstance(item, _Unusable):
                 continue
+            segments = item.segments
             free, chosen = sorted(place.placements, key=lambda at: at.length), []
             for question in sorted(range(len(segments)), key=lambda q: len(segments[q].tokens), reverse=True):
                 fits = [at for at in free if at.length >= len(segments[question].tokens)]
@@ -169,17 +176,25 @@ class BatchBuilder:
                     free.remove(fits[0])
                     chosen.append(fits[0]._replace(question=question))
             if chosen:
-                return slots, segments, chosen
+                return item, chosen
         where = self.sources[place.source].where(place.record)
         raise ValueError(f"no usable record after {where} fits its place: write the data set again")
 
 
-class _UnusableError(ValueError):
-    """A record that cannot be used, with its key where that could be read."""
+class _Prepared(NamedTuple):
+    """A record that was read and tokenized; its images are still encoded."""
 
-    def __init__(self, key: str, reason: str):
-        super().__init__(reason)
-        self.key = key
+    record: Record
+    grids: list[tuple[int, int]]
+    slots: tuple[int, ...]
+    segments: list[Segment]
+
+
+class _Unusable(NamedTuple):
+    """Why a record cannot be used, with its key where that could be read."""
+
+    key: str
+    reason: str
 
 
 def empty_arrays(groups: int, shape: GroupShape, size: Size, buffers: Buffers) -> Arrays:

@@ -125,8 +125,7 @@ class Loader:
                 arrays, substituted, counts = next(self._host)
             except StopIteration:
                 break
-            batch = Batch(**{name: self._put(array) for name, array in arrays.items()})
-            self._ahead.append((batch, substituted, counts))
+            self._ahead.append((self.to_devices(arrays), substituted, counts))
         if not self._ahead:
             raise StopIteration
         batch, substituted, counts = self._ahead.popleft()
@@ -152,6 +151,10 @@ class Loader:
         """Stops the threads."""
         self._host.close()
         self._ahead.clear()
+
+    def to_devices(self, arrays: Arrays) -> Batch:
+        """Starts the transfer of this process's groups."""
+        return Batch(**{name: self._put(array) for name, array in arrays.items()})
 
     def _put(self, local: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -316,17 +319,25 @@ def eval_batches(
     return _open(config, processor, split, None, sharding, 0, num_batches)
 
 
-def _open(config, processor, split, seed, sharding, start, stop) -> Loader:
+def make_builder(config: ml_collections.ConfigDict, processor: Processor, split: str, seed: int | None) -> BatchBuilder:
+    """Opens what builds the batches of a split, in the order of `seed`; None for evaluation's.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_shards` and `Schedule`; an unknown `data.decode`.
+    """
     if config.decode not in DECODERS:
         raise ValueError(f"unknown data.decode {config.decode!r}: choose one of {', '.join(DECODERS)}")
     sources = open_sources(config, split)
     schedule = make_schedule(config, processor, sources, seed)
+    cache = {} if config.cache_images else None
+    return BatchBuilder(sources, schedule, processor, config.turns, config.overlong, config.decode == "exact", cache)
+
+
+def _open(config, processor, split, seed, sharding, start, stop) -> Loader:
+    build = make_builder(config, processor, split, seed)
     if seed is None:
-        stop = schedule.batches_per_epoch if stop is None else min(stop, schedule.batches_per_epoch)
-    build = BatchBuilder(
-        sources, schedule, processor, config.turns, config.overlong, config.decode == "exact",
-        {} if config.cache_images else None,
-    )  # fmt: skip
+        batches = build.schedule.batches_per_epoch
+        stop = batches if stop is None else min(stop, batches)
     return Loader(
         build,
         config.groups,

@@ -367,3 +367,13 @@ def test_generation_uses_the_resolution_of_the_model_not_one_of_its_training(tok
     )
     prompt = Processor(tokenizer, "chatml", 64, 16, sizes=sizes)(picture(100, 51), "what")
     assert prompt.images.shape == (1, 1, 48, 80, 3) and (prompt.image_index >= 0).sum() == 15
+
+
+def test_the_overview_beside_tiles_is_stretched_and_a_lone_view_is_padded(tokenizer):
+    processor = Processor(tokenizer, "chatml", 64, 3, grids=((1, 1), (1, 2)))
+    white = np.full((60, 128, 3), 255, np.uint8)
+    overview, left, right = processor.views(white, processor.size, (1, 2))
+    assert overview.min() == 255
+    assert left[0].max() == right[-1].max() == 0 and left[32].min() == right[32].min() == 255
+    (alone,) = processor.views(white, processor.size, (1, 1))
+    assert alone[0].max() == 0 and alone[32].min() == 255

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
+import sentencepiece
 
 from fastvlm_jax import cli
 from fastvlm_jax.data.groups import BatchBuilder
@@ -92,8 +93,8 @@ def test_reasons_that_differ_by_names_and_numbers_are_counted_together():
 def test_what_a_split_holds_is_told_by_its_files(tmp_path):
     jpeg, png = picture(300, 200, "JPEG")[0], picture(40, 40)[0]
     records = [
-        Record("a", (jpeg, png), ask(("compare", "done"), images=2)),
-        Record("b", (png,), ask(("one", "1"), ("two", "2"), images=1)),
+        Record("a", (png,), ask(("one", "1"), ("two", "2"), images=1)),
+        Record("b", (jpeg, png), ask(("compare", "done"), images=2)),
         Record("c", (), ask(("one", "1"))),
     ]
     write_shards(tmp_path, "train", records)
@@ -107,7 +108,7 @@ def test_what_a_split_holds_is_told_by_its_files(tmp_path):
     assert found.bytes == (tmp_path / "train-00000-of-00001.array_record").stat().st_size
     assert found.longer_side == {"below 128": 2, "128-255": 0, "256-383": 1}
     assert found.aspect == {"0.9-1.1": 2, "1.1-1.43": 0, "1.43-2": 1}
-    assert found.largest == "300 x 200 in train-00000-of-00001.array_record record 0"
+    assert found.largest == "300 x 200 in train-00000-of-00001.array_record record 1"
     assert found.smallest == "40 x 40 in train-00000-of-00001.array_record record 0"
     assert found.images_per_record == {"0": 1, "1": 1, "2": 1}
     assert found.turns == {"1-2": 2, "3-4": 1} and found.formats == {"PNG": 2, "JPEG": 1}
@@ -127,9 +128,12 @@ def test_sizes_are_read_from_the_records_where_the_index_is_gone(tmp_path, monke
     for _ in range(2):  # read from the records, then from the cache
         sizes = contents.load_sizes(read_shards(tmp_path / "d", "train"))
         assert list(zip(sizes.width.tolist(), sizes.height.tolist(), strict=True)) == shapes
-    index.write_bytes(b"PK\3\4 damaged")
-    with pytest.raises(ValueError, match=r"sizes.npz is damaged .*: delete the folder .*index"):
-        contents.load_sizes(read_shards(tmp_path / "d", "train"))
+    pickled = np.array([1, 1, 1], object)
+    for damaged in ({"num_images": pickled}, {"num_images": [1, 1]}, {"width": [30, 50]}, {}):
+        columns = {"num_images": [1, 1, 1], "width": [30, 50, 9], "height": [20, 70, 9]}
+        np.savez(index, **(columns | damaged if damaged else {"width": [1]}))
+        with pytest.raises(ValueError, match=r"sizes.npz is damaged .*: delete the folder .*index"):
+            contents.load_sizes(read_shards(tmp_path / "d", "train"))
 
 
 def test_damaged_shards_are_named_in_a_line(tmp_path):
@@ -198,7 +202,9 @@ def test_other_choices_are_told_by_what_they_would_give(tmp_path, tokenizer):
             assert choice.image_fill == pytest.approx(held / images)
             assert choice.token_fill == pytest.approx(held * length / choice.row_length)
             assert choice.lost == 0
-    # A question of 3 tokens more than the shortest row does not fit it.
+    found, *_ = measured(config(row_length=length), Processor(tokenizer, "chatml", 16, 3), tmp_path, seed=0)
+    assert found.overlong == 0 and found.token_fill == 1  # a text may be as long as its row
+    # The shortest of these rows is a token too short.
     found, *_ = measured(config(row_length=2 * length - 2), Processor(tokenizer, "chatml", 16, 3), tmp_path, seed=0)
     assert [choice is None for choice in usage.choice_table(found)[1][1]] == [True, False, False]
 
@@ -275,6 +281,20 @@ def test_tokens_are_spelled_one_by_one_and_parts_of_a_character_stay_together(to
     assert words == ["what", " is", " it", " red"]
     broken = qwen.encode("🦜")[:1]
     assert spell(broken, qwen) == [("\N{REPLACEMENT CHARACTER}", tuple(broken))]
+    assert [len(own) for _, own in spell(broken * 10, qwen)] == [4, 4, 2]
+
+
+def test_a_space_that_a_tokenizer_leaves_out_alone_is_spelled(tmp_path):
+    """As Llama's and Vicuna's do."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["what is it red green blue"] * 9), model_prefix=str(tmp_path / "t"), vocab_size=290,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    llama = load_tokenizer(tmp_path / "t.model")
+    ids = llama.encode("it is red")
+    assert llama.decode(ids[1:2]) == "is"
+    assert spell(ids, llama) == [("it", (ids[0],)), (" is", (ids[1],)), (" red", (ids[2],))]
 
 
 def test_samples_are_read_off_the_arrays(tmp_path, tokenizer):
@@ -336,6 +356,30 @@ def test_a_record_that_another_one_replaces_is_marked(tmp_path, tokenizer):
     assert samples[1].views[0].original == "" and len(samples[1].texts) == 1
 
 
+def test_a_replacement_may_have_fewer_texts(tmp_path, tokenizer):
+    image = picture(60, 60)[0]
+    records = [
+        Record("bad", (image[:-3000],), ask(("what", "red"), ("is it", "two"), images=1)),
+        Record("good", (image,), ask(("one", "red"), images=1)),
+    ]
+    write_shards(tmp_path, "train", records)
+    processor = Processor(tokenizer, "chatml", 16, 3)
+    _, sources, schedule = measured(config(turns="separate", row_length=128), processor, tmp_path)
+    samples = list(take_samples(BatchBuilder(tuple(sources), schedule, processor, "separate"), 9))
+    assert [(sample.key, len(sample.texts)) for sample in samples] == [("bad", 1), ("good", 1)]
+
+
+def test_samples_come_from_several_batches(tmp_path, tokenizer):
+    write_shards(tmp_path, "train", [Record(str(i), (), ask(("what", "red " * 30))) for i in range(12)])
+    processor = Processor(tokenizer, "chatml", 16, 3)
+    _, sources, schedule = measured(config(groups=3, row_length=128), processor, tmp_path)
+    build = BatchBuilder(tuple(sources), schedule, processor, "conversation")
+    places = [[(sample.batch, sample.group) for sample in take_samples(build, count)] for count in (8, 3, 0, 99)]
+    assert places[0] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+    assert places[1] == [(0, 0), (1, 0), (2, 0)] and places[2] == []
+    assert places[3] == [(batch, group) for batch in range(4) for group in range(3)]
+
+
 def test_an_image_on_the_page_is_the_image_of_the_batch():
     noise = picture(16, 9)[1]
     head, _, data = data_uri(noise).partition(",")
@@ -354,6 +398,19 @@ def test_a_share_that_is_not_all_or_nothing_does_not_look_like_it():
     assert [percent(share) for share in (0, 0.0001, 0.004, 0.5, 0.996, 0.99999, 1)] == [
         "0 %", "0.1 %", "0.4 %", "50 %", "99.6 %", "99.9 %", "100 %"
     ]  # fmt: skip
+
+
+def test_tokens_are_coloured_by_loss_and_kind_and_escaped():
+    pieces = [
+        Piece("<|im_end|>", "special", False, (1,)), Piece("</u><b>\n\u202e", "text", False, (2, 3)),
+        Piece("", "image", False, (4,), 256, 7), Piece("&", "text", True, (5,)),
+        Piece("<|im_end|>", "special", True, (1,)),
+    ]  # fmt: skip
+    assert str(tokens_html(pieces)) == (
+        '<b title="1">&lt;|im_end|&gt;</b><u title="2 3">&lt;/u&gt;&lt;b&gt;<em>⏎</em>\n\\u202e</u>'
+        '<s title="4">&lt;image &times; 256, slot 7&gt;</s><i title="5">&amp;</i>'
+        '<b class="l" title="1">&lt;|im_end|&gt;</b>'
+    )
 
 
 def test_the_middle_of_a_very_long_text_is_left_out():

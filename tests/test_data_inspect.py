@@ -475,6 +475,10 @@ def test_a_page_of_hostile_records_holds_them_as_text_alone(tmp_path, tokenizer,
     assert shown in found.text and "<image × 9, slot 0>" in found.text  # noqa: RUF001
     assert f"user⏎\n<image × 9, slot 0>⏎\n{shown}<|im_end|>⏎\n" in found.text.replace("<|im_start|>", "")  # noqa: RUF001
     assert ("b", "class", "l") in found.attributes
+    # With a data set that can be used whole, the list of the earlier look goes.
+    write_shards(tmp_path / "good", "train", records)
+    run_cli(monkeypatch, capsys, *run, f"--data={tmp_path / 'good'}", f"--output={page}", "--samples=0")
+    assert page.is_file() and not listed.exists()
 
 
 def test_wrong_use_is_told_in_a_line(tmp_path, tokenizer, monkeypatch, capsys):

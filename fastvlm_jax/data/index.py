@@ -69,10 +69,11 @@ class Counter:
         Raises:
           ValueError: nothing can be learnt from the record, and why.
         """
-        return [
-            (self._length(talk), self._length(newest(talk)), tuple(images_named(talk)))
-            for talk in talks_of(record, self.turns)
-        ]
+        counted = []
+        for talk in talks_of(record, self.turns):
+            length, last = self._length(talk), newest(talk)
+            counted.append((length, length if last is talk else self._length(last), tuple(images_named(talk))))
+        return counted
 
     def _length(self, talk: tuple[Turn, ...]) -> int:
         segment = render(talk, self.tokenizer, TEMPLATES[self.template], 0)

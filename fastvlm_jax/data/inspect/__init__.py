@@ -1,0 +1,102 @@
+"""`fastvlm data inspect`: what a data set holds, what a run makes of it, and samples as the model sees them."""
+
+import dataclasses
+import json
+import pathlib
+
+import ml_collections
+
+from fastvlm_jax import model_io
+from fastvlm_jax.data.groups import BatchBuilder
+from fastvlm_jax.data.inspect import contents, page, text, usage
+from fastvlm_jax.data.inspect.samples import take_samples
+from fastvlm_jax.data.pipeline import open_sources
+from fastvlm_jax.data.sources import RecordSource, read_shards
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.train import make_processor
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Files to write, "" for none.
+
+    Attributes:
+      page: HTML with `samples` samples. json: all numbers. unusable: every record that cannot be used, a line each;
+        with a page and without a name of its own it lies beside the page.
+      samples: shown on the page.
+    """
+
+    page: str = ""
+    json: str = ""
+    unusable: str = ""
+    samples: int = 16
+
+
+def inspect(folder: str, split: str, verify: bool, outputs: Outputs) -> str:
+    """Returns, as text, what a split of a data set holds.
+
+    Raises:
+      FileNotFoundError, ValueError: no such data set or split, none of its records, or damaged shards.
+    """
+    if outputs.page or outputs.unusable:
+        raise ValueError("--output and --list_unusable are about a run: name its --config")
+    contents.check_shards(folder, split)
+    sets = [_look(read_shards(folder, split), None, verify)]
+    _write_json(outputs, sets, None)
+    return text.describe(sets, None)
+
+
+def inspect_run(
+    config: ml_collections.ConfigDict, folder: str | None, split: str, verify: bool, outputs: Outputs
+) -> str:
+    """Returns, as text, what a split of each data set of a training config holds, and what its schedule makes of it.
+
+    Args:
+      folder: a data set in the place of the config's; None for those.
+
+    Raises:
+      FileNotFoundError, ValueError: see `inspect`, `make_processor` and `make_schedule`.
+    """
+    if folder:
+        config.data.path = folder
+    # The order that training takes, or validation.
+    sources, seed = open_sources(config.data, split), config.seed if split == "train" else None
+    if not sources:
+        raise ValueError(f"no data set of the config has a split {split!r}: choose another --split")
+    parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
+    processor = make_processor(config, fastvlm.build(**config.model.to_dict()), parent)
+    config = config.data
+    schedule, indexes = usage.open_schedule(config, processor, sources, seed)
+    sets = [_look(source, index, verify) for source, index in zip(sources, indexes, strict=True)]
+    used = usage.measure(config, processor, sources, schedule, indexes)
+    _write_json(outputs, sets, used)
+    lines = [text.describe(sets, used), ""]
+    page_path = pathlib.Path(outputs.page).expanduser()
+    listed = outputs.unusable
+    if outputs.page and not listed:
+        beside = page_path.with_suffix(".unusable.jsonl")
+        beside.unlink(missing_ok=True)  # the list of an earlier look
+        listed = beside if schedule.unusable else ""
+    if listed:
+        usage.write_unusable(schedule, sources, pathlib.Path(listed).expanduser())
+        lines.append(f"records that cannot be used, all {len(schedule.unusable):,}: {listed}")
+    if outputs.page:
+        build = BatchBuilder(sources, schedule, processor, config.turns, config.overlong, config.decode == "exact")
+        page.write_page(page_path, sets, used, take_samples(build, outputs.samples))
+        lines.append(f"samples as the model sees them: {page_path}")
+    return "\n".join(lines).rstrip()
+
+
+def _look(source: RecordSource, sizes, verify: bool) -> contents.Contents:
+    if verify:
+        contents.verify(source)
+    return contents.look_at(source, contents.load_sizes(source) if sizes is None else sizes, verify)
+
+
+def _write_json(outputs: Outputs, sets: list[contents.Contents], used: usage.Usage | None) -> None:
+    if outputs.json:
+        found = {"data_sets": [dataclasses.asdict(each) for each in sets]}
+        found |= {"schedule": dataclasses.asdict(used)} if used else {}
+        path = pathlib.Path(outputs.json).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=2) + "\n")

@@ -1,0 +1,264 @@
+"""What a data set holds, told by its manifest, its index and a few hundred of its records."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tqdm
+from etils import epath
+
+from fastvlm_jax.data.assemble import REJECTED, split_of
+from fastvlm_jax.data.image_header import read_header
+from fastvlm_jax.data.index import FOLDER, ShardIndex, cache_folder
+from fastvlm_jax.data.sources import RecordSource, incomplete_shards, read_manifest, read_shards
+
+READ = 500  # records that are read for what no index tells
+SHOWN = 10  # reasons
+SIDES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # px
+ASPECTS = (0.33, 0.5, 0.7, 0.9, 1.1, 1.43, 2.0, 3.0)  # 4:3 and 16:9 lie well inside
+IMAGES = (1, 2, 3, 4, 5, 6, 8, 11, 16, 21, 51)
+TURNS = (1, 3, 5, 7, 9, 11, 17, 33, 65)  # a question and its answer together
+
+Counts = dict[str, int]  # label -> how many, in the order to show them
+Reasons = tuple[tuple[int, str], ...]  # how many, and one of them; the most frequent first
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What one split of a data set holds.
+
+    Attributes:
+      folder, split: names of it.
+      records, images, shards, bytes: how many.
+      verified: the checksums of all shards were computed, and are right.
+      rejected, reasons: entries of the source that became no record, and why.
+      longer_side, aspect: images by longer side, pixels, and by width / height, upright.
+      largest, smallest: "WIDTH x HEIGHT in SHARD record N", "" without images.
+      images_per_record: records by number of images.
+      read: records that were read, drawn from all: `turns` counts them by number of turns, `formats` their images.
+      damaged: of those that were read, "SHARD record N ..." of each that cannot be.
+    """
+
+    folder: str
+    split: str
+    records: int
+    images: int
+    shards: int
+    bytes: int
+    verified: bool
+    rejected: int
+    reasons: Reasons
+    longer_side: Counts
+    aspect: Counts
+    largest: str
+    smallest: str
+    images_per_record: Counts
+    read: int
+    turns: Counts
+    formats: Counts
+    damaged: tuple[str, ...]
+
+
+class Sizes(NamedTuple):
+    """Of M records with I images: num_images int [M]; width, height int [I], pixels, upright, record after record."""
+
+    num_images: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+
+
+def look_at(source: RecordSource, sizes: Sizes, verified: bool) -> Contents:
+    """Returns what a split holds.
+
+    Raises:
+      ValueError: it holds no records.
+    """
+    if not len(source):
+        raise ValueError(f"split {source.split!r} of {source.folder} holds no records: write the data set again")
+    manifest = read_manifest(source.folder)["splits"][source.split]
+    width, height = np.maximum(sizes.width, 1), np.maximum(sizes.height, 1)
+    area = width.astype(np.int64) * height
+
+    def extreme(image: int) -> str:
+        record = int(np.searchsorted(np.cumsum(sizes.num_images), image, side="right"))
+        return f"{width[image]} x {height[image]} in {epath.Path(source.where(record)).name}"
+
+    rejected, reasons = _rejected(source.folder, source.split)
+    turns, formats, damaged = _read(source)
+    return Contents(
+        folder=str(source.folder),
+        split=source.split,
+        records=len(source),
+        images=len(width),
+        shards=len(source.shards),
+        bytes=sum(shard["bytes"] for shard in manifest["shards"].values()),
+        verified=verified,
+        rejected=rejected,
+        reasons=reasons,
+        longer_side=histogram(np.maximum(width, height), SIDES),
+        aspect=histogram(width / height, ASPECTS),
+        largest=extreme(int(area.argmax())) if len(area) else "",
+        smallest=extreme(int(area.argmin())) if len(area) else "",
+        images_per_record=histogram(sizes.num_images, IMAGES),
+        read=min(len(source), READ),
+        turns=histogram(np.array(turns, int), TURNS),
+        formats=dict(collections.Counter(formats).most_common()),
+        damaged=tuple(damaged),
+    )
+
+
+def check_shards(folder: str | os.PathLike, split: str) -> None:
+    """Looks for every shard of a split; ValueError naming those that are missing or of another size."""
+    folder = epath.Path(folder).expanduser()
+    manifest = read_manifest(folder)
+    broken = incomplete_shards(folder, manifest, split) if split in manifest["splits"] else []
+    if broken:
+        raise ValueError(
+            f"{folder}: {len(broken)} of {len(manifest['splits'][split]['shards'])} shards are missing or not as they "
+            f"were written ({shortened(broken)}): write the data set again"
+        )
+
+
+def verify(source: RecordSource) -> None:
+    """Compares the checksum of every shard with the manifest's.
+
+    Raises:
+      ValueError: naming the shards that are damaged.
+    """
+    written = read_manifest(source.folder)["splits"][source.split]["shards"]
+    bar = tqdm.tqdm(source.shards, desc="verify", unit="shard", disable=not sys.stderr.isatty())
+    if wrong := [path.name for path in bar if _sha256(path) != written[path.name].get("sha256")]:
+        raise ValueError(
+            f"{source.folder}: {len(wrong)} of {len(source.shards)} shards are damaged, their checksums differ "
+            f"({shortened(wrong)}): write the data set again"
+        )
+
+
+def load_sizes(source: RecordSource) -> Sizes:
+    """Returns the sizes of a split from its index; where that is missing the records are read, and the index kept.
+
+    Raises:
+      ValueError: an index file is damaged.
+    """
+    beside, kept = source.folder / FOLDER, epath.Path(cache_folder()) / FOLDER / source.fingerprint[:16]
+    found = []
+    for shard, records in source.shards.items():
+        name = f"{shard.name}.sizes.npz"
+        path = beside / name if (beside / name).is_file() else kept / name
+        if not path.is_file():
+            _measure(source, shard.name, kept)
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                sizes = Sizes(*(stored[name].astype(np.int64) for name in Sizes._fields))
+            if len(sizes.num_images) != records or not sizes.num_images.sum() == len(sizes.width) == len(sizes.height):
+                raise ValueError("it is of another shard")
+        except Exception as error:  # of numpy, zipfile and zlib, of many kinds
+            raise ValueError(f"{path} is damaged ({error}): delete the folder {path.parent}") from error
+        found.append(sizes)
+    return Sizes(*map(np.concatenate, zip(*found, strict=True))) if found else Sizes(*np.zeros((3, 0), int))
+
+
+def _measure(source: RecordSource, shard: str, folder: epath.Path) -> None:
+    index = ShardIndex()
+    part = read_shards(source.folder, source.split, only=shard)
+    for number in tqdm.tqdm(range(len(part)), desc=f"measure {shard}", disable=not sys.stderr.isatty()):
+        try:
+            index.add(part[number])
+        except ValueError as error:
+            index.add_unusable(str(error))
+    index.save(pathlib.Path(shard), folder)
+
+
+def some(total: int, count: int) -> np.ndarray:
+    """Returns `count` of the numbers below `total`, in order, the same each time; all if there are no more.
+
+    They are drawn: of a data set that repeats its kinds in turn, every n-th record may be of one kind.
+    """
+    if count >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(0).choice(total, count, replace=False))
+
+
+def histogram(values: np.ndarray, edges: Sequence[float]) -> Counts:
+    """Counts values between edges, each of which begins a range; empty ranges at both ends are left out.
+
+    histogram([1, 2, 2, 9], (1, 2, 5))  ->  {"1": 1, "2-4": 2, "5 or more": 1}
+    """
+    counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
+    if not counts.any():
+        return {}
+    whole = all(isinstance(edge, int) for edge in edges)
+    labels = ["0" if whole and edges[0] == 1 else f"below {edges[0]:,}"]
+    for low, high in itertools.pairwise(edges):
+        last = f"{high - 1:,}" if whole else f"{high:g}"
+        labels.append(f"{low:,}" if whole and high == low + 1 else f"{low:,g}-{last}")
+    labels.append(f"{edges[-1]:,g} or more")
+    first, last = np.flatnonzero(counts)[[0, -1]]
+    return dict(zip(labels[first : last + 1], counts[first : last + 1].tolist(), strict=True))
+
+
+def most_frequent(reasons: Iterable[str]) -> tuple[int, Reasons]:
+    """Returns how many reasons there are, and of those that differ by numbers and quoted names only, one each."""
+    counts, examples = collections.Counter(), {}
+    for reason in reasons:
+        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*[\d/]\S*", "*", reason)
+        counts[kind] += 1
+        examples.setdefault(kind, reason)
+    return counts.total(), tuple((count, examples[kind]) for kind, count in counts.most_common(SHOWN))
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _rejected(folder: epath.Path, split: str) -> tuple[int, Reasons]:
+    path = folder / REJECTED
+    if not path.is_file():
+        return 0, ()
+    with path.open("rb") as lines:
+        entries = (json.loads(line) for line in lines if split_of(line) == split)
+        return most_frequent(str(entry.get("reason", "")) for entry in entries)
+
+
+def _read(source: RecordSource) -> tuple[list[int], list[str], list[str]]:
+    """Turns of records spread over the split, formats of their images, and which of them are damaged."""
+
+    def facts(number: int) -> tuple[int, list[str]] | str:
+        try:
+            record = source[number]
+        except ValueError as error:
+            return str(error)
+        return len(record.turns), [_kind(image) for image in record.images]
+
+    numbers = some(len(source), READ).tolist()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each is a round trip to a bucket
+        found = list(pool.map(facts, numbers))
+    fine = [item for item in found if not isinstance(item, str)]
+    kinds = [kind for _, own in fine for kind in own]
+    return [turns for turns, _ in fine], kinds, [item for item in found if isinstance(item, str)]
+
+
+def _kind(image: bytes) -> str:
+    try:
+        return read_header(image).kind
+    except ValueError:
+        return "unreadable"
+
+
+def _sha256(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Samples as the model sees them: pixels and tokens out of the very arrays of the first batches.
+
+One token after another is spelled out, with what the arrays say of it:
+
+    tokens           S    user  \\n    I I I I I I I I I   what   shape  E ...  red       E
+    pieces           S    user  ⏎    image x 9, slot 0    what   shape  E      red       E
+    kind             special text    image                text          special          special
+    learnt                                                                     x         x
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastvlm_jax.data.bpe import END, IMAGE, PAD, START
+from fastvlm_jax.data.geometry import Size, slots_of
+from fastvlm_jax.data.groups import Arrays, BatchBuilder, Substituted
+from fastvlm_jax.data.image_header import read_header
+from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.data.schedule import BatchPlan, Place
+from fastvlm_jax.data.tokenizer import Tokenizer
+
+_BATCHES = 4  # that the samples are spread over, so that several buckets are seen
+_ONE_CHARACTER = 4  # bytes, so tokens, of a character at most
+
+
+class Piece(NamedTuple):
+    """Some tokens: one, those of one character, or all of an image in one slot.
+
+    Attributes:
+      text: what they stand for; of an image "".
+      kind: "text", "special" or "image".
+      learnt: the loss is on them: the model learns to produce them.
+      tokens: their ids; of an image one of them.
+      count, slot: of an image, how many tokens and in which slot of the group.
+    """
+
+    text: str
+    kind: str
+    learnt: bool
+    tokens: tuple[int, ...]
+    count: int = 1
+    slot: int = -1
+
+
+class Text(NamedTuple):
+    """A segment: where it stands in the group, and its pieces; `cut`: its oldest questions were left out."""
+
+    row: int
+    start: int
+    stop: int
+    cut: bool
+    pieces: list[Piece]
+
+
+class View(NamedTuple):
+    """An image in the slots from `slot` on: uint8 [slots, H, W, 3], the overview first, then tiles in `columns`.
+
+    `original` tells its size and format, "" where that is not known.
+    """
+
+    original: str
+    slot: int
+    columns: int
+    pixels: np.ndarray
+
+
+class Sample(NamedTuple):
+    """One record in a batch, read off the arrays.
+
+    Attributes:
+      source: number of the data set. record, key: number and name there; `where` names its shard.
+      batch, group: where it stands. size: of its bucket.
+      views, texts: see there.
+      replaced: why another record stands in its place, "" for none.
+    """
+
+    source: int
+    record: int
+    key: str
+    where: str
+    batch: int
+    group: int
+    size: Size
+    views: list[View]
+    texts: list[Text]
+    replaced: str
+
+
+def take_samples(build: BatchBuilder, count: int) -> Iterator[Sample]:
+    """Yields samples of the first batches, from each the first ones, until there are `count`."""
+    schedule, left = build.schedule, count
+    for k in range(schedule.batches_per_epoch):
+        share = min(-(-count // _BATCHES), left)
+        plan = schedule.batch(k)
+        for g in range(schedule.settings.groups):
+            places = schedule.group(plan, g)[:share]
+            if places:
+                arrays, replaced = build(k, [g])
+                arrays = {name: array[0] for name, array in arrays.items()}
+                for place in places:
+                    yield _sample(build, k, g, plan, place, arrays, replaced)
+            share, left = share - len(places), left - len(places)
+            if not share:
+                break
+        if not left:
+            return
+
+
+def _sample(
+    build: BatchBuilder, k: int, g: int, plan: BatchPlan, place: Place, arrays: Arrays, replaced: Sequence[Substituted]
+) -> Sample:
+    size, shape, _ = build.schedule.settings.buckets[plan.bucket]
+    reasons = [item for item in replaced if (item.source, item.record) == (place.source, place.record)]
+    if reasons:  # what stands here instead is not told: its pixels and tokens are
+        key, originals = reasons[0].key, []
+    else:
+        record = build.sources[place.source][place.record]
+        key, originals = record.key, list(record.images)
+    texts = []
+    for _, row, offset, length in sorted(place.placements, key=lambda at: at.question):
+        number = arrays["segment_ids"][row, offset]
+        if number:  # 0 where the record in its place has fewer texts
+            stop = offset + int((arrays["segment_ids"][row] == number).sum())
+            pieces = _pieces(arrays, row, offset, stop, size, build.processor.tokenizer)
+            cut = not reasons and stop - offset < length == shape.length
+            texts.append(Text(row, offset, stop, cut, pieces))
+    slots = slice(place.slot, place.slot + place.slots)
+    pixels = arrays["images"][slots][arrays["image_mask"][slots]]
+    return Sample(
+        place.source, place.record, key, build.sources[place.source].where(place.record), k, g, size,
+        _views(build.processor, originals, pixels, place.slot, size), texts, reasons[0].reason if reasons else "",
+    )  # fmt: skip
+
+
+def _views(processor: Processor, originals: Sequence[bytes], pixels: np.ndarray, slot: int, size: Size) -> list[View]:
+    """The views of each image; of unknown ones, each slot as an image of its own."""
+    if not originals:
+        return [View("", slot + i, 1, pixels[i : i + 1]) for i in range(len(pixels))]
+    views, at = [], 0
+    for image in originals:
+        header = read_header(image)
+        height, width = header.upright
+        grid = processor.grid(width, height, size.side)
+        told = f"{width} x {height} {header.kind}, {max(len(image) // 1000, 1):,} kB"
+        own = pixels[at : at + slots_of(grid)]
+        views.append(View(told, slot + at, grid[1], own))
+        at += len(own)
+    return views
+
+
+def _pieces(arrays: Arrays, row: int, start: int, stop: int, size: Size, tokenizer: Tokenizer) -> list[Piece]:
+    """The pieces of a segment. What the mask says of a position is about the token behind it."""
+    tokens, index = (arrays[name][row, start:stop] for name in ("tokens", "image_index"))
+    learnt = np.concatenate([[False], arrays["loss_mask"][row, start : stop - 1]])
+    special = special_tokens(tokenizer)
+    slots = np.where(index < 0, -1, index // size.tokens)
+    kinds = np.where(index >= 0, 2, np.isin(tokens, list(special)))
+    edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(slots) != 0) | (np.diff(learnt) != 0)) + 1
+    pieces = []
+    for run in np.split(np.arange(len(tokens)), edges):
+        ids, taught = tokens[run].tolist(), bool(learnt[run[0]])
+        if kinds[run[0]] == 2:
+            pieces.append(Piece("", "image", taught, (ids[0],), len(ids), int(slots[run[0]])))
+        elif kinds[run[0]] == 1:
+            pieces += [Piece(special[token], "special", taught, (token,)) for token in ids]
+        else:
+            pieces += [Piece(text, "text", taught, own) for text, own in spell(ids, tokenizer)]
+    return pieces
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The ids that templates place, with their names."""
+    found = {} if tokenizer.bos is None else {tokenizer.bos: "<s>"}
+    for name in (PAD, START, END, IMAGE, "<s>", "</s>", tokenizer.pad, tokenizer.image, tokenizer.end):
+        try:
+            found[tokenizer.special_id(name)] = name
+        except ValueError:  # it has none of that name
+            continue
+    return found
+
+
+def spell(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, tuple[int, ...]]]:
+    """Returns the text of each token with its id; tokens that hold parts of one character stay together.
+
+    A token alone is not spelled as it is behind others: SentencePiece leaves out a first space.
+    """
+    pieces, before, start = [], (), 0
+    for stop in range(1, len(tokens) + 1):
+        own = tuple(tokens[start:stop])
+        text = tokenizer.decode(before + own)[len(tokenizer.decode(before)) :]
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(own) < _ONE_CHARACTER and stop < len(tokens):
+            continue
+        pieces.append((text, own))
+        before, start = own, stop
+    return pieces

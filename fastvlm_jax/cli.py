@@ -304,6 +304,7 @@ def main() -> None:
     """Runs the command; what a user can cause ends in one line on stderr and exit status 1 (2 for wrong usage)."""
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.WARNING)
+    flags.FLAGS.mark_as_parsed()  # the commands parse their own; absl's would make every log begin with a warning
     logging.getLogger("jax").setLevel(logging.ERROR)
     argv = sys.argv[1:]
     if not argv or argv[0] not in COMMANDS:

@@ -1,5 +1,6 @@
 """Every key of a training config, once, with its default; and the model sizes. Stage files override."""
 
+import math
 from typing import Any
 
 import ml_collections
@@ -236,6 +237,31 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")
+    data = config.data
+    for key in ("image_size", "groups", "rows_per_group", "row_length"):
+        if data[key] < 1:
+            raise ValueError(f"data.{key}={data[key]} must be at least 1")
+    for key in ("images_per_group", "num_threads", "prefetch", "max_substituted"):
+        if not data[key] >= 0:
+            raise ValueError(f"data.{key}={data[key]} must be at least 0")
+    sides = _pairs(data, "resolutions", "sides and positive shares, as ((512, 0.3), (1024, 0.7))", whole=1)
+    if len({side for side, _ in sides}) < len(sides):
+        raise ValueError(f"data.resolutions={data.resolutions} names a side twice")
+    _pairs(data, "aspects", "positive widths and heights, as ((1, 1), (4, 3))", whole=0)
+    _pairs(data, "grids", "rows and columns of tiles, as ((2, 2),)", whole=2)
+
+
+def _pairs(data: ml_collections.ConfigDict, key: str, what: str, whole: int) -> list[tuple]:
+    """The pairs of a setting, whose first `whole` are whole numbers; ValueError where they are not, or not positive."""
+    try:
+        pairs = [(first, second) for first, second in data[key]]
+        fine = all(isinstance(x, int) for pair in pairs for x in pair[:whole])
+        fine &= all(0 < x < math.inf for pair in pairs for x in pair)
+    except (TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise ValueError(f"data.{key}={data[key]} must be pairs of {what}")
+    return pairs
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -131,13 +131,14 @@ def run(
                     rates = optim.learning_rates(step, config.groups, steps, config.warmup_ratio)
                     scalars["lr"] = max(float(rate) for rate in rates.values())
                     writer.write(step, scalars)
+                # Before the validation, which may end in an error or take longer than a preempted machine has.
+                if step % config.checkpoint_every == 0 or step == steps or stop.requested:
+                    checkpoint.save(checkpointer, state, loader, lineage)
                 if step % config.eval_every == 0 or step == steps:
                     if scalars := validate(state):
                         writer.write(step, scalars)
                     logged = writer.seconds()
                     loader.flow()
-                if step % config.checkpoint_every == 0 or step == steps or stop.requested:
-                    checkpoint.save(checkpointer, state, loader, lineage)
                 if stop.requested and step < steps:
                     raise Interrupted(
                         f"stopped at step {step} of {steps}, which is saved; the same command goes on from there"

@@ -1,16 +1,11 @@
 """One process of several that read the same data set: prints a hash of every group that its devices hold, by batch.
 
-python data_process.py PORT PROCESS PROCESSES DEVICES START COUNT CONFIG.json
+python data_process.py PORT PROCESS PROCESSES START COUNT CONFIG.json
 """
 
 import hashlib
 import json
-import os
 import sys
-
-port, process, processes, devices, start, count = map(int, sys.argv[1:7])
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 
 import jax
 import ml_collections
@@ -20,9 +15,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from fastvlm_jax.data.pipeline import make_loader
 from fastvlm_jax.data.processor import load_processor
 
+port, process, processes, start, count = map(int, sys.argv[1:6])
 if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process, heartbeat_timeout_seconds=60)
-with open(sys.argv[7]) as file:
+with open(sys.argv[6]) as file:
     settings = json.load(file)
 mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 loader = make_loader(

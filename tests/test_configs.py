@@ -73,7 +73,7 @@ def test_stage_2_mixes_what_its_data_adds():
     folders = {data: [folder for folder, _ in get("stage2_instruct", f"0.5b/{data}").data.mixture] for data in ADDED}
     assert folders == ADDED
     assert get("stage2_instruct", "0.5b").data.mixture == (("internvl_1.1m", 0.0),)
-    with pytest.raises(ValueError, match="unknown data '2m': choose 665k, 1.1m"):
+    with pytest.raises(ValueError, match=r"unknown data '2m': choose 665k, 1\.1m"):
         get("stage2_instruct", "0.5b/2m")
 
 
@@ -86,3 +86,28 @@ def test_unknown_size_is_refused():
 
 def test_differences_name_the_dotted_key():
     assert config_lib.differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == [("a.b", 1, 3)]
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("groups", 0, "data.groups=0 must be at least 1"),
+        ("images_per_group", -1, "data.images_per_group=-1 must be at least 0"),
+        ("max_substituted", math.nan, "data.max_substituted=nan must be at least 0"),
+        ("resolutions", (512, 1024), "data.resolutions=.* must be pairs of sides and positive shares"),
+        ("resolutions", ((512.0, 1),), "data.resolutions=.* must be pairs of sides"),
+        ("resolutions", ((512, 0), (1024, 1)), "data.resolutions=.* must be pairs of sides"),
+        ("resolutions", ((512, math.nan), (1024, 1)), "data.resolutions=.* must be pairs of sides"),
+        ("resolutions", ((512, 1), (512, 2)), "data.resolutions=.* names a side twice"),
+        ("aspects", (4, 3), "data.aspects=.* must be pairs of positive widths and heights"),
+        ("aspects", (("a", "b"),), "data.aspects=.* must be pairs"),
+        ("grids", (2, 2), "data.grids=.* must be pairs of rows and columns"),
+        ("grids", ((2, 2.5),), "data.grids=.* must be pairs"),
+    ],
+)
+def test_a_setting_of_the_data_that_means_nothing_is_named(key, value, message):
+    config = config_lib.get_base("tiny")
+    config_lib.validate(config)
+    config.data[key] = value
+    with pytest.raises(ValueError, match=message):
+        config_lib.validate(config)

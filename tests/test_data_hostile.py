@@ -143,6 +143,7 @@ def test_links_inside_the_folder_are_followed(folder):
         ('{"image": {"bytes": ""}}', "the name of an image is dict, not text"),
         ('{"image": ["0.png", null]}', "the name of an image is None, not text"),
         ('{"video": "a.mp4", "conversations": []}', "it is about a video: only images are read"),
+        ('{"conversations": []}', "the conversation is empty"),
         ('{"conversations": {"from": "human"}}', "the conversation is dict, not a list of messages"),
         ('{"conversations": [[]]}', "a message is list, not an object with from and value"),
         ('{"conversations": [{"from": "gpt", "value": 1e999}]}', "a message is inf, not text"),

@@ -76,14 +76,15 @@ def read(settings, processes, devices, start, count, **environment):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(SCRIPT), str(port)]
-    rest = [str(processes), str(devices), str(start), str(count), str(settings)]
+    rest = [str(processes), str(start), str(count), str(settings)]
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     running = [
         subprocess.Popen(
             [*command, str(i), *rest],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | environment,
+            env=os.environ | flags | environment,
         )
         for i in range(processes)
     ]

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastvlm_jax.data.facts import Bucket, Settings
+from fastvlm_jax.data.facts import Bucket, Settings, find_unusable, make_facts
 from fastvlm_jax.data.geometry import Size, make_sizes
 from fastvlm_jax.data.index import RecordIndex
 from fastvlm_jax.data.packing import GroupShape, Lengths, fill_groups
@@ -221,6 +221,26 @@ def test_evaluation_uses_the_largest_resolution():
     made = buckets([(128, 0.9), (256, 0.1)], ())
     schedule = Schedule([index_of([(1, [5])] * 9)], Settings(made, 1, None))
     assert {made[schedule.batch(k).bucket].size.side for k in range(schedule.batches_per_epoch)} == {256}
+
+
+def test_a_record_must_fit_the_groups_of_every_bucket():
+    # One view at 64 px, but at 32 px an overview and four tiles, more than the four images of that size.
+    made = (
+        Bucket(Size(32, 32, 32, 4), GroupShape(4, 1, 200), 0.5),
+        Bucket(Size(64, 64, 64, 16), GroupShape(1, 1, 200), 0.5),
+    )
+    index = index_of([(1, [7]), (1, [7])], [(40, 40), (20, 20)])
+    facts = make_facts([index], Settings(made, 1, 0, grids=((1, 1), (2, 2))))
+    assert find_unusable(facts, "truncate") == {0: "it takes 5 image slots, groups have 4: raise data.images_per_group"}
+    # Two rows of 40 tokens: 20 + 20 and 25 with 15 tokens an image; with 16, of 21, 21 and 26 no two share a row.
+    made = (
+        Bucket(Size(64, 48, 80, 15), GroupShape(1, 2, 40), 1.0),
+        Bucket(Size(64, 64, 64, 16), GroupShape(1, 2, 40), 1.0),
+    )
+    facts = make_facts([index_of([(1, [5, 5, 10])])], Settings(made, 1, 0))
+    assert find_unusable(facts, "truncate") == {
+        0: "its texts do not fit 2 rows of 40 tokens: raise data.rows_per_group"
+    }
 
 
 def test_tiles_take_slots_and_tokens_as_the_image_needs():

@@ -1,10 +1,11 @@
+import dataclasses
 import json
 
 import msgpack
 import numpy as np
 import pytest
 
-from fastvlm_jax.data.record import Record, pack, unpack
+from fastvlm_jax.data.record import Record, check, pack, unpack
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
 
@@ -146,3 +147,16 @@ def test_a_damaged_manifest_is_named(tmp_path):
 def test_what_is_not_a_record_is_refused(data):
     with pytest.raises(ValueError, match=r"not a record|does not hold"):
         unpack(data)
+
+
+def test_more_images_or_turns_than_the_index_can_count_are_refused():
+    talk = (("user", (0, "what")), ("assistant", ("red",)))
+    fine = Record("a", (b"x",) * 1000, talk * 2000)
+    assert unpack(pack(dataclasses.replace(fine, turns=talk))).images == fine.images
+    assert check(dataclasses.replace(fine, turns=talk * 1000)) is None
+    told = "it has more than 4,000 turns or 1,000 images"
+    assert check(fine) == check(dataclasses.replace(fine, images=(b"x",) * 1001, turns=talk)) == told
+    assert check(Record("a", (b"x",), (("user", (0,) * 1001), talk[1]))) == told
+    assert check(Record("a", (), (("user", ("q",)), talk[1]) * 2001)) == told
+    with pytest.raises(ValueError, match="more than 1,000 images"):
+        unpack(pack(Record("a", (b"x",) * 1001, talk)))

@@ -14,6 +14,9 @@ from flax.traverse_util import flatten_dict
 from small import small_config
 
 from fastvlm_jax import checkpoint, model_io
+from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.sources import read_shards
+from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.metrics import read_metrics
 from fastvlm_jax.train import Interrupted, train
 
@@ -131,6 +134,17 @@ def test_validation_runs_on_the_held_out_split(easy_vqa, tmp_path):
     run(config, tmp_path / "run")
     last = read_metrics(tmp_path / "run")[-1]
     assert 3 < last["validation/loss"] < 8 and 0 <= last["validation/accuracy"] <= 1
+
+
+def test_the_last_state_is_saved_before_a_validation_that_fails(easy_vqa, tmp_path):
+    records = [read_shards(easy_vqa, "train")[i] for i in range(8)]
+    write_shards(tmp_path / "data", "train", records)
+    talk = (("user", (0, "what is the color of the shape that is in the image?")), ("assistant", ("red",)))
+    write_shards(tmp_path / "data", "validation", [Record("cut", (records[0].images[0][:200],), talk), *records])
+    config = small_config(tmp_path / "data", steps=1, eval_batches=1, data__tokenizer=str(easy_vqa), **ONE)
+    with pytest.raises(ValueError, match="cut"):
+        run(config, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["1"]
 
 
 def test_branched_parent_is_folded_for_a_folded_stage(easy_vqa, straight, tmp_path):

@@ -198,8 +198,8 @@ def questions(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
 def drop_oldest(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
     """Returns a conversation without its oldest question and answer, whose images go to the next question.
 
-        user(0, "what shape?") assistant("circle") user("is it red?") assistant("no")
-        -> user(0, "is it red?") assistant("no")                        None if there is but one question
+    user(0, "what shape?") assistant("circle") user("is it red?") assistant("no")
+    -> user(0, "is it red?") assistant("no")                        None if there is but one question
     """
     system, talk = split_system(turns)
     if len(talk) < 4:

@@ -120,19 +120,27 @@ def make_facts(indexes: Sequence[RecordIndex], settings: Settings) -> Facts:
 
 def find_unusable(facts: Facts, overlong: str) -> dict[int, str]:
     """Returns the records that do not fit an empty group of every bucket, and why."""
+    unusable: dict[int, str] = {}
+    for side in facts.slots:  # a smaller one may give an image more tiles
+        numbers = [b for b, bucket in enumerate(facts.buckets) if bucket.size.side == side]
+        # What fits the group of the fewest images, and of the most tokens for each, fits all of this resolution.
+        hardest = min(numbers, key=lambda b: (facts.buckets[b].shape.images, -facts.buckets[b].size.tokens))
+        unusable = _misfits(facts, hardest, overlong) | unusable
+    return unusable
+
+
+def _misfits(facts: Facts, bucket: int, overlong: str) -> dict[int, str]:
+    """The records that do not fit an empty group of one bucket, and why."""
     unusable = {}
-    # What fits the group of the fewest images, with as many tokens as images ever have, fits all.
-    bucket = min(range(len(facts.buckets)), key=lambda b: facts.buckets[b].shape.images)
     size, shape, _ = facts.buckets[bucket]
     slots = facts.slots_in(bucket)
     for record in np.flatnonzero(slots > shape.images).tolist():
         unusable[record] = (
             f"it takes {slots[record]} image slots, groups have {shape.images}: raise data.images_per_group"
         )
-    tokens = max(bucket.size.tokens for bucket in facts.buckets)
     segments = facts.shortest if overlong == "truncate" else facts.text
     what = "a question and answer" if overlong == "truncate" else "a text"
-    lengths = segments + facts.image_slots[size.side] * tokens
+    lengths = segments + facts.image_slots[size.side] * size.tokens
     for segment in np.flatnonzero(lengths > shape.length).tolist():
         record = int(np.searchsorted(facts.first, segment, side="right")) - 1
         unusable.setdefault(

@@ -37,7 +37,8 @@ def make_sizes(
     """Returns the sizes of one resolution: its square, or one for each aspect (width, height), as (16, 9).
 
     The sides of a bucket are multiples of `multiple`, the encoder's stride, and its area is at most side^2: of the
-    roundings the one nearest to the aspect; aspects that fall together are one bucket. `tokens(height, width)` counts features.
+    roundings the one nearest to the aspect; aspects that fall together are one bucket. `tokens(height, width)` counts
+    features.
 
     Raises:
       ValueError: an aspect is not two positive numbers, or leaves a side of nothing.

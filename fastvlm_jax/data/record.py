@@ -7,6 +7,9 @@ import msgpack
 
 from fastvlm_jax.data.conversation import Turn, split_system
 
+# Far more than data sets have; the index counts to 65,535, and what is done about long texts is not for longer ones.
+MAX_IMAGES, MAX_TURNS = 1_000, 4_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -46,6 +49,8 @@ def unpack(data: bytes) -> Record:
         turns = tuple((str(role), tuple(content)) for role, content in raw["turns"])
         record = Record(str(raw["key"]), tuple(raw["images"]), turns, dict(raw.get("extra", {})))
         numbers = [part for _, content in turns for part in content if not isinstance(part, str)]
+        if len(record.images) > MAX_IMAGES:
+            raise ValueError(f"it has more than {MAX_IMAGES:,} images")
         if all(isinstance(image, bytes) for image in record.images) and all(
             type(number) is int and 0 <= number < len(record.images) for number in numbers
         ):
@@ -57,6 +62,9 @@ def unpack(data: bytes) -> Record:
 
 def check(record: Record) -> str | None:
     """Returns why nothing can be learnt from a record, in a short line; None if it is fine."""
+    named = [part for _, content in record.turns for part in content if not isinstance(part, str)]
+    if len(record.turns) > MAX_TURNS or max(len(record.images), len(named)) > MAX_IMAGES:
+        return f"it has more than {MAX_TURNS:,} turns or {MAX_IMAGES:,} images"
     _, talk = split_system(record.turns)
     roles = [role for role, _ in talk]
     if not roles:
@@ -72,7 +80,6 @@ def check(record: Record) -> str | None:
     for _, content in talk[1::2]:
         if not any(isinstance(part, str) and part.strip() for part in content):
             return "an answer is empty"
-    used = {part for _, content in record.turns for part in content if not isinstance(part, str)}
-    if missing := sorted(used - set(range(len(record.images)))):
+    if missing := sorted(set(named) - set(range(len(record.images)))):
         return f"the conversation names image {missing[0]} of {len(record.images)}"
     return None

@@ -32,7 +32,9 @@ def to_turns(messages: Any, num_images: int) -> tuple[Turn, ...]:
     Raises:
       ValueError: in a short line, what is wrong with it.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not len(messages):
+    if isinstance(messages, list) and not messages:
+        raise ValueError("the conversation is empty")
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise ValueError(f"the conversation is {shown(messages)}, not a list of messages")
     talk = [_role_and_text(message) for message in messages]
     marks = sum(text.count(MARK) for _, text in talk)

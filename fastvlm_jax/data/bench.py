@@ -1,0 +1,270 @@
+"""How fast the input is, and against what: `fastvlm bench input`.
+
+The contestants take turns, round after round, so that whatever else the machine does hits all of them:
+
+    pipeline                 the Loader that training uses, up to batches on the devices
+    raw                      decoding and resizing of the same images alone, in as many bare threads
+    dataloader_pillow        a PyTorch DataLoader with LLaVA's processing of the same files, by Pillow
+    dataloader_torchvision   the same, by torchvision
+"""
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+
+from fastvlm_jax.data import image as image_lib
+from fastvlm_jax.data import processor as processor_lib
+from fastvlm_jax.data.bench_dataloader import start_dataloaders
+from fastvlm_jax.data.geometry import Grid, Size, slots_of
+from fastvlm_jax.data.groups import BatchBuilder
+from fastvlm_jax.data.pipeline import Loader, make_builder
+from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.sources import RecordSource
+
+ROUNDS = 5
+PARTS = ("read", "decode", "resize", "tokenize", "pack", "copy")
+NAMES = {
+    "pipeline": "this pipeline",
+    "raw": "decode and resize alone, bare threads",
+    "dataloader_pillow": "PyTorch DataLoader, Pillow processor",
+    "dataloader_torchvision": "PyTorch DataLoader, torchvision processor",
+}
+_RAW_BYTES = 512 << 20  # encoded images held in memory for the other contestants
+_PATIENCE = 60  # seconds for a thread to end
+_AHEAD = 3  # batches that a Loader takes before it gives out the first
+
+
+class _Image(NamedTuple):
+    """An encoded image, and the views that the model sees of it."""
+
+    data: bytes
+    grid: Grid
+    size: Size
+
+
+def bench_input(
+    config: ml_collections.ConfigDict, processor: Processor, sharding: jax.sharding.Sharding, seconds: float = 20.0
+) -> dict[str, Any]:
+    """Times the training input of a config; see the module's docstring.
+
+    Args:
+      config: a training config; `data.*` and `seed` count.
+      sharding: of the groups of a batch.
+      seconds: that each contestant is timed for, over all rounds and without its warm-up.
+
+    Returns:
+      `ratios` of the pipeline's images/s to the others' and `rates` (images/s), each with "median", "min", "max" over
+      the rounds; `tokens_per_second` of the pipeline; `parts`, ms of one thread for an image, with their "total";
+      `left_out`, name to reason; and what was timed: `data`, `image_size`, `groups`, `threads`, `rounds`, `seconds`.
+
+    Raises:
+      FileNotFoundError, ValueError: see `make_loader`; a split without images.
+    """
+    build, threads = make_builder(config.data, processor, "train", config.seed), max(config.data.num_threads, 1)
+    build = dataclasses.replace(build, cache=None)  # what fills it is timed
+    if not any(build.schedule.counts(build.schedule.batch(k))["images"] for k in range(threads)):
+        raise ValueError("the first batches hold no image: there is no input to time")
+    first, took = _AHEAD + threads, _run_pipeline(build, config, sharding, _AHEAD + threads, threads)
+    blocks = max(1, round(seconds / ROUNDS / (took[2] or 1e-9)))
+    count = blocks * threads  # threads finish about together: whole rounds of them are counted
+    images, records = _gather(build, range(first, first + count))
+    rates: dict[str, list[float]] = {"pipeline": [], "raw": []}
+    tokens = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity(logging.ERROR)  # unusable records were named once, by the first Loader
+        theirs, left_out = start_dataloaders(stack, build, records, threads)
+        for _ in range(ROUNDS):
+            seen, words, took = _run_pipeline(build, config, sharding, first, count)
+            rates["pipeline"].append(seen / took)
+            tokens.append(words / took)
+            rates["raw"].append(_run_raw(build, images, threads))
+            for name, ask in list(theirs.items()):
+                try:
+                    rates.setdefault(name, []).append(ask(seconds / ROUNDS))
+                except ValueError as error:
+                    left_out[name] = str(error)
+                    theirs.pop(name), rates.pop(name)
+        parts = time_parts(build, config, sharding, range(first, first + threads * max(1, blocks // 2)))
+    ours = rates["pipeline"]
+    return {
+        "data": config.data.path or [list(pair) for pair in config.data.mixture],
+        "image_size": processor.image_size,
+        "groups": config.data.groups,
+        "threads": threads,
+        "cores": len(os.sched_getaffinity(0)),
+        "rounds": ROUNDS,
+        "seconds": seconds,
+        "ratios": {
+            name: _spread([a / b for a, b in zip(ours, other, strict=True)])
+            for name, other in rates.items()
+            if name != "pipeline"
+        },
+        "rates": {name: _spread(values) for name, values in rates.items()},
+        "tokens_per_second": _spread(tokens),
+        "parts": parts,
+        "left_out": left_out,
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """Returns the result as a table, ratios first."""
+
+    def numbers(spread: dict[str, float], digits: int) -> str:
+        median, low, high = (f"{spread[key]:.{digits}f}" for key in ("median", "min", "max"))
+        return f"{median} ({low} to {high})"
+
+    lines = [
+        f"{found['data']}, {found['image_size']} px, batches of {found['groups']} groups, {found['threads']} threads "
+        f"on {found['cores']} cores; medians of {found['rounds']} rounds, with the least and the most",
+        "",
+        f"{'':42}{'ratio':24}images/s",
+    ]
+    for name, rate in found["rates"].items():
+        ratio = numbers(found["ratios"][name], 2) if name in found["ratios"] else "1"
+        lines.append(f"{NAMES[name]:42}{ratio:24}{numbers(rate, 1)}")
+    lines += [f"{NAMES[name]:42}left out: {reason}" for name, reason in found["left_out"].items()]
+    parts = ", ".join(f"{name} {found['parts'][name]:.2f}" for name in PARTS)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"tokens/s: {numbers(found['tokens_per_second'], 0)}",
+            f"ms of one thread for an image: {parts}; in all {found['parts']['total']:.2f}",
+        ]
+    )
+
+
+def time_parts(
+    build: BatchBuilder, config, sharding: jax.sharding.Sharding, batches: Sequence[int]
+) -> dict[str, float]:
+    """Returns what one thread spends on each of PARTS, and in all, ms for an image: the builder's own code, timed."""
+    spent = dict.fromkeys(PARTS, 0.0)
+    groups, images = list(range(config.data.groups)), 0
+    loader = _open_loader(build, config, sharding, stop=0)
+    processor_lib._segment.cache_clear()
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, part in (
+            (RecordSource, "__getitem__", "read"),
+            (BatchBuilder, "segments", "tokenize"),
+            (image_lib, "decode", "decode"),
+            (image_lib, "fit_into", "resize"),
+            (image_lib, "tiles_into", "resize"),
+        ):
+            stack.enter_context(_timed(owner, attribute, spent, part))
+        for k in batches:
+            start, other = time.perf_counter(), sum(spent.values())
+            arrays, _ = build(k, groups)
+            spent["pack"] += time.perf_counter() - start - (sum(spent.values()) - other)
+            images += int(arrays["image_mask"].sum())
+            start = time.perf_counter()
+            jax.block_until_ready(loader.to_devices(arrays))
+            spent["copy"] += time.perf_counter() - start
+    loader.close()
+    parts = {name: value / max(images, 1) * 1000 for name, value in spent.items()}
+    return parts | {"total": sum(parts.values())}
+
+
+@contextlib.contextmanager
+def _timed(owner: Any, attribute: str, spent: dict[str, float], part: str) -> Iterator[None]:
+    """Adds what calls of a function take to `spent[part]`, by putting one with a clock in its place."""
+    function = getattr(owner, attribute)
+
+    def with_clock(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[part] += time.perf_counter() - start
+
+    setattr(owner, attribute, with_clock)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, function)
+
+
+def _run_pipeline(build: BatchBuilder, config, sharding, first: int, count: int) -> tuple[int, int, float]:
+    """Images and tokens of the batches `first` to `first + count`, and the seconds that they took to come."""
+    processor_lib._segment.cache_clear()  # in training a text comes once an epoch
+    before = set(threading.enumerate())
+    loader = _open_loader(build, config, sharding)
+    try:
+        for _ in range(first):
+            jax.block_until_ready(next(loader))
+        loader.flow()
+        start = time.perf_counter()
+        for _ in range(count):
+            jax.block_until_ready(next(loader))
+        seconds = time.perf_counter() - start
+        flow = loader.flow()
+    finally:
+        loader.close()
+        for thread in set(threading.enumerate()) - before:  # they end what they have begun
+            thread.join(_PATIENCE)
+    return flow.images, flow.tokens, seconds
+
+
+def _open_loader(build: BatchBuilder, config, sharding, stop: int | None = None) -> Loader:
+    data = config.data
+    return Loader(
+        build, data.groups, sharding, stop=stop, num_threads=data.num_threads, prefetch=data.prefetch,
+        max_substituted=data.max_substituted,
+    )  # fmt: skip
+
+
+def _gather(build: BatchBuilder, batches: Sequence[int]) -> tuple[list[_Image], list[Record]]:
+    """The encoded images of batches, and their records, up to _RAW_BYTES."""
+    schedule, processor, images, records, held = build.schedule, build.processor, [], [], 0
+    for k in batches:
+        plan = schedule.batch(k)
+        size = schedule.settings.buckets[plan.bucket].size
+        for place in (place for g in range(schedule.settings.groups) for place in schedule.group(plan, g)):
+            with contextlib.suppress(ValueError):
+                record = build.sources[place.source][place.record]
+                grids = [processor.grid(*image_lib.size_of(image), size.side) for image in record.images]
+                images += [_Image(image, grid, size) for image, grid in zip(record.images, grids, strict=True)]
+                records.append(record)
+                held += sum(map(len, record.images))
+        if held > _RAW_BYTES:
+            break
+    return images, records
+
+
+def _run_raw(build: BatchBuilder, images: Sequence[_Image], count: int) -> float:
+    """Images/s of `count` threads that do nothing but decode and resize, each into memory of its own."""
+    processor = build.processor
+    shapes = [(slots_of(image.grid), image.size.height, image.size.width, 3) for image in images]
+    memory = [np.zeros(max(map(np.prod, shapes)), np.uint8) for _ in range(count)]
+    seen = [0] * count
+
+    def work(thread: int) -> None:
+        for image, shape in zip(images[thread::count], shapes[thread::count], strict=True):
+            out = memory[thread][: np.prod(shape)].reshape(shape)
+            with contextlib.suppress(ValueError):
+                overview = processor.overview(image.grid)
+                image_lib.views_into(image.data, out, image.grid, overview, processor.background, build.exact)
+                seen[thread] += len(out)
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(count)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(seen) / (time.perf_counter() - start)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

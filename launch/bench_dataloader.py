@@ -1,0 +1,141 @@
+"""The PyTorch side of `fastvlm bench input`: LLaVA's training data code with a DataLoader, in a process of its own.
+
+    python launch/bench_dataloader.py --folder DIR --backend pillow|torchvision --size 1024 --batch 8 --workers 2
+
+DIR holds train.json (LLaVA's), images/, tokenizer/ and template.json. Each line on stdin, a number of seconds, is
+answered by a line of JSON: the images that came out and the seconds that it took. As LLaVA does it, an image is read
+with Pillow, padded to a square of the mean colour and given to CLIPImageProcessor, which makes float32 tensors; a
+conversation is tokenized whole, and once more in parts to find what is learnt.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+import torch
+from PIL import Image
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:  # built for another torch, it lacks two operators, which nothing here calls
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import transformers
+
+IMAGE, IGNORE = -200, -100  # LLaVA's numbers for an image's place and for what is not learnt
+MARK = "<image>"
+
+
+class Conversations(Dataset):
+    """The entries of a LLaVA file, as tensors."""
+
+    def __init__(self, folder: pathlib.Path, processor, fit: str):
+        self.entries = json.loads((folder / "train.json").read_text())
+        self.images, self.processor, self.fit = folder / "images", processor, fit
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.template = json.loads((folder / "template.json").read_text())
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        entry = self.entries[index]
+        images = [self.pixels(Image.open(self.images / name).convert("RGB")) for name in entry["images"]]
+        tokens, labels = self.text(entry["conversations"])
+        return {"images": torch.stack(images), "tokens": tokens, "labels": labels}
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        if self.fit == "pad":
+            image = expand2square(image, tuple(int(mean * 255) for mean in self.processor.image_mean))
+        return self.processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
+
+    def text(self, turns: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        roles = {"human": "user", "gpt": "assistant", "system": "system"}
+        before, after, system = (self.template[key] for key in ("before", "after", "system"))
+        pieces = [(roles[turn["from"]], turn["value"]) for turn in turns]
+        if system is not None and pieces[0][0] != "system":
+            pieces = [("system", system), *pieces]
+        texts = [before[role] + value + after[role] for role, value in pieces]
+        tokens = self.tokenize("".join(texts))
+        labels, at = list(tokens), 0
+        for (role, _), text in zip(pieces, texts, strict=True):
+            count = len(self.tokenize(text))
+            skipped = len(self.tokenize(before[role])) if role == "assistant" else count
+            labels[at : at + skipped] = [IGNORE] * skipped
+            at += count
+        return torch.tensor(tokens), torch.tensor(labels[: len(tokens)])
+
+    def tokenize(self, text: str) -> list[int]:
+        ids = []
+        for i, part in enumerate(text.split(MARK)):
+            ids += [IMAGE] * (i > 0) + self.tokenizer(part, add_special_tokens=False).input_ids
+        return ids
+
+
+def expand2square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "images": torch.cat([item["images"] for item in items]),
+        "tokens": pad([item["tokens"] for item in items], batch_first=True),
+        "labels": pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORE),
+    }
+
+
+def run(dataset: Conversations, batch: int, workers: int, seconds: float) -> dict[str, float]:
+    """Counts what comes out in `seconds` or a little more, after the first batches."""
+    sampler = RandomSampler(dataset, replacement=True, num_samples=1 << 30)
+    sampler = BatchSampler(sampler, batch, drop_last=True)
+    loader = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
+    for _ in range(2 * workers):
+        next(loader)
+    images, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for _ in range(workers):
+            images += len(next(loader)["images"])
+    return {"images": images, "seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=pathlib.Path, required=True)
+    parser.add_argument("--backend", choices=["pillow", "torchvision"], required=True)
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--fit", default="pad")
+    parser.add_argument("--mean", type=float, nargs=3, default=[0.0, 0.0, 0.0])
+    parser.add_argument("--std", type=float, nargs=3, default=[1.0, 1.0, 1.0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--workers", type=int, required=True)
+    args = parser.parse_args()
+    kind = transformers.CLIPImageProcessorPil if args.backend == "pillow" else transformers.CLIPImageProcessor
+    processor = kind(
+        size={"shortest_edge": args.size},
+        crop_size={"height": args.size, "width": args.size},
+        image_mean=args.mean,
+        image_std=args.std,
+    )
+    dataset = Conversations(args.folder, processor, args.fit)
+    dataset[0]
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(dataset, args.batch, args.workers, float(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

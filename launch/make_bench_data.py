@@ -23,7 +23,7 @@ from fastvlm_jax.data.readers import Options
 OUTPUT = flags.DEFINE_string("output", None, "folder to make", required=True)
 COUNT = flags.DEFINE_integer("count", 1000, "images", lower_bound=1)
 PHOTOS = flags.DEFINE_multi_string("photos", [], "folder searched for photos; repeat it for several")
-SMALL = flags.DEFINE_integer("divide", 1, "sides of the images are divided by this, for quick tries", lower_bound=1)
+DIVIDE = flags.DEFINE_integer("divide", 1, "sides of the images are divided by this, for quick tries", lower_bound=1)
 
 SIZES = ((2048, 1536), (1024, 768), (640, 480))
 PIECE = 512, 384
@@ -94,7 +94,7 @@ def main(_):
     (folder / "photos").mkdir(parents=True, exist_ok=True)
     entries = []
     for i in range(COUNT.value):
-        width, height = (side // SMALL.value for side in SIZES[i % len(SIZES)])
+        width, height = (side // DIVIDE.value for side in SIZES[i % len(SIZES)])
         name = f"{i:06d}.jpg"
         mosaic(photos, (width, height), draw).save(folder / "photos" / name, quality=QUALITY)
         entries.append({"id": f"{i:06d}", "image": name, "conversations": conversation(draw)})

@@ -231,12 +231,14 @@ def bench(argv: list[str]) -> None:
     flags.DEFINE_float("seconds", 20.0, "that each contestant is timed for", lower_bound=0.1, flag_values=fv)
     flags.DEFINE_string("output", None, "JSON file for the result", flag_values=fv)
     parse(fv, argv, required=("config",))
+    from fastvlm_jax import config as config_lib
     from fastvlm_jax import model_io, sharding
     from fastvlm_jax.data.bench import bench_input, describe
     from fastvlm_jax.models import fastvlm
     from fastvlm_jax.train import make_processor
 
     config = fv.config
+    config_lib.validate(config)
     parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
     processor = make_processor(config, fastvlm.build(**config.model.to_dict()), parent)
     batches = sharding.batch_sharding(sharding.make_mesh(config.mesh))

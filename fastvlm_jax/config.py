@@ -237,6 +237,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
     data = config.data
     for key in ("image_size", "groups", "rows_per_group", "row_length"):
         if data[key] < 1:

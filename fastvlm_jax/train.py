@@ -197,6 +197,7 @@ def flow_scalars(loader: Loader, seconds: float) -> dict[str, float]:
         "tokens/s": flow.tokens / seconds,
         "input_bound": min(flow.waited / seconds, 1.0),
         "substituted": loader.substituted,
+        "truncated": flow.truncated,
     }
     if len(loader.names) > 1:
         scalars |= {f"records/{name}": count for name, count in zip(loader.names, flow.records, strict=True)}

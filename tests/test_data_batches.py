@@ -1,6 +1,7 @@
 """What stands in the arrays of a batch: tiles, buckets, mixtures, truncated texts, substitutes; and its loss."""
 
 import io
+import time
 
 import jax
 import ml_collections
@@ -165,7 +166,7 @@ def test_a_record_with_a_bad_checksum_is_replaced_and_named(tmp_path, tokenizer,
     (batch,) = read(tmp_path, Processor(tokenizer, "chatml", 64, 3), max_substituted=0.2)
     assert batch.image_mask.sum() == 6
     np.testing.assert_array_equal(batch.images[0, 3], batch.images[0, 4])
-    assert "record 3 is replaced by another record: " in caplog.text and "hash mismatch" in caplog.text
+    assert "record 3 cannot be used, another record takes its place: " in caplog.text and "hash mismatch" in caplog.text
 
 
 def test_an_index_of_other_records_is_refused(tmp_path, tokenizer):
@@ -377,3 +378,29 @@ def test_the_overview_beside_tiles_is_stretched_and_a_lone_view_is_padded(tokeni
     assert left[0].max() == right[-1].max() == 0 and left[32].min() == right[32].min() == 255
     (alone,) = processor.views(white, processor.size, (1, 1))
     assert alone[0].max() == 0 and alone[32].min() == 255
+
+
+def test_a_place_that_no_record_fits_stays_empty_and_training_goes_on(tmp_path, tokenizer):
+    bad = Record("bad", (picture(40, 40)[:90],), ask(("a", "b")))
+    long = [Record(str(i), (picture(40, 40, i),), ask(("what is it " * 4, "red green blue"))) for i in range(5)]
+    write_shards(tmp_path, "train", [long[0], bad, *long[1:]])
+    batches = read(tmp_path, Processor(tokenizer, "chatml", 64, 3), max_substituted=0.2)
+    assert sum(int(batch.image_mask.sum()) for batch in batches) == 5
+    assert all((batch.segment_ids > 0).sum() > 0 and not batch.images[~batch.image_mask].any() for batch in batches)
+
+
+def test_a_conversation_of_hundreds_of_questions_is_cut_in_no_time_and_counted(tmp_path, tokenizer):
+    pairs = [(f"what is {i}", "red green") for i in range(400)]
+    write_shards(
+        tmp_path, "train", [Record("x", (), ask(*pairs, images=0)), Record("y", (), ask(("what", "red"), images=0))]
+    )
+    loader = eval_batches(
+        config(tmp_path, row_length=200), Processor(tokenizer, "chatml", 64, 3), "train", sharding=one_device()
+    )
+    start = time.monotonic()
+    batches = [jax.device_get(batch) for batch in loader]
+    assert time.monotonic() - start < 20
+    assert loader.flow().truncated == 1
+    text = tokenizer.decode(batches[0].tokens[0, 0])
+    assert "what is 399" in text and "what is 398" in text and "what is 380" not in text
+    loader.close()

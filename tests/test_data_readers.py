@@ -99,7 +99,7 @@ def test_content_may_be_a_list_of_texts_and_images():
     ("messages", "images", "reason"),
     [
         (None, 0, "the conversation is None, not a list of messages"),
-        ([], 0, "the conversation is list, not a list of messages"),
+        ([], 0, "the conversation is empty"),
         ("hello", 0, "the conversation is 'hello', not a list of messages"),
         ([QUESTION, ANSWER], 0, "the conversation has 1 <image> marks for 0 images"),
         ([QUESTION, ANSWER], 2, "the conversation has 1 <image> marks for 2 images"),

@@ -9,6 +9,7 @@ loss_mask        .     .   .        .       .   .     .      .  .  .   .  .     
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fastvlm_jax.data.tokenizer import Tokenizer
+from fastvlm_jax.data.tokenizer import Offsets, Tokenizer
 
 Content = Sequence[str | int]  # text, and images as their number in the record
 Turn = tuple[str, Content]  # ("system" | "user" | "assistant", content)
@@ -124,12 +125,10 @@ def render(
     for kind, group in itertools.groupby(_parts(turns, template, generation_prompt), key=lambda part: part.kind):
         parts = list(group)
         if kind == "text":
-            # owner[c]: whether character c of the run belongs to an answer
-            owner = np.repeat([part.learn for part in parts], [len(part.value) for part in parts])
             ids, offsets = tokenizer.encode_with_offsets("".join(part.value for part in parts))
             tokens += ids
             image_index += [-1] * len(ids)
-            learn += [bool(owner[start : max(end, start + 1)].any()) for start, end in offsets]
+            learn += _learnt(parts, offsets)
         elif kind == "special":
             names = [tokenizer.end if part.value == "{end}" else part.value for part in parts]
             tokens += [tokenizer.special_id(name) for name in names]
@@ -199,13 +198,19 @@ def drop_oldest(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
     """Returns a conversation without its oldest question and answer, whose images go to the next question.
 
     user(0, "what shape?") assistant("circle") user("is it red?") assistant("no")
-    -> user(0, "is it red?") assistant("no")                        None if there is but one question
+    -> user(0, "is it red?") assistant("no")                    None if there is but one question
     """
     system, talk = split_system(turns)
     if len(talk) < 4:
         return None
     images = tuple(part for part in talk[0][1] if isinstance(part, int))
     return (*system, (talk[2][0], images + tuple(talk[2][1])), *talk[3:])
+
+
+def shortened(turns: Sequence[Turn]) -> Iterator[tuple[Turn, ...]]:
+    """Yields a conversation without its oldest question, without its two oldest, and so on; the newest stays."""
+    while (turns := drop_oldest(turns)) is not None:
+        yield turns
 
 
 def split_system(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
@@ -236,8 +241,18 @@ def _parts(turns: Sequence[Turn], template: Template, generation_prompt: bool) -
         yield from _marked(template.before["assistant"])
 
 
-def _marked(text: str, learn: bool = False) -> Iterator[_Part]:
+def _learnt(parts: Sequence[_Part], offsets: Offsets) -> list[bool]:
+    """Whether each token of a run of texts holds a character of an answer."""
+    if not any(part.learn for part in parts):
+        return [False] * len(offsets)
+    owned = [learn for part in parts for learn in [part.learn] * len(part.value)]
+    before = [*itertools.accumulate(owned, initial=0)]  # characters of answers in front of each
+    before.append(before[-1])
+    return [before[end if end > start else start + 1] > before[start] for start, end in offsets]
+
+
+@functools.lru_cache(maxsize=256)
+def _marked(text: str, learn: bool = False) -> tuple[_Part, ...]:
     """The text of a template, its special tokens apart."""
-    for part in _MARKS.split(text):
-        if part:
-            yield _Part("special" if _MARKS.fullmatch(part) else "text", part, learn)
+    kinds = ((part, "special" if _MARKS.fullmatch(part) else "text") for part in _MARKS.split(text) if part)
+    return tuple(_Part(kind, part, learn) for part, kind in kinds)

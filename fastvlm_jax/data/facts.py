@@ -72,21 +72,30 @@ class Facts:
 
     def lengths(self, records: np.ndarray, bucket: int) -> tuple[Lengths, np.ndarray]:
         """Returns the segments of some records at the size of a bucket, longest first, and which question each is."""
-        size, shape, _ = self.buckets[bucket]
-        at = self.first[records]
-        counts = self.first[records + 1] - at
-        first = np.concatenate([[0], np.cumsum(counts)])
-        question = np.zeros(len(records), np.int32)
-        if len(counts) and not counts.min() == counts.max() == 1:
-            owner = np.repeat(np.arange(len(records)), counts)
-            question = np.arange(first[-1]) - first[owner]
-            at = at[owner] + question
-        tokens = (self.text[at] + self.image_slots[size.side][at] * size.tokens).astype(np.int32)
-        np.minimum(tokens, shape.length, out=tokens)  # what is longer loses its oldest questions
+        first, owner, question, tokens = self._segments(records, bucket)
+        counts = np.diff(first)
+        np.minimum(tokens, self.buckets[bucket].shape.length, out=tokens)  # what is longer loses its oldest questions
         if counts.max(initial=0) > 1:
             order = np.lexsort((-tokens, owner))
             tokens, question = tokens[order], question[order]
         return Lengths(first, tokens), question
+
+    def overlong(self, records: np.ndarray, bucket: int) -> int:
+        """Returns how many segments of some records are longer than a row of a bucket."""
+        return int((self._segments(records, bucket)[-1] > self.buckets[bucket].shape.length).sum())
+
+    def _segments(self, records: np.ndarray, bucket: int) -> tuple[np.ndarray, ...]:
+        """The segments of records: where those of each begin, whose each is, which question, and its tokens."""
+        size = self.buckets[bucket].size
+        at = self.first[records]
+        counts = self.first[records + 1] - at
+        first, owner = np.concatenate([[0], np.cumsum(counts)]), np.arange(len(records))
+        question = np.zeros(len(records), np.int32)
+        if len(counts) and not counts.min() == counts.max() == 1:
+            owner = np.repeat(owner, counts)
+            question = np.arange(first[-1]) - first[owner]
+            at = at[owner] + question
+        return first, owner, question, (self.text[at] + self.image_slots[size.side][at] * size.tokens).astype(np.int32)
 
 
 def make_facts(indexes: Sequence[RecordIndex], settings: Settings) -> Facts:

@@ -1,5 +1,6 @@
 """Records to the arrays of a batch: tokenize, decode, put each segment where the schedule planned it."""
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastvlm_jax.data.buffers import Buffers
-from fastvlm_jax.data.conversation import Segment, drop_oldest
+from fastvlm_jax.data.conversation import Segment, shortened
 from fastvlm_jax.data.geometry import Size, slots_of
 from fastvlm_jax.data.image import size_of, views_into
 from fastvlm_jax.data.index import FOLDER, talks_of
@@ -88,6 +89,8 @@ class BatchBuilder:
             drawn, placements = self._substitute(place, views, size, row_length)
         else:
             self._check_lengths(drawn.segments, place, row_length)
+        if drawn is None:
+            return
         out["image_mask"][place.slot : place.slot + sum(drawn.slots)] = True
         for question, row, offset, _ in placements:
             number = int(out["segment_ids"][row].max()) + 1
@@ -134,11 +137,15 @@ class BatchBuilder:
         found = []
         for talk in talks_of(record, self.turns):
             segment = self._segment(talk, slots, size)
-            while len(segment.tokens) > row_length:
-                talk = drop_oldest(talk) if self.overlong == "truncate" else None
-                if talk is None:
-                    raise ValueError(f"a text of {len(segment.tokens)} tokens, rows have {row_length}")
-                segment = self._segment(talk, slots, size)
+            if len(segment.tokens) > row_length and self.overlong == "truncate":
+                shorter = list(shortened(talk))
+                # By bisection: a conversation may have hundreds of questions.
+                fits = bisect.bisect_left(
+                    shorter, True, key=lambda talk: len(self._segment(talk, slots, size).tokens) <= row_length
+                )
+                segment = self._segment(shorter[min(fits, len(shorter) - 1)], slots, size)
+            if len(segment.tokens) > row_length:
+                raise ValueError(f"a text of {len(segment.tokens)} tokens, rows have {row_length}")
             if not segment.loss_mask[1:].any():
                 raise ValueError("no token of it is supervised")
             found.append(segment)
@@ -159,13 +166,15 @@ class BatchBuilder:
 
     def _substitute(
         self, place: Place, views: np.ndarray, size: Size, row_length: int
-    ) -> tuple["_Prepared", list[Placement]]:
-        """Puts the next usable record of the data set in the places of a bad one, as many of its segments as fit."""
+    ) -> tuple["_Prepared | None", list[Placement]]:
+        """Puts the next usable record of the data set in the places of a bad one, as many of its segments as fit.
+
+        Where the place is so short that none of the next MAX_TRIES fits, it stays empty.
+        """
         total = len(self.sources[place.source])
         for step in range(1, min(total, MAX_TRIES) + 1):
             number = (place.record + step) % total
             item = self._prepare(place.source, number, place.slots, size, row_length)
-            item = self._draw(place.source, number, item, views, size)
             if isinstance(item, _Unusable):
                 continue
             segments = item.segments
@@ -175,10 +184,9 @@ class BatchBuilder:
                 if fits:
                     free.remove(fits[0])
                     chosen.append(fits[0]._replace(question=question))
-            if chosen:
+            if chosen and isinstance(self._draw(place.source, number, item, views, size), _Prepared):
                 return item, chosen
-        where = self.sources[place.source].where(place.record)
-        raise ValueError(f"no usable record after {where} fits its place: write the data set again")
+        return None, []
 
 
 class _Prepared(NamedTuple):

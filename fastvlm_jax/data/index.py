@@ -6,11 +6,13 @@ Beside the shards of a data set lie two small files for each, made when it is wr
     index/train-00000-of-00004.tokens-1f0c9a33.npz   tokens of each text, for one tokenizer, template and way of turns
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -23,7 +25,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from fastvlm_jax.data.conversation import TEMPLATES, Turn, drop_oldest, questions, render
+from fastvlm_jax.data.conversation import TEMPLATES, Turn, questions, render, shortened
 from fastvlm_jax.data.image import size_of
 from fastvlm_jax.data.record import Record, check
 from fastvlm_jax.data.sources import RecordSource, read_shards
@@ -100,9 +102,7 @@ def images_named(talk: tuple[Turn, ...]) -> list[int]:
 
 def newest(talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """Returns a conversation without all but its newest question and answer."""
-    while (shorter := drop_oldest(talk)) is not None:
-        talk = shorter
-    return talk
+    return collections.deque(itertools.chain([talk], shortened(talk)), maxlen=1)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ from fastvlm_jax.data.sources import RecordSource, read_manifest, read_shards
 
 DECODERS = ("fast", "exact")
 _AHEAD = 2  # batches on their way to the devices
-_SHOWN = 20  # unusable records that are named one by one
+_SHOWN = 20  # records that the index cannot use are named one by one, up to this
 _ENOUGH = 1000  # records before the share of unusable ones says something
 
 
@@ -54,12 +54,14 @@ class Flow(NamedTuple):
 
     Attributes:
       images, tokens: of all processes; tiles and placeholders are counted too.
+      truncated: texts that lost their oldest questions, of all processes.
       records: of each data set, of all processes.
       waited: seconds that this process waited for a batch.
     """
 
     images: int
     tokens: int
+    truncated: int
     records: tuple[int, ...]
     waited: float
 
@@ -104,11 +106,11 @@ class Loader:
         self._local_position = {g: i for i, g in enumerate(local)}
         batches = _LocalBatches(build, local, start, sys.maxsize // 2 if stop is None else stop)
         self._length = len(batches) if stop is not None else None
-        self._sources, self._unusable = build.sources, _Unusable(build, max_substituted)
+        self._sources, self._replaced = build.sources, _Replaced(build, max_substituted)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         self._host = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._ahead = collections.deque()
-        self._flow = Flow(0, 0, (0,) * len(self.names), 0.0)
+        self._flow = Flow(0, 0, 0, (0,) * len(self.names), 0.0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -125,26 +127,27 @@ class Loader:
                 arrays, substituted, counts = next(self._host)
             except StopIteration:
                 break
+            except ValueError as error:  # Grain adds lines about itself
+                raise ValueError(str(error).splitlines()[0]) from error
             self._ahead.append((self.to_devices(arrays), substituted, counts))
         if not self._ahead:
             raise StopIteration
         batch, substituted, counts = self._ahead.popleft()
-        self._unusable.add(substituted, int(counts["records"].sum()))
+        self._replaced.add(substituted, int(counts["records"].sum()))
         self.position += 1
-        images, tokens, records, waited = self._flow
-        records = tuple(np.add(records, counts["records"]).tolist())
-        waited += time.monotonic() - begin
-        self._flow = Flow(images + counts["images"], tokens + counts["tokens"], records, waited)
+        images, tokens, truncated = (getattr(self._flow, name) + counts[name] for name in Flow._fields[:3])
+        records = tuple(np.add(self._flow.records, counts["records"]).tolist())
+        self._flow = Flow(images, tokens, truncated, records, self._flow.waited + time.monotonic() - begin)
         return batch
 
     @property
     def substituted(self) -> int:
         """How many records are known by now that cannot be used, and are replaced wherever they are drawn."""
-        return self._unusable.count
+        return self._replaced.count
 
     def flow(self) -> Flow:
         """Returns what went through since the last call."""
-        flow, self._flow = self._flow, Flow(0, 0, (0,) * len(self.names), 0.0)
+        flow, self._flow = self._flow, Flow(0, 0, 0, (0,) * len(self.names), 0.0)
         return flow
 
     def close(self) -> None:
@@ -164,19 +167,24 @@ class Loader:
         return jax.make_array_from_callback((self._num_groups, *local.shape[1:]), self.sharding, part)
 
 
-class _Unusable:
+class _Replaced:
     """The records that cannot be used: each is logged once; above a share of all, training stops with the list."""
 
     def __init__(self, build: BatchBuilder, share: float):
         self._share, self._seen, self._found = share, 0, {}
         self._total = sum(map(len, build.sources))
-        schedule = build.schedule
-        for number, reason in schedule.unusable.items():
-            source, record = schedule.where(number)
+        for number, reason in build.schedule.unusable.items():
+            source, record = build.schedule.where(number)
+            where = build.sources[source].where(record)
             if len(self._found) < _SHOWN:
-                self._log(Substituted(source, record, build.sources[source].where(record), "", reason))
-            self._found[source, record] = f"{build.sources[source].where(record)}: {reason}"
-        if len(self._found) > share * self._total:
+                self._log(Substituted(source, record, where, _key(build.sources[source], record), reason))
+            self._found[source, record] = f"{where}: {reason}"
+        if len(self._found) > _SHOWN:
+            logging.warning(
+                "%d more records are replaced by others: `fastvlm data inspect --list_unusable FILE` lists all",
+                len(self._found) - _SHOWN,
+            )
+        if len(self._found) > self._allowed(self._total):
             self._stop(f"{len(self._found):,} of {self._total:,} records")
 
     @property
@@ -187,22 +195,32 @@ class _Unusable:
         self._seen = min(self._seen + seen, self._total)
         for item in substituted:
             if (item.source, item.record) not in self._found:
-                if len(self._found) < _SHOWN or len(self._found) % 1000 == 0:
-                    self._log(item)
+                self._log(item)
                 self._found[item.source, item.record] = f"{item.where} ({item.key}): {item.reason}"
-        if len(self._found) > self._share * max(self._seen, min(self._total, _ENOUGH)):
+        if len(self._found) > self._allowed(max(self._seen, min(self._total, _ENOUGH))):
             self._stop(f"{len(self._found):,} records")
+
+    def _allowed(self, records: int) -> float:
+        # A single record stops no small data set, unless none is allowed at all.
+        return max(self._share * records, 1) if self._share else 0
 
     def _log(self, item: Substituted) -> None:
         key = f" ({item.key})" if item.key else ""
-        logging.warning("%s%s is replaced by another record: %s", item.where, key, item.reason)
+        logging.warning("%s%s cannot be used, another record takes its place: %s", item.where, key, item.reason)
 
     def _stop(self, count: str) -> None:
         listed = "; ".join(list(self._found.values())[:_SHOWN])
         raise ValueError(
             f"{count} cannot be used, more than data.max_substituted={self._share:g} allows. Mend them (`fastvlm data "
-            f"inspect` lists all) or raise it. The first: {listed}"
+            f"write --verify` leaves out damaged images) or raise it. The first: {listed}"
         )
+
+
+def _key(source: RecordSource, record: int) -> str:
+    try:
+        return source[record].key
+    except ValueError:
+        return ""
 
 
 def set_names(paths: Sequence[str]) -> tuple[str, ...]:

@@ -115,29 +115,34 @@ class Schedule:
     def group(self, plan: BatchPlan, g: int) -> list[Place]:
         """Returns what fills group g of a batch, in order of the image slots."""
         shape = self.settings.buckets[plan.bucket].shape
-        places, slot = [], 0
+        records = self._records(plan, [g])
+        lengths, questions = self._facts.lengths(records, plan.bucket)
+        first, tokens, questions = lengths.first.tolist(), lengths.tokens.tolist(), questions.tolist()
+        slots = self._facts.slots_in(plan.bucket)[records].tolist()
         room, used = np.full((1, shape.rows), shape.length, np.int32), [0] * shape.rows
-        for record in self._records(plan, [g]).tolist():
-            lengths, questions = self._facts.lengths(np.array([record]), plan.bucket)
-            rows, _ = place(room, lengths.tokens[None])
-            placements = []
-            for question, row, length in zip(
-                questions.tolist(), rows[0].tolist(), lengths.tokens.tolist(), strict=True
-            ):
-                placements.append(Placement(question, row, used[row], length))
-                used[row] += length
-            slots = int(self._facts.slots_in(plan.bucket)[record])
-            places.append(Place(*self.where(record), slot, slots, tuple(placements)))
-            slot += slots
+        places, slot = [], 0
+        for i, record in enumerate(records.tolist()):
+            own, placements = range(first[i], first[i + 1]), []
+            rows = [0] * len(own)
+            if shape.rows > 1:
+                rows = place(room, lengths.tokens[None, own.start : own.stop])[0][0].tolist()
+            for segment, row in zip(own, rows, strict=True):
+                placements.append(Placement(questions[segment], row, used[row], tokens[segment]))
+                used[row] += tokens[segment]
+            places.append(Place(*self.where(record), slot, slots[i], tuple(placements)))
+            slot += slots[i]
         return places
 
     def counts(self, plan: BatchPlan) -> dict[str, np.ndarray | int]:
-        """Returns what a batch holds: `images` (tiles too), `tokens` with their images', `records` of each data set."""
+        """Returns what a batch holds: `images` (tiles too), `tokens` (placeholders too), `truncated` texts, and the
+        `records` of each data set.
+        """
         records = self._records(plan, range(self.settings.groups))
         sources = np.searchsorted(self._offsets, records, side="right") - 1
         return {
             "images": int(self._facts.slots_in(plan.bucket)[records].sum()),
             "tokens": int(self._facts.lengths(records, plan.bucket)[0].tokens.sum()),
+            "truncated": int(self._facts.overlong(records, plan.bucket)),
             "records": np.bincount(sources, minlength=len(self._offsets) - 1),
         }
 

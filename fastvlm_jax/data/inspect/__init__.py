@@ -6,6 +6,7 @@ import pathlib
 
 import ml_collections
 
+from fastvlm_jax import config as config_lib
 from fastvlm_jax import model_io
 from fastvlm_jax.data.groups import BatchBuilder
 from fastvlm_jax.data.inspect import contents, page, text, usage
@@ -57,6 +58,7 @@ def inspect_run(
     Raises:
       FileNotFoundError, ValueError: see `inspect`, `make_processor` and `make_schedule`.
     """
+    config_lib.validate(config)
     if folder:
         config.data.path = folder
     # The order that training takes, or validation.

@@ -14,7 +14,7 @@ import PIL.ImageOps
 import pytest
 import simplejpeg
 
-from fastvlm_jax.data.image import MAX_SCANS, decode, shrink, size_of
+from fastvlm_jax.data.image import MAX_SCANS, decode, enough, fit_into, shrink, size_of, views_into
 
 
 def encode(image, **options):
@@ -447,3 +447,16 @@ def test_shrink_returns_what_is_small_enough_as_it_is():
     assert size_of(shrink(encode(PIL.Image.new("RGB", (2_000, 1)), format="PNG"), 100)) == (100, 1)
     with pytest.raises(ValueError, match="known format"):
         shrink(b"text", 9)
+
+
+@pytest.mark.parametrize("width, height", [(64, 48), (128, 96), (127, 95), (64, 64), (48, 64), (60, 40), (300, 200)])
+def test_what_is_decoded_in_place_is_what_is_decoded_and_then_placed(width, height):
+    data = simplejpeg.encode_jpeg(photo(height, width), quality=90)
+    background = (7, 8, 9)
+    found, expected = np.full((1, 64, 64, 3), 99, np.uint8), np.full((64, 64, 3), 55, np.uint8)
+    views_into(data, found, background=background)
+    fit_into(decode(data, enough(data, (64, 64), (1, 1), "pad")), expected, "pad", background)
+    np.testing.assert_array_equal(found[0], expected)
+    for cut in (data[:-20], data[: len(data) // 2]):
+        with pytest.raises(ValueError, match="the image cannot be read"):
+            views_into(cut, found, background=background)

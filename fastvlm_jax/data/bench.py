@@ -30,6 +30,7 @@ from fastvlm_jax.data.groups import BatchBuilder
 from fastvlm_jax.data.pipeline import Loader, make_builder
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.resize import tiles_into
 from fastvlm_jax.data.sources import RecordSource
 
 ROUNDS = 5
@@ -243,7 +244,7 @@ def _gather(build: BatchBuilder, batches: Sequence[int]) -> tuple[list[_Image], 
 
 
 def _run_raw(build: BatchBuilder, images: Sequence[_Image], count: int) -> float:
-    """Images/s of `count` threads that do nothing but decode and resize, each into memory of its own."""
+    """Images/s of `count` threads that do nothing but decode images and resize them, into memory of their own."""
     processor = build.processor
     shapes = [(slots_of(image.grid), image.size.height, image.size.width, 3) for image in images]
     memory = [np.zeros(max(map(np.prod, shapes)), np.uint8) for _ in range(count)]
@@ -253,8 +254,12 @@ def _run_raw(build: BatchBuilder, images: Sequence[_Image], count: int) -> float
         for image, shape in zip(images[thread::count], shapes[thread::count], strict=True):
             out = memory[thread][: np.prod(shape)].reshape(shape)
             with contextlib.suppress(ValueError):
-                overview = processor.overview(image.grid)
-                image_lib.views_into(image.data, out, image.grid, overview, processor.background, build.exact)
+                mode, background, exact = processor.overview(image.grid), processor.background, build.exact
+                at_least = None if exact else image_lib.enough(image.data, out.shape[1:3], image.grid, mode)
+                pixels = image_lib.decode(image.data, at_least)
+                image_lib.fit_into(pixels, out[0], mode, background, exact)
+                if len(out) > 1:
+                    tiles_into(pixels, out[1:], image.grid, background, exact)
                 seen[thread] += len(out)
 
     threads = [threading.Thread(target=work, args=(thread,)) for thread in range(count)]

@@ -23,6 +23,7 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 KINDS = ("qwen2", "smollm", "gpt2")
+MAX_SHORT, MAX_KEPT = 64, 1024  # characters of texts that are remembered, and how many
 MAX_TOKEN = 1024  # taking a token apart costs the square of its length; Qwen2's longest has 128 bytes
 
 
@@ -37,6 +38,7 @@ class JsonTokenizer:
         """Takes over `model`; `config` is what a `tokenizer_config.json` says, `source` a name for messages."""
         self.files = (source,)
         self._model = model
+        self._short: dict[str, tuple[list[int], Offsets]] = {}  # what templates put between texts comes again and again
         model.encode_special_tokens = True
         model.no_padding()
         model.no_truncation()
@@ -67,12 +69,17 @@ class JsonTokenizer:
         self.image_id = self._special[self.image]
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_with_offsets(text)[0]
+        return list(self.encode_with_offsets(text)[0])
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        if text in self._short:
+            return self._short[text]
         text.encode()  # half a surrogate pair, which JSON may hold: a ValueError
         encoding = self._model.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        found = encoding.ids, encoding.offsets
+        if len(text) <= MAX_SHORT and len(self._short) < MAX_KEPT:
+            self._short[text] = found
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -9,7 +9,7 @@ import PIL.Image
 import simplejpeg
 
 from fastvlm_jax.data.image_header import MAX_SIDE, Header, chunk, open_with_pillow, read_header, unreadable
-from fastvlm_jax.data.resize import crop_scaled, fit_into, pad_scaled, resize, tiled_scaled, tiles_into
+from fastvlm_jax.data.resize import crop_scaled, fit_into, pad_scaled, resize, room_for, tiled_scaled, tiles_into
 
 __all__ = ["MAX_SIDE", "decode", "fit_into", "shrink", "size_of", "views_into"]
 
@@ -87,18 +87,24 @@ def views_into(
     views = 1 if grid == (1, 1) else 1 + rows * columns
     if out.ndim != 4 or len(out) != views:
         raise ValueError(f"a grid of {rows} x {columns} needs {views} views, but out is {list(out.shape)}")
-    height, width = out.shape[1:3]
     at_least = None
     if not exact:
-        size = read_header(data).upright
-        wanted = crop_scaled(size, (height, width)) if mode == "crop" else pad_scaled(size, (height, width))
-        wanted = (height, width) if mode == "stretch" else wanted
-        tiled = tiled_scaled(size, (rows * height, columns * width)) if views > 1 else (0, 0)
-        at_least = max(wanted[0], tiled[0]), max(wanted[1], tiled[1])
+        at_least = enough(data, out.shape[1:3], grid, mode)
+        if views == 1 and mode == "pad" and _decode_into(data, at_least, out[0], background):
+            return
     image = decode(data, at_least)
     fit_into(image, out[0], mode, background, exact)
     if views > 1:
         tiles_into(image, out[1:], grid, background, exact)
+
+
+def enough(data: bytes, box: tuple[int, int], grid: tuple[int, int], mode: str) -> tuple[int, int]:
+    """Returns the (height, width) that an image needs to be decoded at for its views in a box of (height, width)."""
+    size, (height, width), (rows, columns) = read_header(data).upright, box, grid
+    wanted = crop_scaled(size, box) if mode == "crop" else pad_scaled(size, box)
+    wanted = box if mode == "stretch" else wanted
+    tiled = (0, 0) if grid == (1, 1) else tiled_scaled(size, (rows * height, columns * width))
+    return max(wanted[0], tiled[0]), max(wanted[1], tiled[1])
 
 
 def shrink(data: bytes, max_side: int, quality: int = 92) -> bytes:
@@ -131,14 +137,7 @@ def _decode_jpeg(data: bytes, header: Header, at_least: tuple[int, int] | None) 
     if _count_scans(data) > MAX_SCANS:
         raise ValueError(f"it has more than {MAX_SCANS} scans")
     color = "CMYK" if header.color in ("CMYK", "YCCK") else "RGB"
-    limits = {}
-    if at_least is not None:
-        height, width = at_least[::-1] if header.orientation > 4 else at_least
-        # Only these scales have fast code in libjpeg-turbo.
-        for factor in (8, 4, 2, 1):
-            limits = {"min_height": -(-header.height // factor), "min_width": -(-header.width // factor)}
-            if limits["min_height"] >= height and limits["min_width"] >= width:
-                break
+    limits = {} if at_least is None else _scale(header, at_least)
     try:
         # strict: a damaged file raises instead of ending in grey.
         image = simplejpeg.decode_jpeg(data, color, **limits)
@@ -150,6 +149,32 @@ def _decode_jpeg(data: bytes, header: Header, at_least: tuple[int, int] | None) 
         size = image.shape[1::-1]
         return np.asarray(PIL.Image.frombytes("CMYK", size, (255 - image).tobytes()).convert("RGB"))
     return image
+
+
+def _decode_into(data: bytes, at_least: tuple[int, int], out: np.ndarray, background: tuple[int, int, int]) -> bool:
+    """Decodes a JPEG that needs no resizing straight into `out`; False where it does, or is not a plain one."""
+    header = read_header(data)
+    if header.kind != "JPEG" or header.orientation != 1 or header.color in ("CMYK", "YCCK"):
+        return False
+    limits = _scale(header, at_least)
+    room = room_for(out, (limits["min_height"], limits["min_width"]), background)
+    if room is None or _count_scans(data) > MAX_SCANS:
+        return False
+    try:
+        simplejpeg.decode_jpeg(data, "RGB", buffer=room.reshape(-1), **limits)
+    except ValueError:  # `decode` tells whether it is worth a word
+        return False
+    return True
+
+
+def _scale(header: Header, at_least: tuple[int, int]) -> dict[str, int]:
+    """What to ask of simplejpeg for the smallest size that is enough: exactly the size that it then gives."""
+    height, width = at_least[::-1] if header.orientation > 4 else at_least
+    for factor in (8, 4, 2, 1):  # only these scales have fast code in libjpeg-turbo
+        size = {"min_height": -(-header.height // factor), "min_width": -(-header.width // factor)}
+        if size["min_height"] >= height and size["min_width"] >= width:
+            break
+    return size
 
 
 def _count_scans(data: bytes) -> int:

@@ -123,6 +123,17 @@ def _letterbox(out: np.ndarray, edges: Sequence[tuple[int, int]], background: Ba
     return out[top:bottom, left:right]
 
 
+def room_for(out: np.ndarray, size: tuple[int, int], background: Background) -> np.ndarray | None:
+    """Returns the part of `out` that an image of that size fills unresized, its borders painted; None if it does not.
+
+    It is one piece of memory: an image that is as wide as `out`.
+    """
+    (top, bottom), (left, right) = edges = _placed(size, out.shape[:2])
+    if (bottom - top, right - left) != size or right - left != out.shape[1] or not out.flags.c_contiguous:
+        return None
+    return _letterbox(out, edges, background)
+
+
 def _pad(image: np.ndarray, out: np.ndarray, background: Background) -> None:
     resize(image, _letterbox(out, _placed(image.shape[:2], out.shape[:2]), background))
 

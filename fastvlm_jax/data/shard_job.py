@@ -96,7 +96,7 @@ class Shard:
         self._records = self._images = 0
         self._index = ShardIndex(counter)
         # One record a group: random access decompresses nothing else.
-        self._writer = _told(path, lambda: ArrayRecordWriter(str(self._partial), "group_size:1"))
+        self._writer = _told(path, lambda: ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed"))
 
     def add(self, record: Record, data: bytes, sizes: list[tuple[int, int]] | None = None) -> None:
         """Adds a record, packed as `data`; `sizes` are those of its images where they are known."""

@@ -80,16 +80,16 @@ def test_without_torch_the_command_prints_a_table_and_writes_the_same_numbers(fo
     status, out, err = run(monkeypatch, capsys, folder, f"--output={tmp_path / 'new' / 'bench.json'}")
     assert status == 0, err
     found = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert set(found["rates"]) == {"pipeline", "raw"} and set(found["ratios"]) == {"raw"}
+    assert set(found["rates"]) == {"pipeline", "raw_files", "raw"} and set(found["ratios"]) == {"raw_files", "raw"}
     for spread in (*found["rates"].values(), *found["ratios"].values(), found["tokens_per_second"]):
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
-    (ours, raw), ratio = found["rates"].values(), found["ratios"]["raw"]
+    (ours, _, raw), ratio = found["rates"].values(), found["ratios"]["raw"]
     assert ours["min"] / raw["max"] <= ratio["min"] and ratio["max"] <= ours["max"] / raw["min"]
     assert (found["threads"], found["groups"], found["image_size"], found["rounds"]) == (2, 8, 128, bench.ROUNDS)
     assert found["left_out"] == dict.fromkeys(["dataloader_pillow", "dataloader_torchvision"], "torch is not installed")
     table = out.splitlines()
     assert table[0].startswith(f"{folder}, 128 px, batches of 8 groups, 2 threads")
-    assert f"{found['ratios']['raw']['median']:.2f} (" in next(line for line in table if "bare threads" in line)
+    assert f"{found['ratios']['raw']['median']:.2f} (" in next(line for line in table if "alone, bare threads" in line)
     assert sum(line.endswith("left out: torch is not installed") for line in table) == 2
     assert {thread.name for thread in threading.enumerate()} <= {"MainThread", "tqdm_monitor"}
 

@@ -3,7 +3,8 @@
 The contestants take turns, round after round, so that whatever else the machine does hits all of them:
 
     pipeline                 the Loader that training uses, up to batches on the devices
-    raw                      decoding and resizing of the same images alone, in as many bare threads
+    raw_files                reading, decoding and resizing of the same images as files, in as many bare threads
+    raw                      decoding and resizing of the same images alone, from memory, in as many bare threads
     dataloader_pillow        a PyTorch DataLoader with LLaVA's processing of the same files, by Pillow
     dataloader_torchvision   the same, by torchvision
 """
@@ -11,7 +12,9 @@ The contestants take turns, round after round, so that whatever else the machine
 import contextlib
 import dataclasses
 import os
+import pathlib
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +40,7 @@ ROUNDS = 5
 PARTS = ("read", "decode", "resize", "tokenize", "pack", "copy")
 NAMES = {
     "pipeline": "this pipeline",
+    "raw_files": "files: read, decode, resize, bare threads",
     "raw": "decode and resize alone, bare threads",
     "dataloader_pillow": "PyTorch DataLoader, Pillow processor",
     "dataloader_torchvision": "PyTorch DataLoader, torchvision processor",
@@ -47,9 +51,9 @@ _AHEAD = 3  # batches that a Loader takes before it gives out the first
 
 
 class _Image(NamedTuple):
-    """An encoded image, and the views that the model sees of it."""
+    """An encoded image or the file that holds it, and the views that the model sees of it."""
 
-    data: bytes
+    data: bytes | pathlib.Path
     grid: Grid
     size: Size
 
@@ -80,16 +84,18 @@ def bench_input(
     blocks = max(1, round(seconds / ROUNDS / (took[2] or 1e-9)))
     count = blocks * threads  # threads finish about together: whole rounds of them are counted
     images, records = _gather(build, range(first, first + count))
-    rates: dict[str, list[float]] = {"pipeline": [], "raw": []}
+    rates: dict[str, list[float]] = {"pipeline": [], "raw_files": [], "raw": []}
     tokens = []
     with contextlib.ExitStack() as stack:
         stack.callback(logging.set_verbosity, logging.get_verbosity())
         logging.set_verbosity(logging.ERROR)  # unusable records were named once, by the first Loader
+        files = _as_files(images, pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())))
         theirs, left_out = start_dataloaders(stack, build, records, threads)
         for _ in range(ROUNDS):
             seen, words, took = _run_pipeline(build, config, sharding, first, count)
             rates["pipeline"].append(seen / took)
             tokens.append(words / took)
+            rates["raw_files"].append(_run_raw(build, files, threads))
             rates["raw"].append(_run_raw(build, images, threads))
             for name, ask in list(theirs.items()):
                 try:
@@ -160,6 +166,7 @@ def time_parts(
             (RecordSource, "__getitem__", "read"),
             (BatchBuilder, "segments", "tokenize"),
             (image_lib, "decode", "decode"),
+            (image_lib, "_decode_into", "decode"),
             (image_lib, "fit_into", "resize"),
             (image_lib, "tiles_into", "resize"),
         ):
@@ -243,6 +250,13 @@ def _gather(build: BatchBuilder, batches: Sequence[int]) -> tuple[list[_Image], 
     return images, records
 
 
+def _as_files(images: Sequence[_Image], folder: pathlib.Path) -> list[_Image]:
+    files = [folder / str(i) for i in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        file.write_bytes(image.data)
+    return [image._replace(data=file) for image, file in zip(images, files, strict=True)]
+
+
 def _run_raw(build: BatchBuilder, images: Sequence[_Image], count: int) -> float:
     """Images/s of `count` threads that do nothing but decode images and resize them, into memory of their own."""
     processor = build.processor
@@ -255,8 +269,9 @@ def _run_raw(build: BatchBuilder, images: Sequence[_Image], count: int) -> float
             out = memory[thread][: np.prod(shape)].reshape(shape)
             with contextlib.suppress(ValueError):
                 mode, background, exact = processor.overview(image.grid), processor.background, build.exact
-                at_least = None if exact else image_lib.enough(image.data, out.shape[1:3], image.grid, mode)
-                pixels = image_lib.decode(image.data, at_least)
+                data = image.data if isinstance(image.data, bytes) else image.data.read_bytes()
+                at_least = None if exact else image_lib.enough(data, out.shape[1:3], image.grid, mode)
+                pixels = image_lib.decode(data, at_least)
                 image_lib.fit_into(pixels, out[0], mode, background, exact)
                 if len(out) > 1:
                     tiles_into(pixels, out[1:], image.grid, background, exact)

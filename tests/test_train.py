@@ -142,6 +142,7 @@ def test_the_last_state_is_saved_before_a_validation_that_fails(easy_vqa, tmp_pa
     talk = (("user", (0, "what is the color of the shape that is in the image?")), ("assistant", ("red",)))
     write_shards(tmp_path / "data", "validation", [Record("cut", (records[0].images[0][:200],), talk), *records])
     config = small_config(tmp_path / "data", steps=1, eval_batches=1, data__tokenizer=str(easy_vqa), **ONE)
+    config.data.max_substituted = 0.0
     with pytest.raises(ValueError, match="cut"):
         run(config, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["1"]

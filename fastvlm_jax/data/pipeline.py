@@ -128,7 +128,7 @@ class Loader:
             except StopIteration:
                 break
             except ValueError as error:  # Grain adds lines about itself
-                raise ValueError(str(error).splitlines()[0]) from error
+                raise ValueError((str(error).splitlines() or ["the input failed"])[0]) from error
             self._ahead.append((self.to_devices(arrays), substituted, counts))
         if not self._ahead:
             raise StopIteration

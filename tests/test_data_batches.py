@@ -238,18 +238,18 @@ def test_the_next_usable_record_stands_in_and_leaves_nothing_of_the_bad_one(tmp_
     good = [picture(40, 40, i) for i in range(4)]
     records = [
         Record("0", (good[0],), ask(("what", "red"))),
-        Record("1", (good[1], picture(40, 40)[:90]), ask(("what", "green"), images=2)),
+        Record("1", (good[1], good[0], picture(40, 40)[:90]), ask(("what", "green"), images=3)),
         Record("2", (good[2],), ask(("what", "blue"))),
         Record("3", (good[3],), ask(("what", "one"))),
     ]
     write_shards(tmp_path, "train", records)
     processor = Processor(tokenizer, "chatml", 64, 3)
     (batch,) = read(tmp_path, processor, max_substituted=0.5, images_per_group=6)
-    assert batch.image_mask[0].tolist() == [True, True, False, True, True, False]
-    for slot, number in ((0, 0), (1, 2), (3, 2), (4, 3)):
+    assert batch.image_mask[0].tolist() == [True, True, False, False, True, True]
+    for slot, number in ((0, 0), (1, 2), (4, 2), (5, 3)):
         np.testing.assert_array_equal(batch.images[0, slot], processor.pixels(good[number]))
-    assert not batch.images[0, [2, 5]].any()
-    assert set(batch.image_index[0, 0]) == {-1, *range(6), *range(9, 15)}
+    assert not batch.images[0, 2:4].any()
+    assert set(batch.image_index[0, 0]) == {-1, *range(6), *range(12, 18)}
 
 
 def test_the_index_names_what_cannot_be_used_in_every_shard(tmp_path, tokenizer):

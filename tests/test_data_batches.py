@@ -404,3 +404,11 @@ def test_a_conversation_of_hundreds_of_questions_is_cut_in_no_time_and_counted(t
     text = tokenizer.decode(batches[0].tokens[0, 0])
     assert "what is 399" in text and "what is 398" in text and "what is 380" not in text
     loader.close()
+
+
+def test_validation_is_at_the_resolution_of_the_model(tmp_path, tokenizer):
+    write_shards(tmp_path, "train", [Record(str(i), (picture(70, 70, i),), ask(("what", "red"))) for i in range(4)])
+    sizes = tuple(size for side in (32, 64, 128) for size in make_sizes(side, (), 16, lambda h, w: h * w // 256))
+    processor = Processor(tokenizer, "chatml", 64, 16, sizes=sizes)
+    batches = read(tmp_path, processor, resolutions=((32, 0.2), (64, 0.2), (128, 0.6)))
+    assert {batch.images.shape[2:4] for batch in batches} == {(64, 64)}

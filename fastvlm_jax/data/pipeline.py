@@ -290,11 +290,17 @@ def make_buckets(config: ml_collections.ConfigDict, processor: Processor) -> tup
 def make_schedule(
     config: ml_collections.ConfigDict, processor: Processor, sources: Sequence[RecordSource], seed: int | None
 ) -> Schedule:
-    """Returns the schedule of opened data sets; records are counted first where that was not done yet."""
+    """Returns the schedule of opened data sets; records are counted first where that was not done yet.
+
+    Evaluation (`seed=None`) is at the model's own resolution, `image_size`.
+    """
     counter = Counter(processor.tokenizer, processor.template, config.turns)
     indexes = [load_index(source, counter) for source in sources]
     weights = data_sets(config)[1] if seed is not None else ()
-    settings = Settings(make_buckets(config, processor), config.groups, seed, weights, processor.grids, config.overlong)
+    buckets = make_buckets(config, processor)
+    if seed is None:
+        buckets = tuple(bucket for bucket in buckets if bucket.size.side == processor.image_size)
+    settings = Settings(buckets, config.groups, seed, weights, processor.grids, config.overlong)
     split = " ".join(f"{source.fingerprint} {source.split}" for source in sources)
     return Schedule(indexes, settings, f"{split} {counter.id}")
 

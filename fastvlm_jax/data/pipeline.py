@@ -17,7 +17,6 @@ import grain
 import jax
 import ml_collections
 import numpy as np
-from absl import logging
 from etils import epath
 
 from fastvlm_jax.batch import Batch
@@ -26,13 +25,12 @@ from fastvlm_jax.data.groups import Arrays, BatchBuilder, Substituted
 from fastvlm_jax.data.index import Counter, load_index
 from fastvlm_jax.data.packing import GroupShape
 from fastvlm_jax.data.processor import Processor
+from fastvlm_jax.data.replaced import Replaced
 from fastvlm_jax.data.schedule import Schedule
 from fastvlm_jax.data.sources import RecordSource, read_manifest, read_shards
 
 DECODERS = ("fast", "exact")
 _AHEAD = 2  # batches on their way to the devices
-_SHOWN = 20  # records that the index cannot use are named one by one, up to this
-_ENOUGH = 1000  # records before the share of unusable ones says something
 
 
 class _LocalBatches:
@@ -106,7 +104,7 @@ class Loader:
         self._local_position = {g: i for i, g in enumerate(local)}
         batches = _LocalBatches(build, local, start, sys.maxsize // 2 if stop is None else stop)
         self._length = len(batches) if stop is not None else None
-        self._sources, self._replaced = build.sources, _Replaced(build, max_substituted)
+        self._sources, self._replaced = build.sources, Replaced(build, max_substituted)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         self._host = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._ahead = collections.deque()
@@ -165,62 +163,6 @@ class Loader:
             return local[self._local_position[start] : self._local_position[start] + stop - start]
 
         return jax.make_array_from_callback((self._num_groups, *local.shape[1:]), self.sharding, part)
-
-
-class _Replaced:
-    """The records that cannot be used: each is logged once; above a share of all, training stops with the list."""
-
-    def __init__(self, build: BatchBuilder, share: float):
-        self._share, self._seen, self._found = share, 0, {}
-        self._total = sum(map(len, build.sources))
-        for number, reason in build.schedule.unusable.items():
-            source, record = build.schedule.where(number)
-            where = build.sources[source].where(record)
-            if len(self._found) < _SHOWN:
-                self._log(Substituted(source, record, where, _key(build.sources[source], record), reason))
-            self._found[source, record] = f"{where}: {reason}"
-        if len(self._found) > _SHOWN:
-            logging.warning(
-                "%d more records are replaced by others: `fastvlm data inspect --list_unusable FILE` lists all",
-                len(self._found) - _SHOWN,
-            )
-        if len(self._found) > self._allowed(self._total):
-            self._stop(f"{len(self._found):,} of {self._total:,} records")
-
-    @property
-    def count(self) -> int:
-        return len(self._found)
-
-    def add(self, substituted: list[Substituted], seen: int) -> None:
-        self._seen = min(self._seen + seen, self._total)
-        for item in substituted:
-            if (item.source, item.record) not in self._found:
-                self._log(item)
-                self._found[item.source, item.record] = f"{item.where} ({item.key}): {item.reason}"
-        if len(self._found) > self._allowed(max(self._seen, min(self._total, _ENOUGH))):
-            self._stop(f"{len(self._found):,} records")
-
-    def _allowed(self, records: int) -> float:
-        # A single record stops no small data set, unless none is allowed at all.
-        return max(self._share * records, 1) if self._share else 0
-
-    def _log(self, item: Substituted) -> None:
-        key = f" ({item.key})" if item.key else ""
-        logging.warning("%s%s cannot be used, another record takes its place: %s", item.where, key, item.reason)
-
-    def _stop(self, count: str) -> None:
-        listed = "; ".join(list(self._found.values())[:_SHOWN])
-        raise ValueError(
-            f"{count} cannot be used, more than data.max_substituted={self._share:g} allows. Mend them (`fastvlm data "
-            f"write --verify` leaves out damaged images) or raise it. The first: {listed}"
-        )
-
-
-def _key(source: RecordSource, record: int) -> str:
-    try:
-        return source[record].key
-    except ValueError:
-        return ""
 
 
 def set_names(paths: Sequence[str]) -> tuple[str, ...]:

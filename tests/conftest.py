@@ -62,3 +62,13 @@ def easy_vqa(tmp_path_factory):
     folder = tmp_path_factory.mktemp("easy_vqa")
     write_easy_vqa(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A tokenizer of a few words, and bytes."""
+    from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_sentencepiece(["user what is it assistant red green blue one two three"], folder / "tokenizer.model", 300)
+    return load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""The smallest config that exercises everything: two encoder stages, 16 px images, 4 tokens an image."""
+"""The smallest config that exercises everything: two encoder stages, 16 px images, 4 tokens an image; and turns."""
 
 from fastvlm_jax.config import get_base
 
@@ -19,3 +19,9 @@ def small_config(data, steps=4, **overrides):
         for key, value in overrides.items():
             c.update_from_flattened_dict({key.replace("__", "."): value})
     return c
+
+
+def ask(*pairs, images=1):
+    """The turns of questions and answers, with the images in the first question."""
+    turns = [turn for q, a in pairs for turn in (("user", (q,)), ("assistant", (a,)))]
+    return (("user", (*range(images), *turns[0][1])), *turns[1:])

@@ -2,29 +2,17 @@
 
 import json
 import pathlib
-import sys
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+from command import fastvlm
 from small import small_config
 
-from fastvlm_jax import cli
 from fastvlm_jax.train import train
 
 CONFIG = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
-
-
-def fastvlm(monkeypatch, capsys, *argv):
-    """(exit status, stdout, stderr) of `fastvlm ARGV`."""
-    monkeypatch.setattr(sys, "argv", ["fastvlm", *map(str, argv)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")

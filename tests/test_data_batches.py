@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from small import small_config
+from small import ask, small_config
 
 from fastvlm_jax import model_io
 from fastvlm_jax.data.geometry import make_sizes
@@ -30,18 +30,6 @@ def picture(width, height, seed=0):
     buffer = io.BytesIO()
     PIL.Image.fromarray(noise).resize((width, height), PIL.Image.Resampling.BICUBIC).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def ask(*pairs, images=1):
-    turns = [turn for q, a in pairs for turn in (("user", (q,)), ("assistant", (a,)))]
-    return (("user", (*range(images), *turns[0][1])), *turns[1:])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_sentencepiece(["user what is it assistant red green blue one two three"], folder / "tokenizer.model", 300)
-    return load_tokenizer(folder)
 
 
 def config(folder, **changes):

@@ -3,7 +3,6 @@ import importlib.util
 import io
 import json
 import pathlib
-import sys
 import threading
 import time
 
@@ -11,10 +10,10 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from command import fastvlm
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small import small_config
 
-from fastvlm_jax import cli
 from fastvlm_jax.data import bench
 from fastvlm_jax.data.buffers import Buffers
 from fastvlm_jax.data.pipeline import make_builder
@@ -55,17 +54,6 @@ def folder(tmp_path_factory):
     write_shards(text, "train", [Record("a", (), (("user", ("hi",)), ("assistant", ("no",))))])
     (text / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     return folder
-
-
-def fastvlm(monkeypatch, capsys, *argv):
-    """(exit status, stdout, stderr) of `fastvlm ARGV`."""
-    monkeypatch.setattr(sys, "argv", ["fastvlm", *map(str, argv)])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
 
 
 def run(monkeypatch, capsys, folder, *more):

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import sentencepiece
+from small import ask
 
 from fastvlm_jax import cli
 from fastvlm_jax.data.groups import BatchBuilder
@@ -23,7 +24,7 @@ from fastvlm_jax.data.inspect.text import percent, visible
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from fastvlm_jax.data.tokenizer import load_tokenizer
 from fastvlm_jax.data.write import write_shards
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
@@ -37,18 +38,6 @@ def picture(width, height, kind="PNG", seed=0):
     buffer = io.BytesIO()
     PIL.Image.fromarray(noise).save(buffer, kind)
     return buffer.getvalue(), noise
-
-
-def ask(*pairs, images=0):
-    turns = [turn for q, a in pairs for turn in (("user", (q,)), ("assistant", (a,)))]
-    return (("user", (*range(images), *turns[0][1])), *turns[1:])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_sentencepiece(["user what is it assistant red green blue one two three"], folder / "tokenizer.model", 300)
-    return load_tokenizer(folder)
 
 
 def config(**changes):
@@ -95,7 +84,7 @@ def test_what_a_split_holds_is_told_by_its_files(tmp_path):
     records = [
         Record("a", (png,), ask(("one", "1"), ("two", "2"), images=1)),
         Record("b", (jpeg, png), ask(("compare", "done"), images=2)),
-        Record("c", (), ask(("one", "1"))),
+        Record("c", (), ask(("one", "1"), images=0)),
     ]
     write_shards(tmp_path, "train", records)
     (tmp_path / "rejected.jsonl").write_text(
@@ -122,7 +111,9 @@ def test_what_a_split_holds_is_told_by_its_files(tmp_path):
 def test_sizes_are_read_from_the_records_where_the_index_is_gone(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
     shapes = [(30, 20), (50, 70), (9, 9)]
-    write_shards(tmp_path / "d", "train", [Record(str(s), (picture(*s)[0],), ask(("q", "a"))) for s in shapes])
+    write_shards(
+        tmp_path / "d", "train", [Record(str(s), (picture(*s)[0],), ask(("q", "a"), images=0)) for s in shapes]
+    )
     index = tmp_path / "d" / "index" / "train-00000-of-00001.array_record.sizes.npz"
     index.unlink()
     for _ in range(2):  # read from the records, then from the cache
@@ -229,9 +220,9 @@ def test_the_index_of_some_records_is_that_of_a_data_set_that_holds_them_alone(t
 
 
 def test_every_unusable_record_is_listed_with_key_and_reason(tmp_path, tokenizer):
-    good = Record("good", (), ask(("what", "red")))
-    long = Record("long", (), ask(("what", "red " * 80)))
-    cut = Record("cut", (), ask(("one", "red " * 50), ("two", "blue")))
+    good = Record("good", (), ask(("what", "red"), images=0))
+    long = Record("long", (), ask(("what", "red " * 80), images=0))
+    cut = Record("cut", (), ask(("one", "red " * 50), ("two", "blue"), images=0))
     many = Record("many", (picture(9, 9)[0],) * 3, ask(("what", "red"), images=3))
     empty = Record("empty", (), (("user", ("hi",)),))
     write_shards(tmp_path / "a", "train", [good, long, good, cut])
@@ -256,7 +247,9 @@ def test_every_unusable_record_is_listed_with_key_and_reason(tmp_path, tokenizer
 
 def test_a_mixture_tells_each_sets_part_in_an_epoch(tmp_path, tokenizer):
     for name, count, answer in (("a", 30, "red"), ("b", 10, "red " * 5)):
-        write_shards(tmp_path / name, "train", [Record(str(i), (), ask(("what", answer))) for i in range(count)])
+        write_shards(
+            tmp_path / name, "train", [Record(str(i), (), ask(("what", answer), images=0)) for i in range(count)]
+        )
     settings = config(path="", root=str(tmp_path), mixture=(("a", 0.25), ("b", 0.75)))
     found, *_ = measured(settings, Processor(tokenizer, "chatml", 16, 3), tmp_path / "a", tmp_path / "b", seed=0)
     a, b = found.sets
@@ -370,7 +363,7 @@ def test_a_replacement_may_have_fewer_texts(tmp_path, tokenizer):
 
 
 def test_samples_come_from_several_batches(tmp_path, tokenizer):
-    write_shards(tmp_path, "train", [Record(str(i), (), ask(("what", "red " * 30))) for i in range(12)])
+    write_shards(tmp_path, "train", [Record(str(i), (), ask(("what", "red " * 30), images=0)) for i in range(12)])
     processor = Processor(tokenizer, "chatml", 16, 3)
     _, sources, schedule = measured(config(groups=3, row_length=128), processor, tmp_path)
     build = BatchBuilder(tuple(sources), schedule, processor, "conversation")
@@ -449,7 +442,7 @@ def run_cli(monkeypatch, capsys, *argv):
 def test_a_page_of_hostile_records_holds_them_as_text_alone(tmp_path, tokenizer, monkeypatch, capsys):
     data = tmp_path / "data"
     records = [Record(HOSTILE, (picture(9, 9)[0],), ask((HOSTILE, HOSTILE), images=1))] * 3
-    write_shards(data, "train", [*records, Record("bad" + HOSTILE, (), ask((HOSTILE, " ")))])
+    write_shards(data, "train", [*records, Record("bad" + HOSTILE, (), ask((HOSTILE, " "), images=0))])
     (data / "rejected.jsonl").write_text(json.dumps({"split": "train", "reason": HOSTILE, "file": "", "key": ""}))
     page, listed = tmp_path / "deep" / "page.html", tmp_path / "deep" / "page.unusable.jsonl"
     run = [
@@ -482,7 +475,7 @@ def test_a_page_of_hostile_records_holds_them_as_text_alone(tmp_path, tokenizer,
 
 
 def test_wrong_use_is_told_in_a_line(tmp_path, tokenizer, monkeypatch, capsys):
-    write_shards(tmp_path / "data", "train", [Record("x", (), ask(("what", "red")))])
+    write_shards(tmp_path / "data", "train", [Record("x", (), ask(("what", "red"), images=0))])
     write_shards(tmp_path / "none", "train", [])
     write_shards(tmp_path / "bad", "train", [Record("x", (), (("user", ("hi",)),))])
     run = [f"--config={CONFIG}:stage2_instruct", f"--config.data.tokenizer={tokenizer.files[0]}"]

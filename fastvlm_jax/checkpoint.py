@@ -107,11 +107,8 @@ def save(checkpointer: ocp.training.Checkpointer, state: TrainState, loader: Loa
     )
 
 
-def restore(
-    checkpointer: ocp.training.Checkpointer, abstract: TrainState, shardings: TrainState
-) -> tuple[TrainState, int]:
-    """(state, data position) of the latest checkpoint, laid out by `shardings` whatever mesh wrote it."""
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+def restore(checkpointer: ocp.training.Checkpointer, target: TrainState) -> tuple[TrainState, int]:
+    """(state, data position) of the latest checkpoint, as the abstract `target` is laid out, whatever mesh wrote it."""
     found = checkpointer.load_checkpointables(
         None,
         {

@@ -154,7 +154,7 @@ def get_base(size: str) -> ml_collections.ConfigDict:
     c.parent = ""
 
     c.model = ml_collections.ConfigDict()
-    c.model.dtype = "float32" if tiny else "bfloat16"  # of the computation; parameters are float32
+    c.model.dtype = "float32" if tiny else "bfloat16"  # of the computation
     c.model.vision = ml_collections.ConfigDict(VISION_SIZES[vision])
     if "family" not in VISION_SIZES[vision]:
         # The paper does not say in which form, or with which BatchNorm statistics, the tower is tuned in a VLM. The
@@ -167,9 +167,9 @@ def get_base(size: str) -> ml_collections.ConfigDict:
     # What images in [0, 1] are normalised with, a colour: FastVLM's own encoder takes them as they are.
     c.model.vision.image_mean = VISION_SIZES[vision].get("image_mean", (0.0, 0.0, 0.0))
     c.model.vision.image_std = VISION_SIZES[vision].get("image_std", (1.0, 1.0, 1.0))
-    c.model.vision.remat = not tiny  # recompute blocks in the backward pass
+    c.model.vision.remat = "none" if tiny else "full"  # what the backward pass recomputes, see models/remat.py
     c.model.llm = ml_collections.ConfigDict({**QWEN2, **LLM_SIZES[llm]})
-    c.model.llm.remat = not tiny
+    c.model.llm.remat = "none" if tiny else "full"
 
     c.data = ml_collections.ConfigDict()
     c.data.path = ""  # folder of ArrayRecord shards (`fastvlm data write`), local or gs://; takes the mixture's place
@@ -207,7 +207,14 @@ def get_base(size: str) -> ml_collections.ConfigDict:
     c.warmup_ratio = 0.03  # share of the steps with a linearly rising rate, then cosine to zero
     c.beta1, c.beta2, c.epsilon = 0.9, 0.999, 1e-8  # AdamW
     c.clip_norm = 1.0  # global norm over all trainable gradients
-    c.mesh = (1, -1, 1, 1)  # devices over (replica, data, fsdp, tensor); -1 = the rest
+    # Devices over (replica, data, fsdp, tensor); -1 = the rest. replica: whole copies, one or more a slice, with one
+    # reduction of gradients between slices; data: copies within a slice; fsdp: parameters and optimizer split, gathered
+    # layer by layer; tensor: heads and MLP split, at most num_kv_heads.
+    c.mesh = (1, -1, 1, 1) if tiny else (1, 1, -1, 1)
+    c.shard_frozen = True  # False = frozen parameters lie whole on every device of fsdp: no gathers, more memory
+    c.accumulate = 1  # parts that the groups of a batch are taken in, one after another: less memory, the same step
+    c.param_dtype = "float32"  # or "bfloat16", which loses updates smaller than 1/256 of a weight
+    c.moment_dtype = "float32"  # of Adam's first moment; "bfloat16" saves 2 bytes a parameter
 
     c.log_every = 10  # steps between metrics
     c.checkpoint_every = 1000  # steps between checkpoints; one is always written at the end
@@ -237,6 +244,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")
+    for key in ("param_dtype", "moment_dtype"):
+        if config[key] not in ("float32", "bfloat16"):
+            raise ValueError(f"{key}={config[key]!r} must be float32 or bfloat16")
+    if config.accumulate < 1 or config.data.groups % config.accumulate:
+        raise ValueError(f"accumulate={config.accumulate} must divide data.groups={config.data.groups}")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
     data = config.data

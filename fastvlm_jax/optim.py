@@ -58,10 +58,12 @@ def make_optimizer(
     beta2: float,
     epsilon: float,
     clip_norm: float,
+    moment_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """AdamW with a rate and a decay for each group, after clipping by the global norm of all trainable gradients.
 
-    `params` may be abstract; the transformation acts on the flat trainable dict that `split` returns.
+    `params` may be abstract; the transformation acts on the flat trainable dict that `split` returns, with gradients in
+    float32. `moment_dtype` is of the first moment alone: the second would not move in bfloat16.
     """
     assigned = assign(params, groups)
     trainable, _ = split(params, groups)
@@ -70,7 +72,8 @@ def make_optimizer(
         def decayed(tree):
             return {path: path.split("/")[-1] in DECAYED for path in tree}
 
-        return optax.adamw(schedule(peak, steps, warmup_ratio), beta1, beta2, epsilon, weight_decay=decay, mask=decayed)
+        rate = schedule(peak, steps, warmup_ratio)
+        return optax.adamw(rate, beta1, beta2, epsilon, mu_dtype=moment_dtype, weight_decay=decay, mask=decayed)
 
     transforms = {i: adamw(peak, decay) for i, (_, peak, decay) in enumerate(groups) if peak > 0}
     labels = {path: assigned[path] for path in trainable}

@@ -1,25 +1,29 @@
 """The mesh and the one table from logical axes to mesh axes. No other file spells a mesh axis."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("replica", "data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes. A vocabulary x embed-sharded table would be rematerialised whole at every lookup,
-# so the embedding table declares ("vocab", None).
+# so the embedding table declares ("vocab", None). Tensor comes first there: what is gathered over fsdp is contiguous.
 LOGICAL_AXES = {
     "batch": ("replica", "data", "fsdp"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    "vocab": ("fsdp", "tensor"),
+    "vocab": ("tensor", "fsdp"),
+    "words": ("tensor",),  # the vocabulary where it is used: gathered along fsdp
 }
 # Parameters that declare no axes (the convolutional encoder) shard their largest divisible dimension above this size.
 MIN_SHARDED_ELEMENTS = 2**18
@@ -28,8 +32,13 @@ MIN_SHARDED_ELEMENTS = 2**18
 def make_mesh(sizes: Sequence[int] = (1, -1, 1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over (replica, data, fsdp, tensor); one size may be -1 and takes the devices that are left.
 
+    Axes are laid on the links of a TPU slice. Of several slices, only `replica` crosses from one to another:
+
+        2 slices of 4, (2, 1, 4, 1):    slice 0  d0 d1 d2 d3    replica 0
+                                        slice 1  d4 d5 d6 d7    replica 1, which sees the other once a step
+
     Raises:
-      ValueError: the sizes do not multiply out to the number of devices.
+      ValueError: the sizes do not multiply out to the number of devices, or the slices do not divide `replica`.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = list(sizes)
@@ -47,15 +56,37 @@ def make_mesh(sizes: Sequence[int] = (1, -1, 1, 1), devices: Sequence[jax.Device
             f"mesh={tuple(sizes)}: needs {math.prod(sizes)} devices, there are {len(devices)}; use -1 once"
         )
     # Linen's logical metadata needs Auto axes; jax.make_mesh and Mesh default to Explicit ones.
-    return Mesh(np.array(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def check_mesh(mesh: Mesh, *, groups: int, num_kv_heads: int) -> None:
+def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
+    """The devices in the shape of the mesh, neighbours on an axis being neighbours on the links where there are any."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(sizes)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh={tuple(sizes)}: there are {slices} slices, which only the replica axis may cross; "
+            f"make its size, the first, a multiple of {slices}"
+        )
+    within = [sizes[0] // slices, *sizes[1:]]
+    if slices > 1:
+        across = [slices, *[1] * (len(sizes) - 1)]
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+
+
+def check_mesh(mesh: Mesh, *, groups: int, num_kv_heads: int, accumulate: int = 1) -> None:
     """Refuses a mesh that cannot divide the groups of a batch or the heads of the decoder (ValueError)."""
-    shards = math.prod(mesh.shape[a] for a in LOGICAL_AXES["batch"])
+    shards = math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
     if groups % shards:
         raise ValueError(
             f"data.groups={groups} does not divide over {shards} data shards; make it a multiple of {shards}"
+        )
+    if groups % (shards * accumulate):
+        raise ValueError(
+            f"accumulate={accumulate} does not divide the {groups // shards} groups of a data shard; make data.groups "
+            f"a multiple of {shards * accumulate}"
         )
     if num_kv_heads % mesh.shape["tensor"]:
         raise ValueError(
@@ -83,29 +114,111 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(param: jax.Array, axes: Sequence[str | None] | None, dtype) -> jax.Array:
+    """A parameter as it is used: in `dtype`, whole along fsdp, still split along tensor.
+
+    Said where a layer uses it, so that one layer's weights are gathered at a time, in the dtype of the computation, and
+    the partitioner does not move activations instead. Its gradient arrives in float32 and is reduced into the shards
+    that the state keeps.
+
+    Args:
+      axes: logical axes as declared by `sharded`; None where none were.
+    """
+    param = param.astype(dtype)
+    if jax.sharding.get_abstract_mesh().empty:
+        return param
+    kept = [tuple(a for a in LOGICAL_AXES.get(axis, ()) if a != "fsdp") or None for axis in axes or [None] * param.ndim]
+    return jax.lax.with_sharding_constraint(param, P(*kept))
+
+
+def _gathered_forward(param, axes, dtype):
+    return gathered(param, axes, dtype), jnp.zeros((), param.dtype)
+
+
+def _gathered_backward(axes, dtype, like, gradient):
+    return (gradient.astype(like.dtype),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def batch_shards() -> int:
+    """How many parts a batch has in the mesh of `jax.set_mesh`; 1 without."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
+
+
+def on_shards(function, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[Sequence[str | None]]):
+    """`function` of each device's parts of its arguments, by their logical axes; without a mesh, of the whole.
+
+    For what the partitioner cannot split well by itself. Sums over devices are the function's to make: `sum_words`,
+    `max_words`, `reduce_words`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    specs = [tuple(spec(axes) for axes in group) for group in (in_axes, out_axes)]
+    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+
+def words_here(words: int) -> int:
+    """How many of a vocabulary's words a device has where they are used."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return words if mesh.empty else words // mesh.shape["tensor"]
+
+
+def first_word(count: int) -> jax.Array | int:
+    """Inside `on_shards`: the first word of this device, which has `count` of them."""
+    return 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index("tensor") * count
+
+
+def sum_words(x: jax.Array) -> jax.Array:
+    """Inside `on_shards`: the sum over the devices that hold the other words."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, "tensor")
+
+
+def max_words(x: jax.Array) -> jax.Array:
+    """Inside `on_shards`: the maximum over the devices that hold the other words."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.pmax(x, "tensor")
+
+
+def reduce_words(gradient_VD: jax.Array) -> jax.Array:
+    """Inside `on_shards`: the gradient of "words" summed over all rows, into the "vocab" shards of the parameter."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return gradient_VD
+    return jax.lax.psum(jax.lax.psum_scatter(gradient_VD, "fsdp", tiled=True), ("replica", "data"))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of every field of a Batch: groups over all data axes."""
     return NamedSharding(mesh, spec(("batch",)))
 
 
-def shardings_of(abstract, mesh: Mesh):
+def shardings_of(abstract, mesh: Mesh, whole: Callable[[str], bool] = lambda path: False):
     """NamedShardings for a tree from `jax.eval_shape(init)`, boxed parameters by their logical axes.
 
     Unboxed leaves of at least MIN_SHARDED_ELEMENTS shard their largest dimension that fsdp divides, others replicate.
 
+    Args:
+      whole: tells of a leaf's path ("params/llm/...") whether it is kept whole along fsdp.
+
     Raises:
       ValueError: a mesh axis does not divide the dimension that declares it.
     """
-    fsdp = mesh.shape["fsdp"]
 
     def leaf(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        fsdp = 1 if whole(name) else mesh.shape["fsdp"]
         if isinstance(x, nn.LogicallyPartitioned):
-            for size, axis in zip(x.value.shape, x.names, strict=True):
-                shards = math.prod(mesh.shape[name] for name in LOGICAL_AXES.get(axis, ()))
+            used = [tuple(a for a in LOGICAL_AXES.get(axis, ()) if a != "fsdp" or fsdp > 1) for axis in x.names]
+            for size, axis, names in zip(x.value.shape, x.names, used, strict=True):
+                shards = math.prod(mesh.shape[a] for a in names)
                 if size % shards:
-                    name = jax.tree_util.keystr(path, simple=True, separator="/")
-                    raise ValueError(f"{name}: the mesh splits {axis!r} in {shards}, which does not divide {size}")
-            return NamedSharding(mesh, spec(x.names))
+                    raise ValueError(
+                        f"{name}: the mesh splits {axis!r} in {shards}, which does not divide {size}; give fsdp or "
+                        "tensor a smaller size and data the rest"
+                    )
+            return NamedSharding(mesh, P(*(names or None for names in used)))
         if fsdp > 1 and math.prod(x.shape) >= MIN_SHARDED_ELEMENTS:
             divisible = [i for i, size in enumerate(x.shape) if size % fsdp == 0]
             if divisible:
@@ -116,8 +229,9 @@ def shardings_of(abstract, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def place(leaf, layout: NamedSharding) -> jax.Array:
-    """A float32 array laid out by `layout`; of a leaf in a file (convert.mapping.Leaf), each device's part is read."""
+def place(leaf, layout: NamedSharding, dtype=np.float32) -> jax.Array:
+    """An array of `dtype` laid out by `layout`; of a Leaf (convert.mapping), which lies in a file, parts are read."""
     if isinstance(leaf, jax.Array | np.ndarray):
-        return jax.device_put(np.asarray(leaf, np.float32), layout)
-    return jax.make_array_from_callback(leaf.shape, layout, lambda index: leaf.read(index, np.float32))
+        leaf = np.asarray(leaf, dtype)
+        return jax.make_array_from_callback(leaf.shape, layout, lambda index: leaf[index])
+    return jax.make_array_from_callback(leaf.shape, layout, lambda index: leaf.read(index, dtype))

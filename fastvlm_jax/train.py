@@ -4,8 +4,9 @@ import dataclasses
 import math
 import pathlib
 import signal
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ import ml_collections
 
 from fastvlm_jax import checkpoint, evaluate, model_io, optim, sharding
 from fastvlm_jax import config as config_lib
+from fastvlm_jax.batch import Batch
 from fastvlm_jax.convert.encoder import without_head
 from fastvlm_jax.data.geometry import make_sizes
 from fastvlm_jax.data.pipeline import Loader, data_sets, eval_batches, fingerprint, make_loader, open_sources
@@ -48,7 +50,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     """
     config_lib.validate(config)
     mesh = sharding.make_mesh(config.mesh, devices)
-    sharding.check_mesh(mesh, groups=config.data.groups, num_kv_heads=config.model.llm.num_kv_heads)
+    num_kv_heads = config.model.llm.num_kv_heads
+    sharding.check_mesh(mesh, groups=config.data.groups, num_kv_heads=num_kv_heads, accumulate=config.accumulate)
     parent = model_io.read(config.parent) if config.parent else None
     model = fastvlm.build(**config.model.to_dict())
     sources = open_sources(config.data, "train")
@@ -66,39 +69,17 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         open_loader = partial(make_loader, config.data, processor, "train", seed=config.seed, sharding=batches)
         loader = open_loader()
         steps = config.steps or math.ceil(config.epochs * loader.batches_per_epoch)
-        optimizer = optim.make_optimizer(
-            abstract_params,
-            config.groups,
-            steps=steps,
-            warmup_ratio=config.warmup_ratio,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            epsilon=config.epsilon,
-            clip_norm=config.clip_norm,
-        )
+        step = make_step(config, model, mesh, steps=steps, num_sources=len(sources))
         checkpoint.claim(workdir, settings, lineage)
         processor.save(workdir / "processor")
         checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints)
-        make_state, abstract, shardings = state_of(model, optimizer, config.groups, mesh)
         if checkpointer.latest is not None:
-            state, position = checkpoint.restore(checkpointer, abstract, shardings)
+            state, position = checkpoint.restore(checkpointer, step.abstract)
             loader.close()
             loader = open_loader(start=position)
         else:
-            state = make_state(jax.random.key(config.seed), variables)
-        step_fn = jax.jit(
-            partial(
-                train_step,
-                model=model,
-                optimizer=optimizer,
-                groups=config.groups,
-                seed=config.seed,
-                num_sources=len(sources),
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
-        return run(config, model, processor, state, step_fn, steps, loader, checkpointer, lineage, workdir)
+            state = step.make_state(jax.random.key(config.seed), variables)
+        return run(config, model, processor, state, step.fn, steps, loader, checkpointer, lineage, workdir)
 
 
 def run(
@@ -259,27 +240,105 @@ def check_same(part: str, theirs: nn.Module, ours: nn.Module) -> None:
             raise ValueError(f"parent has {key} {x!r} and this stage {y!r}: set --config.{key} or take another parent")
 
 
-def state_of(model: FastVLM, optimizer, groups: optim.Groups, mesh):
-    """(make_state(rng, variables or None), abstract state, its shardings): a state that is born sharded.
+class Step(NamedTuple):
+    """What the trainer runs, and what preflight compiles.
 
-    `variables` may hold some parts of the model only; the others are initialized.
+    Attributes:
+      fn: jitted (state, batch) -> (state, metrics); the state is donated.
+      make_state: (rng, variables or None) -> a state that is born sharded. `variables` may hold some parts of the model
+        only; the others are initialized.
+      abstract: the state as ShapeDtypeStructs with their shardings.
     """
 
+    fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    make_state: Callable[[jax.Array, dict[str, Any] | None], TrainState]
+    abstract: TrainState
+
+
+def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, num_sources: int = 1) -> Step:
+    """The training step of a config on a mesh, which may be of abstract devices; call it inside `jax.set_mesh`.
+
+    Args:
+      steps: of the whole run, for the schedule.
+      num_sources: data sets, for the loss of each.
+
+    Raises:
+      ValueError: groups that do not fit the parameters, or a mesh that does not divide one.
+    """
+    optimizer = optim.make_optimizer(
+        model_io.abstract_variables(model)["params"],
+        config.groups,
+        steps=steps,
+        warmup_ratio=config.warmup_ratio,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        epsilon=config.epsilon,
+        clip_norm=config.clip_norm,
+        moment_dtype=config.moment_dtype,
+    )
+    make_state, abstract = state_of(
+        model, optimizer, config.groups, mesh, param_dtype=config.param_dtype, shard_frozen=config.shard_frozen
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    fn = partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        groups=config.groups,
+        seed=config.seed,
+        num_sources=num_sources,
+        accumulate=config.accumulate,
+        shardings=optim.split(shardings.params, config.groups)[0],
+    )
+    return Step(jax.jit(fn, donate_argnums=0, out_shardings=(shardings, None)), make_state, abstract)
+
+
+def abstract_batch(config, model: FastVLM, mesh: jax.sharding.Mesh) -> Batch:
+    """The batch of a config at data.image_size, as ShapeDtypeStructs with their shardings."""
+    data, side = config.data, config.data.image_size
+    model.tokens_per_image(side)
+    layout = sharding.batch_sharding(mesh)
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((data.groups, *shape), dtype, sharding=layout)
+
+    text = (data.rows_per_group, data.row_length)
+    names = ("tokens", "image_index", "targets", "segment_ids", "positions", "source")
+    return Batch(
+        images=array(jnp.uint8, data.images_per_group, side, side, 3),
+        image_mask=array(bool, data.images_per_group),
+        loss_mask=array(bool, *text),
+        **{name: array(jnp.int32, *text) for name in names},
+    )
+
+
+def state_of(
+    model: FastVLM, optimizer, groups: optim.Groups, mesh, *, param_dtype: str = "float32", shard_frozen: bool = True
+):
+    """(make_state, abstract): see Step."""
+
     def build(params, batch_stats) -> TrainState:
+        params = jax.tree.map(lambda x: x.astype(param_dtype), params)
         trainable, _ = optim.split(params, groups)
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(trainable))
+        # The slots are made from float32: Adam's second moment would not move in bfloat16.
+        slots = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), trainable))
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, slots)
 
     def fresh(rng) -> TrainState:
         variables = model_io.init_variables(model, rng)
         return build(variables["params"], variables.get("batch_stats", {}))
 
-    boxed = jax.eval_shape(fresh, jax.random.key(0))
-    shardings = sharding.shardings_of(boxed, mesh)
+    boxed = jax.eval_shape(lambda: fresh(jax.random.key(0)))  # the mesh's devices may be abstract
+    _, frozen = optim.split(nn.unbox(boxed.params), groups)
+    whole = {} if shard_frozen else {f"params/{path}" for path in frozen}
+    shardings = sharding.shardings_of(boxed, mesh, whole.__contains__)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
 
     def make_state(rng, variables) -> TrainState:
         if variables is None:
             return jax.jit(lambda rng: nn.unbox(fresh(rng)), out_shardings=shardings)(rng)
         wanted = {"params": shardings.params, "batch_stats": shardings.batch_stats}
+        dtypes = {"params": param_dtype, "batch_stats": "float32"}
         missing = {
             name: {p: s for p, s in tree.items() if p not in variables.get(name, {})} for name, tree in wanted.items()
         }
@@ -289,12 +348,15 @@ def state_of(model: FastVLM, optimizer, groups: optim.Groups, mesh):
             return {name: {part: made[name][part] for part in parts} for name, parts in missing.items()}
 
         initialized = jax.jit(rest, out_shardings=missing)(rng)
-        given = {name: {p: s for p, s in tree.items() if p not in missing[name]} for name, tree in wanted.items()}
-        placed = jax.tree.map(sharding.place, {name: variables.get(name, {}) for name in given}, given)
-        whole = {name: {**initialized[name], **placed[name]} for name in wanted}
+        whole = {}
+        for name, tree in wanted.items():
+            given = {part: layouts for part, layouts in tree.items() if part not in missing[name]}
+            place = partial(sharding.place, dtype=jnp.dtype(dtypes[name]))
+            placed = jax.tree.map(place, {part: variables[name][part] for part in given}, given)
+            whole[name] = {**initialized[name], **placed}
         return jax.jit(build, out_shardings=shardings)(whole["params"], whole["batch_stats"])
 
-    return make_state, nn.unbox(boxed), shardings
+    return make_state, abstract
 
 
 def make_validation(config, model: FastVLM, processor: Processor, batches):

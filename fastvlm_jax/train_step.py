@@ -1,5 +1,6 @@
 """The state, the loss and the pure functions of one step: no config, no input or output."""
 
+from functools import partial
 from typing import Any
 
 import flax
@@ -28,12 +29,6 @@ def inputs(batch: Batch) -> dict[str, jax.Array]:
     return {name: getattr(batch, name) for name in names}
 
 
-def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
-    """The loss of each token [G, R, T], 0 where it is not supervised; logits [G, R, T, V], computed in float32."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.targets)
-    return losses * batch.loss_mask
-
-
 def mean_by_source(losses: jax.Array, batch: Batch, num_sources: int) -> jax.Array:
     """The mean loss of the supervised tokens of each data set [num_sources], NaN for those not in the batch."""
     own = batch.source[..., None] == jnp.arange(num_sources)
@@ -50,10 +45,17 @@ def train_step(
     groups: optim.Groups,
     seed: int,
     num_sources: int = 1,
+    accumulate: int = 1,
+    shardings: dict | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step; the loss is the mean over the supervised tokens of the global batch.
 
     Frozen parameters are not differentiated. The randomness of a step is that of (seed, step).
+
+    Args:
+      accumulate: parts that the groups are taken in, one after another; their gradients are added, so that the step is
+        that of the whole batch. BatchNorm in training mode sees one part at a time.
+      shardings: of the trainable parameters, by path: what their gradients are reduced to.
 
     Returns:
       The new state and device scalars: loss, tokens (supervised), grad_norm (before clipping); of several data sets
@@ -61,15 +63,43 @@ def train_step(
     """
     trainable, frozen = optim.split(state.params, groups)
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    rngs = {"drop_path": rng} if model.vision_args.get("drop_path") else None
+    tokens = jnp.sum(batch.loss_mask)
 
-    def loss_fn(trainable):
-        variables = {"params": optim.merge(trainable, frozen), "batch_stats": state.batch_stats}
-        logits, updated = model.apply(variables, **inputs(batch), train=True, mutable=["batch_stats"], rngs=rngs)
-        losses, tokens = cross_entropy(logits, batch), jnp.sum(batch.loss_mask)
-        return jnp.sum(losses) / jnp.maximum(tokens, 1), (losses, tokens, updated.get("batch_stats", {}))
+    def loss_fn(trainable, batch_stats, part, rng):
+        variables = {"params": optim.merge(trainable, frozen), "batch_stats": batch_stats}
+        rngs = {"drop_path": rng} if model.vision_args.get("drop_path") else None
+        losses, updated = model.apply(
+            variables, **inputs(part), targets=part.targets, train=True, mutable=["batch_stats"], rngs=rngs
+        )
+        losses *= part.loss_mask
+        return jnp.sum(losses) / jnp.maximum(tokens, 1), (losses, updated.get("batch_stats", {}))
 
-    (loss, (losses, tokens, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+    def gradients(batch_stats, part, rng):
+        (loss, (losses, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            trainable, batch_stats, part, rng
+        )
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return loss, losses, batch_stats, sharded(grads)
+
+    def sharded(grads):
+        return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
+
+    if accumulate == 1:
+        loss, losses, batch_stats, grads = gradients(state.batch_stats, batch, rng)
+    else:
+
+        def add(carry, numbered):
+            loss, batch_stats, grads = carry
+            i, part = numbered
+            more_loss, losses, batch_stats, more = gradients(batch_stats, part, jax.random.fold_in(rng, i))
+            return (loss + more_loss, batch_stats, jax.tree.map(jnp.add, grads, more)), losses
+
+        zeros = sharded(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
+        carry = (jnp.zeros((), jnp.float32), state.batch_stats, zeros)
+        parts = jax.tree.map(partial(parts_of, count=accumulate), batch)
+        (loss, batch_stats, grads), losses = jax.lax.scan(add, carry, (jnp.arange(accumulate), parts))
+        losses = jnp.moveaxis(losses, 0, 1).reshape(batch.tokens.shape)
+
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
     params = optim.merge(optax.apply_updates(trainable, updates), frozen)
     metrics = {"loss": loss, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
@@ -78,7 +108,12 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
 
+def parts_of(x: jax.Array, count: int) -> jax.Array:
+    """[G, ...] as `count` parts [count, G / count, ...]; part i has the groups i, i + count, ... of it."""
+    return jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0)
+
+
 def eval_step(variables: dict, batch: Batch, *, model: FastVLM) -> tuple[jax.Array, jax.Array]:
     """(summed loss, number of supervised tokens) of a batch, with stored BatchNorm statistics."""
-    losses = cross_entropy(model.apply(variables, **inputs(batch)), batch)
+    losses = model.apply(variables, **inputs(batch), targets=batch.targets) * batch.loss_mask
     return jnp.sum(losses), jnp.sum(batch.loss_mask)

@@ -50,7 +50,7 @@ def test_config_builds_and_its_groups_are_total(name, argument):
         params, config.groups, steps=100, warmup_ratio=0.03, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0
     )
     mesh = sharding.make_mesh((1, 2, 2, 2))
-    _, abstract, _ = state_of(model, optimizer, config.groups, mesh)
+    _, abstract = state_of(model, optimizer, config.groups, mesh)
     trainable, frozen = optim.split(params, config.groups)
     assert len(trainable) + len(frozen) == len(jax.tree.leaves(params))
     # Two slots a trainable parameter, and nothing for the frozen ones.

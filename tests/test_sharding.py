@@ -37,7 +37,7 @@ def test_parameters_follow_their_logical_axes_and_large_kernels_shard_over_fsdp(
     found = sharding.shardings_of(abstract, sharding.make_mesh((1, 2, 2, 2)))["params"]
     assert found["llm"]["layers"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
     assert found["llm"]["layers"]["down"]["kernel"].spec == P(None, "tensor", "fsdp")
-    assert found["llm"]["embedding"].spec == P(("fsdp", "tensor"), None)
+    assert found["llm"]["embedding"].spec == P(("tensor", "fsdp"), None)
     assert found["vision"]["stage_1"]["ffn"]["fc1"]["kernel"].spec == P(None, None, "fsdp")
     assert found["vision"]["stem_0"]["conv"]["kernel"].spec == P()
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from fastvlm_jax.kernels.depthwise import depthwise_conv
 from fastvlm_jax.models.blocks import Dense, gelu, layer_scale
+from fastvlm_jax.models.remat import rematted
 from fastvlm_jax.models.vit import PatchConv, layer_norm
 
 Array = jax.Array
@@ -35,8 +36,8 @@ class Block(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
         y = depthwise_conv(x_BHWC, kernel.astype(dtype)) + bias.astype(dtype)
         y = Dense(4 * C, init_std=self.init_std, name="fc1")(layer_norm(y, self.epsilon, "norm"))
-        y = Dense(C, init_std=self.init_std, name="fc2")(gelu(y))
-        return x_BHWC + layer_scale(self, "layer_scale", C, self.layer_scale_init, dtype) * y
+        scale = layer_scale(self, "layer_scale", C, self.layer_scale_init)
+        return x_BHWC + Dense(C, init_std=self.init_std, name="fc2")(gelu(y), scale)
 
 
 class Unused(nn.Module):
@@ -74,7 +75,7 @@ class ConvNeXt(nn.Module):
       projection_bias: its last layer has a bias, as timm's has; open_clip's has none.
       image_mean, image_std: a channel each, in [0, 1]; the caller normalises.
       init_std: of the initial weights.
-      remat: recompute blocks in the backward pass.
+      remat: what the backward pass recomputes, a policy of models/remat.py.
 
     Weights that the map does not depend on lie under `unused/`; nothing is computed with them, their gradient is 0.
 
@@ -91,7 +92,7 @@ class ConvNeXt(nn.Module):
     image_mean: Sequence[float] = (0.0, 0.0, 0.0)
     image_std: Sequence[float] = (1.0, 1.0, 1.0)
     init_std: float = 0.02
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def stride(self) -> int:
@@ -110,7 +111,7 @@ class ConvNeXt(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None, *, train: bool = False) -> Array:
         self.grid(*x_BHWC.shape[1:3])
-        body = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        body = rematted(Block, self.remat)
         x = PatchConv(self.embed_dims[0], 4, init_std=self.init_std, name="stem")(x_BHWC)
         x = layer_norm(x, self.epsilon, "stem_norm")
         for i, (depth, dim) in enumerate(zip(self.layers, self.embed_dims, strict=True)):

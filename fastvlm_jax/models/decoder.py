@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from fastvlm_jax.kernels.attention import attention
-from fastvlm_jax.sharding import constrain, sharded
+from fastvlm_jax.kernels.cross_entropy import cross_entropy
+from fastvlm_jax.kernels.embedding import embed
+from fastvlm_jax.models.remat import rematted
+from fastvlm_jax.sharding import batch_shards, constrain, gathered, sharded
 
 Array = jax.Array
 
@@ -57,7 +60,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.normal(self.init_std)
         kernel = self.param("kernel", sharded(init, self.axes), (x.shape[-1], self.features), jnp.float32)
-        y = matmul(x, kernel.astype(x.dtype))
+        y = matmul(x, gathered(kernel, self.axes, x.dtype))
         if self.use_bias:
             bias = self.param("bias", sharded(nn.initializers.zeros, self.axes[1:]), (self.features,), jnp.float32)
             y += bias.astype(x.dtype)
@@ -117,7 +120,7 @@ class Decoder(nn.Module):
       rope_theta, epsilon, qkv_bias, tie_embeddings: Qwen2 has qkv biases, Llama none.
       init_std: of the initial weights; narrow models learn much sooner with 1 / sqrt(width) than with 0.02.
       context_length: positions the weights were made for; kept for exports, nothing is computed from it.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass recomputes, a policy of models/remat.py.
     """
 
     vocab_size: int
@@ -133,7 +136,7 @@ class Decoder(nn.Module):
     tie_embeddings: bool = True
     init_std: float = 0.02
     context_length: int = 32768
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def size_of_head(self) -> int:
@@ -144,7 +147,7 @@ class Decoder(nn.Module):
         self.embedding = self.param(
             "embedding", sharded(init, ("vocab", None)), (self.vocab_size, self.width), jnp.float32
         )
-        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
+        layer = rematted(DecoderLayer, self.remat)
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -169,17 +172,22 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BT: Array, dtype=jnp.float32) -> Array:
         """Token embeddings [B, T, D]."""
-        return self.embedding.astype(dtype)[tokens_BT]
+        if len(tokens_BT) % batch_shards():  # few rows, as in generation, which every device computes
+            return self.embedding.astype(dtype)[tokens_BT]
+        return embed(self.embedding, tokens_BT, dtype)
 
-    def __call__(self, x_BTD: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None = None):
-        """Hidden states to logits.
+    def __call__(
+        self, x_BTD: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None = None, targets_BT=None
+    ):
+        """Hidden states to logits, or to losses.
 
         Args:
           x_BTD: embeddings. positions_BT, segments_BT: int32, positions inside a segment, 0 = padding segment.
           cache: filled slots to attend to; the T new slots are appended to it.
+          targets_BT: int32; with them the loss of every token takes the place of its logits, which are never stored.
 
         Returns:
-          (logits [B, T, V] in the dtype of x, the new cache or None).
+          (logits [B, T, V] in the dtype of x, or losses [B, T] in float32; the new cache or None).
         """
         offset, kv, kv_segments_BS = 0, None, segments_BT
         if cache is not None:
@@ -187,6 +195,9 @@ class Decoder(nn.Module):
             kv_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segments_BT, offset, axis=1)
         x_BTD, kv = self.layers(x_BTD, kv, positions_BT, segments_BT, kv_segments_BS, offset)
         x_BTD = self.final_norm(x_BTD)
+        if targets_BT is not None:
+            table_VD = self.embedding if self.tie_embeddings else self.lm_head.variables["params"]["kernel"].T
+            return cross_entropy(x_BTD, table_VD, targets_BT), None
         logits_BTV = matmul(x_BTD, self.embedding.T.astype(x_BTD.dtype)) if self.tie_embeddings else self.lm_head(x_BTD)
         if cache is not None:
             cache = Cache(kv[0], kv[1], kv_segments_BS, offset + x_BTD.shape[1])

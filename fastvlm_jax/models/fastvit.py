@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvlm_jax.models.blocks import FORMS, Block, ConditionalPositions, Dense, MobileOne, PatchEmbed
+from fastvlm_jax.models.remat import rematted
 
 Array = jax.Array
 CHOICES = {
@@ -58,7 +59,7 @@ class FastViT(nn.Module):
       drop_path: rate of the last block; it grows linearly from 0 and acts only with a `drop_path` rng.
       form: "branched" (training) or "folded" (released weights).
       batch_norm: "train" or "frozen"; with "train", a call with train=True updates the statistics.
-      remat: recompute blocks in the backward pass.
+      remat: what the backward pass recomputes, a policy of models/remat.py.
       stem_scale: the stem's 3x3 convolutions have a 1x1 branch in training form (MCi0 to MCi2).
       se_stages: stages whose patch embed has squeeze-excite; (2, 3) in MCi0 to MCi2.
       attention_norm: norm before self-attention, "batch" (MCi0 to MCi2) or "layer".
@@ -84,7 +85,7 @@ class FastViT(nn.Module):
     drop_path: float = 0.0
     form: str = "branched"
     batch_norm: str = "frozen"
-    remat: bool = False
+    remat: str = "none"
     stem_scale: bool = False
     se_stages: Sequence[int] = ()
     attention_norm: str = "layer"
@@ -128,7 +129,7 @@ class FastViT(nn.Module):
                 x = PatchEmbed(dim, i in self.se_stages, **shared, name=f"patch_embed_{i}")(x, mask_B)
             if mixer == "attention":
                 x = ConditionalPositions(self.form, name=f"positions_{i}")(x)
-            body = nn.remat(Block, prevent_cse=False) if self.remat else Block
+            body = rematted(Block, self.remat)
             stage = nn.scan(
                 lambda block, x, rate, mask: (block(x, rate, mask), None),
                 variable_axes={"params": 0, "batch_stats": 0},

@@ -60,19 +60,22 @@ class FastVLM(nn.Module):
         rows, columns = make_encoder(**self.vision_args, parent=None).grid(height, width or height)
         return rows * columns
 
-    def __call__(self, images, tokens, image_index, positions, segment_ids, image_mask=None, *, train=False) -> Array:
+    def __call__(
+        self, images, tokens, image_index, positions, segment_ids, image_mask=None, targets=None, *, train=False
+    ) -> Array:
         """Logits [G, R, T, V] of the fields of a Batch; without the group axis, logits [R, T, V].
 
-        Images are uint8, or float already in [0, 1]. `train` uses and updates batch statistics if the encoder says so.
+        With `targets` the loss of every token instead, float32 [G, R, T]; logits are then never stored. Images are
+        uint8, or float already in [0, 1]. `train` uses and updates batch statistics if the encoder says so.
         """
         if tokens.ndim == 2:
             mask = None if image_mask is None else image_mask[None]
             args = jax.tree.map(lambda x: x[None], (images, tokens, image_index, positions, segment_ids))
-            return self(*args, mask, train=train)[0]
+            return self(*args, mask, None if targets is None else targets[None], train=train)[0]
         G, R, T = tokens.shape
         features = None if self.vision_args is None else self.encode(images, image_mask, train=train)
-        logits, _ = self.decode(features, tokens, image_index, positions, segment_ids)
-        return logits.reshape(G, R, T, -1)
+        out, _ = self.decode(features, tokens, image_index, positions, segment_ids, targets=targets)
+        return out.reshape(G, R, T, *out.shape[2:])
 
     def encode(self, images: Array, image_mask: Array | None = None, *, train: bool = False) -> Array:
         """Image features as the decoder reads them: images [G, N, H, W, 3] -> [G, N * L, D].
@@ -93,9 +96,12 @@ class FastVLM(nn.Module):
         return features if self.llm_args is None else self.projector(features)
 
     def decode(
-        self, features, tokens, image_index, positions, segment_ids, cache: Cache | None = None
+        self, features, tokens, image_index, positions, segment_ids, cache: Cache | None = None, targets=None
     ) -> tuple[Array, Cache | None]:
-        """Logits [G * R, T, V] of rows [G, R, T] that read `features` where image_index >= 0, and the grown cache."""
+        """Logits [G * R, T, V] of rows [G, R, T] that read `features` where image_index >= 0, and the grown cache.
+
+        With `targets` [G, R, T], losses [G * R, T].
+        """
         G, R, T = tokens.shape
         x = self.llm.embed(tokens, jnp.dtype(self.dtype))
         if features is not None:
@@ -103,7 +109,8 @@ class FastVLM(nn.Module):
             placed = jnp.take_along_axis(features, index, axis=1).reshape(x.shape)
             x = jnp.where(image_index[..., None] >= 0, placed, x)
         x = constrain(x.reshape(G * R, T, -1), ("batch", None, None))
-        return self.llm(x, positions.reshape(G * R, T), segment_ids.reshape(G * R, T), cache)
+        targets = None if targets is None else targets.reshape(G * R, T)
+        return self.llm(x, positions.reshape(G * R, T), segment_ids.reshape(G * R, T), cache, targets)
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A key-value cache for `rows` rows of `slots` slots, in the dtype of the computation."""

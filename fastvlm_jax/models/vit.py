@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvlm_jax.models.blocks import Dense, gelu
+from fastvlm_jax.models.remat import rematted
 
 Array = jax.Array
 # Named as in a transformers config.json.
@@ -130,7 +131,7 @@ class ViT(nn.Module):
       pooling_head: SigLIP's attention pooling head is among the (unused) weights.
       image_mean, image_std: a channel each, in [0, 1]; the caller normalises.
       init_std: of the initial weights.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass recomputes, a policy of models/remat.py.
 
     Weights that the features do not depend on lie under `unused/`; nothing is computed with them, their gradient is 0.
 
@@ -153,7 +154,7 @@ class ViT(nn.Module):
     image_mean: Sequence[float] = (0.0, 0.0, 0.0)
     image_std: Sequence[float] = (1.0, 1.0, 1.0)
     init_std: float = 0.02
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def features(self) -> int:
@@ -193,7 +194,7 @@ class ViT(nn.Module):
             epsilon=self.epsilon,
             init_std=self.init_std,
         )
-        body = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        body = rematted(Block, self.remat)
         layers = nn.scan(
             lambda block, x, _: (block(x), None),
             variable_axes={"params": 0},

@@ -239,7 +239,7 @@ def gradient_errors(model, rows, tower, their_features, images) -> dict[str, flo
 )
 def test_gradients_of_a_vit_equal_transformers(kind):
     """Recomputed in the backward pass; those of the layer, norm and head behind the features are 0 here, None there."""
-    model = ViT(**TINY_VIT, **kind, remat=True)
+    model = ViT(**TINY_VIT, **kind, remat="full")
     tower, images = transformers_tower(model).train(), random_images(2, 37, 37)
     theirs = transformers_features(model, tower, images)
     errors = gradient_errors(model, vit_layout.tower_rows(model), tower, theirs, images)
@@ -247,7 +247,7 @@ def test_gradients_of_a_vit_equal_transformers(kind):
 
 
 def test_gradients_of_a_convnext_equal_timm():
-    model = TINY_CONVNEXT.clone(remat=True)
+    model = TINY_CONVNEXT.clone(remat="full")
     tower, images = timm_convnext(model, "convnext_large").train(), random_images(8, 32, 32)
     theirs = tower.forward_features(to_nchw(images)).permute(0, 2, 3, 1)
     errors = gradient_errors(model, convnext_layout.tower_rows(model), tower, theirs, images)

@@ -1,0 +1,47 @@
+"""Lookup in an embedding table whose words are split over devices, with a gradient that is summed in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fastvlm_jax.sharding import first_word, on_shards, reduce_words, sum_words, words_here
+
+_ROWS, _WORDS, _VOCAB, _TOKENS = ("batch", None, None), ("words", None), ("vocab", None), ("batch", None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
+    """The words' vectors [B, T, D] in `dtype`.
+
+    Inside `jax.set_mesh` rows are split over the batch axes and words over `tensor`; the table is gathered along fsdp
+    in `dtype`. Frequent words get thousands of small gradients: they are summed in float32 and reduced once.
+    """
+    return on_shards(_embed, (_WORDS, _TOKENS), (_ROWS,))(table_VD.astype(dtype), tokens_BT)[0]
+
+
+def _embed(table, tokens):
+    index = tokens - first_word(len(table))
+    own = (index >= 0) & (index < len(table))
+    return (sum_words(jnp.where(own[..., None], table[jnp.where(own, index, 0)], 0)),)
+
+
+def _forward(table, tokens, dtype):
+    return embed(table, tokens, dtype), (tokens, jnp.zeros((len(table), 0), table.dtype))
+
+
+def _backward(dtype, residuals, dx):
+    tokens, like = residuals
+    count = words_here(len(like))
+
+    def add(tokens, dx):
+        index = tokens - first_word(count)
+        index = jnp.where(index >= 0, index, count)  # what lies outside is dropped
+        dtable = jnp.zeros((count, dx.shape[-1]), jnp.float32).at[index].add(dx.astype(jnp.float32), mode="drop")
+        return (reduce_words(dtable),)
+
+    (dtable,) = on_shards(add, (_TOKENS, _ROWS), (_VOCAB,))(tokens, dx)
+    return dtable.astype(like.dtype), None
+
+
+embed.defvjp(_forward, _backward)

@@ -174,12 +174,16 @@ def first_word(count: int) -> jax.Array | int:
 
 def sum_words(x: jax.Array) -> jax.Array:
     """Inside `on_shards`: the sum over the devices that hold the other words."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, "tensor")
+    return jax.lax.psum(x, "tensor") if _words_are_split() else x
 
 
 def max_words(x: jax.Array) -> jax.Array:
     """Inside `on_shards`: the maximum over the devices that hold the other words."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.pmax(x, "tensor")
+    return jax.lax.pmax(x, "tensor") if _words_are_split() else x
+
+
+def _words_are_split() -> bool:
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
 def reduce_words(gradient_VD: jax.Array) -> jax.Array:

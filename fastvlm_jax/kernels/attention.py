@@ -1,9 +1,27 @@
-"""Causal grouped-query attention over packed rows and over a key-value cache."""
+"""Causal grouped-query attention over packed rows and over a key-value cache: one function, a form for each platform.
+
+| platform | form | why |
+|---|---|---|
+| TPU | `kernels.splash` | see the table there |
+| CUDA, 16-bit | cuDNN's flash attention | the [T, S] scores are never stored |
+| CPU, the rest | `plain` | nothing better is at hand |
+| any, below 256 keys or one query | `plain` | short rows leave a kernel idle; one query stores few scores |
+
+The platform is the one being lowered for, not the one running: a program for TPU can be compiled on a CPU machine.
+cuDNN is the exception, JAX asks the GPU of the running process what it supports: without one, `plain` is lowered.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from fastvlm_jax.kernels.splash import splash_attention
+from fastvlm_jax.sharding import batch_shards, on_shards
 
 Array = jax.Array
+MIN_KERNEL_KEYS = 256  # below, `plain` takes fewer estimated cycles on TPU
 
 
 def attention(
@@ -16,21 +34,100 @@ def attention(
                             1      x x . . .
                             2      . . x . .
                             2      . . x x .
-                            0      (padding: the result is unused)
+                            0      . . . . x   (padding: finite, its result is unused)
 
     Args:
       q_BTKGE: queries; K key-value heads, G queries a head, E head dim.
       k_BSKE, v_BSKE: keys and values; S = T without a cache.
       q_segments_BT, kv_segments_BS: int32; 0 is padding.
-      offset: slot of the first query among the keys.
+      offset: slot of the first query among the keys; may be traced. Where S = T it is 0.
 
     Returns:
-      [B, T, K, G, E] in the queries' dtype; the softmax is computed in float32.
+      [B, T, K, G, E] in the queries' dtype; the softmax is computed in float32. What a checkpoint policy may save of it
+      is named "attention" (of cuDNN nothing: its backward pass needs more than the result).
+
+    Inside `jax.set_mesh` the kernels run on each device's rows and key-value heads.
     """
+    T, S = q_BTKGE.shape[1], k_BSKE.shape[1]
+    args = (q_BTKGE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS)
+    if S != T:  # else the kernels know the causal mask when they are built
+        args += (offset,)
+    if T == 1 or S < MIN_KERNEL_KEYS:
+        return checkpoint_name(plain(*args), "attention")
+    forms = {"tpu": splash_attention}
+    if cudnn_supports(q_BTKGE, k_BSKE):
+        forms["cuda"] = cudnn_attention
+    kernels = {platform: partial(_on_shards, form) for platform, form in forms.items()}
+    # What any form keeps for its backward pass, all of them keep, as zeros: so `plain` keeps nothing but its arguments.
+    return jax.lax.platform_dependent(*args, **kernels, default=jax.checkpoint(plain))
+
+
+def plain(q_BTKGE: Array, k_BSKE: Array, v_BSKE: Array, q_segments_BT: Array, kv_segments_BS: Array, offset=0) -> Array:
+    """`attention` in plain JAX: stores the scores [B, K, G, T, S] in float32."""
     T, S, E = q_BTKGE.shape[1], k_BSKE.shape[1], q_BTKGE.shape[-1]
     scores = jnp.einsum("btkge,bske->bkgts", q_BTKGE * E**-0.5, k_BSKE, preferred_element_type=jnp.float32)
-    causal_TS = jnp.arange(S)[None, :] <= offset + jnp.arange(T)[:, None]
-    mask_BTS = causal_TS & (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])
+    mask_BTS = _causal(T, S, offset) & (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores).astype(v_BSKE.dtype)
     return jnp.einsum("bkgts,bske->btkge", weights, v_BSKE)
+
+
+def cudnn_attention(
+    q_BTKGE: Array,
+    k_BSKE: Array,
+    v_BSKE: Array,
+    q_segments_BT: Array,
+    kv_segments_BS: Array,
+    offset=0,
+    *,
+    implementation: str = "cudnn",
+) -> Array:
+    """`plain` by jax.nn.dot_product_attention, whose cuDNN form takes segments as a mask [B, 1, T, S].
+
+    Its packed form (offsets of each segment) would need the most segments a row may hold, and a Hopper GPU.
+    """
+    B, T, K, G, E = q_BTKGE.shape
+    S = k_BSKE.shape[1]
+    mask_BTS = q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]
+    # Told that the mask is causal, cuDNN skips half of the scores; it counts queries from slot 0.
+    from_start = isinstance(offset, int) and offset == 0
+    if not from_start:
+        mask_BTS &= _causal(T, S, offset)
+    mixed_BTHE = jax.nn.dot_product_attention(
+        q_BTKGE.reshape(B, T, K * G, E),
+        k_BSKE,
+        v_BSKE,
+        mask=mask_BTS[:, None],
+        is_causal=from_start,
+        implementation=implementation,
+    )
+    return mixed_BTHE.reshape(B, T, K, G, E)
+
+
+def cudnn_supports(q_BTKGE: Array, k_BSKE: Array) -> bool:
+    """Whether this process has a GPU whose cuDNN computes such an attention, forward and backward."""
+    T, E, S = q_BTKGE.shape[1], q_BTKGE.shape[-1], k_BSKE.shape[1]
+    if q_BTKGE.dtype != k_BSKE.dtype or q_BTKGE.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    if E % 8 or E > 128 or T % 2 or S % 2:
+        return False
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        return False
+    return float(device.compute_capability) >= 8
+
+
+def _causal(T: int, S: int, offset) -> Array:
+    return jnp.arange(S)[None, :] <= offset + jnp.arange(T)[:, None]
+
+
+def _on_shards(form, *args):
+    """`form` of each device's rows and heads: the partitioner cannot see into a kernel and would gather its arguments.
+
+    Rows that do not divide over the devices are computed by all.
+    """
+    rows = "batch" if len(args[0]) % batch_shards() == 0 else None
+    heads = (rows, None, "kv_heads")
+    axes = (heads, heads, heads, (rows,), (rows,), ())
+    return on_shards(lambda *args: (form(*args),), axes[: len(args)], (heads,))(*args)[0]

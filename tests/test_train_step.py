@@ -1,0 +1,155 @@
+"""One step as one function: accumulation, number formats, what is kept where."""
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from small import small_config
+
+from fastvlm_jax import model_io, sharding, train
+from fastvlm_jax.batch import Batch
+from fastvlm_jax.models import fastvlm
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """8 groups of one image and one row; the supervised tokens are spread unevenly over the groups."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 512, (8, 1, 24))
+    image_index = np.full((8, 1, 24), -1)
+    image_index[:, :, 2:6] = np.arange(4)
+    return Batch(
+        images=rng.integers(0, 256, (8, 1, 16, 16, 3)).astype(np.uint8),
+        image_mask=np.ones((8, 1), bool),
+        tokens=tokens.astype(np.int32),
+        image_index=image_index.astype(np.int32),
+        targets=np.roll(tokens, -1, axis=2).astype(np.int32),
+        loss_mask=np.arange(24) < np.asarray([1, 20, 3, 0, 9, 2, 24, 5])[:, None, None],
+        segment_ids=np.ones((8, 1, 24), np.int32),
+        positions=np.broadcast_to(np.arange(24, dtype=np.int32), (8, 1, 24)),
+        source=np.zeros((8, 1, 24), np.int32) + np.arange(8, dtype=np.int32)[:, None, None] % 2,
+    )
+
+
+def steps(batch, count=2, mesh=(1, 1, 1, 1), num_sources=1, **settings):
+    """State and metrics after `count` steps."""
+    frozen = dict(model__vision__batch_norm="frozen")
+    config = small_config("", mesh=mesh, **{**frozen, **settings})
+    model = fastvlm.build(**config.model.to_dict())
+    mesh = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
+    with jax.set_mesh(mesh):
+        step = train.make_step(config, model, mesh, steps=10, num_sources=num_sources)
+        state = step.make_state(jax.random.key(0), None)
+        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        for _ in range(count):
+            state, metrics = step.fn(state, placed)
+        return state, jax.tree.map(np.asarray, metrics)
+
+
+# With so large an epsilon AdamW moves along the gradient itself; with the usual one a rounding may turn a sign.
+LINEAR = dict(epsilon=1.0, groups=((".*", 1.0, 0.0),))
+
+
+@pytest.fixture(scope="module")
+def whole(batch):
+    return steps(batch, num_sources=2, **LINEAR)
+
+
+@pytest.mark.parametrize("accumulate, mesh", [(8, (1, 1, 1, 1)), (2, (1, 2, 2, 1))], ids=str)
+def test_an_accumulated_step_is_that_of_the_large_batch(batch, whole, accumulate, mesh):
+    """Weighted by supervised tokens: the mean of the parts' means would be another number here."""
+    state, metrics = steps(batch, mesh=mesh, accumulate=accumulate, num_sources=2, **LINEAR)
+    for key, value in whole[1].items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-5, err_msg=key)
+    expected = flatten_dict(whole[0].params, sep="/")
+    for path, x in flatten_dict(state.params, sep="/").items():
+        y = np.asarray(expected[path])
+        np.testing.assert_allclose(np.asarray(x), y, rtol=0, atol=1e-5 * np.abs(y).max(), err_msg=path)
+
+
+def test_parts_of_a_batch_are_groups_of_every_device():
+    from fastvlm_jax.train_step import parts_of
+
+    np.testing.assert_array_equal(parts_of(np.arange(8), 2), [[0, 2, 4, 6], [1, 3, 5, 7]])
+
+
+@pytest.mark.parametrize("param_dtype, moment_dtype", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_number_formats_are_those_of_the_config(batch, whole, param_dtype, moment_dtype):
+    state, metrics = steps(batch, param_dtype=param_dtype, moment_dtype=moment_dtype, num_sources=2, **LINEAR)
+    assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {param_dtype}
+    assert {str(x.dtype) for x in jax.tree.leaves(state.batch_stats)} == {"float32"}
+    moments = {name: set() for name in ("mu", "nu")}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        for name in moments:
+            if f".{name}" in jax.tree_util.keystr(path):
+                moments[name].add(str(leaf.dtype))
+    assert moments == {"mu": {moment_dtype}, "nu": {"float32"}}
+    assert abs(metrics["loss"] - whole[1]["loss"]) < 0.05
+
+
+@pytest.mark.parametrize("shard_frozen", [True, False])
+def test_frozen_parameters_are_sharded_or_whole_by_config(batch, monkeypatch, shard_frozen):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
+    groups = (("projector/.*", 1e-3, 0.0), (".*", 0.0, 0.0))
+    state, metrics = steps(batch, mesh=(1, 1, 2, 2), groups=groups, shard_frozen=shard_frozen)
+    local = {k: x.addressable_shards[0].data.size / x.size for k, x in flatten_dict(state.params, sep="/").items()}
+    split = 0.25 if shard_frozen else 0.5  # over fsdp and tensor, or over tensor alone
+    assert local["llm/layers/q/kernel"] == split and local["llm/embedding"] == split
+    assert local["vision/stage_1/ffn/fc1/kernel"] == (0.5 if shard_frozen else 1)
+    assert local["projector/fc1/kernel"] == 0.5  # it learns: split as ever
+    assert metrics["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("accumulate", 3, "accumulate=3 must divide data.groups=8"),
+        ("accumulate", 0, "accumulate=0 must divide"),
+        ("param_dtype", "float16", "param_dtype='float16' must be float32 or bfloat16"),
+        ("moment_dtype", "int8", "moment_dtype='int8' must be float32 or bfloat16"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, key, value, words):
+    with pytest.raises(ValueError, match=words):
+        train.train(small_config("/nowhere", **{key: value}), tmp_path / "run", jax.devices()[:1])
+
+
+def test_an_unknown_remat_policy_is_refused():
+    config = small_config("", model__llm__remat="all")
+    with pytest.raises(ValueError, match="remat='all' must be one of none, full"):
+        model_io.abstract_variables(fastvlm.build(**config.model.to_dict()))
+
+
+def test_accumulation_that_leaves_devices_without_a_group_is_refused():
+    mesh = sharding.make_mesh((1, 4, 1, 1), jax.devices()[:4])
+    with pytest.raises(
+        ValueError, match="accumulate=4 does not divide the 2 groups of a data shard"
+    ):
+        sharding.check_mesh(mesh, groups=8, num_kv_heads=2, accumulate=4)
+
+
+def test_parameters_are_gathered_once_each_way_and_gradients_reduced_once(batch, monkeypatch):
+    """By the bytes of the partitioned program: nothing else of any size crosses the devices."""
+    from fastvlm_jax.preflight import hlo
+    from fastvlm_jax.preflight.program import analyse
+
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
+    config = small_config(
+        "", mesh=(1, 1, 8, 1), model__vision__batch_norm="frozen", model__llm__remat="full", model__vision__remat="full"
+    )
+    model = fastvlm.build(**config.model.to_dict())
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        step = train.make_step(config, model, mesh, steps=10)
+        text = step.fn.lower(step.abstract, train.abstract_batch(config, model, mesh)).compile().as_text()
+    moved = {}
+    for collective in analyse(hlo.parse(text), 8).collectives:
+        moved[collective.kind] = moved.get(collective.kind, 0) + collective.payload * collective.trips
+    leaves = jax.tree.leaves(step.abstract.params)
+    whole = 4 * sum(x.size for x in leaves)
+    kept_in_shards = 4 * sum(x.size for x in leaves if not x.sharding.is_fully_replicated)
+    assert set(moved) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    # The table of words is gathered once for both its ends. A layer's activations are 0.3 of the parameters' bytes.
+    assert 1.5 * kept_in_shards < moved["all-gather"] < 2.05 * kept_in_shards
+    # A stored BatchNorm's gradient is computed from its kernel's. Lookup and loss each reduce the table's.
+    assert 0.97 * whole < moved["all-reduce"] + moved.get("reduce-scatter", 0) < 1.02 * whole + 4 * 512 * 32

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv beside the repository's files and installs the pins once per change of them.
 #   install EXTRA     EXTRA is an extra of pyproject.toml: demo or test
 install() {

@@ -41,18 +41,19 @@ trap 'echo "$SECONDS" >"$output/seconds"' EXIT
 echo "== data"
 fastvlm data easy-vqa --output data/easy_vqa
 
-parent=
+parent='' short=()
+[ "$steps" = 0 ] || short=(--config.steps="$steps" --config.eval_batches=0 --config.eval_questions=0)
 for stage in stage1_align stage15_pretrain stage2_instruct; do
   echo "== train $stage"
   fastvlm train --config "configs/quickstart.py:$stage" --workdir "$output/$stage" \
-    ${parent:+--config.parent="$parent"} \
-    $([ "$steps" = 0 ] || echo "--config.steps=$steps --config.eval_batches=0 --config.eval_questions=0")
+    ${parent:+--config.parent="$parent"} "${short[@]}"
   parent=$output/$stage
 done
 
 echo "== evaluate"
-fastvlm evaluate --model "$parent" --benchmark easy-vqa --data data/easy_vqa --output "$output/evaluation.json" \
-  $([ "$questions" = 0 ] || echo "--limit=$questions")
+limit=()
+[ "$questions" = 0 ] || limit=(--limit="$questions")
+fastvlm evaluate --model "$parent" --benchmark easy-vqa --data data/easy_vqa --output "$output/evaluation.json" "${limit[@]}"
 
 echo "== generate"
 image=$(python -c 'import easy_vqa; print(easy_vqa.get_test_image_paths()[0])')

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
-extra=test
+extra="test"
 for argument in "$@"; do
   if [ "$argument" = --no-torch ]; then extra=test-without-torch; fi
 done

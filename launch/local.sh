@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Trains one stage on this machine, with one or several processes. A run that dies is started again, as often as the
+# settings allow, and goes on from its last checkpoint. Ctrl-C saves and ends.
+#   bash launch/local.sh --settings FILE --config configs/stage1_align.py:0.5b --workdir DIR [--dry_run] [--config.KEY=VALUE ...]
+set -euo pipefail
+launcher=local here=$(dirname "${BASH_SOURCE[0]}")
+source "$here/common.sh"
+parse_arguments "$@"
+read_settings "PLATFORM" NUM_PROCESSES=1 DEVICES_PER_PROCESS=1 PORT=12355 VENV=.venv BUCKET= MOUNT= MAX_RESTARTS=3 \
+  WAIT_SECONDS=5
+whole NUM_PROCESSES DEVICES_PER_PROCESS PORT MAX_RESTARTS WAIT_SECONDS
+one_of PLATFORM cpu gpu tpu
+[ "$PLATFORM" != tpu ] || [ "$NUM_PROCESSES" = 1 ] || fail "$settings: on a TPU VM one process has all chips: NUM_PROCESSES=1"
+[ -z "$BUCKET" ] || [ -n "$MOUNT" ] || fail "$settings: MOUNT is missing: the folder where gs://$BUCKET is mounted"
+mount_names
+
+check() {
+  [ "$dry_run" = yes ] && return
+  [ -x "$VENV/bin/fastvlm" ] ||
+    fail "there is no $VENV/bin/fastvlm: python3 -m venv $VENV && $VENV/bin/pip install -c requirements.txt -e ."
+  mkdir -p "$run_workdir" 2>"$scratch/errors" || fail "cannot be made: $(tail -n 1 "$scratch/errors")"
+}
+
+# Sets `process`: the command of process number $1, with what it needs in its environment.
+make_process() {
+  local first=$(($1 * DEVICES_PER_PROCESS)) devices=() device
+  for ((device = first; device < first + DEVICES_PER_PROCESS; device++)); do devices+=("$device"); done
+  case $PLATFORM in
+    cpu) process=(env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$DEVICES_PER_PROCESS") ;;
+    gpu) process=(env JAX_PLATFORMS=cuda CUDA_VISIBLE_DEVICES="$(IFS=,; echo "${devices[*]}")") ;;
+    tpu) process=(env JAX_PLATFORMS=tpu) ;;
+  esac
+  process+=("$VENV/bin/fastvlm" train --config="$config" --workdir="$run_workdir" "${train_args[@]}")
+  [ "$NUM_PROCESSES" = 1 ] ||
+    process+=(--coordinator_address="127.0.0.1:$PORT" --num_processes="$NUM_PROCESSES" --process_id="$1")
+}
+
+# Runs all processes to their end. `status`: 0 all done, 2 wrong usage, else that of one that failed.
+run_all() {
+  local i ended pids=()
+  for ((i = 0; i < NUM_PROCESSES; i++)); do
+    make_process "$i"
+    set -m # in a group of its own: Ctrl-C reaches it through the trap alone, as a second signal kills
+    "${process[@]}" &
+    set +m
+    pids+=($!)
+  done
+  trap 'stopped=yes; kill -TERM "${pids[@]}" 2>/dev/null || true; trap "" INT TERM' INT TERM
+  status=0
+  for i in "${!pids[@]}"; do
+    ended=0
+    wait "${pids[i]}" || ended=$?
+    while kill -0 "${pids[i]}" 2>/dev/null; do # a trap ends a wait
+      ended=0
+      wait "${pids[i]}" || ended=$?
+    done
+    [ "$ended" = 0 ] || [ "$status" = 2 ] || status=$ended
+  done
+  trap - INT TERM
+}
+
+say "checks"
+check
+say "the run"
+if [ "$dry_run" = yes ]; then
+  for ((i = 0; i < NUM_PROCESSES; i++)); do
+    make_process "$i"
+    show "${process[@]}"
+  done
+  say "started again, at most $MAX_RESTARTS times, unless the status is 0 or 2"
+  exit
+fi
+restarts=0 stopped=no
+while :; do
+  run_all
+  [ "$status" != 0 ] || break
+  if [ "$stopped" = yes ]; then say "stopped; the same command goes on"; exit 130; fi
+  [ "$status" != 2 ] || fail "fastvlm train does not understand its flags, see above"
+  [ "$restarts" -lt "$MAX_RESTARTS" ] || fail "fastvlm train ended with status $status, after $MAX_RESTARTS restarts (MAX_RESTARTS)"
+  restarts=$((restarts + 1))
+  say "fastvlm train ended with status $status: restart $restarts of $MAX_RESTARTS"
+  sleep "$WAIT_SECONDS"
+done
+say "trained: $workdir"

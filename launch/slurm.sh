@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Trains one stage on a Slurm cluster of NVIDIA GPUs, one process a GPU. Before the time limit, and when a node is lost, the
+# job goes back into the queue; it goes on from its last checkpoint.
+#   bash launch/slurm.sh --settings FILE --config configs/stage1_align.py:0.5b --workdir DIR [--dry_run] [--config.KEY=VALUE ...]
+# Interrupted here, the job goes on there; the same command follows it again. Stop it with scancel: it saves first.
+set -euo pipefail
+launcher=slurm here=$(dirname "${BASH_SOURCE[0]}")
+source "$here/common.sh"
+parse_arguments "$@"
+read_settings "NAME NODES GPUS_PER_NODE TIME VENV LOG_DIR" \
+  PARTITION= ACCOUNT= QOS= CPUS_PER_GPU=8 BUCKET= MOUNT= MAX_RESTARTS=20 POLL_SECONDS=30
+whole NODES GPUS_PER_NODE CPUS_PER_GPU MAX_RESTARTS POLL_SECONDS
+[[ $TIME =~ ^([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}$ ]] || fail "$settings: TIME=$TIME must be like 24:00:00 or 2-00:00:00"
+[ -z "$BUCKET" ] || [ -n "$MOUNT" ] || fail "$settings: MOUNT is missing: the folder where the nodes mount gs://$BUCKET"
+mount_names
+root=$(cd "$here/.." && pwd)
+script=$LOG_DIR/$NAME.sbatch ended=$LOG_DIR/$NAME.status
+
+check() {
+  installed sbatch "run this on a login node of the cluster"
+  [ -z "$PARTITION" ] || [ -n "$(ask "sinfo does not answer" sinfo --noheader --partition="$PARTITION" --format=%R)" ] ||
+    [ "$dry_run" = yes ] || fail "there is no PARTITION=$PARTITION: sinfo lists them"
+  [ -z "$ACCOUNT" ] || [ -n "$(ask "sacctmgr does not answer" sacctmgr --noheader --parsable2 show associations user="$USER" account="$ACCOUNT" format=account)" ] ||
+    [ "$dry_run" = yes ] || fail "$USER may not use ACCOUNT=$ACCOUNT: sacctmgr show associations user=$USER lists yours"
+  [ "$dry_run" = yes ] || [ -x "$VENV/bin/fastvlm" ] ||
+    fail "there is no $VENV/bin/fastvlm: python3 -m venv $VENV && $VENV/bin/pip install -c requirements.txt -e '.[gpu]'"
+  [ "$dry_run" = yes ] || mkdir -p "$run_workdir" "$LOG_DIR" 2>"$scratch/errors" ||
+    fail "cannot be made: $(tail -n 1 "$scratch/errors")"
+}
+
+# The batch script. USR1 comes two minutes before the time limit; the run is then asked to save, with the TERM that
+# scancel and preemption send too, and ends with status 130.
+batch() {
+  cat <<END
+#!/usr/bin/env bash
+#SBATCH --job-name=$NAME
+#SBATCH --nodes=$NODES
+#SBATCH --ntasks-per-node=$GPUS_PER_NODE
+#SBATCH --gpus-per-node=$GPUS_PER_NODE
+#SBATCH --cpus-per-task=$CPUS_PER_GPU
+#SBATCH --time=$TIME
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --open-mode=append
+#SBATCH --output=$LOG_DIR/$NAME.log
+END
+  [ -z "$PARTITION" ] || echo "#SBATCH --partition=$PARTITION"
+  [ -z "$ACCOUNT" ] || echo "#SBATCH --account=$ACCOUNT"
+  [ -z "$QOS" ] || echo "#SBATCH --qos=$QOS"
+  cat <<END
+cd $(show "$root")
+export COORDINATOR=\$(scontrol show hostnames "\$SLURM_JOB_NODELIST" | head -n 1):\$((20000 + SLURM_JOB_ID % 20000))
+again=no
+trap 'again=yes; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
+trap : TERM # the processes got it too: wait until they have saved
+srun --kill-on-bad-exit=0 bash -c 'export CUDA_VISIBLE_DEVICES=\$SLURM_LOCALID; exec "\$@" \\
+  --coordinator_address=\$COORDINATOR --num_processes=\$SLURM_NTASKS --process_id=\$SLURM_PROCID' - \\
+  $(show "$VENV/bin/fastvlm" train --config="$config" --workdir="$run_workdir" "${train_args[@]}") &
+wait \$!; status=\$?
+while kill -0 \$! 2>/dev/null; do wait \$!; status=\$?; done # a trap ends a wait
+echo "slurm: fastvlm train ended with status \$status"
+# Another process died, or the time is up: again. Wrong flags (2) stay wrong; 130 alone is a scancel or a preemption,
+# after which Slurm itself queues the job again.
+case \$status in 0 | 2 | 130) ;; *) again=yes ;; esac
+if [ \$again = yes ] && [ "\${SLURM_RESTART_COUNT:-0}" -lt $MAX_RESTARTS ]; then
+  scontrol requeue "\$SLURM_JOB_ID"
+else
+  echo \$status >$(show "$ended")
+fi
+exit \$status
+END
+}
+
+queued() { squeue --me --noheader --name="$NAME" --format=%i; }
+
+say "checks"
+check
+trap 'say "the job goes on; the same command follows it again; scancel --name=$NAME stops it"; exit 130' INT TERM
+say "the job, unless it is at work already"
+if [ "$dry_run" = yes ] || [ -z "$(queued)" ]; then
+  run rm -f "$ended"
+  batch | write "$script"
+  run sbatch "$script"
+else
+  grep -qF -- "--workdir=$run_workdir" "$script" || fail "a job $NAME is at work on another workdir: give this one another NAME in $settings"
+  say "the job $NAME is at work already"
+fi
+say "its output: tail -f $LOG_DIR/$NAME.log"
+say "until the queue has it no longer"
+if [ "$dry_run" = yes ]; then
+  show squeue --me --noheader --name="$NAME" --format=%i
+else
+  while [ -n "$(queued || echo unknown)" ]; do sleep "$POLL_SECONDS"; done
+  status=$(cat "$ended" 2>/dev/null || echo "none: it was cancelled or killed")
+  [ "$status" = 0 ] || fail "the job ended with status $status: see $LOG_DIR/$NAME.log"
+fi
+say "trained: $workdir"

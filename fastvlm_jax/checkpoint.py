@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
+from fastvlm_jax import distributed
 from fastvlm_jax.config import differences
 from fastvlm_jax.convert.mapping import SAME, Leaf
 from fastvlm_jax.data.pipeline import Loader
+from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.json_file import read_object
 from fastvlm_jax.train_step import TrainState
 
@@ -27,16 +30,53 @@ FORMAT = "fastvlm_jax workdir"
 # What may change between the parts of one run: none of it changes the result.
 FREE_KEYS = (
     "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "eval_questions",
-    "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
+    "wandb", "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
 )  # fmt: skip
 
 
-def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any]) -> None:
-    """Writes config.json of a fresh workdir, or checks that an existing one was made by the same settings and data.
+# What may differ between the processes of one run: where each finds the data, and how it reads them.
+OWN_KEYS = ("path", "root", "num_threads", "prefetch", "cache_images")
+
+
+def check_processes(config: dict[str, Any]) -> None:
+    """Raises ValueError, naming process and key, where the processes of a run have other settings or another code."""
+    shared = {**config, "data": {key: value for key, value in config["data"].items() if key not in OWN_KEYS}}
+    code = {"version": importlib.metadata.version("fastvlm_jax"), "sources": distributed.source_digest()}
+    distributed.check_same({"config": shared, "code": code, "jax": jax.__version__})
+
+
+def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any], processor: Processor) -> None:
+    """Writes config.json and the processor of a fresh workdir, or checks that it is of the same settings and data.
+
+    Of several processes the first does it; the others wait for it.
 
     Raises:
-      ValueError: the workdir belongs to other settings, or is a folder of something else.
+      ValueError: the workdir belongs to other settings, or is a folder of something else; not all processes have the
+        same data and parent, or see the workdir.
+      TimeoutError: a process does not come.
     """
+    distributed.check_same(lineage)
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            _claim(workdir, config, lineage)
+            processor.save(workdir / "processor")
+        except ValueError as error:
+            problem = str(error)
+    if problems := list(filter(None, distributed.exchange("workdir", problem))):
+        raise ValueError(problems[0])
+    # A network file system may show a new file late.
+    for _ in range(60):
+        if (workdir / "config.json").exists():
+            return
+        time.sleep(1)
+    raise ValueError(
+        f"process {jax.process_index()} does not see {workdir / 'config.json'}, which process 0 wrote: --workdir must "
+        "be on a file system that all processes share"
+    )
+
+
+def _claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any]) -> None:
     path = workdir / "config.json"
     if path.exists():
         found = read_run(workdir)
@@ -53,11 +93,10 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any]
         return
     if workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"{workdir} is not empty and not a training workdir; choose another --workdir")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"format": FORMAT, "config": config, "lineage": lineage}, indent=2) + "\n")
-        os.replace(temporary, path)
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"format": FORMAT, "config": config, "lineage": lineage}, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 def read_run(workdir: pathlib.Path) -> dict[str, Any]:

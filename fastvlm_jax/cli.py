@@ -11,13 +11,15 @@ from absl import logging as absl_logging
 
 USAGE = """usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help lists the flags)
 
-  train     --config FILE.py[:ARG] --workdir DIR [--config.KEY=VALUE ...]
+  train     --config FILE.py[:ARG] --workdir DIR [--profile FIRST:LAST] [--config.KEY=VALUE ...]
+            [--coordinator_address HOST:PORT --num_processes N --process_id I]
   generate  --model DIR --image FILE --prompt TEXT [--max_tokens N] [--temperature T] [--top_p P]
   evaluate  --model DIR --benchmark easy-vqa --data DIR [--limit N] [--output FILE.json]
   convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
   data      write --source PATH --output DIR [--images DIR] [--validation_share S] [--max_side N] [--verify]
             inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--json FILE] [--verify]
             easy-vqa --output DIR
+  preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]
   bench     input --config FILE.py[:ARG] --config.data.path=DIR [--seconds N] [--output FILE.json]
   report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
 
@@ -27,6 +29,9 @@ GGUF file, or parts of a model from several places: vision=DIR,llm=DIR[,projecto
 
 def train(argv: list[str]) -> None:
     """fastvlm train"""
+    from fastvlm_jax import xla_flags
+
+    xla_flags.apply()  # before the config file, which may import jax
     from ml_collections import config_flags
 
     fv = flags.FlagValues()
@@ -34,10 +39,26 @@ def train(argv: list[str]) -> None:
         "config", None, "config file, FILE.py or FILE.py:ARG", flag_values=fv, sys_argv=argv
     )
     flags.DEFINE_string("workdir", None, "where metrics and checkpoints go", flag_values=fv)
+    flags.DEFINE_string("coordinator_address", None, "of several processes: HOST:PORT of process 0", flag_values=fv)
+    flags.DEFINE_integer("num_processes", None, "of the run; what the platform says by default", flag_values=fv)
+    flags.DEFINE_integer("process_id", None, "of this process, from 0", flag_values=fv)
+    flags.DEFINE_float("heartbeat_seconds", None, "of silence that a process is given; 30 by default", flag_values=fv)
+    flags.DEFINE_float(
+        "initialization_seconds", None, "that all processes are waited for; 300 by default", flag_values=fv
+    )
+    flags.DEFINE_string("profile", "", "steps to trace for xprof or TensorBoard, as 10:13", flag_values=fv)
     parse(fv, argv, required=("config", "workdir"))
-    from fastvlm_jax.train import train
+    if "://" in fv.workdir:
+        raise ValueError(f"--workdir {fv.workdir} must be a folder: mount the bucket, as docs/tpu.md tells")
+    from fastvlm_jax import distributed
 
-    train(fv.config, pathlib.Path(fv.workdir).expanduser())
+    settings = distributed.find_settings(
+        fv.coordinator_address, fv.num_processes, fv.process_id, fv.heartbeat_seconds, fv.initialization_seconds
+    )
+    with distributed.started(settings):
+        from fastvlm_jax.train import train
+
+        train(fv.config, pathlib.Path(fv.workdir).expanduser(), profile=fv.profile)
 
 
 def generate(argv: list[str]) -> None:
@@ -247,6 +268,37 @@ def bench(argv: list[str]) -> None:
     print(describe(found))
 
 
+def preflight(argv: list[str]) -> None:
+    """fastvlm preflight"""
+    from fastvlm_jax.preflight import topology
+
+    topology.set_environment()  # before the config file, which may touch devices
+    from ml_collections import config_flags
+
+    fv = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "config file, FILE.py or FILE.py:ARG", flag_values=fv, sys_argv=argv
+    )
+    flags.DEFINE_string("topology", None, "slices, as v5e:4x4, v5p:4x4x4 or, two of them, v5e:16x16*2", flag_values=fv)
+    flags.DEFINE_enum("mode", "train", ["train", "encoder", "generate"], "what to compile", flag_values=fv)
+    flags.DEFINE_bool("search", False, "rank meshes, remat, groups and accumulation; compile the best", flag_values=fv)
+    flags.DEFINE_integer("records", None, "of the stage's data, for its hours", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("top", 10, "costly operations to list", lower_bound=0, flag_values=fv)
+    flags.DEFINE_integer("rows", 1, "of generation and encoder: images at a time", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("prompt_tokens", 64, "of generation: tokens of text", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("max_tokens", 256, "of generation: tokens to write", lower_bound=2, flag_values=fv)
+    flags.DEFINE_string("output", None, "JSON file for all numbers", flag_values=fv)
+    parse(fv, argv, required=("config", "topology"))
+    from fastvlm_jax.preflight import run
+
+    options = run.Options(fv.mode, fv.records, fv.top, fv.rows, fv.prompt_tokens, fv.max_tokens)
+    found = (run.search if fv.search else run.preflight)(fv.config, fv.topology, options)
+    write_json(found, fv.output)
+    print(run.text(found))
+    if not found["memory"]["fits"]:
+        raise SystemExit(1)
+
+
 def report(argv: list[str]) -> None:
     """fastvlm report"""
     fv = flags.FlagValues()
@@ -267,6 +319,7 @@ COMMANDS = {
     "convert": convert,
     "data": data,
     "bench": bench,
+    "preflight": preflight,
     "report": report,
 }
 

@@ -216,6 +216,7 @@ def get_base(size: str) -> ml_collections.ConfigDict:
     c.param_dtype = "float32"  # or "bfloat16", which loses updates smaller than 1/256 of a weight
     c.moment_dtype = "float32"  # of Adam's first moment; "bfloat16" saves 2 bytes a parameter
 
+    c.wandb = ""  # Weights & Biases: project that the metrics are sent to as well; "" = none
     c.log_every = 10  # steps between metrics
     c.checkpoint_every = 1000  # steps between checkpoints; one is always written at the end
     c.keep_checkpoints = 2  # latest ones kept

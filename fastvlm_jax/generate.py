@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastvlm_jax import sharding
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data.processor import Image, Processor
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -90,7 +91,8 @@ def generate_tokens(
         return i + 1, tokens.at[:, i].set(next_B), next_B, done_B, cache
 
     carry = (jnp.int32(1), tokens, first_B, jnp.zeros(rows, bool), cache)
-    return jax.lax.while_loop(unfinished, step, carry)[1]
+    # Whole on every device, and so in every process.
+    return sharding.constrain(jax.lax.while_loop(unfinished, step, carry)[1], (None, None))
 
 
 def generate(

@@ -4,24 +4,51 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Collection, Sequence
 
+import jax
 import tensorboardX
 import tqdm
+
+from fastvlm_jax import flops
+from fastvlm_jax.data.pipeline import Flow
+from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.preflight.topology import GENERATIONS
+from fastvlm_jax.tracking import Tracker
+
+# Peak bf16 FLOP/s of a chip by the start of JAX's device_kind, without sparsity. NVIDIA: the data sheets of A100, H100
+# and H200 (https://www.nvidia.com/en-us/data-center/h200/), SXM unless the name says another form.
+PEAK_FLOPS = {
+    "TPU v4": GENERATIONS["v4"].flops,
+    "TPU v5 lite": GENERATIONS["v5e"].flops,
+    "TPU v5": GENERATIONS["v5p"].flops,
+    "TPU v6 lite": GENERATIONS["v6e"].flops,
+    "TPU7x": GENERATIONS["v7x"].flops,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+}
 
 
 class MetricsWriter:
     """Writes scalars by step. Times are seconds of training in this process and before it was resumed.
 
     metrics.jsonl holds one JSON object a line with "step", "seconds" and the scalars; a resumed run drops the lines
-    after the step that it resumes from, so that every step stands there once.
+    after the step that it resumes from, so that every step stands there once. Of several processes only the first
+    writes and shows anything; the others keep the time. A `tracker` is written to as well.
     """
 
-    def __init__(self, workdir: pathlib.Path, name: str, step: int, steps: int):
+    def __init__(self, workdir: pathlib.Path, name: str, step: int, steps: int, tracker: Tracker | None = None):
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
-        self._interactive = sys.stderr.isatty()
+        self._writes, self._tracker = jax.process_index() == 0, tracker
+        self._interactive = self._writes and sys.stderr.isatty()
+        if self._writes:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
         self._bar = tqdm.tqdm(
             total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True, disable=not self._interactive
         )
@@ -35,12 +62,16 @@ class MetricsWriter:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of `step` to both files and shows those that a person follows."""
+        if not self._writes:
+            return
         scalars = {key: float(value) for key, value in scalars.items()}
         seconds = round(self.seconds(), 3)
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "seconds": seconds, **scalars}) + "\n")
         for key, value in scalars.items():
             self._board.add_scalar(key, value, step)
+        if self._tracker:
+            self._tracker.write(step, scalars)
         shown = {key: f"{value:.4g}" for key, value in scalars.items() if key != "grad_norm" and "/lr/" not in key}
         if self._interactive:
             self._bar.update(step - self._bar.n)
@@ -53,8 +84,44 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._board.close()
+        if self._writes:
+            self._board.close()
         self._bar.close()
+        if self._tracker:
+            self._tracker.close()
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Peak bf16 FLOP/s of all chips that `devices` are of; None where it is not known, as on a CPU."""
+    known = [kind for kind in PEAK_FLOPS if devices[0].device_kind.startswith(kind)]
+    if not known:
+        return None
+    # A chip of v7x, and of v4 without megacore, is two devices.
+    chips = {(getattr(d, "slice_index", 0), *getattr(d, "coords", (d.id,))) for d in devices}
+    return len(chips) * PEAK_FLOPS[max(known, key=len)]
+
+
+def mfu_scalars(
+    model: FastVLM, trainable: Collection[str], flow: Flow, seconds: float, *, row_length: int, peak: float | None
+) -> dict[str, float]:
+    """Model FLOPs utilization: what `seconds` of steps had to compute, over what the chips could; {} without a peak.
+
+    "mfu" is the sum of the encoder's "mfu/vision", of "mfu/llm", which holds the loss, and of the projector's: all are
+    shares of the whole step, not of the time that each part takes.
+    """
+    if peak is None:
+        return {}
+    work = flops.useful_flops(model, trainable, flow.sizes, flow.tokens, row_length)
+    shares = {part: count / (seconds * peak) for part, count in work.items()}
+    return {"mfu": sum(shares.values()), "mfu/vision": shares["vision"], "mfu/llm": shares["llm"] + shares["loss"]}
+
+
+def memory_scalars(devices: Sequence[jax.Device]) -> dict[str, float]:
+    """Memory in use, now and at most so far, in 10**9 bytes, of this process's fullest device; {} where none tells."""
+    known = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
+    known = [found for found in known if found]
+    names = {"hbm_gb": "bytes_in_use", "hbm_peak_gb": "peak_bytes_in_use"}
+    return {name: max(found[key] for found in known) / 1e9 for name, key in names.items() if known}
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import pathlib
-import signal
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from fastvlm_jax import checkpoint, evaluate, model_io, optim, sharding
+from fastvlm_jax import checkpoint, distributed, evaluate, model_io, optim, profiling, sharding, tracking
 from fastvlm_jax import config as config_lib
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.convert.encoder import without_head
@@ -21,7 +20,8 @@ from fastvlm_jax.data.geometry import make_sizes
 from fastvlm_jax.data.pipeline import Loader, data_sets, eval_batches, fingerprint, make_loader, open_sources
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.tokenizer import load_tokenizer
-from fastvlm_jax.metrics import MetricsWriter
+from fastvlm_jax.distributed import Interrupted, StopRequest
+from fastvlm_jax.metrics import MetricsWriter, memory_scalars, mfu_scalars, peak_flops
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
@@ -30,15 +30,12 @@ from fastvlm_jax.models.fold import fold_variables
 from fastvlm_jax.train_step import TrainState, eval_step, train_step
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; what it had done is saved."""
-
-
-def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None) -> TrainState:
+def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None, profile: str = "") -> TrainState:
     """Trains the stage that `config` describes, from its parent's weights or from where `workdir` stopped.
 
     Args:
       devices: what the mesh is made of; all devices by default.
+      profile: steps to trace, "FIRST:LAST"; see profiling.py.
 
     Returns:
       The final state, which is also the last checkpoint of the workdir.
@@ -46,9 +43,12 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     Raises:
       ValueError, FileNotFoundError: settings, data, parent or workdir that do not fit; nothing was written.
       FloatingPointError: the loss is not finite.
-      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      Interrupted: SIGINT or SIGTERM came, to this process or another; the state is saved.
     """
     config_lib.validate(config)
+    settings = config_lib.plain(config)
+    checkpoint.check_processes(settings)
+    tracking.check(config.wandb)
     mesh = sharding.make_mesh(config.mesh, devices)
     num_kv_heads = config.model.llm.num_kv_heads
     sharding.check_mesh(mesh, groups=config.data.groups, num_kv_heads=num_kv_heads, accumulate=config.accumulate)
@@ -60,7 +60,6 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     trainable, _ = optim.split(abstract_params, config.groups)
     if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
         raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
-    settings = config_lib.plain(config)
     lineage = checkpoint.make_lineage(settings, parent and parent.lineage, fingerprint(sources))
     variables = adapt(parent, model) if parent else None
 
@@ -70,8 +69,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         loader = open_loader()
         steps = config.steps or math.ceil(config.epochs * loader.batches_per_epoch)
         step = make_step(config, model, mesh, steps=steps, num_sources=len(sources))
-        checkpoint.claim(workdir, settings, lineage)
-        processor.save(workdir / "processor")
+        traced = profiling.parse_steps(profile, steps)
+        checkpoint.claim(workdir, settings, lineage, processor)
         checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints)
         if checkpointer.latest is not None:
             state, position = checkpoint.restore(checkpointer, step.abstract)
@@ -79,23 +78,30 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
             loader = open_loader(start=position)
         else:
             state = step.make_state(jax.random.key(config.seed), variables)
-        return run(config, model, processor, state, step.fn, steps, loader, checkpointer, lineage, workdir)
+        return run(config, model, processor, state, step.fn, steps, loader, checkpointer, lineage, workdir, traced)
 
 
 def run(
     config, model: FastVLM, processor: Processor, state: TrainState, step_fn, steps: int, loader: Loader, checkpointer,
-    lineage: dict[str, Any], workdir: pathlib.Path,
+    lineage: dict[str, Any], workdir: pathlib.Path, traced: tuple[int, int],
 ) -> TrainState:  # fmt: skip
     """The loop: step, metrics every `log_every`, validation every `eval_every`, checkpoints."""
     start = int(state.step)
-    writer = MetricsWriter(workdir, config.stage or workdir.name, start, steps)
+    name = config.stage or workdir.name
+    tracker = tracking.open_run(config.wandb, workdir, name, config_lib.plain(config))
+    writer = MetricsWriter(workdir, name, start, steps, tracker)
+    trace = profiling.Trace(traced, workdir / "profile", start, steps)
+    devices, trainable = list(loader.sharding.mesh.devices.flat), tuple(optim.split(state.params, config.groups)[0])
+    mfu = partial(mfu_scalars, model, trainable, row_length=config.data.row_length, peak=peak_flops(devices))
     validate = make_validation(config, model, processor, loader.sharding)
     stop = StopRequest()
-    logged = writer.seconds()
+    logged, last_logged = writer.seconds(), start
     try:
         with stop:
             for step in range(start + 1, steps + 1):
-                state, metrics = step_fn(state, next(loader))
+                with trace.begin(step, state):
+                    state, metrics = step_fn(state, next(loader))
+                trace.end(step, state)
                 if step % config.log_every == 0 or step == steps:
                     by_source = metrics.pop("loss_by_source", None)
                     scalars = {key: float(value) for key, value in metrics.items()}
@@ -105,27 +111,33 @@ def run(
                             f"{checkpointer.latest.step if checkpointer.latest else None}: lower the rates in groups"
                         )
                     seconds, logged = max(writer.seconds() - logged, 1e-9), writer.seconds()
-                    scalars |= flow_scalars(loader, seconds)
+                    scalars["step_seconds"], last_logged = seconds / (step - last_logged), step
+                    scalars |= flow_scalars(loader, seconds, mfu)
+                    scalars |= memory_scalars(devices)
+                    # The slowest input holds all up.
+                    scalars["input_bound"] = max(distributed.exchange(f"input {step}", scalars["input_bound"]))
                     if by_source is not None:
                         losses = zip(loader.names, by_source.tolist(), strict=True)
                         scalars |= {f"loss/{name}": loss for name, loss in losses if math.isfinite(loss)}
                     rates = optim.learning_rates(step, config.groups, steps, config.warmup_ratio)
                     scalars["lr"] = max(float(rate) for rate in rates.values())
                     writer.write(step, scalars)
+                stopping = stop.reached(step)
                 # Before the validation, which may end in an error or take longer than a preempted machine has.
-                if step % config.checkpoint_every == 0 or step == steps or stop.requested:
+                if step % config.checkpoint_every == 0 or step == steps or stopping:
                     checkpoint.save(checkpointer, state, loader, lineage)
                 if step % config.eval_every == 0 or step == steps:
                     if scalars := validate(state):
                         writer.write(step, scalars)
-                    logged = writer.seconds()
+                    logged, last_logged = writer.seconds(), step
                     loader.flow()
-                if stop.requested and step < steps:
+                if stopping and step < steps:
                     raise Interrupted(
                         f"stopped at step {step} of {steps}, which is saved; the same command goes on from there"
                     )
         return state
     finally:
+        trace.close()
         loader.close()
         checkpointer.close()
         writer.close()
@@ -170,8 +182,8 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
     )
 
 
-def flow_scalars(loader: Loader, seconds: float) -> dict[str, float]:
-    """What the input did in the last `seconds`: rates, the share of the time waited for it, records by data set."""
+def flow_scalars(loader: Loader, seconds: float, mfu) -> dict[str, float]:
+    """What went through in the last `seconds`: rates, the share of the time waited for input, records by data set."""
     flow = loader.flow()
     scalars = {
         "images/s": flow.images / seconds,
@@ -182,7 +194,7 @@ def flow_scalars(loader: Loader, seconds: float) -> dict[str, float]:
     }
     if len(loader.names) > 1:
         scalars |= {f"records/{name}": count for name, count in zip(loader.names, flow.records, strict=True)}
-    return scalars
+    return scalars | mfu(flow, seconds)
 
 
 # What may differ between a parent and a stage; a CLIP projection is dropped, a context length computes nothing.
@@ -290,7 +302,8 @@ def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, nu
         accumulate=config.accumulate,
         shardings=optim.split(shardings.params, config.groups)[0],
     )
-    return Step(jax.jit(fn, donate_argnums=0, out_shardings=(shardings, None)), make_state, abstract)
+    everywhere = jax.sharding.NamedSharding(mesh, sharding.spec(()))  # every process reads the metrics
+    return Step(jax.jit(fn, donate_argnums=0, out_shardings=(shardings, everywhere)), make_state, abstract)
 
 
 def abstract_batch(config, model: FastVLM, mesh: jax.sharding.Mesh) -> Batch:
@@ -365,7 +378,8 @@ def make_validation(config, model: FastVLM, processor: Processor, batches):
     The loss is over all data sets that have one, questions are asked of the first; without any there is no validation.
     """
     held_out = open_sources(config.data, "validation")
-    loss_fn = jax.jit(partial(eval_step, model=model))
+    everywhere = jax.sharding.NamedSharding(batches.mesh, sharding.spec(()))
+    loss_fn = jax.jit(partial(eval_step, model=model), out_shardings=everywhere)
 
     def validate(state: TrainState) -> dict[str, float]:
         variables, scalars = {"params": state.params, "batch_stats": state.batch_stats}, {}
@@ -385,21 +399,3 @@ def make_validation(config, model: FastVLM, processor: Processor, batches):
         return scalars
 
     return validate
-
-
-class StopRequest:
-    """Within its context, the first SIGINT or SIGTERM asks for a stop after the running step; a second one kills."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self):
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame):
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)

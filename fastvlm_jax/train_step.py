@@ -100,8 +100,9 @@ def train_step(
         (loss, batch_stats, grads), losses = jax.lax.scan(add, carry, (jnp.arange(accumulate), parts))
         losses = jnp.moveaxis(losses, 0, 1).reshape(batch.tokens.shape)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-    params = optim.merge(optax.apply_updates(trainable, updates), frozen)
+    with jax.named_scope("optimizer"):  # as traces show it
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        params = optim.merge(optax.apply_updates(trainable, updates), frozen)
     metrics = {"loss": loss, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
     if num_sources > 1:
         metrics["loss_by_source"] = mean_by_source(losses, batch, num_sources)

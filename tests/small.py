@@ -21,6 +21,11 @@ def small_config(data, steps=4, **overrides):
     return c
 
 
+def get_config(data):
+    """`--config tests/small.py:DATA`, where tests/ is on the path."""
+    return small_config(data)
+
+
 def ask(*pairs, images=1):
     """The turns of questions and answers, with the images in the first question."""
     turns = [turn for q, a in pairs for turn in (("user", (q,)), ("assistant", (a,)))]

@@ -10,7 +10,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -55,6 +55,7 @@ class Flow(NamedTuple):
       truncated: texts that lost their oldest questions, of all processes.
       records: of each data set, of all processes.
       waited: seconds that this process waited for a batch.
+      sizes: images by (height, width).
     """
 
     images: int
@@ -62,6 +63,7 @@ class Flow(NamedTuple):
     truncated: int
     records: tuple[int, ...]
     waited: float
+    sizes: Mapping[tuple[int, int], int]
 
 
 class Loader:
@@ -108,7 +110,7 @@ class Loader:
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         self._host = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._ahead = collections.deque()
-        self._flow = Flow(0, 0, 0, (0,) * len(self.names), 0.0)
+        self._flow = self._no_flow()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -135,7 +137,8 @@ class Loader:
         self.position += 1
         images, tokens, truncated = (getattr(self._flow, name) + counts[name] for name in Flow._fields[:3])
         records = tuple(np.add(self._flow.records, counts["records"]).tolist())
-        self._flow = Flow(images, tokens, truncated, records, self._flow.waited + time.monotonic() - begin)
+        sizes = self._flow.sizes + collections.Counter({batch.images.shape[2:4]: int(counts["images"])})
+        self._flow = Flow(images, tokens, truncated, records, self._flow.waited + time.monotonic() - begin, sizes)
         return batch
 
     @property
@@ -145,8 +148,11 @@ class Loader:
 
     def flow(self) -> Flow:
         """Returns what went through since the last call."""
-        flow, self._flow = self._flow, Flow(0, 0, 0, (0,) * len(self.names), 0.0)
+        flow, self._flow = self._flow, self._no_flow()
         return flow
+
+    def _no_flow(self) -> Flow:
+        return Flow(0, 0, 0, (0,) * len(self.names), 0.0, collections.Counter())
 
     def close(self) -> None:
         """Stops the threads."""

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from fastvlm_jax.models.blocks import Dense, gelu
 from fastvlm_jax.models.remat import rematted
+from fastvlm_jax.sharding import gathered
 
 Array = jax.Array
 # Named as in a transformers config.json.
@@ -41,7 +43,7 @@ class PatchConv(nn.Module):
         kernel = self.param("kernel", init, (self.size, self.size, x_BHWC.shape[-1], self.features), jnp.float32)
         strides = (self.size, self.size)
         x = jax.lax.conv_general_dilated(
-            x_BHWC, kernel.astype(x_BHWC.dtype), strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x_BHWC, gathered(kernel, None, x_BHWC.dtype), strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         if self.use_bias:
             x += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(x.dtype)
@@ -73,6 +75,7 @@ class Block(nn.Module):
         scores_BmNN = jnp.einsum("bqme,bkme->bmqk", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
         weights_BmNN = jax.nn.softmax(scores_BmNN).astype(x_BNC.dtype)
         mixed = jnp.einsum("bmqk,bkme->bqme", weights_BmNN, v).reshape(B, N, C)
+        mixed = checkpoint_name(mixed, "attention")
         x = x_BNC + Dense(C, init_std=self.init_std, name="o")(mixed)
         y = Dense(self.mlp_dim, init_std=self.init_std, name="fc1")(layer_norm(x, self.epsilon, "mlp_norm"))
         return x + Dense(C, init_std=self.init_std, name="fc2")(ACTIVATIONS[self.activation](y))

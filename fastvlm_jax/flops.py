@@ -1,0 +1,296 @@
+"""Floating-point operations of a model, counted from its sizes: forward, of a training step, and as a chip runs it.
+
+Counted are matrix products and convolutions, a multiply-add as 2; not what is linear in the activations (norms, GELUs,
+softmax, lookups) nor the optimizer. A convolution counts all its taps, those on the padding too, as fvcore and timm do.
+
+    trained                 forward + gradient of the input + gradient of the weights           3x, the first layer 2x
+    frozen, behind it some
+    trained parameter       forward + gradient of the input                                     2x (attention 3x)
+    frozen, before them     forward                                                             1x
+
+The decoder's attention counts what is causally visible in a whole row, half of the square: packed segments need less,
+PaLM's convention (arXiv 2204.02311, appendix B) counts the full square. The encoder's attention sees all positions.
+"""
+
+import functools
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from fastvlm_jax.models.convnext import ConvNeXt
+from fastvlm_jax.models.decoder import Decoder
+from fastvlm_jax.models.fastvit import FastViT
+from fastvlm_jax.models.fastvlm import FastVLM, make_encoder
+from fastvlm_jax.models.vit import ViT
+
+PARTS = ("vision", "projector", "llm", "loss")
+# Kinds of products that the backward pass computes once more, under each policy of models/remat.py.
+RECOMPUTED = {
+    "none": (),
+    "full": ("conv", "conv7", "dot", "scores", "mixed"),
+    "dots": ("conv", "conv7", "scores", "mixed"),
+    "attention": ("conv", "conv7", "dot", "scores"),
+    "depthwise": ("conv", "dot", "scores"),
+}
+
+
+class Product(NamedTuple):
+    """Products that one weight takes part in, or two activations, over all blocks of a stage.
+
+    Attributes:
+      part: one of PARTS.
+      path: of the weight among the parameters; of two activations, of their module.
+      flops: of the forward pass.
+      kind: "conv"; "conv7", that of a ConvFFN; "dot", with a weight; "scores" and "mixed" (weights x values), of
+        attention; "last", a dot that ends a block, so that no gradient needs its result; "loss".
+      remat: policy of the scanned blocks that it lies in; None outside of any.
+    """
+
+    part: str
+    path: str
+    flops: float
+    kind: str
+    remat: str | None = None
+
+    @property
+    def unit(self) -> str:
+        """What it lies in: "vision/stage_0", "llm/layers"."""
+        return "/".join(self.path.split("/")[:2])
+
+
+def forward_flops(
+    model: FastVLM, images: int, height: int, width: int, rows: int, row_length: int, *, causal: bool = True
+) -> dict[str, float]:
+    """Of one forward pass, by part: {"vision", "projector", "llm", "loss"}; "loss" is the product with the vocabulary.
+
+    Args:
+      images: image slots, of height x width pixels. rows: of row_length tokens, whatever they hold.
+      causal: False counts the full square of the decoder's attention, as plain attention computes it.
+
+    Raises:
+      ValueError: an image size that the encoder does not take.
+    """
+    return _by_part((p, p.flops) for p in products(model, images, height, width, rows, row_length, causal))
+
+
+def train_flops(
+    model: FastVLM,
+    trainable: Collection[str],
+    images: int,
+    height: int,
+    width: int,
+    rows: int,
+    row_length: int,
+    *,
+    causal: bool = True,
+) -> dict[str, float]:
+    """Of one training step, by part, without any recomputation: the model FLOPs that MFU is told of.
+
+    Args:
+      trainable: paths of the trainable parameters ("llm/layers/q/kernel"), as in `optim.split`; see forward_flops for
+        the others.
+    """
+    counted = products(model, images, height, width, rows, row_length, causal)
+    return _by_part((p, p.flops * (1 + backward)) for p, backward in _backward(counted, trainable))
+
+
+def useful_flops(
+    model: FastVLM, trainable: Collection[str], sizes: Mapping[tuple[int, int], int], tokens: int, row_length: int
+) -> dict[str, float]:
+    """`train_flops` of what was really there: images, tiles and tokens, without empty slots and padding.
+
+    Args:
+      sizes: images of each (height, width). tokens: placeholders of images counted; each costs the same share of a row.
+    """
+    total = dict.fromkeys(PARTS, 0.0)
+    for (height, width), images in sizes.items():
+        for part, count in train_flops(model, trainable, 1, height, width, 0, 0).items():
+            total[part] += count * images
+    size = next(iter(sizes), None) or _any_size(model)
+    for part, count in train_flops(model, trainable, 0, *size, 1, row_length).items():
+        total[part] += count * tokens / row_length
+    return total
+
+
+def hardware_flops(
+    model: FastVLM,
+    trainable: Collection[str],
+    images: int,
+    height: int,
+    width: int,
+    rows: int,
+    row_length: int,
+    *,
+    causal: bool = False,
+) -> dict[str, float]:
+    """Of one training step, by part, with what the remat policies and the chunked loss compute twice.
+
+    The full square of the decoder's attention is counted unless `causal`, as for kernels that skip what is masked.
+    """
+
+    def again(product: Product) -> bool:
+        return product.kind == "loss" or product.kind in RECOMPUTED[product.remat or "none"]
+
+    counted = _backward(products(model, images, height, width, rows, row_length, causal), trainable)
+    return _by_part((p, p.flops * (1 + backward + (again(p) and backward > 0))) for p, backward in counted)
+
+
+def _any_size(model: FastVLM) -> tuple[int, int]:
+    """Of an image that the encoder takes, for counts of no image."""
+    encoder = make_encoder(**(model.vision_args or {}), parent=None)
+    return (getattr(encoder, "image_size", None) or encoder.stride,) * 2
+
+
+def _by_part(counts) -> dict[str, float]:
+    total = dict.fromkeys(PARTS, 0.0)
+    for product, flops in counts:
+        total[product.part] += flops
+    return total
+
+
+def _backward(counted: Sequence[Product], trainable: Collection[str]) -> Iterator[tuple[Product, int]]:
+    """Each product with the number of products of its size that its gradients take.
+
+    Gradients pass through all that stands behind a trainable parameter, in the order of the forward pass. The scan over
+    equal blocks is one loop: where one weight of a stage learns, all its blocks pass gradients on.
+    """
+    learning = {"/".join(path.split("/")[:2]) for path in trainable}
+    passes = False
+    for unit, group in itertools.groupby(counted, key=lambda product: product.unit):
+        for product in group:
+            inner = passes or (product.remat is not None and unit in learning)
+            learns = product.path in trainable
+            yield product, 2 * inner if product.kind in ("scores", "mixed") else inner + learns
+            if product.remat is None:
+                passes |= learns
+        passes |= unit in learning
+
+
+@functools.lru_cache(maxsize=64)
+def products(
+    model: FastVLM, images: int, height: int, width: int, rows: int, row_length: int, causal: bool = True
+) -> tuple[Product, ...]:
+    """All products of the forward pass, in its order."""
+    counted = []
+    if model.vision_args is not None:
+        encoder = make_encoder(**model.vision_args, parent=None)
+        h, w = encoder.grid(height, width)
+        count = {FastViT: _fastvit, ViT: _vit, ConvNeXt: _convnext}[type(encoder)]
+        counted += [p._replace(flops=p.flops * images) for p in count(encoder, height, width)]
+        if model.llm_args is not None:
+            counted += _projector(encoder.features, model.llm_args["width"], images * h * w)
+    if model.llm_args is not None:
+        counted += _decoder(Decoder(**model.llm_args, parent=None), rows, row_length, causal)
+    return tuple(counted)
+
+
+def _dot(path: str, inputs: int, outputs: int, positions: int, remat: str | None = None, kind: str = "dot") -> Product:
+    """x [positions, inputs] @ kernel [inputs, outputs]."""
+    return Product(path.split("/")[0], f"{path}/kernel", 2.0 * inputs * outputs * positions, kind, remat)
+
+
+def _conv(path: str, taps: int, features: int, positions: int, remat: str | None = None, kind: str = "conv") -> Product:
+    """A convolution with `taps` products an output: k * k if depthwise, k * k * inputs otherwise."""
+    return Product("vision", f"{path}/kernel", 2.0 * taps * features * positions, kind, remat)
+
+
+def _attention(path: str, pairs: int, channels: int, remat: str) -> list[Product]:
+    """Scores and weighted sums over `pairs` of a query and a key."""
+    part = path.split("/")[0]
+    return [Product(part, path, 2.0 * pairs * channels, kind, remat) for kind in ("scores", "mixed")]
+
+
+def _squeeze_excite(path: str, channels: int, reduction: int) -> list[Product]:
+    inner = channels // reduction
+    return [_dot(f"{path}/fc1", channels, inner, 1), _dot(f"{path}/fc2", inner, channels, 1)]
+
+
+def _fastvit(tower: FastViT, height: int, width: int) -> list[Product]:
+    """One image; see models/blocks.py."""
+    folded = tower.form == "folded"
+
+    def mobile_one(path, taps, features, positions, inputs=1, scale=True, remat=None):
+        if folded:
+            return [_conv(f"{path}/folded", taps * inputs, features, positions, remat)]
+        branches = [_conv(f"{path}/conv", taps * inputs, features, positions, remat)]
+        if scale and taps > 1:
+            branches.append(_conv(f"{path}/scale", inputs, features, positions, remat))
+        return branches
+
+    dims, positions = tower.embed_dims, height * width // 16
+    counted = mobile_one("vision/stem_0", 9, dims[0], 4 * positions, inputs=3, scale=tower.stem_scale)
+    counted += mobile_one("vision/stem_1", 9, dims[0], positions, scale=tower.stem_scale)
+    counted += mobile_one("vision/stem_2", 1, dims[0], positions, inputs=dims[0])
+    for i, (depth, C, mixer) in enumerate(zip(tower.layers, dims, tower.mixers, strict=True)):
+        if i > 0:
+            positions //= 4
+            path = f"vision/patch_embed_{i}"
+            sizes = {"folded": 49} if folded else {"large": 49, "small": 9}
+            counted += [_conv(f"{path}/{name}", taps, C, positions) for name, taps in sizes.items()]
+            counted += _squeeze_excite(f"{path}/se", C, 4) if i in tower.se_stages else []
+            counted += mobile_one(f"{path}/pointwise", 1, C, positions, inputs=C)
+        if mixer == "attention":
+            counted.append(_conv(f"vision/positions_{i}/{'folded' if folded else 'conv'}", 49, C, positions))
+        stage, all_positions = f"vision/stage_{i}", depth * positions
+        if mixer == "attention":
+            counted.append(_dot(f"{stage}/mixer/qkv", C, 3 * C, all_positions, tower.remat))
+            counted += _attention(f"{stage}/mixer", all_positions * positions, C, tower.remat)
+            counted.append(_dot(f"{stage}/mixer/proj", C, C, all_positions, tower.remat))
+        else:
+            path = f"{stage}/mixer" if folded else f"{stage}/mixer/mixer"
+            counted += mobile_one(path, 9, C, all_positions, remat=tower.remat)
+        wide = int(C * tower.mlp_ratio)
+        counted.append(_conv(f"{stage}/ffn/conv", 49, C, all_positions, tower.remat, "conv7"))
+        counted.append(_dot(f"{stage}/ffn/fc1", C, wide, all_positions, tower.remat))
+        counted.append(_dot(f"{stage}/ffn/fc2", wide, C, all_positions, tower.remat, "last"))
+        if i in tower.multiscale and tower.multiscale_pool == "depthwise":
+            counted.append(_conv(f"vision/pool_{i}", 1, C, positions))
+    counted += mobile_one("vision/expand", 9, 2 * dims[-1], positions)
+    return counted + _squeeze_excite("vision/expand/se", 2 * dims[-1], 16)
+
+
+def _vit(tower: ViT, height: int, width: int) -> list[Product]:
+    """One image."""
+    h, w = tower.grid(height, width)
+    C, N, path = tower.width, h * w + int(tower.cls_token), "vision/layers"
+    positions = tower.used_layers * N
+    counted = [_conv("vision/patch_embed", 3 * tower.patch_size**2, C, h * w)]
+    counted += [_dot(f"{path}/{name}", C, C, positions, tower.remat) for name in "qkv"]
+    counted += _attention(path, positions * N, C, tower.remat)
+    counted.append(_dot(f"{path}/o", C, C, positions, tower.remat))
+    counted.append(_dot(f"{path}/fc1", C, tower.mlp_dim, positions, tower.remat))
+    return [*counted, _dot(f"{path}/fc2", tower.mlp_dim, C, positions, tower.remat, "last")]
+
+
+def _convnext(tower: ConvNeXt, height: int, width: int) -> list[Product]:
+    """One image."""
+    dims, positions = tower.embed_dims, height * width // 16
+    counted = [_conv("vision/stem", 16 * 3, dims[0], positions)]
+    for i, (depth, C) in enumerate(zip(tower.layers, dims, strict=True)):
+        if i > 0:
+            positions //= 4
+            counted.append(_conv(f"vision/downsample_{i}", 4 * dims[i - 1], C, positions))
+        stage, all_positions = f"vision/stage_{i}", depth * positions
+        counted.append(_conv(stage, 49, C, all_positions, tower.remat))
+        counted.append(_dot(f"{stage}/fc1", C, 4 * C, all_positions, tower.remat))
+        counted.append(_dot(f"{stage}/fc2", 4 * C, C, all_positions, tower.remat))
+    return counted
+
+
+def _projector(features: int, width: int, positions: int) -> list[Product]:
+    return [_dot("projector/fc1", features, width, positions), _dot("projector/fc2", width, width, positions)]
+
+
+def _decoder(llm: Decoder, rows: int, row_length: int, causal: bool) -> list[Product]:
+    D, F, heads, kv_heads = llm.width, llm.mlp_dim, *(n * llm.size_of_head for n in (llm.num_heads, llm.num_kv_heads))
+    tokens, path = rows * row_length * llm.num_layers, "llm/layers"
+    pairs = tokens * (row_length + 1) // 2 if causal else tokens * row_length
+    table = Product("llm", "llm/embedding", 0.0, "dot")  # a lookup, which gradients go back to
+    counted = [table, _dot(f"{path}/q", D, heads, tokens, llm.remat)]
+    counted += [_dot(f"{path}/{name}", D, kv_heads, tokens, llm.remat) for name in "kv"]
+    counted += _attention(path, pairs, heads, llm.remat)
+    counted.append(_dot(f"{path}/o", heads, D, tokens, llm.remat))
+    counted += [_dot(f"{path}/{name}", D, F, tokens, llm.remat) for name in ("gate", "up")]
+    counted.append(_dot(f"{path}/down", F, D, tokens, llm.remat, "last"))
+    words = "llm/embedding" if llm.tie_embeddings else "llm/lm_head/kernel"
+    return [*counted, Product("loss", words, 2.0 * D * llm.vocab_size * rows * row_length, "loss")]

@@ -1,0 +1,224 @@
+"""The real train step, and generation, traced with abstract inputs and compiled for a slice; results are kept on disk.
+
+jax's own compilation cache cannot read programs for a topology back (it wants devices), so what preflight reads of a
+compiled program is kept here: its text and its memory.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import lzma
+import math
+import os
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fastvlm_jax import model_io, sharding, train
+from fastvlm_jax.batch import Batch
+from fastvlm_jax.data import index
+from fastvlm_jax.generate import generate_tokens
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.preflight.topology import Slice, compiler
+
+FOLDER = "preflight"
+_VERSION = 1  # of what is kept
+STEPS = 10_000  # of the schedule: a constant of the program, which costs the same for all
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program, as far as preflight reads it.
+
+    Attributes:
+      text: the scheduled HLO; "" where the compiler refused it for its size.
+      memory: bytes a device: arguments, outputs, aliased, temporaries, code.
+      flops: the compiler's own count, every loop body once.
+      out_of_memory: the compiler's message, "" where the program fits.
+      trace_s, compile_s: seconds it took when it was made. cached: it was read from the cache.
+    """
+
+    text: str
+    memory: dict[str, int]
+    flops: float
+    out_of_memory: str
+    trace_s: float
+    compile_s: float
+    cached: bool
+
+
+def lower_step(config, model: FastVLM, mesh: jax.sharding.Mesh):
+    """(lowered train step, abstract state, abstract batch) of a config: what `fastvlm train` runs on that mesh."""
+    sources = max(1, len(config.data.mixture))
+    with jax.set_mesh(mesh):
+        step = train.make_step(config, model, mesh, steps=STEPS, num_sources=sources)
+        batch = train.abstract_batch(config, model, mesh)
+        return step.fn.lower(step.abstract, batch), step.abstract, batch
+
+
+def lower_generate(config, model: FastVLM, mesh: jax.sharding.Mesh, *, rows: int, prompt_tokens: int, max_tokens: int):
+    """(lowered `generate_tokens`, abstract variables, abstract batch): `rows` prompts, each about an image of its own.
+
+    Parameters are in the dtype of the computation.
+    """
+    side, N = config.data.image_size, 1
+    tokens = model.tokens_per_image(side) + prompt_tokens
+    layout = sharding.batch_sharding(mesh)
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=layout)
+
+    names = ("tokens", "image_index", "targets", "segment_ids", "positions", "source")
+    batch = Batch(
+        images=array(jnp.uint8, N, side, side, 3),
+        image_mask=array(bool, N),
+        loss_mask=array(bool, 1, tokens),
+        **{name: array(jnp.int32, 1, tokens) for name in names},
+    )
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(lambda: model_io.init_variables(model, jax.random.key(0)))
+        layouts = sharding.shardings_of(boxed, mesh)
+
+        def abstract(path, x, layout):
+            dtype = model.dtype if path[0].key == "params" else x.dtype
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=layout)
+
+        variables = {"batch_stats": {}, **jax.tree_util.tree_map_with_path(abstract, nn.unbox(boxed), layouts)}
+        whole = sharding.NamedSharding(mesh, sharding.P())
+        rng = jax.eval_shape(jax.random.key, 0)
+        rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=whole)
+        # The end token is one that no row draws on purpose: decoding goes on to max_tokens.
+        lowered = generate_tokens.lower(model, variables, batch, rng, max_tokens=max_tokens, end=0)
+    return lowered, variables, batch
+
+
+def lower_encoder(config, mesh: jax.sharding.Mesh, *, rows: int):
+    """(lowered forward and backward pass of the encoder alone, abstract variables, abstract batch of images).
+
+    `rows` images; the gradients are those of all its parameters, of a product with a given array.
+    """
+    model = fastvlm.build(vision=config.model.vision.to_dict(), dtype=config.model.dtype)
+    side, layout = config.data.image_size, sharding.batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(lambda: model_io.init_variables(model, jax.random.key(0)))
+        variables = jax.tree.map(
+            lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
+            nn.unbox(boxed),
+            sharding.shardings_of(boxed, mesh),
+        )
+        images = jax.ShapeDtypeStruct((rows, 1, side, side, 3), jnp.uint8, sharding=layout)
+
+        def encode(params, stats, images):
+            return model.apply(
+                {"params": params, **stats}, images, train=True, mutable=["batch_stats"], method="encode"
+            )
+
+        stats = {name: tree for name, tree in variables.items() if name != "params"}
+        shape = jax.eval_shape(encode, variables["params"], stats, images)[0].shape
+        cotangent = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
+
+        def encoder_step(params, stats, images, cotangent):
+            def loss(params):
+                y, updated = encode(params, stats, images)
+                return jnp.sum(y.astype(jnp.float32) * cotangent), updated
+
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        return jax.jit(encoder_step).lower(variables["params"], stats, images, cotangent), variables, images
+
+
+def compile(
+    lower, slices: Slice, mesh: jax.sharding.Mesh, options: dict[str, str] | None = None
+) -> tuple[Compiled, Any, Any]:
+    """Traces with `lower()` and compiles, or reads the result of the same program from the cache.
+
+    Args:
+      options: of the compiler, as xla_flags.compiler_options gives them.
+
+    Returns:
+      (Compiled, abstract state or variables, abstract batch).
+    """
+    begin = time.monotonic()
+    with compiler():
+        lowered, state, batch = lower()
+        text = lowered.as_text()
+        traced = time.monotonic() - begin
+        file = cache_folder() / f"{_key(text, slices, mesh, options)}.json.xz"
+        if file.is_file():
+            kept = json.loads(lzma.decompress(file.read_bytes()))
+            return Compiled(**kept, cached=True), state, batch
+        begin = time.monotonic()
+        compiled, refused = None, ""
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+                raise
+            refused = " ".join(str(error).split())
+    kept = {
+        "text": compiled.as_text() if compiled else "",
+        "memory": _memory(compiled.memory_analysis()) if compiled else {},
+        "flops": float(compiled.cost_analysis().get("flops", 0)) if compiled else 0.0,
+        "out_of_memory": refused,
+        "trace_s": round(traced, 2),
+        "compile_s": round(time.monotonic() - begin, 2),
+    }
+    _write(file, lzma.compress(json.dumps(kept).encode(), preset=0))
+    return Compiled(**kept, cached=False), state, batch
+
+
+def _memory(stats) -> dict[str, int]:
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+
+
+def _key(text: str, slices: Slice, mesh: jax.sharding.Mesh, options: dict[str, str] | None) -> str:
+    """The name of a program in the cache: all that its compilation depends on."""
+    versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
+    flags = [os.environ.get("LIBTPU_INIT_ARGS", ""), options or {}]
+    order = [device.id for device in mesh.devices.flat]
+    about = json.dumps([_VERSION, versions, flags, slices.generation.prefix, slices.shape, slices.num_slices, order])
+    return hashlib.sha256((about + text).encode()).hexdigest()[:24]
+
+
+def cache_folder() -> pathlib.Path:
+    """Where compiled programs are kept: $FASTVLM_CACHE/preflight, else in fastvlm_jax in the user's cache folder."""
+    return index.cache_folder() / FOLDER
+
+
+def _write(file: pathlib.Path, content: bytes) -> None:
+    """Writes a file whole, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+        temporary.write(content)
+    os.replace(temporary.name, file)
+
+
+def device_bytes(tree) -> int:
+    """Bytes of a tree of sharded arrays that lie on one device, without the compiler's padding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _itemsize(dtype) -> int:
+    return 4 if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else dtype.itemsize
+
+
+def needed(message: str) -> float:
+    """Bytes that the compiler says a program needs, of its out-of-memory message; 0 where it does not say."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds", message) or re.search(r"Used ([\d.]+)([KMGT])", message)
+    return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else 0.0

@@ -1,0 +1,171 @@
+"""The report of preflight as aligned text, one screen."""
+
+from typing import Any
+
+from fastvlm_jax.preflight.topology import GB, GiB
+
+
+def table(rows: list[list[str]], indent: str = "  ") -> str:
+    """Rows as columns, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        indent
+        + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def si(value: float) -> str:
+    """1234567 as 1.23M."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def gib(value: float) -> str:
+    return f"{value / GiB:.2f}"
+
+
+def ms(value: float) -> str:
+    return f"{1000 * value:,.1f} ms"
+
+
+def train_text(report: dict[str, Any]) -> str:
+    """What `fastvlm preflight` prints of a train step."""
+    lines = [_head(report), "", _parameters(report), "", _memory(report)]
+    if "time" not in report:
+        return "\n".join(lines)
+    times, rates = report["time"], report["rates"]
+    lines += ["", _flops(report), "", _time(times)]
+    if report["collectives"]:
+        lines += ["", _collectives(report["collectives"])]
+    lines += [
+        "",
+        f"estimated rates: {rates['images/s']:,.1f} images/s, {rates['tokens/s']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
+        f" (encoder {rates['mfu_encoder']:.1%}, LLM {rates['mfu_llm']:.1%}, each in its own computing time)",
+    ]
+    if stage := report.get("stage"):
+        of = f" for {si(stage['records'])} records" if stage["records"] else ""
+        lines.append(
+            f"estimated stage: {stage['steps']:,} steps{of}: {stage['hours']:,.1f} hours, "
+            f"{stage['chip_hours']:,.0f} chip-hours"
+        )
+    else:
+        lines.append("estimated stage: unknown data; --records=N tells its hours and chip-hours")
+    if report["operations"]:
+        lines += ["", _operations(report["operations"])]
+    return "\n".join(lines)
+
+
+def short(path: str, width: int = 90) -> str:
+    """An op_name without what repeats in all of them, its end where it is long."""
+    for word in ("jit(train_step)/", "FastVLM.encode/", "FastVLM.decode/", "closed_call/", "while/body/"):
+        path = path.replace(word, "")
+    path = path.replace("transpose(jvp(FastVLM))/", "backward ").replace("jvp(FastVLM)/", "forward ")
+    return path if len(path) <= width else path[: width // 3] + "..." + path[-(width - width // 3 - 3) :]
+
+
+def _operations(found: list[dict[str, Any]]) -> str:
+    rows = [["largest costs (estimated)", "M cycles", "share"]]
+    rows += [[short(o["operation"]), f"{o['cycles'] / 1e6:,.1f}", f"{o['share']:.1%}"] for o in found]
+    return table(rows, "")
+
+
+def _head(report: dict[str, Any]) -> str:
+    t, b, c = report["topology"], report["batch"], report["compile"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    what = ", ".join(f"{key} {value}" for key, value in b.items() if key != "accumulate" or value > 1)
+    made = (
+        "read from the cache" if c["cached"] else f"traced in {c['trace_s']:.0f} s, compiled in {c['compile_s']:.0f} s"
+    )
+    return (
+        f"{report['stage_name'] or 'train step'} on {t['name']}: {t['chips']} chips, mesh {mesh}\n{what}\n"
+        f"By the TPU compiler (libtpu {c['libtpu']}, {made}). Nothing ran on a TPU: every time below is an estimate."
+    )
+
+
+def _parameters(report: dict[str, Any]) -> str:
+    counts = report["parameters"]
+    return "parameters: " + ", ".join(f"{name} {si(n)}" for name, n in counts.items())
+
+
+def _memory(report: dict[str, Any]) -> str:
+    m = report["memory"]
+    rows = [["GiB a device", "state", "batch", "activations", "total", "limit", ""]]
+    rows.append(["", *(gib(m[k]) for k in ("state", "batch", "activations", "total", "limit"))])
+    rows[1].append("fits" if m["fits"] else "DOES NOT FIT")
+    return table(rows, "")
+
+
+def _flops(report: dict[str, Any]) -> str:
+    f = report["flops"]
+    rows = [["FLOPs a step, all devices", *f["model"], "all"]]
+    rows += [[name, *map(si, f[name].values()), si(sum(f[name].values()))] for name in ("model", "hardware")]
+    return table(rows, "") + (
+        f"\n  hardware counts recomputation; the compiled program has {si(f['compiled'])}, "
+        f"{f['compiled_over_hardware']:.3f} of it"
+    )
+
+
+def _time(times: dict[str, Any]) -> str:
+    rows = [["estimated step", "as scheduled", "transfers hidden", "not hidden", "computing"]]
+    rows.append(["", *(ms(times[k]) for k in ("scheduled_s", "hidden_s", "serial_s", "compute_s"))])
+    parts = ", ".join(f"{name} {ms(s)}" for name, s in times["by_part"].items() if s > 0)
+    bound = ", ".join(f"{name} {ms(s)}" for name, s in times["roofline"].items())
+    text = f"{table(rows, '')}\n  computing: {parts}\n  roofline: {bound}\n  binding: {times['binding']}"
+    if times["kernels_s"]:
+        text += f"\n  {ms(times['kernels_s'])} of it are Pallas kernels, at peak rates: the compiler tells no cycles"
+    return text
+
+
+def _collectives(found: list[dict[str, Any]]) -> str:
+    rows = [["collectives a step", "axes", "count", "overlapped", "GB", "estimated"]]
+    rows += [
+        [c["kind"], c["axes"], str(c["count"]), str(c["asynchronous"]), f"{c['bytes'] / GB:.3f}", ms(c["seconds"])]
+        for c in found[:8]
+    ]
+    return table(rows, "")
+
+
+def encoder_text(report: dict[str, Any]) -> str:
+    """What `fastvlm preflight --mode=encoder` prints."""
+    lines = [_head(report), "", _memory(report)]
+    if "time" in report:
+        seconds, images = report["time"]["compute_s"], report["batch"]["images"]
+        cycles = seconds * report["topology"]["clock_hz"] * report["topology"]["devices"] / images
+        lines += [
+            "",
+            f"estimated forward and backward pass: {ms(seconds)}, {cycles / 1e6:,.1f} M cycles an image; "
+            f"{gib(report['memory']['compiler']['temporaries'])} GiB of temporaries",
+            "",
+            _operations(report["operations"]),
+        ]
+    return "\n".join(lines)
+
+
+def generate_text(report: dict[str, Any]) -> str:
+    """What `fastvlm preflight --mode=generate` prints."""
+    lines = [_head(report), "", _memory(report)]
+    if "time" in report:
+        prefill, decode = report["time"]["prefill"], report["time"].get("decode")
+        lines += ["", f"estimated time to first token: {ms(prefill['scheduled_s'])}; binding: {prefill['binding']}"]
+        parts = ", ".join(f"{name} {ms(s)}" for name, s in prefill["by_part"].items() if s > 0)
+        lines.append(f"  {parts}")
+        if decode:
+            rate = report["rates"]["tokens/s"]
+            lines.append(
+                f"estimated time of each further token: {ms(decode['scheduled_s'])} ({rate:,.0f} tokens/s over all "
+                f"rows); binding: {decode['binding']}"
+            )
+    return "\n".join(lines)
+
+
+def search_text(rows: list[dict[str, Any]]) -> str:
+    """The candidates that were compiled, side by side."""
+    cells = [["candidate (arithmetic | compiled, estimated)", "GiB", "step", "GiB", "step", ""]]
+    for row in rows:
+        step = ms(row["scheduled_s"]) if row["scheduled_s"] is not None else "-"
+        own = [gib(row["arithmetic_bytes"]), ms(row["arithmetic_s"]), gib(row["bytes"]), step]
+        cells.append([row["settings"], *own, "fits" if row["fits"] else "DOES NOT FIT"])
+    return table(cells, "")

@@ -1,0 +1,272 @@
+"""From a compiled program to what a user asks: does it fit, how long does a step take, what binds."""
+
+import collections
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from fastvlm_jax import flops, optim
+from fastvlm_jax.preflight import hlo, network, program
+from fastvlm_jax.preflight.compile import Compiled, device_bytes, needed
+from fastvlm_jax.preflight.program import Operation, Program
+from fastvlm_jax.preflight.topology import Slice
+
+# Records of the data sets that the stage files name (paper, Tables 8 and 9 and appendix D; 11.9M and 12.5M are sums).
+RECORDS = {
+    "llava_558k": 558_000, "recap_cc3m": 3_000_000, "recap_cc12m": 12_000_000, "llava_665k": 665_000,
+    "internvl_1.1m": 1_100_000, "cambrian_5.4m": 5_400_000, "onevision_single_image": 5_400_000,
+    "docmatix_0.6m": 600_000, "mammoth_vl_10.6m": 10_600_000,
+}  # fmt: skip
+PARTS = ("vision", "projector", "llm", "loss", "optimizer", "other")
+
+
+def part_of(path: str) -> str:
+    """The part of the model that an operation belongs to, by its op_name."""
+    if "FastVLM" not in path:
+        return "optimizer" if path.startswith(("jit(train_step)/", "state.")) else "other"
+    if "/vision" in path:
+        return "vision"
+    if "/projector" in path:
+        return "projector"
+    return "loss" if "/llm/shard_map" in path or "cross_entropy" in path else "llm"
+
+
+def memory(compiled: Compiled, slices: Slice, state, batch) -> dict[str, Any]:
+    """Bytes of one device: state, batch, activations (all else that lives during a step), total, limit."""
+    own, given = device_bytes(state), device_bytes(batch)
+    if compiled.memory:
+        m = compiled.memory
+        total = m["arguments"] + m["outputs"] - m["aliased"] + m["temporaries"] + m["code"]
+    else:
+        total = max(needed(compiled.out_of_memory), own + given)
+    limit = slices.generation.hbm_limit
+    return {
+        "state": own,
+        "batch": given,
+        "activations": total - own - given,
+        "total": total,
+        "limit": limit,
+        "fits": not compiled.out_of_memory and total <= limit,
+        "compiler": compiled.memory or compiled.out_of_memory,
+    }
+
+
+def parameters(params, groups: optim.Groups) -> dict[str, int]:
+    """Counts of parameters: of each module, of all, and of those that learn."""
+    trainable, frozen = optim.split(params, groups)
+    counted = collections.Counter()
+    for path, leaf in {**trainable, **frozen}.items():
+        counted[path.split("/")[0]] += math.prod(leaf.shape)
+    learning = sum(math.prod(leaf.shape) for leaf in trainable.values())
+    return {**counted, "all": sum(counted.values()), "trainable": learning}
+
+
+def step_flops(model, config, params) -> dict[str, dict[str, float]]:
+    """FLOPs of a step over all devices, by part: "model", of which MFU is told, and "hardware", with recomputation."""
+    data = config.data
+    sizes = (
+        data.groups * data.images_per_group, data.image_size, data.image_size, data.groups * data.rows_per_group,
+        data.row_length,
+    )  # fmt: skip
+    trainable = optim.split(params, config.groups)[0].keys()
+    return {
+        "model": flops.train_flops(model, trainable, *sizes),
+        "hardware": flops.hardware_flops(model, trainable, *sizes),
+    }
+
+
+def cycles_of(operation: Operation, slices: Slice) -> float:
+    """Cycles of all trips; Pallas kernels, which carry none, are taken at the peak of the matrix units or of HBM."""
+    if operation.cycles is not None:
+        return float(operation.cycles * operation.trips)
+    if not operation.kernel:
+        return 0.0
+    busy = max(operation.kernel_flops / slices.device_flops, operation.kernel_bytes / slices.device_bandwidth)
+    return busy * slices.generation.clock * operation.trips
+
+
+def timing(found: Program, slices: Slice, devices: Sequence) -> dict[str, Any]:
+    """Estimated seconds of a program on each device.
+
+    In every loop, and outside of them, transfers that the schedule starts early run beside the computation there:
+
+        compute  ======  ======          scheduled = compute + transfers that stop it + what is left of the others
+        started    ~~~~~~~~~~~~          hidden    = max(compute, ICI, DCN): all of them could run beside it
+        others         ##      ##        serial    = the sum: none of them does
+    """
+    clock, rows = slices.generation.clock, collections.defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    for operation in found.operations:
+        rows[operation.loop][0] += cycles_of(operation, slices) / clock
+    for collective in found.collectives:
+        seconds = network.seconds(collective, slices, devices) * collective.trips
+        rows[collective.loop][1 if collective.group else 2] += seconds
+        rows[collective.loop][3] += 0.0 if collective.asynchronous else seconds
+    compute, ici, dcn, stops = (sum(row[i] for row in rows.values()) for i in range(4))
+    left = sum(max(0.0, row[1] + row[2] - row[3] - row[0]) for row in rows.values())
+    operations = found.operations
+    return {
+        "scheduled_s": compute + stops + left,
+        "hidden_s": sum(max(row[0], row[1], row[2]) for row in rows.values()),
+        "serial_s": compute + ici + dcn,
+        "compute_s": compute,
+        "roofline": {
+            "matrix units": sum((o.flops or o.kernel_flops) * o.trips for o in operations) / slices.device_flops,
+            "HBM": sum(o.traffic * o.trips for o in operations) / slices.device_bandwidth,
+            "ICI": ici,
+            "DCN": dcn,
+        },
+        "kernels_s": sum(cycles_of(o, slices) for o in operations if o.kernel) / clock,
+    }
+
+
+def binding(times: dict[str, Any]) -> str:
+    """What the step waits for most: a term of the roofline, or, where the computation is far above all, its vectors.
+
+    The compiler's cycles also hold vector work, padding and copies, which no term of the roofline counts.
+    """
+    name, most = max(times["roofline"].items(), key=lambda item: item[1])
+    if times["compute_s"] > 1.5 * most:
+        return "vector units and layout (compute beyond the matrix units' and HBM's share)"
+    return name
+
+
+def by_part(found: Program, slices: Slice) -> dict[str, float]:
+    """Estimated seconds of computation by part of the model."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for operation in found.operations:
+        seconds[part_of(operation.path)] += cycles_of(operation, slices) / slices.generation.clock
+    return seconds
+
+
+def top_operations(found: Program, slices: Slice, count: int) -> list[dict[str, Any]]:
+    """The operations that cost most: name in the model, cycles, share of all."""
+    cycles = collections.Counter()
+    for operation in found.operations:
+        cycles[operation.path or operation.opcode] += cycles_of(operation, slices)
+    total = sum(cycles.values()) or 1.0
+    return [{"operation": name, "cycles": n, "share": n / total} for name, n in cycles.most_common(count)]
+
+
+def transfers(found: Program, slices: Slice, mesh: jax.sharding.Mesh) -> list[dict[str, Any]]:
+    """Collectives by kind and mesh axes: how many, bytes and estimated seconds a step; the longest first."""
+    rows, devices = {}, list(mesh.devices.flat)
+    for c in found.collectives:
+        axes = "x".join(program.axes_of(c.group, dict(mesh.shape))) if c.group else "slices (DCN)"
+        row = rows.setdefault((c.kind, axes), {"count": 0, "bytes": 0.0, "asynchronous": 0, "seconds": 0.0})
+        row["count"] += c.trips
+        row["asynchronous"] += c.trips * c.asynchronous
+        row["bytes"] += c.payload * c.trips
+        row["seconds"] += network.seconds(c, slices, devices) * c.trips
+    found = [{"kind": kind, "axes": axes, **row} for (kind, axes), row in rows.items()]
+    return sorted(found, key=lambda row: -row["seconds"])
+
+
+def records_of(config, records: int | None) -> float | None:
+    """Records that the stage trains on, all epochs; None where the config does not tell and none were given."""
+    names = [str(name).rsplit("/", 1)[-1] for name, _ in config.data.mixture]
+    if records is None and not config.data.path and names and all(name in RECORDS for name in names):
+        records = sum(RECORDS[name] for name in names)
+    return None if records is None else records * config.epochs
+
+
+def train_report(config, model, slices: Slice, mesh, compiled: Compiled, state, batch, records, top) -> dict[str, Any]:
+    """All numbers of a compiled train step; every time is an estimate."""
+    data = config.data
+    images, rows = data.groups * data.images_per_group, data.groups * data.rows_per_group
+    counts = parameters(state.params, config.groups)
+    report = {
+        "parameters": counts,
+        "batch": {
+            "groups": data.groups, "images": images, "image_size": data.image_size, "rows": rows,
+            "row_length": data.row_length, "tokens": rows * data.row_length, "accumulate": config.accumulate,
+        },
+        "memory": memory(compiled, slices, state, batch),
+        "flops": step_flops(model, config, state.params),
+    }  # fmt: skip
+    if not compiled.text:
+        return report
+    found = program.analyse(hlo.parse(compiled.text), mesh.devices.size)
+    times = timing(found, slices, list(mesh.devices.flat))
+    times["binding"] = binding(times)
+    by_module = by_part(found, slices)
+    whole = sum((o.flops or o.kernel_flops) * o.trips for o in found.operations) * mesh.devices.size
+    report["flops"] |= {
+        "compiled": whole,
+        "compiled_over_hardware": whole / sum(report["flops"]["hardware"].values()),
+        "compiler_without_trips": compiled.flops,
+    }
+    report |= {
+        "time": {**times, "by_part": by_module},
+        "rates": rates(report["flops"]["model"], times, by_module, slices, images, rows * data.row_length),
+        "collectives": transfers(found, slices, mesh),
+        "operations": top_operations(found, slices, top),
+    }
+    amount = records_of(config, records)
+    steps = config.steps or (math.ceil(amount / images) if amount is not None and images else None)
+    if steps:
+        hours = steps * times["scheduled_s"] / 3600
+        report["stage"] = {"records": amount, "steps": steps, "hours": hours, "chip_hours": hours * slices.chips}
+    return report
+
+
+def rates(model_flops, times, by_module, slices: Slice, images: int, tokens: int) -> dict[str, float]:
+    """Images/s, tokens/s and MFU: model FLOPs over what the matrix units could do in the step, and in a part's time."""
+    peak, step = slices.generation.flops * slices.chips, times["scheduled_s"]
+    llm = model_flops["llm"] + model_flops["loss"]
+    return {
+        "images/s": images / step,
+        "tokens/s": tokens / step,
+        "mfu": sum(model_flops.values()) / step / peak,
+        "mfu_encoder": model_flops["vision"] / peak / max(by_module["vision"], 1e-12),
+        "mfu_llm": llm / peak / max(by_module["llm"] + by_module["loss"], 1e-12),
+    }
+
+
+def encoder_report(
+    config, model, slices: Slice, mesh, compiled: Compiled, variables, batch, top: int
+) -> dict[str, Any]:
+    """Forward and backward pass of the encoder alone."""
+    images, side = batch.shape[0], config.data.image_size
+    counted = flops.forward_flops(model, images, side, side, 0, 0)["vision"]
+    report = {
+        "batch": {"images": images, "image_size": side},
+        "memory": memory(compiled, slices, variables, batch),
+        "flops": {"model": {"vision": 3 * counted}},
+    }
+    if not compiled.text:
+        return report
+    found = program.analyse(hlo.parse(compiled.text), mesh.devices.size)
+    times = timing(found, slices, list(mesh.devices.flat))
+    report["flops"]["compiled"] = (
+        sum((o.flops or o.kernel_flops) * o.trips for o in found.operations) * mesh.devices.size
+    )
+    report["time"] = {**times, "binding": binding(times)}
+    return report | {"operations": top_operations(found, slices, top)}
+
+
+def generate_report(config, model, slices: Slice, mesh, compiled: Compiled, variables, batch, asked) -> dict[str, Any]:
+    """Estimated time to the first token and of each further one; `asked` are rows, prompt_tokens and max_tokens."""
+    tokens = batch.tokens.shape[-1]
+    report = {
+        "batch": {**asked, "tokens_of_a_row": tokens, "image_size": config.data.image_size},
+        "memory": memory(compiled, slices, variables, batch),
+        "flops": {
+            "prefill": flops.forward_flops(
+                model, asked["rows"], config.data.image_size, config.data.image_size, asked["rows"], tokens
+            )
+        },
+    }
+    if not compiled.text:
+        return report
+    found = program.analyse(hlo.parse(compiled.text), mesh.devices.size)
+    devices = list(mesh.devices.flat)
+    prefill = timing(found, slices, devices)
+    report["time"] = {"prefill": {**prefill, "binding": binding(prefill), "by_part": by_part(found, slices)}}
+    if found.unknown:
+        step = timing(found.unknown[0], slices, devices)
+        report["time"]["decode"] = {**step, "binding": binding(step)}
+        report["rates"] = {"tokens/s": asked["rows"] / step["scheduled_s"]}
+        report["collectives"] = transfers(found, slices, mesh) + transfers(found.unknown[0], slices, mesh)
+    return report

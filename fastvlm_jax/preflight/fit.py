@@ -1,0 +1,72 @@
+"""What would make a program fit: arithmetic on what the compiler said of the one that does not."""
+
+import math
+from typing import Any
+
+from fastvlm_jax.models.fastvlm import make_encoder
+from fastvlm_jax.preflight.topology import GENERATIONS, GiB, Slice
+
+
+def regrouped(config, shards: int, accumulate: int = 1) -> dict[str, int]:
+    """The same samples in groups that `shards` divide: {"groups", "images_per_group", "row_length"}; {} if none do.
+
+    A group's row keeps its text a sample, and is rounded up to a multiple of 256 tokens.
+    """
+    data, per_image = config.data, 0
+    if data.rows_per_group != 1 or data.images_per_group < 1:
+        return {}
+    rows, columns = make_encoder(**config.model.vision.to_dict()).grid(data.image_size, data.image_size)
+    samples, per_image = data.groups * data.images_per_group, rows * columns
+    text = max(0, data.row_length // data.images_per_group - per_image)
+    for images in range(data.images_per_group, 0, -1):
+        if samples % images == 0 and samples // images % (shards * accumulate) == 0:
+            length = -(-images * (per_image + text) // 256) * 256
+            return {"groups": samples // images, "images_per_group": images, "row_length": length}
+    return {}
+
+
+def mends(config, slices: Slice, mesh, report: dict[str, Any]) -> list[str]:
+    """Settings, and slices, that would fit: each alone, by the state's shares and activations in proportion."""
+    m, devices = report["memory"], mesh.devices.size
+    limit, state, rest = m["limit"], m["state"], m["total"] - m["state"]
+    replica, data, fsdp, tensor = mesh.devices.shape
+    shards = replica * data * fsdp
+    own_groups = config.data.groups // shards // config.accumulate
+    gradients = 4 * report["parameters"]["trainable"] / (fsdp * tensor)
+    found = []
+    for parts in (n for n in range(2, own_groups + 1) if own_groups % n == 0):
+        total = state + gradients + rest / parts
+        if total <= limit:
+            found.append(f"--config.accumulate={config.accumulate * parts}  about {total / GiB:.1f} GiB")
+            break
+    for part in ("vision", "llm"):
+        if config.model[part].get("remat", "full") != "full":
+            found.append(f"--config.model.{part}.remat=full  (now {config.model[part].remat})")
+    for more in (n for n in range(2, data + 1) if data % n == 0):
+        if state / more + rest <= limit:
+            sizes = (replica, data // more, fsdp * more, tensor)
+            found.append(f"--config.mesh={','.join(map(str, sizes))}  about {(state / more + rest) / GiB:.1f} GiB")
+            break
+    saved = 2 * report["parameters"]["trainable"] / (fsdp * tensor)
+    if config.moment_dtype == "float32" and m["total"] - saved <= limit:
+        found.append(f"--config.moment_dtype=bfloat16  about {(m['total'] - saved) / GiB:.1f} GiB")
+    return found + _slices(config, slices, devices, shards, state, rest)
+
+
+def _slices(config, slices: Slice, devices: int, shards: int, state: float, rest: float) -> list[str]:
+    """The smallest slice of this generation, and of those with more memory, that would hold it."""
+    samples = config.data.groups * max(1, config.data.images_per_group)
+    found = []
+    for name, generation in GENERATIONS.items():
+        if generation.hbm_limit < slices.generation.hbm_limit:
+            continue
+        for shape in generation.shapes:
+            chips = math.prod(shape)
+            share = devices / (chips * generation.devices_per_chip)
+            least = shards / samples  # no shard has less than one sample
+            total = state * share + rest * max(share, least)
+            own = generation is slices.generation
+            if total <= generation.hbm_limit and samples % chips == 0 and (chips > slices.chips or not own):
+                found.append(f"--topology={name}:{'x'.join(map(str, shape))}  about {total / GiB:.1f} GiB")
+                break
+    return found

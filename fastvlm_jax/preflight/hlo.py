@@ -1,0 +1,181 @@
+"""Reads the text of a compiled program: computations, instructions, shapes, loops and their trips."""
+
+import dataclasses
+import functools
+import math
+import re
+
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+    "s4": 0.5,
+    "u4": 0.5,
+}  # fmt: skip; other types (tokens, float8) count as 1 byte an element, tokens have none
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line. `operands` are names in the same computation, `attributes` the text behind them."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    def attribute(self, name: str) -> str:
+        """The value of `name=value`, to the next comma, without a leading %; "" where there is none."""
+        found = re.search(rf"[, ]{name}=%?([^,\s]+)", self.attributes)
+        return found[1] if found else ""
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """Where in the model it comes from, as jit(train_step)/jvp(FastVLM)/llm/...; "" where the compiler lost it."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @functools.cached_property
+    def cycles(self) -> int | None:
+        """The compiler's estimate, None where it makes none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
+    @functools.cached_property
+    def channel(self) -> str:
+        return self.attribute("channel_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {i.name: i for i in self.instructions}
+
+    @property
+    def root(self) -> Instruction:
+        return next((i for i in self.instructions if i.is_root), self.instructions[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program. Instructions run in the order of the text."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def called(self, instruction: Instruction) -> Computation | None:
+        """The computation of a fusion, a call or an asynchronous wrapper."""
+        name = instruction.attribute("calls") or instruction.attribute("to_apply")
+        return self.computations.get(name)
+
+
+def parse(text: str) -> Module:
+    """The program of `compiled.as_text()`.
+
+    Raises:
+      ValueError: there is no entry computation.
+    """
+    computations, current, lines, entry = {}, None, [], None
+    for line in text.splitlines():
+        if current is None:
+            header = _HEADER.match(line) if line[:1] not in ("", " ") else None
+            if header:
+                current, lines = header[2], []
+                entry = current if header[1] else entry
+        elif line.rstrip() == "}":
+            computations[current] = Computation(current, tuple(_instruction(line) for line in lines))
+            current = None
+        elif line.startswith(("  %", "  ROOT ")):
+            lines.append(line)
+        elif lines:  # metadata of a kernel goes on over several lines
+            lines[-1] += line
+    if entry is None:
+        raise ValueError("the compiler's text has no entry computation: is it another version's?")
+    return Module(computations, entry)
+
+
+def _instruction(line: str) -> Instruction:
+    found = _LINE.match(line)
+    if found is None:
+        raise ValueError(f"the compiler's text has a line that is not understood: {line[:120]}")
+    operands, _, attributes = found[4].partition(")")
+    names = tuple(re.findall(r"%([\w.\-]+)", operands)) if "%" in operands else ()
+    literal = f"{operands})" if found[3] in ("constant", "parameter") else ""
+    return Instruction(found[1], found[2], found[3], names, literal + attributes, line.startswith("  ROOT "))
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """(type, sizes, layout) of each array of a shape or a tuple of shapes."""
+    return [
+        (kind, tuple(map(int, sizes.split(","))) if sizes else (), layout)
+        for kind, sizes, layout in _ARRAY.findall(shape)
+    ]
+
+
+def num_bytes(shape: str, hbm_only: bool = False) -> float:
+    """Bytes of a shape without padding; `hbm_only` leaves out what the compiler put in on-chip memory, S(1) and up."""
+    return sum(
+        BYTES.get(kind, 0 if kind == "token" else 1) * math.prod(sizes)
+        for kind, sizes, layout in arrays(shape)
+        if not (hbm_only and "S(" in layout)
+    )
+
+
+def trips(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """How often a while loop of a computation runs, None where that depends on the data.
+
+    A loop of `lax.scan` counts by 1 to the one constant that its condition compares with; from 0, or from 1 where the
+    compiler has put its first turn before it.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
+    condition = module.computations[loop.attribute("condition")]
+    inside = list(condition.instructions)
+    for instruction in condition.instructions:
+        if instruction.opcode == "fusion" and (fused := module.called(instruction)):
+            inside += fused.instructions
+    compares = [i for i in inside if i.opcode == "compare"]
+    limits = [int(n) for i in inside if i.opcode == "constant" for n in re.findall(r"^(\d+)\)", i.attributes)]
+    counts = {"compare", "constant", "get-tuple-element", "parameter", "fusion", "bitcast", "copy"}
+    alone = len(compares) == len(limits) == 1 and {i.opcode for i in inside} <= counts
+    if alone and "direction=LT" in compares[0].attributes:
+        return limits[0] - _first(computation, loop, condition)
+    return None
+
+
+def _first(computation: Computation, loop: Instruction, condition: Computation) -> int:
+    """What the counter of a loop starts from: the constant in its place of the loop's tuple, 0 where none is seen."""
+    counters = [i for i in condition.instructions if i.opcode == "get-tuple-element" and i.shape.startswith("s32[]")]
+    state = computation.by_name.get(loop.operands[0])
+    if len(counters) != 1 or state is None or state.opcode != "tuple":
+        return 0
+    return _constant(computation, state.operands[int(counters[0].attribute("index"))])
+
+
+def _constant(computation: Computation, name: str) -> int:
+    found = computation.by_name.get(name)
+    if found is not None and found.opcode in ("copy", "bitcast"):
+        return _constant(computation, found.operands[0])
+    if found is not None and found.opcode == "add":
+        return sum(_constant(computation, operand) for operand in found.operands)
+    value = re.match(r"(\d+)\)", found.attributes) if found is not None and found.opcode == "constant" else None
+    return int(value[1]) if value else 0

@@ -1,0 +1,49 @@
+"""How long a transfer takes between the chips of a slice and between slices, by bytes over links."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastvlm_jax.preflight.program import Collective
+from fastvlm_jax.preflight.topology import Slice
+
+HOP = 1e-6  # seconds for the first byte to pass one link; the usual rule of thumb, not a published figure
+
+
+def seconds(collective: Collective, slices: Slice, devices: Sequence) -> float:
+    """One trip of a transfer; `devices` are those of the mesh, in its order.
+
+    Between chips, every axis of the slice along which the group lies brings its links (twice, where they close to a
+    ring), shared with the groups that lie between its members; a byte passes each link once in a gather or a scatter,
+    twice in an all-reduce. Between slices, the host's network, a chip's share of it.
+    """
+    generation, n = slices.generation, len(collective.group)
+    if not n:
+        twice = 2 * (slices.num_slices - 1) / slices.num_slices if collective.kind == "all-reduce" else 1
+        return twice * collective.payload * generation.devices_per_chip / generation.dcn
+    if n == 1:
+        return 0.0
+    bandwidth, hops = link_bandwidth([devices[i].coords for i in collective.group if i < len(devices)], slices)
+    moved = collective.payload * (n - 1) / n
+    if collective.kind == "all-reduce":
+        moved, hops = 2 * moved, 2 * hops
+    elif collective.kind == "collective-permute":
+        moved, hops = collective.payload, 1
+    elif "all-to-all" in collective.kind:
+        moved = collective.payload * (n - 1) / n / 4 * max(1, n / 4)  # each byte crosses a quarter of the ring
+    return moved / bandwidth + hops * HOP
+
+
+def link_bandwidth(coords: Sequence[Sequence[int]], slices: Slice) -> tuple[float, int]:
+    """(bytes/s that flow into each chip of a group, links from one end of it to the other)."""
+    link = slices.generation.link / slices.generation.devices_per_chip
+    total, hops = 0.0, 0
+    for axis, size in enumerate(slices.shape):
+        places = sorted({c[axis] for c in coords})
+        if len(places) < 2:
+            continue
+        stride = int(min(np.diff(places)))
+        ring = slices.is_ring(axis) and len(places) * stride == size
+        total += link * (2 if ring else 1) / stride
+        hops += (places[-1] - places[0]) // (2 if ring else 1)
+    return (total or link), max(hops, 1)

@@ -1,0 +1,209 @@
+"""The cost of a compiled program along its schedule, loops times their trips: cycles, FLOPs, HBM bytes, collectives."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastvlm_jax.preflight import count
+from fastvlm_jax.preflight.hlo import Computation, Instruction, Module, arrays, num_bytes, trips
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+         "collective-broadcast")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One instruction of the schedule, with all its trips.
+
+    Attributes:
+      path: its op_name, or that of the loop it stands in.
+      cycles: the compiler's estimate; None of an instruction without one. trips: how often it runs.
+      kernel: name of a Pallas kernel; `kernel_flops` and `kernel_bytes` are those it declares, one trip.
+    """
+
+    path: str
+    opcode: str
+    cycles: int | None
+    trips: int
+    flops: float
+    traffic: float
+    loop: str
+    kernel: str = ""
+    kernel_flops: float = 0.0
+    kernel_bytes: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A transfer between devices.
+
+    Attributes:
+      payload: bytes of the whole: what an all-gather ends with, what a reduction starts from, what a permute sends.
+      group: numbers of the devices that exchange it, in the mesh's order; of a transfer between slices ().
+      asynchronous: the schedule lets other work run meanwhile.
+      loop: the computation that it runs in, `trips` times.
+    """
+
+    kind: str
+    payload: float
+    trips: int
+    group: tuple[int, ...]
+    asynchronous: bool
+    path: str
+    loop: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """`unknown` are loops whose trips depend on the data: of each its body, counted once, is a program of its own."""
+
+    operations: Sequence[Operation]
+    collectives: Sequence[Collective]
+    unknown: Sequence["Program"]
+
+
+def analyse(module: Module, num_devices: int) -> Program:
+    """Walks the schedule from the entry computation."""
+    operations, collectives, unknown = [], [], []
+
+    def visit(computation: Computation, times: int, path: str, into) -> None:
+        channels = set()
+        for instruction in computation.instructions:
+            here = instruction.op_name or path
+            if instruction.opcode == "while":
+                loop_trips = trips(module, computation, instruction)
+                body = module.computations[instruction.attribute("body")]
+                if loop_trips is None:
+                    inner = ([], [], [])
+                    visit(body, 1, here, inner)
+                    into[2].append(Program(*inner))
+                else:
+                    visit(body, times * loop_trips, here, into)
+            elif instruction.opcode == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+                names = re.findall(r"[\w.\-]+", branches[1]) if branches else [
+                    instruction.attribute(key) for key in ("true_computation", "false_computation")
+                ]  # fmt: skip
+                for name in names:
+                    visit(module.computations[name], times, here, into)
+            elif instruction.opcode == "call" and (called := module.called(instruction)):
+                visit(called, times, here, into)
+            else:
+                into[0].append(_operation(module, computation, instruction, times, here))
+                into[1].extend(_collectives(module, computation, instruction, times, here, num_devices, channels))
+
+    visit(module.computations[module.entry], 1, "", (operations, collectives, unknown))
+    return Program(operations, collectives, unknown)
+
+
+def _operation(module: Module, computation: Computation, instruction: Instruction, times: int, path: str) -> Operation:
+    kernel, declared = "", {}
+    if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes:
+        kernel = re.sub(r"[.\d]+$", "", instruction.name)
+        declared = dict(re.findall(r'"(flops|bytes_accessed)":"(\d+)"', instruction.attributes))
+        if "flops" not in declared and kernel.startswith("splash_mha"):
+            declared["flops"] = _attention_flops(computation, instruction)
+    traffic = count.traffic(module, computation, instruction)
+    return Operation(
+        path, instruction.opcode, instruction.cycles, times, count.instruction_flops(module, computation, instruction),
+        traffic, computation.name, kernel, float(declared.get("flops", 0)),
+        max(float(declared.get("bytes_accessed", 0)), traffic if kernel else 0.0),
+    )  # fmt: skip
+
+
+def _attention_flops(computation: Computation, kernel: Instruction) -> float:
+    """FLOPs of a splash attention kernel, which declares none: its products over the whole square of T x S."""
+    # The first operands of floats are queries [..., H, T, E] and keys [..., K, S, E]; a batch of one is left out.
+    found = [array for name in kernel.operands for array in arrays(computation.by_name[name].shape)]
+    queries, keys = [sizes for kind, sizes, _ in found if kind in ("f32", "bf16") and len(sizes) > 2][:2]
+    products = 4 if "dkv" in kernel.name else 3 if "dq" in kernel.name else 2
+    return 2.0 * products * math.prod(queries) * keys[-2]
+
+
+def _collectives(module, computation, instruction, times, path, num_devices, channels: set[str]) -> list[Collective]:
+    """The transfers that an instruction starts; a fused one stands in its start, steps and end, and counts once."""
+    if instruction.opcode == "send" and "is_host_transfer=true" in instruction.attributes:
+        reduces = "_xla_megascale_reduce_operation" in instruction.attributes
+        payload = num_bytes(instruction.shape.partition("}, u32")[0])
+        return [Collective("all-reduce" if reduces else "send", payload, times, (), True, path, computation.name)]
+    starts, found = False, []
+    holders = [(computation, instruction)]
+    if instruction.opcode in ("fusion", "async-start") and (fused := module.called(instruction)):
+        holders = _inside(module, fused)
+        starts = instruction.opcode == "async-start" or any("AsyncCollectiveStart" in i.attributes for _, i in holders)
+    for holder, inner in holders:
+        kind = inner.opcode.removesuffix("-start")
+        if kind not in KINDS or (inner.channel and inner.channel in channels):
+            continue
+        channels.add(inner.channel)
+        group = _group(inner.attributes, num_devices)
+        if "all-reduce-scatter" in holder.name:
+            kind = "reduce-scatter"
+            payload = num_bytes(inner.shape)
+        else:
+            payload = _payload(kind, inner, len(group))
+        started = starts or inner.opcode.endswith("-start")
+        found.append(Collective(kind, payload, times, group, started, inner.op_name or path, computation.name))
+    return found
+
+
+def _inside(module: Module, computation: Computation) -> list[tuple[Computation, Instruction]]:
+    found = []
+    for instruction in computation.instructions:
+        found.append((computation, instruction))
+        if instruction.opcode == "fusion" and (fused := module.called(instruction)):
+            found += _inside(module, fused)
+    return found
+
+
+def _payload(kind: str, instruction: Instruction, size: int) -> float:
+    whole = num_bytes(instruction.shape)
+    if kind == "reduce-scatter":
+        return whole * size
+    if instruction.opcode == "all-gather-start":  # (inputs, outputs)
+        return whole * size / (size + 1)
+    if instruction.opcode == "collective-permute-start":  # (input, output, two counters)
+        return (whole - 8) / 2
+    return whole
+
+
+def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
+    """The first group of devices that exchange something, from any of the four ways that it is written in."""
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return int(pairs[1]), int(pairs[2])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        return tuple(ids[tuple(_part(axis, size, mesh[2]) for axis, size in sizes.items())].ravel().tolist())
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return tuple(map(int, groups[1].split(",")))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, dims = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        if iota[3]:
+            ids = ids.transpose(tuple(map(int, iota[3].split(","))))
+        return tuple(ids.reshape(shape[0], -1)[0].tolist())
+    return tuple(range(num_devices))
+
+
+def _part(axis: str, size: int, used: str) -> slice:
+    """The places along an axis that the first group takes: all, or of 'axis':(before)part only that part."""
+    part = re.search(rf"'{re.escape(axis)}'(?::\((\d+)\)(\d+))?", used)
+    if part is None:
+        return slice(0, 1)
+    if part[1] is None:
+        return slice(None)
+    stride = size // (int(part[1]) * int(part[2]))
+    return slice(0, stride * int(part[2]), stride)
+
+
+def axes_of(group: Sequence[int], mesh_shape: dict[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ; () of a group of another slice numbering."""
+    sizes = tuple(mesh_shape.values())
+    if not group or max(group) >= math.prod(sizes):
+        return ()
+    places = np.array(np.unravel_index(np.asarray(group), sizes))
+    return tuple(name for name, place in zip(mesh_shape, places, strict=True) if np.any(place != place[0]))

@@ -1,0 +1,195 @@
+"""Ranks meshes, remat policies, groups and accumulation by arithmetic, so that only the best need to be compiled."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import ml_collections
+
+from fastvlm_jax import flops, model_io, optim, sharding
+from fastvlm_jax.models import fastvlm, remat
+from fastvlm_jax.preflight import fit
+from fastvlm_jax.preflight.topology import Slice
+
+# Rough, to rank only: shares of the peak that the encoder's and the decoder's products run at, of compiled programs.
+ENCODER, DECODER = 0.1, 0.6
+LOGITS = 2**29  # bytes of the loss's chunks of float32 logits and their gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Settings by their config keys, with what arithmetic tells of them: bytes of a device, seconds of a step."""
+
+    settings: dict[str, Any]
+    bytes: float
+    seconds: float
+
+    def apply(self, config) -> ml_collections.ConfigDict:
+        """A copy of the config with these settings."""
+        changed = ml_collections.ConfigDict(config)
+        changed.update_from_flattened_dict(self.settings)
+        return changed
+
+
+class Shards(NamedTuple):
+    """Counts of parameters: on one device, those of them that learn, and all."""
+
+    own: int
+    learning: int
+    all: int
+
+
+def rank(config, slices: Slice) -> list[Candidate]:
+    """Candidates that fit by arithmetic, the fastest first; if none fits, those that need the least memory.
+
+    The batch keeps its samples; they may be grouped otherwise, as the mesh needs.
+
+    Raises:
+      ValueError: no mesh of this slice divides the batch and the model.
+    """
+    model = fastvlm.build(**config.model.to_dict())
+    boxed = jax.eval_shape(lambda: model_io.init_variables(model, jax.random.key(0)))["params"]
+    trainable = optim.split(nn.unbox(boxed), config.groups)[0].keys()
+    data, found = config.data, []
+
+    @functools.cache
+    def work(vision_remat: str, llm_remat: str, rows: int, length: int) -> dict[str, float]:
+        parts = config.model.to_dict()
+        for part, policy in (("vision", vision_remat), ("llm", llm_remat)):
+            parts[part] |= {"remat": policy} if "remat" in parts[part] else {}
+        images = data.groups * data.images_per_group
+        sizes = (images, data.image_size, data.image_size, rows, length)
+        return flops.hardware_flops(fastvlm.build(**parts), trainable, *sizes)
+
+    for settings, shards in _candidates(config, slices, boxed):
+        policies = settings.get("model.vision.remat", "none"), settings["model.llm.remat"]
+        length = settings["data.row_length"]
+        tokens = settings["data.groups"] * data.rows_per_group * length
+        total = work(*policies, tokens // length, length)
+        found.append(
+            Candidate(
+                settings,
+                _memory(config, settings, shards, tokens),
+                _seconds(config, slices, settings, shards, tokens, total),
+            )
+        )
+    if not found:
+        samples = data.groups * data.images_per_group
+        raise ValueError(f"no mesh of {slices.name} divides {samples} samples a batch: change --config.data.groups")
+    limit = 0.95 * slices.generation.hbm_limit
+    fitting = sorted((c for c in found if c.bytes <= limit), key=lambda c: (c.seconds, c.bytes))
+    return fitting or sorted(found, key=lambda c: c.bytes)
+
+
+def _candidates(config, slices: Slice, boxed) -> Iterator[tuple[dict[str, Any], Shards]]:
+    """Settings, with the share of the parameters that their mesh leaves on a device."""
+    llm, devices = config.model.llm, slices.num_devices // slices.num_slices
+    policies = ("none", *remat.POLICIES)
+    choices = [policies if "remat" in config.model[part] else ("none",) for part in ("vision", "llm")]
+    for tensor in _divisors(math.gcd(llm.num_kv_heads, devices)):
+        for fsdp in _divisors(devices // tensor):
+            mesh = (slices.num_slices, devices // tensor // fsdp, fsdp, tensor)
+            grouped = fit.regrouped(config, math.prod(mesh[:3]))
+            shards = _shards(config, boxed, mesh) if grouped else None
+            if shards is None:
+                continue
+            own = grouped["groups"] // math.prod(mesh[:3])
+            for vision_remat, llm_remat, parts in itertools.product(*choices, _divisors(own)):
+                settings = {"mesh": mesh, "accumulate": parts, "model.llm.remat": llm_remat}
+                if "remat" in config.model.vision:
+                    settings["model.vision.remat"] = vision_remat
+                yield settings | {f"data.{key}": value for key, value in grouped.items()}, shards
+
+
+def _shards(config, boxed, mesh: tuple[int, ...]) -> Shards | None:
+    """What of the parameters lies on one device of a mesh, exact; None where the mesh does not divide one."""
+    axes = (jax.sharding.AxisType.Auto,) * len(mesh)
+    abstract = jax.sharding.AbstractMesh(mesh, sharding.MESH_AXES, axis_types=axes)
+    try:
+        layouts = sharding.shardings_of(boxed, abstract)
+    except ValueError:
+        return None
+    params = nn.unbox(boxed)
+    own = jax.tree.map(lambda x, layout: math.prod(layout.shard_shape(x.shape)), params, layouts)
+    learning = sum(optim.split(own, config.groups)[0].values())
+    return Shards(sum(jax.tree.leaves(own)), learning, sum(math.prod(x.shape) for x in jax.tree.leaves(params)))
+
+
+def _memory(config, settings: dict[str, Any], shards: Shards, tokens: int) -> float:
+    """Bytes of a device: state, gradients, the loss, a layer's gathered weights, and what the backward pass needs."""
+    llm, data, tensor = config.model.llm, config.data, settings["mesh"][3]
+    turns = math.prod(settings["mesh"][:3]) * settings["accumulate"]
+    weight, moment = (2 if config[key] == "bfloat16" else 4 for key in ("param_dtype", "moment_dtype"))
+    state = weight * shards.own + (moment + 4) * shards.learning
+    gradients = 4 * shards.learning * (2 if settings["accumulate"] > 1 else 1)
+    layer = 2 * llm.width**2 + 3 * llm.width * llm.mlp_dim
+    gathered = (6 * llm.vocab_size * llm.width + 8 * layer) / tensor
+    images = data.groups * data.images_per_group / turns
+    kept = images * _encoder_bytes(config.model.vision, settings.get("model.vision.remat", "none"), data.image_size)
+    return state + gradients + LOGITS + gathered + kept + tokens / turns * _decoder_bytes(llm, settings) / tensor
+
+
+def _seconds(config, slices: Slice, settings, shards: Shards, tokens: int, work: dict[str, float]) -> float:
+    """Of a step: computation or transfers, whichever is longer, and a tenth of the other."""
+    llm, (replica, width, fsdp, tensor), parts = config.model.llm, settings["mesh"], settings["accumulate"]
+    peak = slices.generation.flops * slices.chips
+    # The devices of a tensor axis share the decoder's work, but each encodes all images of its row of the mesh.
+    busy = tensor * work["vision"] / ENCODER / peak + (sum(work.values()) - work["vision"]) / DECODER / peak
+    # Gathered in bfloat16 forward and backward, and float32 gradients reduced, in every part; over two links.
+    moved = parts * (4 + 4 * shards.learning / shards.own) * shards.all / tensor * (fsdp > 1)
+    moved += 8 * shards.learning * (width > 1)
+    moved += 16 * tokens / (replica * width * fsdp) * llm.width * llm.num_layers * (tensor > 1)
+    transfers = moved / (2 * slices.generation.link) + 8 * shards.learning * (replica > 1) / slices.generation.dcn
+    # Smaller parts fill the chip less well: of settings that cost the same, the one with fewer parts is better.
+    return (1 + 0.01 * (parts - 1)) * (max(busy, transfers) + 0.1 * min(busy, transfers))
+
+
+def _decoder_bytes(llm, settings: dict[str, Any]) -> float:
+    """Bytes that all layers keep of a token, and one layer's own, in bfloat16; a rough count of its activations."""
+    kv = 2 * llm.num_kv_heads * llm.width // llm.num_heads
+    whole = 8 * llm.width + 2 * kv + 5 * llm.mlp_dim
+    kept = {
+        "full": llm.width,
+        "attention": 2 * llm.width,
+        "dots": 4 * llm.width + kv + 2 * llm.mlp_dim,
+        "none": whole,
+    }
+    return 2 * (llm.num_layers * kept.get(settings["model.llm.remat"], whole) + 2 * whole)
+
+
+def _encoder_bytes(vision, policy: str, side: int) -> float:
+    """Bytes that the encoder keeps of an image, in bfloat16; a rough count of its activations."""
+    if "embed_dims" not in vision or "remat" not in vision:
+        return 2.0 * 2**20 * side
+    kept = {"full": 1, "none": 22}.get(policy, 8)
+    total, largest = 4.0 * (side / 2) ** 2 * vision.embed_dims[0], 0.0
+    for i, (depth, dim) in enumerate(zip(vision.layers, vision.embed_dims, strict=True)):
+        block = 2 * dim * (side / (4 * 2**i)) ** 2
+        total, largest = total + depth * kept * block, max(largest, 2 * 22 * block)
+    return total + largest
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def distinct(candidates: list[Candidate], count: int) -> list[Candidate]:
+    """The first candidates that differ in more than how a batch is grouped and cut, at most `count`."""
+    chosen = {}
+    for candidate in candidates:
+        s = candidate.settings
+        chosen.setdefault((s["mesh"], s.get("model.vision.remat"), s["model.llm.remat"]), candidate)
+    return list(chosen.values())[:count]
+
+
+def flags(settings: dict[str, Any]) -> str:
+    """The settings as they are written behind `fastvlm train`."""
+    return " ".join(
+        f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for key, value in settings.items()
+    )

@@ -1,0 +1,201 @@
+"""Makes docs/preflight.md: `python -m fastvlm_jax.preflight.table [--folder DIR] [--output FILE.md] [--only WORD]`.
+
+Every case is one `fastvlm preflight` in a process of its own; its JSON is kept in the folder, and a case that is there
+is not compiled again, so that the command can be stopped and goes on where it was. All of them take some hours on two
+cores; the tables are written anew after each.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+from fastvlm_jax.preflight.describe import gib, ms, short, si
+from fastvlm_jax.preflight.topology import GB
+
+
+class Case(NamedTuple):
+    """One compilation: the table that it is a row of, the config, the slice and further flags."""
+
+    table: str
+    config: str
+    topology: str
+    more: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        words = (self.table, self.config.replace("/", "-"), self.topology.replace(":", "-"))
+        return "_".join(words).replace("configs-", "").replace(".py:", "-")
+
+
+def _batch(groups: int, images: int, length: int) -> tuple[str, ...]:
+    return (
+        f"--config.data.groups={groups}", f"--config.data.images_per_group={images}",
+        f"--config.data.row_length={length}",
+    )  # fmt: skip
+
+
+STAGE2, STAGE1 = "configs/stage2_instruct.py", "configs/stage1_align.py"
+ENCODER = ("--mode=encoder", "--rows=8", "--top=30", "--config.mesh=1,1,1,1")
+CASES = (
+    Case("encoder", f"{STAGE2}:0.5b", "v5e:1x1", ENCODER),
+    Case(
+        "encoder-branched", f"{STAGE2}:0.5b", "v5e:1x1",
+        (*ENCODER, "--config.model.vision.form=branched", "--config.model.vision.batch_norm=train"),
+    ),
+    Case("stage2", f"{STAGE2}:0.5b", "v5e:4x4"),
+    Case("stage2", f"{STAGE2}:1.5b", "v5e:4x8"),
+    Case("stage2", f"{STAGE2}:7b", "v5e:8x16", _batch(128, 1, 512)),
+    Case("stage2", f"{STAGE2}:7b", "v5p:2x2x4"),
+    Case("stage1", f"{STAGE1}:0.5b", "v5e:4x4"),
+    Case("scale", f"{STAGE2}:0.5b", "v5e:4x4", ("--config.mesh=1,1,16,1", *_batch(32, 4, 2048))),
+    Case("scale", f"{STAGE2}:0.5b", "v5e:8x8", ("--config.mesh=1,4,16,1", *_batch(128, 4, 2048))),
+    Case("scale", f"{STAGE2}:0.5b", "v5e:16x16", ("--config.mesh=1,16,16,1", *_batch(512, 4, 2048))),
+    Case("stage2", f"{STAGE2}:0.5b", "v5p:2x2x1"),
+    Case("stage2", f"{STAGE2}:0.5b", "v6e:2x4"),
+    Case("stage2", f"{STAGE2}:1.5b", "v5p:2x2x2"),
+    Case("stage2", f"{STAGE2}:1.5b", "v6e:4x4"),
+    Case("stage2", f"{STAGE2}:7b", "v5p:2x2x2"),
+    Case("stage2", f"{STAGE2}:7b", "v6e:8x8", _batch(64, 2, 1024)),
+    Case("stage1", f"{STAGE1}:1.5b", "v5e:4x4"),
+    Case("stage1", f"{STAGE1}:7b", "v5e:4x8"),
+)  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compiles what is missing and writes the tables."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    folder, output = pathlib.Path(flags.FLAGS.folder), pathlib.Path(flags.FLAGS.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, case in enumerate(CASES):
+        file = folder / f"{case.name}.json"
+        if not file.is_file() and flags.FLAGS.only in case.name:
+            print(f"{i + 1}/{len(CASES)} {case.name}", flush=True)
+            _compile(case, file)
+        write(folder, output)
+
+
+def _compile(case: Case, file: pathlib.Path) -> None:
+    command = [
+        sys.executable, "-m", "fastvlm_jax", "preflight", f"--config={case.config}", f"--topology={case.topology}",
+        f"--output={file}", "--top=20", *case.more,
+    ]  # fmt: skip
+    begin = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not file.is_file():  # a program that does not fit has its file and its row; anything else is an error
+        print(f"  failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+    else:
+        print(f"  {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def write(folder: pathlib.Path, output: pathlib.Path) -> None:
+    """Writes the markdown from the results that are there."""
+    found = {
+        case: json.loads((folder / f"{case.name}.json").read_text())
+        for case in CASES
+        if (folder / f"{case.name}.json").is_file()
+    }
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_text(text(found))
+    temporary.replace(output)
+
+
+def text(found: dict[Case, dict[str, Any]]) -> str:
+    """The document."""
+    parts = [INTRODUCTION]
+    for table, title in TITLES.items():
+        rows = {case: report for case, report in found.items() if case.table == table}
+        if not rows:
+            continue
+        parts.append(f"## {title}\n")
+        if table.startswith("encoder"):
+            parts += [_encoder(report) for report in rows.values()]
+        else:
+            parts.append(_steps(rows))
+    parts.append(_largest(found))
+    return "\n".join(parts)
+
+
+INTRODUCTION = """# What the recipes need, by the TPU compiler
+
+Made by `python -m fastvlm_jax.preflight.table`, not by hand. Every row is the training step that `fastvlm train` runs,
+compiled for that slice on a machine without a TPU. **All times are estimates**: the compiler's cycles, loops times
+their trips, and for transfers their bytes over the slice's published links. Nothing here was measured on a TPU.
+
+`step` is as the compiler scheduled it; `hidden` if every transfer ran beside the computation, `serial` if none did.
+MFU is of model FLOPs, without recomputation. One row: `fastvlm preflight --config configs/stage2_instruct.py:0.5b
+--topology v5e:4x4`. The estimates are told in fastvlm_jax/preflight/estimate.py.
+"""
+TITLES = {
+    "stage2": "Stage 2 at 1024 px, global batch 128",
+    "stage1": "Stage 1 at 256 px, global batch 256",
+    "scale": "From 16 to 256 chips at 8 images a chip",
+    "encoder": "The encoder alone: forward + backward, 1024 px, 8 images on one v5e chip",
+    "encoder-branched": "The same in training form, with batch statistics",
+}
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def _steps(found: dict[Case, dict[str, Any]]) -> str:
+    rows = [
+        ["size", "slice", "mesh", "groups x images", "state", "activations", "total GiB", "limit", "fits", "step",
+         "hidden", "serial", "ICI", "binding", "images/s", "MFU (encoder, LLM)", "chip-hours"],
+    ]  # fmt: skip
+    for case, r in found.items():
+        m, b = r["memory"], r["batch"]
+        row = [
+            case.config.rpartition(":")[2], case.topology, "x".join(map(str, r["mesh"].values())),
+            f"{b['groups']} x {b['images'] // b['groups']}", gib(m["state"]), gib(m["activations"]), gib(m["total"]),
+            gib(m["limit"]), "yes" if m["fits"] else "**no**",
+        ]  # fmt: skip
+        if "time" in r:
+            t, rates = r["time"], r["rates"]
+            row += [ms(t[key]) for key in ("scheduled_s", "hidden_s", "serial_s")]
+            row += [ms(t["roofline"]["ICI"]), t["binding"].split(" (")[0], f"{rates['images/s']:,.0f}"]
+            row += [f"{rates['mfu']:.1%} ({rates['mfu_encoder']:.1%}, {rates['mfu_llm']:.1%})"]
+            row += [f"{r['stage']['chip_hours']:,.0f}" if "stage" in r else "-"]
+        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+    return markdown(rows)
+
+
+def _encoder(r: dict[str, Any]) -> str:
+    images, cycles = r["batch"]["images"], r["time"]["compute_s"] * r["topology"]["clock_hz"]
+    head = (
+        f"{cycles / images / 1e6:,.1f} M cycles an image ({ms(cycles / images / r['topology']['clock_hz'])}), "
+        f"{r['memory']['compiler']['temporaries'] / GB:.2f} GB of temporaries, {si(r['flops']['compiled'])}FLOP.\n"
+    )
+    rows = [["operation", "M cycles an image", "share"]]
+    rows += [
+        [f"`{short(o['operation'])}`", f"{o['cycles'] / images / 1e6:,.2f}", f"{o['share']:.1%}"]
+        for o in r["operations"]
+    ]
+    return head + "\n" + markdown(rows)
+
+
+def _largest(found: dict[Case, dict[str, Any]]) -> str:
+    """The two largest costs of each size in stage 2, on its first slice."""
+    rows, seen = [["size, slice", "largest", "second"]], set()
+    for case, r in found.items():
+        size = case.config.rpartition(":")[2]
+        if case.table == "stage2" and "time" in r and size not in seen:
+            seen.add(size)
+            costs = [f"`{short(o['operation'])}` {o['share']:.1%}" for o in r["operations"][:2]]
+            rows.append([f"{size}, {case.topology}", *costs])
+    return "## The two largest costs of a step\n\n" + markdown(rows)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("folder", "runs/preflight", "where results are kept")
+    flags.DEFINE_string("output", "docs/preflight.md", "the document")
+    flags.DEFINE_string("only", "", "compile only cases whose name holds this word")
+    app.run(main)

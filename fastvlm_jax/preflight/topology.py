@@ -1,0 +1,195 @@
+"""TPU slices as the compiler knows them, without one at hand: published figures of chips, and devices to compile for.
+
+v5e:4x4        a slice of 4 x 4 chips          v5p:4x4x4*2      two slices, joined by the data-center network
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+
+GB, GiB = 10**9, 2**30
+
+# What the TPU compiler reads when it is loaded, so that it does not look for a TPU or for another process's.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A TPU generation. Figures are those of a chip unless they say a device; v7x has two devices a chip, others one.
+
+    Attributes:
+      prefix: of the compiler's name for it.
+      flops: peak bf16 FLOP/s. hbm_bandwidth: bytes/s.
+      flops_per_cycle: of a chip's matrix units, which with `flops` gives the clock.
+      hbm_limit: bytes of a device that the compiler lets a program use, as its own message says; less than the HBM.
+      link: bytes/s of one ICI link in one direction. dcn: bytes/s of a chip's share of its host's network.
+      shapes: slices that Cloud TPU offers; of three axes also larger ones of whole 4x4x4 cubes, up to `largest` chips.
+      ring: the length from which an axis is closed to a ring by default; 0 = any axis of a slice of whole cubes.
+    """
+
+    prefix: str
+    flops: float
+    flops_per_cycle: int
+    hbm: float
+    hbm_bandwidth: float
+    hbm_limit: float
+    link: float
+    dcn: float
+    shapes: Sequence[tuple[int, ...]]
+    largest: int
+    ring: int
+    devices_per_chip: int = 1
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second."""
+        return self.flops / self.flops_per_cycle
+
+
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16))
+# Peak, HBM, ICI and the shapes: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, seen in 2026. A link is
+# the page's "bidirectional ICI bandwidth per chip" over 2 directions and 4 links (v5e, v6e) or 6; v4's is 50 GB/s, by
+# table 4 of arXiv 2304.01433. DCN: v5e 2 x 100 Gbit/s and v6e 4 x 200 Gbit/s a host of 8 chips, v5p 50 Gbit/s a chip
+# (the same pages); v4 and v7x are taken as v5p, the pages name none. Matrix units: v4, v5e and v5p have 4 a core of
+# 128 x 128, v6e and v7x 2 of 256 x 256 that the compiler counts at twice that a cycle. hbm_limit: libtpu 0.0.52.
+GENERATIONS = {
+    "v4": Generation(
+        "v4", 275e12, 262_144, 32 * GiB, 1200 * GB, 30.75 * GiB, 50 * GB, 6.25 * GB, DEEP, 4096, 0
+    ),
+    "v5e": Generation(
+        "v5e", 197e12, 131_072, 16 * GiB, 819 * GB, 15.75 * GiB, 50 * GB, 3.125 * GB, FLAT, 256, 16
+    ),
+    "v5p": Generation(
+        "v5p", 459e12, 262_144, 95 * GiB, 2765 * GB, 95.73 * GiB, 100 * GB, 6.25 * GB, DEEP, 6144, 0
+    ),
+    "v6e": Generation(
+        "v6e", 918e12, 524_288, 32 * GiB, 1600 * GB, 31.24 * GiB, 100 * GB, 12.5 * GB, FLAT, 256, 16
+    ),
+    "v7x": Generation(
+        "tpu7x", 2307e12, 1_048_576, 192 * GiB, 7380 * GB, 94.74 * GiB, 100 * GB, 6.25 * GB, DEEP, 9216, 0, 2
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """`num_slices` slices of one shape. Sizes of one device are those of the chip over its devices.
+
+    Attributes:
+      name: as it was asked for. shape: chips along each axis of a slice.
+    """
+
+    name: str
+    generation: Generation
+    shape: tuple[int, ...]
+    num_slices: int
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape) * self.num_slices
+
+    @property
+    def num_devices(self) -> int:
+        return self.chips * self.generation.devices_per_chip
+
+    @property
+    def device_flops(self) -> float:
+        return self.generation.flops / self.generation.devices_per_chip
+
+    @property
+    def device_bandwidth(self) -> float:
+        return self.generation.hbm_bandwidth / self.generation.devices_per_chip
+
+    def is_ring(self, axis: int) -> bool:
+        """Whether the links of an axis close to a ring, so that both directions carry one transfer."""
+        if self.generation.ring:
+            return self.shape[axis] >= self.generation.ring
+        return all(size % 4 == 0 for size in self.shape)
+
+
+def parse(name: str) -> Slice:
+    """The slices that a name stands for.
+
+    Raises:
+      ValueError: no such generation or shape; the message lists those that exist.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", name.strip())
+    if not found:
+        raise ValueError(
+            f"--topology={name}: write GENERATION:SHAPE, as v5e:4x4, v5p:4x4x4 or, of two slices, v5e:16x16*2"
+        )
+    kind, shape, slices = found[1].removeprefix("tpu"), tuple(map(int, found[2].split("x"))), int(found[3] or 1)
+    kind = {"v5litepod": "v5e", "7x": "v7x"}.get(kind, kind)
+    if kind not in GENERATIONS:
+        raise ValueError(f"--topology={name}: unknown TPU {found[1]!r}: choose one of {', '.join(GENERATIONS)}")
+    generation = GENERATIONS[kind]
+    cubes = len(generation.shapes[0]) == 3 and len(shape) == 3 and all(x > 0 and x % 4 == 0 for x in shape)
+    if (shape not in generation.shapes and not cubes) or math.prod(shape) > generation.largest or slices < 1:
+        shapes = ", ".join("x".join(map(str, s)) for s in generation.shapes)
+        more = f" or multiples of 4x4x4 up to {generation.largest} chips" if len(generation.shapes[0]) == 3 else ""
+        raise ValueError(f"--topology={name}: {kind} has no such slice: choose {shapes}{more}")
+    return Slice(name, generation, shape, slices)
+
+
+def set_environment() -> None:
+    """Prepares this process for the TPU compiler on a machine that has no TPU, or leaves its TPU alone."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    jax.devices("cpu")  # reads XLA_FLAGS, which `compiler` hides
+
+
+def devices(slices: Slice) -> list:
+    """Devices to compile for, one a chip (v7x: two); programs cannot run on them.
+
+    Raises:
+      ValueError: the TPU compiler is not installed, or does not know the slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("the TPU compiler is not installed: pip install 'fastvlm_jax[preflight]' (libtpu)")
+    set_environment()
+    from jax.experimental import topologies
+
+    options = {"num_slices": slices.num_slices} if slices.num_slices > 1 else {}
+    if slices.generation.prefix == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as jax shows a v4; the default is one a core
+    shape = "x".join(map(str, slices.shape))
+    try:
+        with compiler():
+            return topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{slices.generation.prefix}:{shape}", **options
+            ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"--topology={slices.name}: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def compiler():
+    """Within it the TPU compiler may be called.
+
+    XLA_FLAGS are hidden: the compiler ends the process at one that it does not know, and those of the CPU are. So is
+    jax's compilation cache: it writes programs for a topology, but fails to read them without a client.
+    """
+    cached, xla_flags = jax.config.jax_enable_compilation_cache, os.environ.pop("XLA_FLAGS", None)
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        if xla_flags is not None:
+            os.environ["XLA_FLAGS"] = xla_flags

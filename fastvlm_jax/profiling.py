@@ -1,0 +1,62 @@
+"""Traces of chosen steps, for xprof or TensorBoard: `fastvlm train --profile=FIRST:LAST`."""
+
+import pathlib
+import re
+import sys
+
+import jax
+
+
+def parse_steps(text: str, steps: int) -> tuple[int, int]:
+    """(first, last) of "10:13", (10, 10) of "10"; (0, 0), no step, of "".
+
+    Raises:
+      ValueError: anything else, or a run of `steps` steps ends before the first.
+    """
+    if not text:
+        return 0, 0
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(f"--profile={text} must be the first and the last step to trace, as 10:13, counted from 1")
+    if first > steps:
+        raise ValueError(f"--profile={text}: the run has {steps} steps; choose among them")
+    return first, last
+
+
+class Trace:
+    """Traces the steps `chosen` (first, last) of a run of steps start + 1 ... steps, as far as it makes them.
+
+    Every process writes WORKDIR/profile/plugins/profile/steps_FIRST_LAST/HOST.xplane.pb: xprof shows them together. The
+    devices are waited for before the first and after the last of these steps, and at no other time.
+    """
+
+    def __init__(self, chosen: tuple[int, int], folder: pathlib.Path, start: int, steps: int):
+        self._first, self._last = max(chosen[0], start + 1), min(chosen[1], steps)
+        self._folder, self._running = folder, False
+        if chosen[1] and self._first > self._last:
+            print(f"--profile: the run goes on after step {start}, nothing is left to trace", file=sys.stderr)
+
+    def begin(self, step: int, state) -> jax.profiler.StepTraceAnnotation:
+        """The marker of a step, to be entered around it; before the first chosen one the trace starts."""
+        if self._first == step <= self._last:
+            jax.block_until_ready(state)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of every thread: it hides the rest and slows the step
+            options.session_id = f"steps_{self._first}_{self._last}"  # the same on all hosts
+            jax.profiler.start_trace(self._folder, profiler_options=options)
+            self._running = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def end(self, step: int, state) -> None:
+        """After the last chosen step the trace is written."""
+        if self._running and step >= self._last:
+            jax.block_until_ready(state)
+            self.close()
+            print(f"steps {self._first} to {self._last} are traced: {self._folder}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Writes what is traced of a run that stops early."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

@@ -1,0 +1,60 @@
+"""The compiler's flags: accepted by the real TPU compiler, set where they belong, never over the user's own."""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from command import fastvlm
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fastvlm_jax import sharding, xla_flags
+from fastvlm_jax.preflight import topology
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler (libtpu)")
+def test_the_tpu_compiler_takes_every_flag_and_refuses_others():
+    devices = topology.devices(topology.parse("v5e:2x2"))
+    mesh = sharding.make_mesh((1, 1, -1, 1), devices)
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp")))
+    with topology.compiler():
+        lowered = jax.jit(lambda x, w: jnp.sum(x @ w)).lower(x, x)
+        options = xla_flags.compiler_options("tpu")
+        assert set(options) == set(xla_flags.TPU) and len(options) >= 2
+        assert "all-gather" in lowered.compile(compiler_options=options).as_text()
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_tpu_no_such_flag"):
+            lowered.compile(compiler_options={**options, "xla_tpu_no_such_flag": "true"})
+
+
+def test_flags_go_to_the_variable_of_the_platform_and_a_cpu_gets_none():
+    for platform in ("cpu", "tpu", "gpu"):
+        environment = {}
+        xla_flags.apply(environment, platform)
+        assert set(environment) == {"cpu": set(), "tpu": {"LIBTPU_INIT_ARGS"}, "gpu": {"XLA_FLAGS"}}[platform]
+    environment = {"LIBTPU_INIT_ARGS": "--xla_tpu_enable_latency_hiding_scheduler=false --other=1"}
+    xla_flags.apply(environment, "tpu")
+    given = environment["LIBTPU_INIT_ARGS"].split()
+    assert given[:2] == ["--xla_tpu_enable_latency_hiding_scheduler=false", "--other=1"]
+    assert given[2:] == ["--xla_tpu_enable_async_collective_fusion=true"]
+
+
+def test_what_the_user_set_is_no_option_of_a_compilation(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_latency_hiding_scheduler=false")
+    assert xla_flags.compiler_options("tpu") == {"xla_tpu_enable_async_collective_fusion": "true"}
+    assert xla_flags.compiler_options("cpu") == {}
+
+
+def test_the_platform_is_the_first_that_jax_is_told():
+    assert xla_flags.find_platform({"JAX_PLATFORMS": "cuda,cpu"}) == "gpu"
+    assert xla_flags.find_platform({"JAX_PLATFORMS": "tpu"}) == "tpu"
+    assert xla_flags.find_platform({"JAX_PLATFORMS": "cpu"}) == "cpu"
+
+
+def test_train_sets_them_first(monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert fastvlm(monkeypatch, capsys, "train")[0] == 1
+    set_now = os.environ["XLA_FLAGS"]
+    assert set_now == "--xla_force_host_platform_device_count=8 --xla_gpu_enable_latency_hiding_scheduler=true"

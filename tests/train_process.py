@@ -1,0 +1,15 @@
+"""`fastvlm ...` as one process of several, with fake devices and the settings of the other tests.
+
+python train_process.py DEVICES train --config tests/small.py:DATA --workdir DIR --coordinator_address=... ...
+"""
+
+import os
+import sys
+
+import conftest  # noqa: F401  sets the environment of jax
+
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={sys.argv.pop(1)}")
+
+from fastvlm_jax.cli import main
+
+main()

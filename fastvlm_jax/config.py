@@ -167,7 +167,8 @@ def get_base(size: str) -> ml_collections.ConfigDict:
     # What images in [0, 1] are normalised with, a colour: FastVLM's own encoder takes them as they are.
     c.model.vision.image_mean = VISION_SIZES[vision].get("image_mean", (0.0, 0.0, 0.0))
     c.model.vision.image_std = VISION_SIZES[vision].get("image_std", (1.0, 1.0, 1.0))
-    c.model.vision.remat = "none" if tiny else "full"  # what the backward pass recomputes, see models/remat.py
+    # What the backward pass recomputes, see models/remat.py.
+    c.model.vision.remat = "none" if tiny else "full" if "family" in VISION_SIZES[vision] else "depthwise"
     c.model.llm = ml_collections.ConfigDict({**QWEN2, **LLM_SIZES[llm]})
     c.model.llm.remat = "none" if tiny else "full"
 

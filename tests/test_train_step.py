@@ -122,9 +122,7 @@ def test_an_unknown_remat_policy_is_refused():
 
 def test_accumulation_that_leaves_devices_without_a_group_is_refused():
     mesh = sharding.make_mesh((1, 4, 1, 1), jax.devices()[:4])
-    with pytest.raises(
-        ValueError, match="accumulate=4 does not divide the 2 groups of a data shard"
-    ):
+    with pytest.raises(ValueError, match="accumulate=4 does not divide the 2 groups of a data shard"):
         sharding.check_mesh(mesh, groups=8, num_kv_heads=2, accumulate=4)
 
 

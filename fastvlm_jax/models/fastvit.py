@@ -7,6 +7,7 @@ Five stages are FastViTHD (MCi3) and MCi4; MCi0 to MCi2 have four and end at H/3
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -42,6 +43,13 @@ class GridPool(nn.Module):
             return jnp.mean(windows, axis=(2, 4)).astype(x_BHWC.dtype)
         kernel = self.param("kernel", nn.initializers.constant(1 / k**2), (k, k, 1, C), jnp.float32)
         return jnp.sum(windows * kernel.reshape(k, 1, k, C), axis=(2, 4)).astype(x_BHWC.dtype)
+
+
+def _stem(tower: "FastViT", x_BHWC: Array, mask_B: Array | None, *, dim: int, settings: dict) -> Array:
+    """Images [B, H, W, 3] to [B, H/4, W/4, dim], by modules of `tower`."""
+    x = MobileOne(dim, 3, 2, **settings, name="stem_0")(x_BHWC, mask_B)
+    x = MobileOne(dim, 3, 2, depthwise=True, **settings, name="stem_1")(x, mask_B)
+    return MobileOne(dim, 1, **settings, name="stem_2")(x, mask_B)
 
 
 class FastViT(nn.Module):
@@ -117,11 +125,8 @@ class FastViT(nn.Module):
         self._check(embed)
         self.grid(*x_BHWC.shape[1:3])
         shared = dict(form=self.form, batch_stats=train and self.batch_norm == "train", init_std=self.init_std)
-        stem = dict(shared, use_scale=self.stem_scale)
-        dim = self.embed_dims[0]
-        x = MobileOne(dim, 3, 2, **stem, name="stem_0")(x_BHWC, mask_B)
-        x = MobileOne(dim, 3, 2, depthwise=True, **stem, name="stem_1")(x, mask_B)
-        x = MobileOne(dim, 1, **stem, name="stem_2")(x, mask_B)
+        stem = partial(_stem, dim=self.embed_dims[0], settings=dict(shared, use_scale=self.stem_scale))
+        x = rematted(stem, self.remat, scanned=False)(self, x_BHWC, mask_B)
         rates = np.split(np.linspace(0, self.drop_path, sum(self.layers)), np.cumsum(self.layers)[:-1])
         pooled = []
         for i, (depth, dim, mixer) in enumerate(zip(self.layers, self.embed_dims, self.mixers, strict=True)):

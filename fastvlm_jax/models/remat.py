@@ -1,5 +1,7 @@
 """What the backward pass recomputes: policies by name, the same for encoder blocks and decoder layers."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 
@@ -8,11 +10,15 @@ POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the results of all products with weights
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # the result of the attention
+    # Of an encoder block also those of the 7x7 convolution and the statistics of training BatchNorm.
+    "depthwise": jax.checkpoint_policies.save_only_these_names("attention", "depthwise", "statistics"),
 }
 
 
-def rematted(block: type[nn.Module], policy: str) -> type[nn.Module]:
-    """The block's class under the policy of that name, itself for "none".
+def rematted(block: Callable, policy: str, *, scanned: bool = True) -> Callable:
+    """The block's class, or function of a module, under the policy of that name; itself for "none".
+
+    Outside a scan (`scanned=False`) the compiler has to be kept from seeing that the second computation is the first.
 
     Raises:
       ValueError: an unknown policy.
@@ -21,4 +27,4 @@ def rematted(block: type[nn.Module], policy: str) -> type[nn.Module]:
         return block
     if policy not in POLICIES:
         raise ValueError(f"remat={policy!r} must be one of none, {', '.join(POLICIES)}")
-    return nn.remat(block, prevent_cse=False, policy=POLICIES[policy])
+    return nn.remat(block, prevent_cse=not scanned, policy=POLICIES[policy])

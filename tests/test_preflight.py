@@ -250,3 +250,11 @@ def test_several_slices_are_joined_by_replicas(config_file):
     whole = 4 * report["parameters"]["all"]
     assert whole / 4 <= sum(row["bytes"] for row in between) <= 1.3 * whole
     assert report["time"]["roofline"]["DCN"] > 0
+
+
+def test_only_replicas_cross_from_slice_to_slice():
+    devices = topology.devices(topology.parse("v5e:2x2*2"))
+    mesh = sharding.make_mesh((2, 1, 2, 2), devices)
+    assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match="there are 2 slices, which only the replica axis may cross"):
+        sharding.make_mesh((1, 2, 4, 1), devices)

@@ -1,5 +1,7 @@
 """One step as one function: accumulation, number formats, what is kept where."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def batch():
 
 
 def steps(batch, count=2, mesh=(1, 1, 1, 1), num_sources=1, **settings):
-    """State and metrics after `count` steps."""
+    """State and metrics after `count` steps, with the losses of all of them."""
     frozen = dict(model__vision__batch_norm="frozen")
     config = small_config("", mesh=mesh, **{**frozen, **settings})
     model = fastvlm.build(**config.model.to_dict())
@@ -41,9 +43,11 @@ def steps(batch, count=2, mesh=(1, 1, 1, 1), num_sources=1, **settings):
         step = train.make_step(config, model, mesh, steps=10, num_sources=num_sources)
         state = step.make_state(jax.random.key(0), None)
         placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        losses = []
         for _ in range(count):
             state, metrics = step.fn(state, placed)
-        return state, jax.tree.map(np.asarray, metrics)
+            losses.append(metrics["loss"])
+        return state, jax.tree.map(np.asarray, metrics | {"losses": jax.numpy.stack(losses)})
 
 
 # With so large an epsilon AdamW moves along the gradient itself; with the usual one a rounding may turn a sign.
@@ -65,6 +69,20 @@ def test_an_accumulated_step_is_that_of_the_large_batch(batch, whole, accumulate
     for path, x in flatten_dict(state.params, sep="/").items():
         y = np.asarray(expected[path])
         np.testing.assert_allclose(np.asarray(x), y, rtol=0, atol=1e-5 * np.abs(y).max(), err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def ten_losses(batch):
+    return steps(batch, 10, model__vision__batch_norm="train")[1]["losses"]
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 8, 1), (2, 2, 1, 2)], ids=str)
+def test_ten_losses_are_the_same_on_every_mesh(batch, ten_losses, monkeypatch, mesh):
+    """In training form, with statistics of the whole batch, and the kernels of the encoder split as large ones are."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
+    _, metrics = steps(batch, 10, mesh, model__vision__batch_norm="train")
+    assert ten_losses[-1] < ten_losses[0]
+    np.testing.assert_allclose(metrics["losses"], ten_losses, rtol=1e-4)
 
 
 def test_parts_of_a_batch_are_groups_of_every_device():
@@ -139,8 +157,10 @@ def test_parameters_are_gathered_once_each_way_and_gradients_reduced_once(batch,
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         step = train.make_step(config, model, mesh, steps=10)
-        text = step.fn.lower(step.abstract, train.abstract_batch(config, model, mesh)).compile().as_text()
-    moved = {}
+        compiled = step.fn.lower(step.abstract, train.abstract_batch(config, model, mesh)).compile()
+    state = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(step.abstract))
+    assert compiled.memory_analysis().alias_size_in_bytes >= state  # the new state takes the place of the old one
+    text, moved = compiled.as_text(), {}
     for collective in analyse(hlo.parse(text), 8).collectives:
         moved[collective.kind] = moved.get(collective.kind, 0) + collective.payload * collective.trips
     leaves = jax.tree.leaves(step.abstract.params)

@@ -27,10 +27,11 @@ from fastvlm_jax.json_file import read_object
 from fastvlm_jax.train_step import TrainState
 
 FORMAT = "fastvlm_jax workdir"
-# What may change between the parts of one run: none of it changes the result.
+# What may change between the parts of one run: none of it changes the result (accumulate where BatchNorm trains).
 FREE_KEYS = (
     "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "eval_questions",
-    "wandb", "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
+    "wandb", "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat", "data.num_threads", "data.prefetch",
+    "data.cache_images", "data.path",
 )  # fmt: skip
 
 

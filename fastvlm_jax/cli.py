@@ -9,6 +9,8 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
+from fastvlm_jax import xla_flags
+
 USAGE = """usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help lists the flags)
 
   train     --config FILE.py[:ARG] --workdir DIR [--profile FIRST:LAST] [--config.KEY=VALUE ...]
@@ -29,8 +31,6 @@ GGUF file, or parts of a model from several places: vision=DIR,llm=DIR[,projecto
 
 def train(argv: list[str]) -> None:
     """fastvlm train"""
-    from fastvlm_jax import xla_flags
-
     xla_flags.apply()  # before the config file, which may import jax
     from ml_collections import config_flags
 
@@ -361,6 +361,7 @@ def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     flags.FLAGS.mark_as_parsed()  # the commands parse their own; absl's would make every log begin with a warning
     logging.getLogger("jax").setLevel(logging.ERROR)
+    xla_flags.silence_libtpu()
     argv = sys.argv[1:]
     if not argv or argv[0] not in COMMANDS:
         print(USAGE, file=sys.stdout if argv and argv[0] in ("--help", "-h", "help") else sys.stderr)

@@ -101,18 +101,27 @@ def _read_one(path: pathlib.Path) -> Loaded:
     if found is not None:
         workdir, folder = found
         run = checkpoint.read_run(workdir)
-        config = run["config"]["model"]
+        config = _without_remat(run["config"]["model"])
         variables = checkpoint.load_variables(folder, abstract_variables(fastvlm.build(**config)))
         lineage = {**run["lineage"], "step": int(folder.name)}
         return Loaded(config, variables, load_processor(workdir / "processor"), lineage)
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
+    config = _without_remat(config)
     lineage = convert.read_lineage(path) if layout == "native" else {"layout": layout, "path": str(path)}
     processor = _processor(path, layout, config)
     if layout == "fastvlm" and processor is not None:
         statistics = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
         config = {**config, "vision": {**config["vision"], **statistics}}
     return Loaded(config, variables, processor, lineage)
+
+
+def _without_remat(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config without what its training recomputed, which is each run's own choice."""
+    return {
+        part: {key: value for key, value in args.items() if key != "remat"} if isinstance(args, dict) else args
+        for part, args in config.items()
+    }
 
 
 def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Processor | None:

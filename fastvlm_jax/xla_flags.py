@@ -49,6 +49,13 @@ def apply(environment: MutableMapping[str, str] = os.environ, platform: str | No
         environment[variable] = " ".join([given, *missing]).strip()
 
 
+def silence_libtpu(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Where libtpu is installed without a TPU, as for preflight, it would say so in ten lines at every start."""
+    if find_platform(environment) != "tpu":
+        for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}.items():
+            environment.setdefault(name, value)
+
+
 def find_platform(environment: MutableMapping[str, str]) -> str:
     """ "tpu", "gpu" or "cpu": the first of JAX_PLATFORMS, else by the machine's device files."""
     chosen = environment.get("JAX_PLATFORMS", "").split(",")[0]

@@ -129,8 +129,14 @@ compiled for that slice on a machine without a TPU. **All times are estimates**:
 their trips, and for transfers their bytes over the slice's published links. Nothing here was measured on a TPU.
 
 `step` is as the compiler scheduled it; `hidden` if every transfer ran beside the computation, `serial` if none did.
-MFU is of model FLOPs, without recomputation. One row: `fastvlm preflight --config configs/stage2_instruct.py:0.5b
---topology v5e:4x4`. The estimates are told in fastvlm_jax/preflight/estimate.py.
+MFU is of model FLOPs, without recomputation. `FLOPs` is what the compiled program computes over what
+`fastvlm_jax/flops.py` counts with recomputation: the one check of the counts that needs no device. One row:
+`fastvlm preflight --config configs/stage2_instruct.py:0.5b --topology v5e:4x4`. How the estimates are made stands in
+`fastvlm_jax/preflight/estimate.py`.
+
+What they leave out: attention kernels carry no cycles and are taken at the peak of the matrix units, which their own
+schedules exceed by up to twice at 64 channels a head; input, checkpoints and logging; and the compiler here is libtpu
+0.0.52, while `pip install 'jax[tpu]'` installs the one that its release names.
 """
 TITLES = {
     "stage2": "Stage 2 at 1024 px, global batch 128",
@@ -141,6 +147,9 @@ TITLES = {
 }
 
 
+SHOWN = ("vision", "llm", "loss", "optimizer")
+
+
 def markdown(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
@@ -149,7 +158,7 @@ def markdown(rows: list[list[str]]) -> str:
 def _steps(found: dict[Case, dict[str, Any]]) -> str:
     rows = [
         ["size", "slice", "mesh", "groups x images", "state", "activations", "total GiB", "limit", "fits", "step",
-         "hidden", "serial", "ICI", "binding", "images/s", "MFU (encoder, LLM)", "chip-hours"],
+         "hidden", "serial", "ICI", "binding", "images/s", "MFU (encoder, LLM)", "FLOPs", "chip-hours"],
     ]  # fmt: skip
     for case, r in found.items():
         m, b = r["memory"], r["batch"]
@@ -163,6 +172,7 @@ def _steps(found: dict[Case, dict[str, Any]]) -> str:
             row += [ms(t[key]) for key in ("scheduled_s", "hidden_s", "serial_s")]
             row += [ms(t["roofline"]["ICI"]), t["binding"].split(" (")[0], f"{rates['images/s']:,.0f}"]
             row += [f"{rates['mfu']:.1%} ({rates['mfu_encoder']:.1%}, {rates['mfu_llm']:.1%})"]
+            row += [f"{r['flops']['compiled_over_hardware']:.2f}"]
             row += [f"{r['stage']['chip_hours']:,.0f}" if "stage" in r else "-"]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return markdown(rows)
@@ -184,13 +194,14 @@ def _encoder(r: dict[str, Any]) -> str:
 
 def _largest(found: dict[Case, dict[str, Any]]) -> str:
     """The two largest costs of each size in stage 2, on its first slice."""
-    rows, seen = [["size, slice", "largest", "second"]], set()
+    rows, seen = [["size, slice", "largest", "second", "vision, LLM, loss, optimizer of the computation"]], set()
     for case, r in found.items():
         size = case.config.rpartition(":")[2]
         if case.table == "stage2" and "time" in r and size not in seen:
             seen.add(size)
             costs = [f"`{short(o['operation'])}` {o['share']:.1%}" for o in r["operations"][:2]]
-            rows.append([f"{size}, {case.topology}", *costs])
+            parts = (r["time"]["by_part"][name] / r["time"]["compute_s"] for name in SHOWN)
+            rows.append([f"{size}, {case.topology}", *costs, ", ".join(f"{part:.0%}" for part in parts)])
     return "## The two largest costs of a step\n\n" + markdown(rows)
 
 

@@ -16,6 +16,7 @@ from fastvlm_jax.convert import llava
 from fastvlm_jax.convert.files import CONFIG, DTYPES, gguf_file, read_json
 from fastvlm_jax.convert.gguf import read_gguf_tokenizer
 from fastvlm_jax.convert.mapping import COUNTERS, read_tree
+from fastvlm_jax.convert.native import without_remat
 from fastvlm_jax.data.processor import Processor, load_processor
 from fastvlm_jax.data.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.models import fastvlm
@@ -101,27 +102,18 @@ def _read_one(path: pathlib.Path) -> Loaded:
     if found is not None:
         workdir, folder = found
         run = checkpoint.read_run(workdir)
-        config = _without_remat(run["config"]["model"])
+        config = without_remat(run["config"]["model"])
         variables = checkpoint.load_variables(folder, abstract_variables(fastvlm.build(**config)))
         lineage = {**run["lineage"], "step": int(folder.name)}
         return Loaded(config, variables, load_processor(workdir / "processor"), lineage)
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
-    config = _without_remat(config)
     lineage = convert.read_lineage(path) if layout == "native" else {"layout": layout, "path": str(path)}
     processor = _processor(path, layout, config)
     if layout == "fastvlm" and processor is not None:
         statistics = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
         config = {**config, "vision": {**config["vision"], **statistics}}
     return Loaded(config, variables, processor, lineage)
-
-
-def _without_remat(config: dict[str, Any]) -> dict[str, Any]:
-    """A model's config without what its training recomputed, which is each run's own choice."""
-    return {
-        part: {key: value for key, value in args.items() if key != "remat"} if isinstance(args, dict) else args
-        for part, args in config.items()
-    }
 
 
 def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Processor | None:

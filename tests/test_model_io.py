@@ -1,6 +1,8 @@
 """Models put together from parts, and weights read by slices."""
 
+import json
 import math
+import shutil
 
 import jax
 import ml_dtypes
@@ -122,3 +124,14 @@ def test_each_device_reads_its_layers_of_a_stack():
     part = leaf[2:4, 1:3]
     assert [x.asked for x in layers] == [[], [], [(3, 2)], [(3, 2)]]
     np.testing.assert_array_equal(part, np.stack([np.full((2, 3), i, np.float32) for i in (2, 3)]))
+
+
+def test_what_an_earlier_run_recomputed_is_not_of_the_model(whole, tmp_path):
+    """Runs used to say true or false where a policy's name stands now."""
+    shutil.copytree(whole[3], tmp_path / "tower")
+    file = tmp_path / "tower/config.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["vision"]["remat"] = True
+    file.write_text(json.dumps(settings))
+    model, _, _ = model_io.load(tmp_path / "tower")
+    assert "remat" not in model.vision_args

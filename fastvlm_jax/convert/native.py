@@ -44,10 +44,18 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
       FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown or damaged.
     """
     source = pathlib.Path(source).expanduser()
-    model_config = _config(source, "model")
+    model_config = without_remat(_config(source, "model"))
     tensors = open_weights(source)
     _, shapes = described(model_config, source / CONFIG)
     return model_config, to_jax(_rows(shapes), tensors, shapes, source)
+
+
+def without_remat(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config without what its training recomputed, which is each run's own choice."""
+    return {
+        part: {key: value for key, value in args.items() if key != "remat"} if isinstance(args, dict) else args
+        for part, args in config.items()
+    }
 
 
 def read_lineage(source: str | os.PathLike) -> dict[str, Any]:

@@ -355,6 +355,23 @@ def test_what_the_compiler_says_that_a_program_needs():
     assert needed("Ran out of memory in memory space hbm. Used 17.00G of 15.75G hbm.") == 17 * 2**30
 
 
+def test_costs_are_named_by_pass_and_layer():
+    block = "while/body/closed_call/stage_1.<lambda>/stage_1.<lambda>/checkpoint/"
+    for path, name in {
+        f"jit(train_step)/transpose(jvp(FastVLM))/FastVLM.encode/vision/{block}stage_1/ffn/conv/cond/branch_0_fun/"
+        "transpose(jvp())/conv_general_dilated": "backward vision/stage_1/ffn/conv/conv_general_dilated",
+        f"jit(encoder_step)/transpose(jvp(FastVLM.encode))/vision/{block}rematted_computation/stage_1/ffn/fc1/"
+        "dot_general": "recomputed vision/stage_1/ffn/fc1/dot_general",
+        "jit(train_step)/jvp(FastVLM)/FastVLM.decode/llm/shard_map/while/body/closed_call/nd,cd->nc/dot_general":
+            "forward llm/nd,cd->nc/dot_general",
+        "jit(train_step)/jvp(FastVLM)/FastVLM.encode/vision/while": "forward vision/while",
+        "jit(train_step)/mul": "mul",
+        "copy": "copy",
+    }.items():  # fmt: skip
+        assert describe.short(path) == name
+    assert describe.short("a/b/" * 30 + "end", 20) == "..." + "/b/a/b/a/b/a/b/end"[-17:]
+
+
 def test_numbers_are_short():
     assert [describe.si(x) for x in (1_234_567, 1.5e12, 12)] == ["1.23M", "1.5T", "12"]
     assert math.isclose(float(describe.gib(2**30)), 1.0)

@@ -37,12 +37,13 @@ def test_flags_go_to_the_variable_of_the_platform_and_a_cpu_gets_none():
     xla_flags.apply(environment, "tpu")
     given = environment["LIBTPU_INIT_ARGS"].split()
     assert given[:2] == ["--xla_tpu_enable_latency_hiding_scheduler=false", "--other=1"]
-    assert given[2:] == ["--xla_tpu_enable_async_collective_fusion=true"]
+    others = {name: value for name, value in xla_flags.TPU.items() if "latency_hiding" not in name}
+    assert given[2:] == [f"--{name}={value}" for name, value in others.items()] and len(others) >= 2
 
 
 def test_what_the_user_set_is_no_option_of_a_compilation(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_enable_latency_hiding_scheduler=false")
-    assert xla_flags.compiler_options("tpu") == {"xla_tpu_enable_async_collective_fusion": "true"}
+    assert set(xla_flags.TPU) - set(xla_flags.compiler_options("tpu")) == {"xla_tpu_enable_latency_hiding_scheduler"}
     assert xla_flags.compiler_options("cpu") == {}
 
 

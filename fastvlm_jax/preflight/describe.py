@@ -1,5 +1,6 @@
 """The report of preflight as aligned text, one screen."""
 
+import re
 from typing import Any
 
 from fastvlm_jax.preflight.topology import GB, GiB
@@ -58,12 +59,21 @@ def train_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# Words of an op_name that name what jax wraps the model's layers in.
+_WRAPPER = re.compile(
+    r"(jit|jvp|transpose)\(.*|FastVLM.*|.*<lambda>|branch_\d+_fun|closed_call|body|cond|shard_map|checkpoint"
+)
+
+
 def short(path: str, width: int = 90) -> str:
-    """An op_name without what repeats in all of them, its end where it is long."""
-    for word in ("jit(train_step)/", "FastVLM.encode/", "FastVLM.decode/", "closed_call/", "while/body/"):
-        path = path.replace(word, "")
-    path = path.replace("transpose(jvp(FastVLM))/", "backward ").replace("jvp(FastVLM)/", "forward ")
-    return path if len(path) <= width else path[: width // 3] + "..." + path[-(width - width // 3 - 3) :]
+    """An op_name as pass and layer: "backward vision/stage_1/ffn/fc2/dot_general"; its end where it is long."""
+    *outer, last = path.split("/")
+    words = [word for word in outer if not _WRAPPER.fullmatch(word)]
+    when = "recomputed" if "rematted_computation" in words else "backward" if "transpose(jvp(" in path else ""
+    kept = [word for word in words if word not in ("rematted_computation", "while")] + [last]
+    text = "/".join(word for i, word in enumerate(kept) if i == 0 or word != kept[i - 1])
+    text = f"{when or 'forward'} {text}" if when or "jvp(" in path else text
+    return text if len(text) <= width else "..." + text[3 - width :]
 
 
 def _operations(found: list[dict[str, Any]]) -> str:

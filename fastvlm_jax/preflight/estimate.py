@@ -87,6 +87,18 @@ def cycles_of(operation: Operation, slices: Slice) -> float:
     return busy * slices.generation.clock * operation.trips
 
 
+def hbm_seconds(operation: Operation, slices: Slice) -> float:
+    """Seconds that HBM is busy with all trips of an operation, no longer than the compiler lets the operation take.
+
+    Transfers that run in pieces beside computations name their whole buffers in each piece, without cycles. Copies into
+    the chip's memory have none either, but run beside on purpose.
+    """
+    seconds = operation.traffic * operation.trips / slices.device_bandwidth
+    if operation.opcode == "copy-start":
+        return seconds
+    return min(seconds, cycles_of(operation, slices) / slices.generation.clock)
+
+
 def timing(found: Program, slices: Slice, devices: Sequence) -> dict[str, Any]:
     """Estimated seconds of a program on each device.
 
@@ -113,7 +125,7 @@ def timing(found: Program, slices: Slice, devices: Sequence) -> dict[str, Any]:
         "compute_s": compute,
         "roofline": {
             "matrix units": sum((o.flops or o.kernel_flops) * o.trips for o in operations) / slices.device_flops,
-            "HBM": sum(o.traffic * o.trips for o in operations) / slices.device_bandwidth,
+            "HBM": sum(hbm_seconds(o, slices) for o in operations),
             "ICI": ici,
             "DCN": dcn,
         },

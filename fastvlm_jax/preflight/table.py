@@ -50,7 +50,7 @@ CASES = (
     ),
     Case("stage2", f"{STAGE2}:0.5b", "v5e:4x4"),
     Case("stage2", f"{STAGE2}:1.5b", "v5e:4x8"),
-    Case("stage2", f"{STAGE2}:7b", "v5e:8x16", _batch(128, 1, 512)),
+    Case("stage2", f"{STAGE2}:7b", "v5e:8x8", _batch(64, 2, 1024)),
     Case("stage2", f"{STAGE2}:7b", "v5p:2x2x4"),
     Case("stage1", f"{STAGE1}:0.5b", "v5e:4x4"),
     Case("scale", f"{STAGE2}:0.5b", "v5e:4x4", ("--config.mesh=1,1,16,1", *_batch(32, 4, 2048))),
@@ -64,6 +64,9 @@ CASES = (
     Case("stage2", f"{STAGE2}:7b", "v6e:8x8", _batch(64, 2, 1024)),
     Case("stage1", f"{STAGE1}:1.5b", "v5e:4x4"),
     Case("stage1", f"{STAGE1}:7b", "v5e:4x8"),
+    Case("generate", f"{STAGE2}:0.5b", "v5e:1x1", ("--mode=generate", "--config.mesh=1,1,1,1")),
+    Case("generate", f"{STAGE2}:1.5b", "v5e:1x1", ("--mode=generate", "--config.mesh=1,1,1,1")),
+    Case("generate", f"{STAGE2}:7b", "v5e:2x2", ("--mode=generate", "--config.mesh=1,1,1,4")),
 )  # fmt: skip
 
 
@@ -116,8 +119,12 @@ def text(found: dict[Case, dict[str, Any]]) -> str:
         parts.append(f"## {title}\n")
         if table.startswith("encoder"):
             parts += [_encoder(report) for report in rows.values()]
+        elif table == "generate":
+            parts.append(_answers(rows))
         else:
             parts.append(_steps(rows))
+        if table == "scale":
+            parts.append(_growth(rows))
     parts.append(_largest(found))
     return "\n".join(parts)
 
@@ -142,6 +149,7 @@ TITLES = {
     "stage2": "Stage 2 at 1024 px, global batch 128",
     "stage1": "Stage 1 at 256 px, global batch 256",
     "scale": "From 16 to 256 chips at 8 images a chip",
+    "generate": "One answer: an image of 1024 px and 64 tokens of text, parameters in bfloat16",
     "encoder": "The encoder alone: forward + backward, 1024 px, 8 images on one v5e chip",
     "encoder-branched": "The same in training form, with batch statistics",
 }
@@ -170,10 +178,41 @@ def _steps(found: dict[Case, dict[str, Any]]) -> str:
         if "time" in r:
             t, rates = r["time"], r["rates"]
             row += [ms(t[key]) for key in ("scheduled_s", "hidden_s", "serial_s")]
-            row += [ms(t["roofline"]["ICI"]), t["binding"].split(" (")[0], f"{rates['images/s']:,.0f}"]
+            row += [ms(t["roofline"]["ICI"]), _binds(t), f"{rates['images/s']:,.0f}"]
             row += [f"{rates['mfu']:.1%} ({rates['mfu_encoder']:.1%}, {rates['mfu_llm']:.1%})"]
             row += [f"{r['flops']['compiled_over_hardware']:.2f}"]
             row += [f"{r['stage']['chip_hours']:,.0f}" if "stage" in r else "-"]
+        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+    return markdown(rows)
+
+
+def _binds(times: dict[str, Any]) -> str:
+    return times["binding"].partition(" (")[0]
+
+
+def _growth(found: dict[Case, dict[str, Any]]) -> str:
+    """How much longer than on the first slice the step takes on the others, and what each waits for."""
+    (first, base), *others = found.items()
+    more = [
+        f"{case.topology} {r['time']['scheduled_s'] / base['time']['scheduled_s'] - 1:+.1%} ({_binds(r['time'])} binds)"
+        for case, r in others
+    ]
+    return f"Step time against {first.topology}, at the same images a chip: {', '.join(more)}.\n"
+
+
+def _answers(found: dict[Case, dict[str, Any]]) -> str:
+    rows = [["size", "slice", "mesh", "total GiB", "limit", "fits", "to the first token", "encoder", "LLM",
+             "each further token", "binding"]]  # fmt: skip
+    for case, r in found.items():
+        m, row = r["memory"], [case.config.rpartition(":")[2], case.topology, "x".join(map(str, r["mesh"].values()))]
+        row += [gib(m["total"]), gib(m["limit"]), "yes" if m["fits"] else "**no**"]
+        if "time" in r:
+            first, further = r["time"]["prefill"], r["time"]["decode"]
+            row += [ms(first["scheduled_s"]), *(ms(first["by_part"][name]) for name in ("vision", "llm"))]
+            row += [
+                ms(further["scheduled_s"]),
+                f"{_binds(first)}; {_binds(further)}",
+            ]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return markdown(rows)
 

@@ -29,7 +29,11 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        words = (self.table, self.config.replace("/", "-"), self.topology.replace(":", "-"))
+        words = [self.table, self.config.replace("/", "-"), self.topology.replace(":", "-")]
+        for flag in self.more:
+            name, _, value = flag.partition("=")
+            if name in ("--config.mesh", "--rows"):
+                words.append(value.replace(",", "x"))
         return "_".join(words).replace("configs-", "").replace(".py:", "-")
 
 
@@ -41,16 +45,17 @@ def _batch(groups: int, images: int, length: int) -> tuple[str, ...]:
 
 
 STAGE2, STAGE1 = "configs/stage2_instruct.py", "configs/stage1_align.py"
-ENCODER = ("--mode=encoder", "--rows=8", "--top=30", "--config.mesh=1,1,1,1")
+ENCODER = ("--mode=encoder", "--top=30", "--config.mesh=1,1,1,1")
+BRANCHED = ("--config.model.vision.form=branched", "--config.model.vision.batch_norm=train")
 CASES = (
-    Case("encoder", f"{STAGE2}:0.5b", "v5e:1x1", ENCODER),
-    Case(
-        "encoder-branched", f"{STAGE2}:0.5b", "v5e:1x1",
-        (*ENCODER, "--config.model.vision.form=branched", "--config.model.vision.batch_norm=train"),
-    ),
+    Case("encoder", f"{STAGE2}:0.5b", "v5e:1x1", (*ENCODER, "--rows=8")),
+    Case("encoder-branched", f"{STAGE2}:0.5b", "v5e:1x1", (*ENCODER, "--rows=8", *BRANCHED)),
     Case("stage2", f"{STAGE2}:0.5b", "v5e:4x4"),
     Case("stage2", f"{STAGE2}:1.5b", "v5e:4x8"),
+    Case("stage2", f"{STAGE2}:1.5b", "v5e:4x4"),
+    Case("stage2", f"{STAGE2}:7b", "v5e:4x8"),
     Case("stage2", f"{STAGE2}:7b", "v5e:8x8", _batch(64, 2, 1024)),
+    Case("stage2", f"{STAGE2}:7b", "v5e:8x8", ("--config.mesh=1,4,16,1", *_batch(64, 2, 1024))),
     Case("stage2", f"{STAGE2}:7b", "v5p:2x2x4"),
     Case("stage1", f"{STAGE1}:0.5b", "v5e:4x4"),
     Case("scale", f"{STAGE2}:0.5b", "v5e:4x4", ("--config.mesh=1,1,16,1", *_batch(32, 4, 2048))),
@@ -64,6 +69,7 @@ CASES = (
     Case("stage2", f"{STAGE2}:7b", "v6e:8x8", _batch(64, 2, 1024)),
     Case("stage1", f"{STAGE1}:1.5b", "v5e:4x4"),
     Case("stage1", f"{STAGE1}:7b", "v5e:4x8"),
+    *(Case("images", f"{STAGE2}:0.5b", "v5e:1x1", (*ENCODER, f"--rows={rows}")) for rows in (1, 2, 4, 16)),
     Case("generate", f"{STAGE2}:0.5b", "v5e:1x1", ("--mode=generate", "--config.mesh=1,1,1,1")),
     Case("generate", f"{STAGE2}:1.5b", "v5e:1x1", ("--mode=generate", "--config.mesh=1,1,1,1")),
     Case("generate", f"{STAGE2}:7b", "v5e:2x2", ("--mode=generate", "--config.mesh=1,1,1,4")),
@@ -117,7 +123,9 @@ def text(found: dict[Case, dict[str, Any]]) -> str:
         if not rows:
             continue
         parts.append(f"## {title}\n")
-        if table.startswith("encoder"):
+        if table == "images":
+            parts.append(_images([*(r for case, r in found.items() if case.table == "encoder"), *rows.values()]))
+        elif table.startswith("encoder"):
             parts += [_encoder(report) for report in rows.values()]
         elif table == "generate":
             parts.append(_answers(rows))
@@ -151,6 +159,7 @@ TITLES = {
     "scale": "From 16 to 256 chips at 8 images a chip",
     "generate": "One answer: an image of 1024 px and 64 tokens of text, parameters in bfloat16",
     "encoder": "The encoder alone: forward + backward, 1024 px, 8 images on one v5e chip",
+    "images": "The encoder by images a chip",
     "encoder-branched": "The same in training form, with batch statistics",
 }
 
@@ -217,10 +226,26 @@ def _answers(found: dict[Case, dict[str, Any]]) -> str:
     return markdown(rows)
 
 
+def _images(found: list[dict[str, Any]]) -> str:
+    rows = [["images", "M cycles an image", "GiB of temporaries"]]
+    for r in sorted(found, key=lambda r: r["batch"]["images"]):
+        temporaries = r["memory"]["compiler"]["temporaries"]
+        rows.append([str(r["batch"]["images"]), f"{_cycles(r) / 1e6:,.1f}", gib(temporaries)])
+    return (
+        "Forward and backward pass on one v5e chip; with 8 images the chip's tiles of 8 x 128 are full.\n\n"
+        + markdown(rows)
+    )
+
+
+def _cycles(r: dict[str, Any]) -> float:
+    """Of one image, in the encoder's report."""
+    return r["time"]["compute_s"] * r["topology"]["clock_hz"] / r["batch"]["images"]
+
+
 def _encoder(r: dict[str, Any]) -> str:
-    images, cycles = r["batch"]["images"], r["time"]["compute_s"] * r["topology"]["clock_hz"]
+    images, cycles = r["batch"]["images"], _cycles(r)
     head = (
-        f"{cycles / images / 1e6:,.1f} M cycles an image ({ms(cycles / images / r['topology']['clock_hz'])}), "
+        f"{cycles / 1e6:,.1f} M cycles an image ({ms(cycles / r['topology']['clock_hz'])}), "
         f"{r['memory']['compiler']['temporaries'] / GB:.2f} GB of temporaries, {si(r['flops']['compiled'])}FLOP.\n"
     )
     rows = [["operation", "M cycles an image", "share"]]

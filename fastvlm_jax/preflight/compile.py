@@ -156,15 +156,19 @@ def compile(
             kept = json.loads(lzma.decompress(file.read_bytes()))
             return Compiled(**kept, cached=True), state, batch
         begin = time.monotonic()
-        compiled, refused = None, ""
-        try:
-            compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
-                raise
-            refused = " ".join(str(error).split())
+        compiled, text, refused = None, "", ""
+        with tempfile.TemporaryDirectory() as folder:
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            try:
+                compiled = lowered.compile(compiler_options={**(options or {}), **dump})
+                # Not compiled.as_text(): a jaxlib older than libtpu cannot read every program of it.
+                text = next(pathlib.Path(folder).glob("*.after_codegen.txt")).read_text()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+                    raise
+                refused = " ".join(str(error).split())
     kept = {
-        "text": compiled.as_text() if compiled else "",
+        "text": text,
         "memory": _memory(compiled.memory_analysis()) if compiled else {},
         "flops": float(compiled.cost_analysis().get("flops", 0)) if compiled else 0.0,
         "out_of_memory": refused,

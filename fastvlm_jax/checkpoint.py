@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
@@ -27,11 +28,12 @@ from fastvlm_jax.json_file import read_object
 from fastvlm_jax.train_step import TrainState
 
 FORMAT = "fastvlm_jax workdir"
-# What may change between the parts of one run: none of it changes the result (accumulate where BatchNorm trains).
+# What may change between the parts of one run: none of it changes the result (accumulate: unless BatchNorm trains or
+# drop_path draws).
 FREE_KEYS = (
     "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "eval_questions",
     "wandb", "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat", "data.num_threads", "data.prefetch",
-    "data.cache_images", "data.path",
+    "data.cache_images", "data.path", "data.root",
 )  # fmt: skip
 
 
@@ -43,7 +45,8 @@ def check_processes(config: dict[str, Any]) -> None:
     """Raises ValueError, naming process and key, where the processes of a run have other settings or another code."""
     shared = {**config, "data": {key: value for key, value in config["data"].items() if key not in OWN_KEYS}}
     code = {"version": importlib.metadata.version("fastvlm_jax"), "sources": distributed.source_digest()}
-    distributed.check_same({"config": shared, "code": code, "jax": jax.__version__})
+    compiler = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flags": os.environ.get("LIBTPU_INIT_ARGS")}
+    distributed.check_same({"config": shared, "code": code, **compiler})
 
 
 def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any], processor: Processor) -> None:
@@ -64,7 +67,7 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any]
             processor.save(workdir / "processor")
         except ValueError as error:
             problem = str(error)
-    if problems := list(filter(None, distributed.exchange("workdir", problem))):
+    if problems := list(filter(None, distributed.exchange("workdir", problem, distributed.START_SECONDS))):
         raise ValueError(problems[0])
     # A network file system may show a new file late.
     for _ in range(60):
@@ -81,7 +84,7 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any
     path = workdir / "config.json"
     if path.exists():
         found = read_run(workdir)
-        differ = [d for d in differences(found["config"], config) if d[0] not in FREE_KEYS]
+        differ = [d for d in differences(found["config"], config) if d[0] not in FREE_KEYS and not _moved(*d)]
         for key in ("data_fingerprint", "parent_step"):
             if found["lineage"].get(key) != lineage.get(key):
                 differ.append((key, found["lineage"].get(key), lineage.get(key)))
@@ -100,6 +103,12 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any
     os.replace(temporary, path)
 
 
+def _moved(key: str, there: Any, here: Any) -> bool:
+    """Whether it is the parent, of the same name in another place: a bucket is mounted elsewhere on other machines."""
+    names = [[path.rpartition("/")[2] for path in str(paths).split(",")] for paths in (there, here)]
+    return key == "parent" and names[0] == names[1]
+
+
 def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     """The config.json of a workdir: {"format", "config", "lineage"} (ValueError if it is of something else)."""
     path = workdir / "config.json"
@@ -107,6 +116,29 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     if run.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a training workdir")
     return run
+
+
+def find_latest(checkpointer: ocp.training.Checkpointer) -> int | None:
+    """The step of the latest checkpoint, the same in all processes; None before the first.
+
+    Raises:
+      ValueError: a process does not see it.
+    """
+    for turn in range(60):  # a network file system may show a new folder late
+        found = [-1 if step is None else step for step in distributed.exchange(f"latest {turn}", _latest(checkpointer))]
+        if len(set(found)) == 1:
+            return None if found[0] < 0 else found[0]
+        time.sleep(1)
+        checkpointer.reload()
+    behind = found.index(min(found))
+    raise ValueError(
+        f"process {behind} does not see the checkpoint of step {max(found)}, which process {found.index(max(found))} "
+        "does: --workdir must be on a file system that all processes share"
+    )
+
+
+def _latest(checkpointer: ocp.training.Checkpointer) -> int | None:
+    return None if checkpointer.latest is None else checkpointer.latest.step
 
 
 def make_lineage(config: dict[str, Any], parent: dict[str, Any] | None, fingerprint: str) -> dict[str, Any]:

@@ -371,11 +371,19 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         print(f"fastvlm {argv[0]}: {str(stop) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from None
-    except (flags.Error, ValueError, OSError, FloatingPointError) as error:
+    except (flags.Error, ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        if isinstance(error, RuntimeError) and not full:
+            raise
         if os.environ.get("FASTVLM_TRACEBACK"):
             raise
         message = str(error).strip()
         if "Traceback" in message:  # an error in a config file, which the flag library quotes whole
             message = message.splitlines()[-1]
+        if full:
+            message = (
+                f"a device's memory is too small ({message.splitlines()[0][:200]}); a larger accumulate, remat, or a "
+                "slice with more chips: fastvlm preflight tells what fits"
+            )
         print(f"fastvlm {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, flags.Error) else 1) from None

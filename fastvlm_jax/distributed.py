@@ -33,6 +33,7 @@ from fastvlm_jax.config import differences
 from fastvlm_jax.peers import Peers
 from fastvlm_jax.rendezvous import Settings
 
+START_SECONDS = 4 * 3600.0  # for what hosts do at their start, each at its own pace, as counting the tokens of the data
 NAMES = ("coordinator_address", "num_processes", "process_id")
 
 _peers: Peers | None = None  # of this process; None when it is alone, as jax.distributed has it
@@ -241,7 +242,7 @@ def exchange(name: str, value: Any = None, seconds: float = 600.0) -> list[Any]:
 def check_same(facts: dict[str, Any]) -> None:
     """Raises ValueError, naming the process and the key, where `facts` (JSON) are not the same in all processes."""
     own = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    if len(set(exchange("digest of the settings", own))) == 1:
+    if len(set(exchange("digest of the settings", own, START_SECONDS))) == 1:
         return
     first, *others = exchange("settings", json.loads(json.dumps(facts)))
     for process, other in enumerate(others, 1):

@@ -43,8 +43,8 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path, name: str, step: int, steps: int, tracker: Tracker | None = None):
         self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_metrics(workdir) if row["step"] <= step]
         self._writes, self._tracker = jax.process_index() == 0, tracker
+        kept = [row for row in read_metrics(workdir) if row["step"] <= step] if self._writes else []
         self._interactive = self._writes and sys.stderr.isatty()
         if self._writes:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -72,7 +72,7 @@ class MetricsWriter:
             self._board.add_scalar(key, value, step)
         if self._tracker:
             self._tracker.write(step, scalars)
-        shown = {key: f"{value:.4g}" for key, value in scalars.items() if key != "grad_norm" and "/lr/" not in key}
+        shown = {key: f"{value:.4g}" for key, value in scalars.items() if key != "grad_norm"}
         if self._interactive:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix(shown)

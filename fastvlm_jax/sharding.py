@@ -32,10 +32,11 @@ MIN_SHARDED_ELEMENTS = 2**18
 def make_mesh(sizes: Sequence[int] = (1, -1, 1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over (replica, data, fsdp, tensor); one size may be -1 and takes the devices that are left.
 
-    Axes are laid on the links of a TPU slice. Of several slices, only `replica` crosses from one to another:
+    Axes are laid on the links of a TPU slice. Of several slices, only `replica` crosses from one to another; a size of
+    1 becomes their number where another size is -1:
 
         2 slices of 4, (2, 1, 4, 1):    slice 0  d0 d1 d2 d3    replica 0
-                                        slice 1  d4 d5 d6 d7    replica 1, which sees the other once a step
+                                        slice 1  d4 d5 d6 d7    replica 1, which meets the other in the sum of gradients
 
     Raises:
       ValueError: the sizes do not multiply out to the number of devices, or the slices do not divide `replica`.
@@ -46,7 +47,10 @@ def make_mesh(sizes: Sequence[int] = (1, -1, 1, 1), devices: Sequence[jax.Device
         raise ValueError(
             f"mesh={tuple(sizes)}: give {len(MESH_AXES)} sizes {MESH_AXES}, positive, at most one of them -1"
         )
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if -1 in sizes:
+        if sizes[0] == 1:
+            sizes[0] = slices
         known = -math.prod(sizes)
         if len(devices) % known:
             raise ValueError(f"mesh={tuple(sizes)}: {known} does not divide the {len(devices)} devices")
@@ -56,12 +60,11 @@ def make_mesh(sizes: Sequence[int] = (1, -1, 1, 1), devices: Sequence[jax.Device
             f"mesh={tuple(sizes)}: needs {math.prod(sizes)} devices, there are {len(devices)}; use -1 once"
         )
     # Linen's logical metadata needs Auto axes; jax.make_mesh and Mesh default to Explicit ones.
-    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_arranged(devices, sizes, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
+def _arranged(devices: list[jax.Device], sizes: list[int], slices: int) -> np.ndarray:
     """The devices in the shape of the mesh, neighbours on an axis being neighbours on the links where there are any."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(sizes)
     if sizes[0] % slices:
@@ -119,8 +122,8 @@ def gathered(param: jax.Array, axes: Sequence[str | None] | None, dtype) -> jax.
     """A parameter as it is used: in `dtype`, whole along fsdp, still split along tensor.
 
     Said where a layer uses it, so that one layer's weights are gathered at a time, in the dtype of the computation, and
-    the partitioner does not move activations instead. Its gradient arrives in float32 and is reduced into the shards
-    that the state keeps.
+    the partitioner does not move activations instead. Its gradient arrives in the dtype of the parameter and is reduced
+    into the shards that the state keeps.
 
     Args:
       axes: logical axes as declared by `sharded`; None where none were.
@@ -186,10 +189,20 @@ def _words_are_split() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
+def table_axes(words: int) -> tuple[str | None, ...]:
+    """Logical axes of the gradient of a table [words, D]: whole along fsdp where that does not divide the words."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["vocab"])
+    return ("words" if words % shards else "vocab", None)
+
+
 def reduce_words(gradient_VD: jax.Array) -> jax.Array:
-    """Inside `on_shards`: the gradient of "words" summed over all rows, into the "vocab" shards of the parameter."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Inside `on_shards`: the gradient of "words" summed over all rows, split as `table_axes` says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return gradient_VD
+    if len(gradient_VD) % mesh.shape["fsdp"]:
+        return jax.lax.psum(gradient_VD, LOGICAL_AXES["batch"])
     return jax.lax.psum(jax.lax.psum_scatter(gradient_VD, "fsdp", tiled=True), ("replica", "data"))
 
 

@@ -72,7 +72,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         traced = profiling.parse_steps(profile, steps)
         checkpoint.claim(workdir, settings, lineage, processor)
         checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints)
-        if checkpointer.latest is not None:
+        if checkpoint.find_latest(checkpointer) is not None:
             state, position = checkpoint.restore(checkpointer, step.abstract)
             loader.close()
             loader = open_loader(start=position)
@@ -126,7 +126,7 @@ def run(
                 # Before the validation, which may end in an error or take longer than a preempted machine has.
                 if step % config.checkpoint_every == 0 or step == steps or stopping:
                     checkpoint.save(checkpointer, state, loader, lineage)
-                if step % config.eval_every == 0 or step == steps:
+                if (step % config.eval_every == 0 and not stopping) or step == steps:
                     if scalars := validate(state):
                         writer.write(step, scalars)
                     logged, last_logged = writer.seconds(), step

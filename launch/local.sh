@@ -26,7 +26,8 @@ make_process() {
   local first=$(($1 * DEVICES_PER_PROCESS)) devices=() device
   for ((device = first; device < first + DEVICES_PER_PROCESS; device++)); do devices+=("$device"); done
   case $PLATFORM in
-    cpu) process=(env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$DEVICES_PER_PROCESS") ;;
+    # NPROC: of XLA's threads a collective takes one of each device until all have come; too few stop for ever
+    cpu) process=(env JAX_PLATFORMS=cpu NPROC=16 JAX_NUM_CPU_DEVICES="$DEVICES_PER_PROCESS") ;;
     gpu) process=(env JAX_PLATFORMS=cuda CUDA_VISIBLE_DEVICES="$(IFS=,; echo "${devices[*]}")") ;;
     tpu) process=(env JAX_PLATFORMS=tpu) ;;
   esac

@@ -82,7 +82,7 @@ if [ "$dry_run" = yes ] || [ -z "$(queued)" ]; then
   batch | write "$script"
   run sbatch "$script"
 else
-  grep -qF -- "--workdir=$run_workdir" "$script" || fail "a job $NAME is at work on another workdir: give this one another NAME in $settings"
+  tr ' ' '\n' <"$script" | grep -qxF -- "--workdir=$run_workdir" || fail "a job $NAME is at work on another workdir: give this one another NAME in $settings"
   say "the job $NAME is at work already"
 fi
 say "its output: tail -f $LOG_DIR/$NAME.log"

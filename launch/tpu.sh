@@ -113,6 +113,7 @@ sudo docker rm --force fastvlm >/dev/null 2>&1 || true
 sudo gcloud auth configure-docker ${IMAGE%%/*} --quiet
 sudo docker pull --quiet $IMAGE
 sudo docker run --detach --name=fastvlm --init --privileged --net=host --stop-timeout=120 --label=workdir=$run_workdir \\
+  --env=FASTVLM_INITIALIZATION_SECONDS=1800 \\
   $IMAGE \\
   bash launch/with_bucket.sh $BUCKET \\
   $(show fastvlm train --config="$config" --workdir="$run_workdir" "${train_args[@]}")

@@ -48,6 +48,18 @@ def test_loss_and_gradients_are_optax_s(arrays, sizes, max_logits):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5), wanted, found)
 
 
+def test_words_that_fsdp_does_not_divide(arrays):
+    """A table that a config keeps whole along fsdp, as a frozen one may be."""
+    x, table, _, targets = arrays
+    table, targets = table[:26], targets % 26
+
+    def both(table):
+        return jnp.sum(cross_entropy(x, table, targets) + jnp.sum(embed(table, targets, jnp.float32) * x, -1))
+
+    wanted, found = (on_mesh(sizes, jax.value_and_grad(both), table) for sizes in (None, (1, 1, 4, 2)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5), wanted, found)
+
+
 def test_large_logits_overflow_nowhere():
     x, table = jnp.full((1, 2, 4), 100.0), jnp.asarray([[100.0] * 4, [-100.0] * 4, [99.99] * 4, [0.0] * 4])
     # The logits are 40000, -40000, 39996 and 0: the second word is 80000 worse than the first.

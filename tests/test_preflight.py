@@ -258,3 +258,4 @@ def test_only_replicas_cross_from_slice_to_slice():
     assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
     with pytest.raises(ValueError, match="there are 2 slices, which only the replica axis may cross"):
         sharding.make_mesh((1, 2, 4, 1), devices)
+    assert dict(sharding.make_mesh((1, 1, -1, 1), devices).shape) == {"replica": 2, "data": 1, "fsdp": 4, "tensor": 1}

@@ -164,6 +164,8 @@ ENTRY %main (x: f32[24,100], n: s32[]) -> f32[100] {
         ("replica_groups=[4,4]<=[16]", range(4)),
         ("replica_groups=[2,8]<=[8,2]T(1,0)", range(0, 16, 2)),
         ("replica_groups={}", range(16)),
+        ("replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_2'}", (0, 8)),
+        ("replica_groups=mesh['axis_0'=8,'axis_1'=2], device_ids=([16]) {'axis_0'}", range(0, 16, 2)),
     ],
 )
 def test_devices_of_a_group_in_every_way_that_it_is_written(written, group):
@@ -175,6 +177,11 @@ def test_devices_of_a_group_in_every_way_that_it_is_written(written, group):
     (found,) = program.analyse(hlo.parse(text), 16).collectives
     assert found.group == tuple(group)
     assert (found.kind, found.payload, found.asynchronous) == ("all-reduce", 16, False)
+
+
+def test_a_group_written_in_another_way_is_refused():
+    with pytest.raises(ValueError, match="preflight cannot read replica_groups=new"):
+        program._group("channel_id=1, replica_groups=new[4], to_apply=%add", 16)
 
 
 def test_axes_of_a_group():

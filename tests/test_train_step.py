@@ -1,6 +1,7 @@
 """One step as one function: accumulation, number formats, what is kept where."""
 
 import math
+import re
 
 import jax
 import numpy as np
@@ -116,6 +117,18 @@ def test_frozen_parameters_are_sharded_or_whole_by_config(batch, monkeypatch, sh
     assert local["vision/stage_1/ffn/fc1/kernel"] == (0.5 if shard_frozen else 1)
     assert local["projector/fc1/kernel"] == 0.5  # it learns: split as ever
     assert metrics["loss"] > 0
+
+
+@pytest.mark.parametrize("learns, products", [("projector", 2), ("llm", 3)])
+def test_a_frozen_table_has_no_gradient(learns, products):
+    """Logits forward and backward, and the gradient of what they are made from; that of the table only if it learns."""
+    groups = ((f"({learns}|projector)/.*", 1e-3, 0.0), (".*", 0.0, 0.0))
+    config = small_config("", model__vision__batch_norm="frozen", groups=groups)
+    model, mesh = fastvlm.build(**config.model.to_dict()), sharding.make_mesh((1, 1, 4, 2))
+    with jax.set_mesh(mesh):
+        step = train.make_step(config, model, mesh, steps=10)
+        text = step.fn.lower(step.abstract, train.abstract_batch(config, model, mesh)).compile().as_text()
+    assert len(set(re.findall(r"n[cd],[nc]d->[a-z]+", text))) == products
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ python train_process.py DEVICES train --config tests/small.py:DATA --workdir DIR
 import os
 import sys
 
+os.environ["NPROC"] = "16"  # XLA's threads: on a CPU a collective takes one of each device until all have come
+
 import conftest  # noqa: F401  sets the environment of jax
 
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={sys.argv.pop(1)}")

@@ -16,10 +16,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax.sharding import first_word, max_words, on_shards, reduce_words, sum_words
+from fastvlm_jax.sharding import first_word, max_words, on_shards, reduce_words, sum_words, table_axes
 
 MAX_LOGITS = 2**26  # elements of a chunk: 256 MB in float32
-_ROWS, _WORDS, _VOCAB, _TOKENS = ("batch", None, None), ("words", None), ("vocab", None), ("batch", None)
+_ROWS, _WORDS, _TOKENS = ("batch", None, None), ("words", None), ("batch", None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -47,7 +47,7 @@ def _cross_entropy_forward(x, table, targets, max_logits):
 def _cross_entropy_backward(max_logits, residuals, dlosses):
     x, table, targets, lse = residuals
     backward = functools.partial(_backward, max_logits=max_logits)
-    backward = on_shards(backward, (_ROWS, _WORDS, _TOKENS, _TOKENS, _TOKENS), (_ROWS, _VOCAB))
+    backward = on_shards(backward, (_ROWS, _WORDS, _TOKENS, _TOKENS, _TOKENS), (_ROWS, table_axes(len(table))))
     dx, dtable = backward(x, table.astype(x.dtype), targets, lse, dlosses)
     return dx.astype(x.dtype), dtable.astype(table.dtype), None
 

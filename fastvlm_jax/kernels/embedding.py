@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax.sharding import first_word, on_shards, reduce_words, sum_words, words_here
+from fastvlm_jax.sharding import first_word, on_shards, reduce_words, sum_words, table_axes, words_here
 
-_ROWS, _WORDS, _VOCAB, _TOKENS = ("batch", None, None), ("words", None), ("vocab", None), ("batch", None)
+_ROWS, _WORDS, _TOKENS = ("batch", None, None), ("words", None), ("batch", None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -40,7 +40,7 @@ def _backward(dtype, residuals, dx):
         dtable = jnp.zeros((count, dx.shape[-1]), jnp.float32).at[index].add(dx.astype(jnp.float32), mode="drop")
         return (reduce_words(dtable),)
 
-    (dtable,) = on_shards(add, (_TOKENS, _ROWS), (_VOCAB,))(tokens, dx)
+    (dtable,) = on_shards(add, (_TOKENS, _ROWS), (table_axes(len(like)),))(tokens, dx)
     return dtable.astype(like.dtype), None
 
 

@@ -57,7 +57,7 @@ class Compiled:
 
 def lower_step(config, model: FastVLM, mesh: jax.sharding.Mesh):
     """(lowered train step, abstract state, abstract batch) of a config: what `fastvlm train` runs on that mesh."""
-    sources = max(1, len(config.data.mixture))
+    sources = 1 if config.data.path else max(1, len(config.data.mixture))  # as train.open_sources
     with jax.set_mesh(mesh):
         step = train.make_step(config, model, mesh, steps=STEPS, num_sources=sources)
         batch = train.abstract_batch(config, model, mesh)
@@ -162,7 +162,8 @@ def compile(
             try:
                 compiled = lowered.compile(compiler_options={**(options or {}), **dump})
                 # Not compiled.as_text(): a jaxlib older than libtpu cannot read every program of it.
-                text = next(pathlib.Path(folder).glob("*.after_codegen.txt")).read_text()
+                (file_of_text,) = pathlib.Path(folder).glob("*.after_codegen.txt")
+                text = file_of_text.read_text()
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
                     raise

@@ -174,19 +174,25 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
     """The first group of devices that exchange something, from any of the four ways that it is written in."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return int(pairs[1]), int(pairs[2])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        return tuple(ids[tuple(_part(axis, size, mesh[2]) for axis, size in sizes.items())].ravel().tolist())
+        ids = _ordered(mesh[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+        return tuple(ids[tuple(_part(axis, size, mesh[3]) for axis, size in sizes.items())].ravel().tolist())
     if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(map(int, groups[1].split(",")))
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, dims = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose(tuple(map(int, iota[3].split(","))))
-        return tuple(ids.reshape(shape[0], -1)[0].tolist())
+    if iota := re.search(r"replica_groups=\[(\d+)[\d,]*\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return tuple(_ordered(iota[2]).reshape(int(iota[1]), -1)[0].tolist())
+    if groups := re.search(r"replica_groups=(?!\{\})\S*", attributes):
+        raise ValueError(f"preflight cannot read {groups[0]} of the compiled program")
     return tuple(range(num_devices))
+
+
+def _ordered(text: str) -> np.ndarray:
+    """Numbers of devices from "[2,4]" or "[2,4]T(1,0)": 0, 1, ... in that shape, transposed."""
+    dims, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    shape = [int(size) for size in dims.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(axis) for axis in order.split(",")]) if order else ids
 
 
 def _part(axis: str, size: int, used: str) -> slice:

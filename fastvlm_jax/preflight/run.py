@@ -43,7 +43,7 @@ def preflight(config, name: str, options: Options = Options()) -> dict[str, Any]
     slices = topology.parse(name)
     config_lib.validate(config)
     model = fastvlm.build(**config.model.to_dict())
-    mesh = sharding.make_mesh(mesh_sizes(config, slices), topology.devices(slices))
+    mesh = sharding.make_mesh(config.mesh, topology.devices(slices))
     train = options.mode == "train"
     check(config, mesh, slices, config.data.groups if train else options.rows, "data.groups" if train else "--rows")
     asked = {"rows": options.rows, "prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens}
@@ -107,12 +107,6 @@ def search(config, name: str, options: Options = Options(), count: int = 3) -> d
         if best is None or (fits, -seconds) > best[0]:
             best = (fits, -seconds), report
     return {**best[1], "search": rows}
-
-
-def mesh_sizes(config, slices: topology.Slice) -> tuple[int, ...]:
-    """The mesh of the config; of several slices, with one replica a slice where it names no replicas."""
-    sizes = tuple(config.mesh)
-    return (slices.num_slices, *sizes[1:]) if slices.num_slices > 1 and sizes[:1] == (1,) else sizes
 
 
 def check(config, mesh, slices: topology.Slice, groups: int, key: str) -> None:

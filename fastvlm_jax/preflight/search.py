@@ -80,7 +80,11 @@ def rank(config, slices: Slice) -> list[Candidate]:
         )
     if not found:
         samples = data.groups * data.images_per_group
-        raise ValueError(f"no mesh of {slices.name} divides {samples} samples a batch: change --config.data.groups")
+        raise ValueError(
+            f"--search cuts a batch anew for each mesh: none of {slices.name} divides one of {samples} images, in "
+            f"groups of {data.images_per_group} with {data.rows_per_group} rows (it needs images, and one row): change "
+            "--config.data.groups, or leave out --search"
+        )
     limit = 0.95 * slices.generation.hbm_limit
     fitting = sorted((c for c in found if c.bytes <= limit), key=lambda c: (c.seconds, c.bytes))
     return fitting or sorted(found, key=lambda c: c.bytes)
@@ -111,7 +115,8 @@ def _shards(config, boxed, mesh: tuple[int, ...]) -> Shards | None:
     axes = (jax.sharding.AxisType.Auto,) * len(mesh)
     abstract = jax.sharding.AbstractMesh(mesh, sharding.MESH_AXES, axis_types=axes)
     try:
-        layouts = sharding.shardings_of(boxed, abstract)
+        _, frozen = optim.split(nn.unbox(boxed), config.groups)
+        layouts = sharding.shardings_of(boxed, abstract, (set() if config.shard_frozen else frozen.keys()).__contains__)
     except ValueError:
         return None
     params = nn.unbox(boxed)
@@ -142,9 +147,11 @@ def _seconds(config, slices: Slice, settings, shards: Shards, tokens: int, work:
     busy = tensor * work["vision"] / ENCODER / peak + (sum(work.values()) - work["vision"]) / DECODER / peak
     # Gathered in bfloat16 forward and backward, and float32 gradients reduced, in every part; over two links.
     moved = parts * (4 + 4 * shards.learning / shards.own) * shards.all / tensor * (fsdp > 1)
-    moved += 8 * shards.learning * (width > 1)
+    moved += 8 * parts * shards.learning * (width > 1)
     moved += 16 * tokens / (replica * width * fsdp) * llm.width * llm.num_layers * (tensor > 1)
-    transfers = moved / (2 * slices.generation.link) + 8 * shards.learning * (replica > 1) / slices.generation.dcn
+    transfers = (
+        moved / (2 * slices.generation.link) + 8 * parts * shards.learning * (replica > 1) / slices.generation.dcn
+    )
     # Smaller parts fill the chip less well: of settings that cost the same, the one with fewer parts is better.
     return (1 + 0.01 * (parts - 1)) * (max(busy, transfers) + 0.1 * min(busy, transfers))
 

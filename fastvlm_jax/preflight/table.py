@@ -28,6 +28,10 @@ class Case(NamedTuple):
     more: tuple[str, ...] = ()
 
     @property
+    def size(self) -> str:
+        return self.config.rpartition(":")[2]
+
+    @property
     def name(self) -> str:
         words = [self.table, self.config.replace("/", "-"), self.topology.replace(":", "-")]
         for flag in self.more:
@@ -177,10 +181,10 @@ def _steps(found: dict[Case, dict[str, Any]]) -> str:
         ["size", "slice", "mesh", "groups x images", "state", "activations", "total GiB", "limit", "fits", "step",
          "hidden", "serial", "ICI", "binding", "images/s", "MFU (encoder, LLM)", "FLOPs", "chip-hours"],
     ]  # fmt: skip
-    for case, r in found.items():
+    for case, r in sorted(found.items(), key=lambda item: float(item[0].size.rstrip("b"))):
         m, b = r["memory"], r["batch"]
         row = [
-            case.config.rpartition(":")[2], case.topology, "x".join(map(str, r["mesh"].values())),
+            case.size, case.topology, "x".join(map(str, r["mesh"].values())),
             f"{b['groups']} x {b['images'] // b['groups']}", gib(m["state"]), gib(m["activations"]), gib(m["total"]),
             gib(m["limit"]), "yes" if m["fits"] else "**no**",
         ]  # fmt: skip
@@ -190,7 +194,8 @@ def _steps(found: dict[Case, dict[str, Any]]) -> str:
             row += [ms(t["roofline"]["ICI"]), _binds(t), f"{rates['images/s']:,.0f}"]
             row += [f"{rates['mfu']:.1%} ({rates['mfu_encoder']:.1%}, {rates['mfu_llm']:.1%})"]
             row += [f"{r['flops']['compiled_over_hardware']:.2f}"]
-            row += [f"{r['stage']['chip_hours']:,.0f}" if "stage" in r else "-"]
+            hours = r["stage"]["chip_hours"] if "stage" in r else None
+            row += ["-" if hours is None else f"{hours:,.1f}" if hours < 10 else f"{hours:,.0f}"]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return markdown(rows)
 
@@ -213,7 +218,7 @@ def _answers(found: dict[Case, dict[str, Any]]) -> str:
     rows = [["size", "slice", "mesh", "total GiB", "limit", "fits", "to the first token", "encoder", "LLM",
              "each further token", "binding"]]  # fmt: skip
     for case, r in found.items():
-        m, row = r["memory"], [case.config.rpartition(":")[2], case.topology, "x".join(map(str, r["mesh"].values()))]
+        m, row = r["memory"], [case.size, case.topology, "x".join(map(str, r["mesh"].values()))]
         row += [gib(m["total"]), gib(m["limit"]), "yes" if m["fits"] else "**no**"]
         if "time" in r:
             first, further = r["time"]["prefill"], r["time"]["decode"]
@@ -260,7 +265,7 @@ def _largest(found: dict[Case, dict[str, Any]]) -> str:
     """The two largest costs of each size in stage 2, on its first slice."""
     rows, seen = [["size, slice", "largest", "second", "vision, LLM, loss, optimizer of the computation"]], set()
     for case, r in found.items():
-        size = case.config.rpartition(":")[2]
+        size = case.size
         if case.table == "stage2" and "time" in r and size not in seen:
             seen.add(size)
             costs = [f"`{short(o['operation'])}` {o['share']:.1%}" for o in r["operations"][:2]]

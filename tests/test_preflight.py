@@ -242,7 +242,11 @@ def test_several_slices_are_joined_by_replicas(config_file):
     spec = importlib.util.spec_from_file_location("tiny", config_file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    report = preflight(module.get_config(), "v5e:2x2*2", Options(top=1))
+    config = module.get_config()
+    with pytest.raises(ValueError, match="needs 4 devices, there are 8"):
+        preflight(config, "v5e:2x2*2", Options(top=1))
+    config.mesh = (1, 1, -1, 1)
+    report = preflight(config, "v5e:2x2*2", Options(top=1))
     assert report["mesh"] == {"replica": 2, "data": 1, "fsdp": 4, "tensor": 1}
     between = [row for row in report["collectives"] if row["axes"] == "slices (DCN)"]
     assert between and all(row["kind"] == "all-reduce" for row in between)

@@ -28,6 +28,7 @@ from fastvlm_jax.json_file import read_object
 from fastvlm_jax.train_step import TrainState
 
 FORMAT = "fastvlm_jax workdir"
+SHARED_WRITE_BYTES = 2**20  # replicas share in writing an array of this size; each shape of a part is a compilation
 # What may change between the parts of one run: none of it changes the result (accumulate: unless BatchNorm trains or
 # drop_path draws).
 FREE_KEYS = (
@@ -155,11 +156,14 @@ def make_lineage(config: dict[str, Any], parent: dict[str, Any] | None, fingerpr
 
 def open_checkpointer(workdir: pathlib.Path, keep: int) -> ocp.training.Checkpointer:
     """An asynchronous checkpointer that keeps the latest `keep` checkpoints; folders of killed saves are removed."""
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = SHARED_WRITE_BYTES
     return ocp.training.Checkpointer(
         (workdir / "checkpoints").absolute(),
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         cleanup_tmp_directories=True,
+        context=context,
     )
 
 

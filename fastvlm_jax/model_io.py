@@ -167,6 +167,12 @@ def load(source: str | os.PathLike, dtype: str | None = None) -> tuple[FastVLM, 
     )
 
 
+@functools.cache
+def boxed_variables(model: FastVLM) -> dict[str, Any]:
+    """Shapes and dtypes of the model's variables, boxed with their logical axes; not to be changed."""
+    return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))}
+
+
 def abstract_variables(model: FastVLM) -> dict[str, Any]:
     """Shapes and dtypes of the model's variables, unboxed."""
-    return {"batch_stats": {}, **nn.unbox(jax.eval_shape(lambda: init_variables(model, jax.random.key(0))))}
+    return nn.unbox(boxed_variables(model))

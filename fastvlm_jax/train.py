@@ -341,7 +341,8 @@ def state_of(
         variables = model_io.init_variables(model, rng)
         return build(variables["params"], variables.get("batch_stats", {}))
 
-    boxed = jax.eval_shape(lambda: fresh(jax.random.key(0)))  # the mesh's devices may be abstract
+    variables = model_io.boxed_variables(model)
+    boxed = jax.eval_shape(build, variables["params"], variables["batch_stats"])
     _, frozen = optim.split(nn.unbox(boxed.params), groups)
     whole = {} if shard_frozen else {f"params/{path}" for path in frozen}
     shardings = sharding.shardings_of(boxed, mesh, whole.__contains__)
@@ -360,7 +361,7 @@ def state_of(
             made = nn.unbox(model_io.init_variables(model, rng))
             return {name: {part: made[name][part] for part in parts} for name, parts in missing.items()}
 
-        initialized = jax.jit(rest, out_shardings=missing)(rng)
+        initialized = jax.jit(rest, out_shardings=missing)(rng) if any(missing.values()) else missing
         whole = {}
         for name, tree in wanted.items():
             given = {part: layouts for part, layouts in tree.items() if part not in missing[name]}

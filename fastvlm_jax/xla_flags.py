@@ -54,10 +54,20 @@ def apply(environment: MutableMapping[str, str] = os.environ, platform: str | No
         environment[variable] = " ".join([given, *missing]).strip()
 
 
+# Without a TPU, what libtpu would look for, and complain that it is not there.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
 def silence_libtpu(environment: MutableMapping[str, str] = os.environ) -> None:
     """Where libtpu is installed without a TPU, as for preflight, it would say so in ten lines at every start."""
     if find_platform(environment) != "tpu":
-        for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}.items():
+        for name, value in NO_TPU.items():
             environment.setdefault(name, value)
 
 

@@ -16,6 +16,7 @@ BOUND = 1e-4
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    import jax
     import torch
 
     if not torch.cuda.is_available():  # torchvision built for another torch: transformers only looks for these names
@@ -30,7 +31,7 @@ def main(_):
     model, variables, processor = fastvlm_jax.load(MODEL.value)
     batch = processor([IMAGE.value], [PROMPT.value])
     length = int((batch.segment_ids > 0).sum())
-    ours = np.asarray(model.apply(variables, **inputs(batch)))[0, 0, :length]
+    ours = np.asarray(jax.jit(model.apply)(variables, **inputs(batch)))[0, 0, :length]
 
     theirs, info = FastVlmForConditionalGeneration.from_pretrained(EXPORT.value, output_loading_info=True)
     unexpected = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}

@@ -49,7 +49,12 @@ def config(data):
 
 def in_a_process(script, *arguments, **environment):
     """stderr of a Python program. Traces are not started here: after a test that has loaded libtpu it would crash."""
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r})\n{script}", *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(TESTS)!r}); sys.modules['torch'] = None\n{script}",
+        *map(str, arguments),
+    ]
     done = subprocess.run(
         command, env={**os.environ, **environment}, cwd=TESTS.parent, capture_output=True, text=True, timeout=600
     )

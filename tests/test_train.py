@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -35,11 +36,31 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+STRAIGHT = dict(steps=8, checkpoint_every=4, keep_checkpoints=5, eval_every=3, eval_batches=1)
+
+
 @pytest.fixture(scope="module")
-def straight(easy_vqa, tmp_path_factory):
+def compiled():
+    """The names of what the straight run compiles, when it has run."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def straight(easy_vqa, tmp_path_factory, compiled):
     workdir = tmp_path_factory.mktemp("runs") / "straight"
-    state = run(small_config(easy_vqa, steps=8, checkpoint_every=4, keep_checkpoints=5, **ONE), workdir)
+    handler = logging.Handler()
+    handler.emit = lambda record: compiled.append(record.getMessage())
+    logging.getLogger("jax").addHandler(handler)
+    with jax.log_compiles():
+        state = run(small_config(easy_vqa, **STRAIGHT, **ONE), workdir)
+    logging.getLogger("jax").removeHandler(handler)
     return workdir, state
+
+
+def test_step_and_validation_are_compiled_once(straight, compiled):
+    compiled = [message.split()[1] for message in compiled if message.startswith("Compiling ")]
+    assert sum("train_step" in name for name in compiled) == 1, compiled
+    assert sum("eval_step" in name for name in compiled) == 1, compiled
 
 
 def test_run_stopped_by_sigterm_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
@@ -63,7 +84,7 @@ def test_run_stopped_by_sigterm_goes_on_bit_for_bit(easy_vqa, straight, tmp_path
 def test_killed_process_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
     """SIGKILL in the middle of the run; a fresh process resumes from the last finished checkpoint."""
     script = (
-        "import pathlib, sys; sys.path.insert(0, 'tests')\n"
+        "import pathlib, sys; sys.path.insert(0, 'tests'); sys.modules['torch'] = None\n"
         "import conftest, jax\n"
         "from small import small_config\n"
         "from fastvlm_jax.train import train\n"
@@ -85,17 +106,19 @@ def test_killed_process_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
 
 def test_finished_run_trains_no_further(easy_vqa, straight):
     before = (straight[0] / "metrics.jsonl").read_text()
-    assert_same(
-        run(small_config(easy_vqa, steps=8, checkpoint_every=4, keep_checkpoints=5, **ONE), straight[0]), straight[1]
-    )
+    assert_same(run(small_config(easy_vqa, **STRAIGHT, **ONE), straight[0]), straight[1])
     assert (straight[0] / "metrics.jsonl").read_text() == before
 
 
-def test_losses_are_the_same_on_a_mesh(easy_vqa, straight, tmp_path, monkeypatch):
+def test_losses_and_validation_are_the_same_on_a_mesh(easy_vqa, straight, tmp_path, monkeypatch):
     """With the kernels of the encoder split as the large ones are; test_train_step.py has more meshes."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
-    run(small_config(easy_vqa, steps=8, mesh=(1, 2, 2, 2)), tmp_path / "run", devices=8)
+    config = small_config(easy_vqa, steps=8, mesh=(1, 2, 2, 2), eval_batches=1, eval_questions=20)
+    run(config, tmp_path / "run", devices=8)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight[0]), rtol=1e-4)
+    last, alone = (read_metrics(workdir)[-1] for workdir in (tmp_path / "run", straight[0]))
+    assert 3 < last["validation/loss"] < 8 and 0 <= last["validation/accuracy"] <= 1
+    np.testing.assert_allclose(last["validation/loss"], alone["validation/loss"], rtol=1e-4)
 
 
 def test_checkpoint_holds_position_and_lineage(straight):
@@ -120,21 +143,6 @@ def test_frozen_leaves_are_unchanged_and_all_others_change(easy_vqa, straight, t
     slots = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)}
     assert not any(path in slot for path in frozen for slot in slots)
     assert any("projector/fc1/kernel" in slot for slot in slots)
-
-
-def test_step_is_compiled_once(easy_vqa, tmp_path, caplog):
-    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
-        run(small_config(easy_vqa, steps=5, eval_batches=1, eval_every=2, checkpoint_every=2, **ONE), tmp_path / "run")
-    compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling ")]
-    assert sum("train_step" in message.split()[1] for message in compiled) == 1, compiled
-    assert sum("eval_step" in message.split()[1] for message in compiled) == 1, compiled
-
-
-def test_validation_runs_on_the_held_out_split(easy_vqa, tmp_path):
-    config = small_config(easy_vqa, steps=2, eval_batches=2, eval_questions=20, **ONE)
-    run(config, tmp_path / "run")
-    last = read_metrics(tmp_path / "run")[-1]
-    assert 3 < last["validation/loss"] < 8 and 0 <= last["validation/accuracy"] <= 1
 
 
 def test_the_last_state_is_saved_before_a_validation_that_fails(easy_vqa, tmp_path):

@@ -1,8 +1,11 @@
 """One step as one function: accumulation, number formats, what is kept where."""
 
+import functools
 import math
 import re
+from functools import partial
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -34,6 +37,13 @@ def batch():
     )
 
 
+@functools.cache
+def initial():
+    """Variables to begin with, on the host; test_train.py has some that are born on a mesh."""
+    model = fastvlm.build(**small_config("").model.to_dict())
+    return jax.tree.map(np.asarray, nn.unbox(jax.jit(partial(fastvlm.init_variables, model))(jax.random.key(0))))
+
+
 def steps(batch, count=2, mesh=(1, 1, 1, 1), num_sources=1, **settings):
     """State and metrics after `count` steps, with the losses of all of them."""
     frozen = dict(model__vision__batch_norm="frozen")
@@ -42,7 +52,7 @@ def steps(batch, count=2, mesh=(1, 1, 1, 1), num_sources=1, **settings):
     mesh = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
     with jax.set_mesh(mesh):
         step = train.make_step(config, model, mesh, steps=10, num_sources=num_sources)
-        state = step.make_state(jax.random.key(0), None)
+        state = step.make_state(jax.random.key(0), initial())
         placed = jax.device_put(batch, sharding.batch_sharding(mesh))
         losses = []
         for _ in range(count):
@@ -94,7 +104,8 @@ def test_parts_of_a_batch_are_groups_of_every_device():
 
 @pytest.mark.parametrize("param_dtype, moment_dtype", [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_number_formats_are_those_of_the_config(batch, whole, param_dtype, moment_dtype):
-    state, metrics = steps(batch, param_dtype=param_dtype, moment_dtype=moment_dtype, num_sources=2, **LINEAR)
+    formats = dict(param_dtype=param_dtype, moment_dtype=moment_dtype)
+    state, metrics = steps(batch, num_sources=2, **formats, **LINEAR)
     assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {param_dtype}
     assert {str(x.dtype) for x in jax.tree.leaves(state.batch_stats)} == {"float32"}
     moments = {name: set() for name in ("mu", "nu")}
@@ -110,7 +121,7 @@ def test_number_formats_are_those_of_the_config(batch, whole, param_dtype, momen
 def test_frozen_parameters_are_sharded_or_whole_by_config(batch, monkeypatch, shard_frozen):
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
     groups = (("projector/.*", 1e-3, 0.0), (".*", 0.0, 0.0))
-    state, metrics = steps(batch, mesh=(1, 1, 2, 2), groups=groups, shard_frozen=shard_frozen)
+    state, metrics = steps(batch, 1, (1, 1, 2, 2), groups=groups, shard_frozen=shard_frozen)
     local = {k: x.addressable_shards[0].data.size / x.size for k, x in flatten_dict(state.params, sep="/").items()}
     split = 0.25 if shard_frozen else 0.5  # over fsdp and tensor, or over tensor alone
     assert local["llm/layers/q/kernel"] == split and local["llm/embedding"] == split

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +61,12 @@ def test_train_sets_them_first(monkeypatch, capsys):
     assert fastvlm(monkeypatch, capsys, "train")[0] == 1
     set_now = os.environ["XLA_FLAGS"]
     assert set_now == "--xla_force_host_platform_device_count=8 --xla_gpu_enable_latency_hiding_scheduler=true"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler (libtpu)")
+@pytest.mark.skipif(xla_flags.find_platform({}) != "cpu", reason="another machine than one without TPU and GPU")
+def test_libtpu_without_a_tpu_says_nothing():
+    code = "from fastvlm_jax import xla_flags; xla_flags.silence_libtpu(); import jax; print(jax.devices()[0].platform)"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "TPU", "XLA"))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr) == ("cpu\n", "")

@@ -13,17 +13,12 @@ from collections.abc import Sequence
 
 import jax
 
+from fastvlm_jax.xla_flags import NO_TPU
+
 GB, GiB = 10**9, 2**30
 
 # What the TPU compiler reads when it is loaded, so that it does not look for a TPU or for another process's.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
+ENVIRONMENT = {**NO_TPU, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @dataclasses.dataclass(frozen=True)

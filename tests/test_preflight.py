@@ -233,9 +233,34 @@ def test_candidates_fit_divide_and_are_ranked(config_file):
         assert math.prod(s["mesh"]) == 4
         assert s["data.groups"] * s["data.images_per_group"] == 8
         assert s["data.groups"] % (np.prod(s["mesh"][:3]) * s["accumulate"]) == 0
-    chosen = search.distinct(ranked, 3)
+    own = search.given(config, sharding.make_mesh((1, 1, 4, 1), jax.devices()[:4]))
+    chosen = search.choose(ranked, own, 3)
     assert len({(c.settings["mesh"], c.settings["model.llm.remat"]) for c in chosen}) > 1
-    assert "--config.mesh=1," in search.flags(chosen[0].settings)
+    settings = [search.flags(c.settings, own) for c in chosen]
+    assert settings[0] == "" and all(settings[1:]) and len(set(settings)) == 4  # the config's own comes first
+    assert chosen[0].apply(config).data.groups == config.data.groups
+
+
+@pytest.mark.parametrize(
+    "size, name, gib, milliseconds",
+    [
+        # docs/preflight.md, compiled by libtpu
+        ("0.5b", "v5e:4x4", 5.65, 664),
+        ("1.5b", "v5e:4x8", 6.30, 787),
+        ("7b", "v5p:2x2x2", 29.01, 2126),
+    ],
+)
+def test_arithmetic_is_near_what_the_compiler_finds(size, name, gib, milliseconds):
+    path = pathlib.Path(__file__).parent.parent / "configs/stage2_instruct.py"
+    spec = importlib.util.spec_from_file_location("stage2_instruct", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config, slices = module.get_config(size), topology.parse(name)
+    ranked = search.rank(config, slices)
+    own = search.given(config, sharding.make_mesh(config.mesh, topology.devices(slices)))
+    (candidate,) = (c for c in ranked if not search.differing(c.settings, own))
+    assert candidate.bytes / 2**30 == pytest.approx(gib, rel=0.2)
+    assert 1e3 * candidate.seconds == pytest.approx(milliseconds, rel=0.1)
 
 
 def test_several_slices_are_joined_by_replicas(config_file):

@@ -10,7 +10,7 @@ from fastvlm_jax.preflight.topology import GENERATIONS, GiB, Slice
 def regrouped(config, shards: int, accumulate: int = 1) -> dict[str, int]:
     """The same samples in groups that `shards` divide: {"groups", "images_per_group", "row_length"}; {} if none do.
 
-    A group's row keeps its text a sample, and is rounded up to a multiple of 256 tokens.
+    A row of another number of samples keeps its text a sample, and is rounded up to a multiple of 256 tokens.
     """
     data, per_image = config.data, 0
     if data.rows_per_group != 1 or data.images_per_group < 1:
@@ -20,7 +20,8 @@ def regrouped(config, shards: int, accumulate: int = 1) -> dict[str, int]:
     text = max(0, data.row_length // data.images_per_group - per_image)
     for images in range(data.images_per_group, 0, -1):
         if samples % images == 0 and samples // images % (shards * accumulate) == 0:
-            length = -(-images * (per_image + text) // 256) * 256
+            same = images == data.images_per_group
+            length = data.row_length if same else -(-images * (per_image + text) // 256) * 256
             return {"groups": samples // images, "images_per_group": images, "row_length": length}
     return {}
 

@@ -82,7 +82,9 @@ def preflight(config, name: str, options: Options = Options()) -> dict[str, Any]
 
 
 def search(config, name: str, options: Options = Options(), count: int = 3) -> dict[str, Any]:
-    """The report of the fastest of the `count` best candidates of search.rank, each compiled; "search" lists them.
+    """The report of the fastest of the best candidates of search.rank, each compiled; "search" lists them.
+
+    Beside the `count` best by arithmetic, the config as it is given.
 
     Raises:
       ValueError: as preflight, or no mesh of the slice divides the batch.
@@ -90,23 +92,24 @@ def search(config, name: str, options: Options = Options(), count: int = 3) -> d
     if options.mode != "train":
         raise ValueError("--search ranks training settings: leave out --mode")
     slices, rows, best = topology.parse(name), [], None
-    topology.devices(slices)
     config_lib.validate(config)
-    for candidate in ranking.distinct(ranking.rank(config, slices), count):
-        print(f"compiling {ranking.flags(candidate.settings)}", file=sys.stderr, flush=True)
+    own = ranking.given(config, sharding.make_mesh(config.mesh, topology.devices(slices)))
+    for candidate in ranking.choose(ranking.rank(config, slices), own, count):
+        settings = ranking.flags(candidate.settings, own) or "as given"
+        print(f"compiling {settings}", file=sys.stderr, flush=True)
         report = preflight(candidate.apply(config), name, options)
         seconds = report["time"]["scheduled_s"] if "time" in report else math.inf
         fits = report["memory"]["fits"]
         rows.append(
             {
-                "settings": ranking.flags(candidate.settings), "arithmetic_bytes": candidate.bytes,
-                "arithmetic_s": candidate.seconds, "bytes": report["memory"]["total"], "fits": fits,
+                "settings": settings, "arithmetic_bytes": candidate.bytes, "arithmetic_s": candidate.seconds,
+                "bytes": report["memory"]["total"], "fits": fits,
                 "scheduled_s": seconds if math.isfinite(seconds) else None,
             }
         )  # fmt: skip
         if best is None or (fits, -seconds) > best[0]:
-            best = (fits, -seconds), report
-    return {**best[1], "search": rows}
+            best = (fits, -seconds), settings, report
+    return {**best[2], "search": rows, "best": best[1]}
 
 
 def check(config, mesh, slices: topology.Slice, groups: int, key: str) -> None:
@@ -130,7 +133,7 @@ def text(report: dict[str, Any]) -> str:
         "train": describe.train_text, "encoder": describe.encoder_text, "generate": describe.generate_text,
     }[report["mode"]](report)  # fmt: skip
     if "search" in report:
-        made = f"{describe.search_text(report['search'])}\n\nthe best of them:\n{made}"
+        made = f"{describe.search_text(report['search'])}\n\nthe best of them: {report['best']}\n{made}"
     if report["mends"]:
         made += "\n\nwhat would make it fit (by arithmetic, not compiled):\n" + "\n".join(
             f"  {m}" for m in report["mends"]

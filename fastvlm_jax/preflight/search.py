@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,8 +17,14 @@ from fastvlm_jax.models import fastvlm, remat
 from fastvlm_jax.preflight import fit
 from fastvlm_jax.preflight.topology import Slice
 
-# Rough, to rank only: shares of the peak that the encoder's and the decoder's products run at, of compiled programs.
-ENCODER, DECODER = 0.1, 0.6
+# To rank only, of compiled programs (docs/preflight.md): shares of the peak that the FLOPs of the model take place at.
+ENCODER, DECODER = {"v5e": 0.128, "v5p": 0.115, "v6e": 0.042}, 0.6
+OTHER_ENCODER = 0.1  # on v4 and v7x, as a guess
+# FastViTHD's backward pass, 8 images of 1024 px on a v5e chip: time by policy, and what is kept of a block, in inputs.
+COST = {"depthwise": 1.0, "dots": 1.08, "attention": 1.11, "full": 1.12}
+KEPT = {"depthwise": 1.65, "dots": 4.85, "attention": 1.0, "full": 1.0, "none": 11.7}
+# Fewer images leave the chip's tiles of 8 x 128 half empty: time of an image on it.
+FULL_TILES, HALF_EMPTY = 8, 2.3
 LOGITS = 2**29  # bytes of the loss's chunks of float32 logits and their gradient
 
 
@@ -58,19 +65,19 @@ def rank(config, slices: Slice) -> list[Candidate]:
     data, found = config.data, []
 
     @functools.cache
-    def work(vision_remat: str, llm_remat: str, rows: int, length: int) -> dict[str, float]:
+    def work(llm_remat: str, rows: int, length: int) -> dict[str, float]:
         parts = config.model.to_dict()
-        for part, policy in (("vision", vision_remat), ("llm", llm_remat)):
-            parts[part] |= {"remat": policy} if "remat" in parts[part] else {}
+        parts["llm"] |= {"remat": llm_remat}
+        if "embed_dims" in config.model.vision:
+            parts["vision"] |= {"remat": "none"}  # COST has what is recomputed
         images = data.groups * data.images_per_group
         sizes = (images, data.image_size, data.image_size, rows, length)
         return flops.hardware_flops(fastvlm.build(**parts), trainable, *sizes)
 
     for settings, shards in _candidates(config, slices, boxed):
-        policies = settings.get("model.vision.remat", "none"), settings["model.llm.remat"]
         length = settings["data.row_length"]
         tokens = settings["data.groups"] * data.rows_per_group * length
-        total = work(*policies, tokens // length, length)
+        total = work(settings["model.llm.remat"], tokens // length, length)
         found.append(
             Candidate(
                 settings,
@@ -144,7 +151,11 @@ def _seconds(config, slices: Slice, settings, shards: Shards, tokens: int, work:
     llm, (replica, width, fsdp, tensor), parts = config.model.llm, settings["mesh"], settings["accumulate"]
     peak = slices.generation.flops * slices.chips
     # The devices of a tensor axis share the decoder's work, but each encodes all images of its row of the mesh.
-    busy = tensor * work["vision"] / ENCODER / peak + (sum(work.values()) - work["vision"]) / DECODER / peak
+    encoder = tensor * work["vision"] / peak * _encoder_cost(config, slices, settings)
+    busy = encoder + (sum(work.values()) - work["vision"]) / DECODER / peak
+    # What a scan keeps is written into a stack, and read again slice by slice.
+    kept = tokens / math.prod(settings["mesh"][:3]) * llm.num_layers * _kept_of_a_layer(llm, settings) / tensor
+    busy += 4 * kept / slices.generation.hbm_bandwidth
     # Gathered in bfloat16 forward and backward, and float32 gradients reduced, in every part; over two links.
     moved = parts * (4 + 4 * shards.learning / shards.own) * shards.all / tensor * (fsdp > 1)
     moved += 8 * parts * shards.learning * (width > 1)
@@ -156,47 +167,77 @@ def _seconds(config, slices: Slice, settings, shards: Shards, tokens: int, work:
     return (1 + 0.01 * (parts - 1)) * (max(busy, transfers) + 0.1 * min(busy, transfers))
 
 
+def _encoder_cost(config, slices: Slice, settings: dict[str, Any]) -> float:
+    """The encoder's time as a multiple of that of its FLOPs at the peak."""
+    if "embed_dims" not in config.model.vision:
+        return 1 / DECODER
+    images = config.data.groups * config.data.images_per_group
+    at_a_time = images / math.prod(settings["mesh"][:3]) / settings["accumulate"]
+    policy = settings.get("model.vision.remat", "none")
+    share = ENCODER.get(slices.name.partition(":")[0], OTHER_ENCODER)
+    return COST.get(policy, 1.0) * (1 if at_a_time >= FULL_TILES else HALF_EMPTY) / share
+
+
 def _decoder_bytes(llm, settings: dict[str, Any]) -> float:
-    """Bytes that all layers keep of a token, and one layer's own, in bfloat16; a rough count of its activations."""
+    """Bytes that all layers keep of a token, and those of one layer's backward pass."""
+    whole = _kept_of_a_layer(llm, {"model.llm.remat": "none"})
+    return llm.num_layers * _kept_of_a_layer(llm, settings) + 2 * whole
+
+
+def _kept_of_a_layer(llm, settings: dict[str, Any]) -> float:
+    """Bytes that a layer keeps of a token, in bfloat16; a rough count of its activations."""
     kv = 2 * llm.num_kv_heads * llm.width // llm.num_heads
     whole = 8 * llm.width + 2 * kv + 5 * llm.mlp_dim
     kept = {
         "full": llm.width,
         "attention": 2 * llm.width,
         "dots": 4 * llm.width + kv + 2 * llm.mlp_dim,
-        "none": whole,
     }
-    return 2 * (llm.num_layers * kept.get(settings["model.llm.remat"], whole) + 2 * whole)
+    return 2 * kept.get(settings["model.llm.remat"], whole)
 
 
 def _encoder_bytes(vision, policy: str, side: int) -> float:
-    """Bytes that the encoder keeps of an image, in bfloat16; a rough count of its activations."""
+    """Bytes that the encoder keeps of an image, in bfloat16, with those of its largest block; see KEPT."""
     if "embed_dims" not in vision or "remat" not in vision:
         return 2.0 * 2**20 * side
-    kept = {"full": 1, "none": 22}.get(policy, 8)
-    total, largest = 4.0 * (side / 2) ** 2 * vision.embed_dims[0], 0.0
-    for i, (depth, dim) in enumerate(zip(vision.layers, vision.embed_dims, strict=True)):
-        block = 2 * dim * (side / (4 * 2**i)) ** 2
-        total, largest = total + depth * kept * block, max(largest, 2 * 22 * block)
-    return total + largest
+    stem = 2 * (side / 2) ** 2 * vision.embed_dims[0]
+    blocks = [2 * dim * (side / (4 * 2**i)) ** 2 for i, dim in enumerate(vision.embed_dims)]
+    return stem + 13 * max(blocks) + KEPT[policy] * sum(map(operator.mul, vision.layers, blocks))
 
 
 def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def distinct(candidates: list[Candidate], count: int) -> list[Candidate]:
-    """The first candidates that differ in more than how a batch is grouped and cut, at most `count`."""
+def choose(candidates: list[Candidate], own: dict[str, Any], count: int) -> list[Candidate]:
+    """The config's `own` candidate, and the first others that differ in more than how a batch is cut: `count` of them.
+
+    The own one is left out where arithmetic has ruled it out.
+    """
     chosen = {}
     for candidate in candidates:
         s = candidate.settings
         chosen.setdefault((s["mesh"], s.get("model.vision.remat"), s["model.llm.remat"]), candidate)
-    return list(chosen.values())[:count]
+    kept = [c for c in candidates if not differing(c.settings, own)]
+    return kept + [c for c in chosen.values() if c not in kept][:count]
 
 
-def flags(settings: dict[str, Any]) -> str:
-    """The settings as they are written behind `fastvlm train`."""
+def given(config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The config's own settings, of the keys that are ranked; the mesh with all its sizes."""
+    keys = ("accumulate", "model.llm.remat", "model.vision.remat")
+    keys += ("data.groups", "data.images_per_group", "data.row_length")
+    flat = {key: functools.reduce(lambda part, name: part.get(name), key.split("."), config) for key in keys}
+    return {"mesh": tuple(mesh.shape.values()), **flat}
+
+
+def differing(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that are not the config's own."""
+    return {key: value for key, value in settings.items() if value != own[key]}
+
+
+def flags(settings: dict[str, Any], own: dict[str, Any]) -> str:
+    """The settings that differ from the config's, as they are written behind `fastvlm train`."""
     return " ".join(
         f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for key, value in settings.items()
+        for key, value in differing(settings, own).items()
     )

@@ -26,7 +26,8 @@ from fastvlm_jax.train import train
 
 TESTS = pathlib.Path(__file__).parent
 CONFIG = dict(mesh=(1, 2, 2, 1), data__groups=4, steps=12, eval_batches=1, eval_questions=3)
-CONFIG |= dict(model__vision__form="folded", model__vision__batch_norm="frozen")
+CONFIG |= dict(model__vision__form="folded", model__vision__batch_norm="frozen", data__image_size=8)
+CONFIG |= dict(model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",))
 DEVICES = 4
 
 

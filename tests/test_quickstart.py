@@ -16,7 +16,7 @@ KEYS = ["accuracy", "baseline_accuracy", "test_questions", "train_seconds", "tot
 def quickstart(*arguments, cwd):
     # One device, as a person has; unoptimised code, because most of the time is compilation.
     flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    environment = os.environ | {"XLA_FLAGS": flags}
+    environment = os.environ | {"XLA_FLAGS": f"{flags} --xla_cpu_parallel_codegen_split_count=1"}
     command = ["bash", str(ROOT / "launch/quickstart.sh"), "--steps", "2", "--questions", "40", *arguments]
     return subprocess.Popen(
         command,

@@ -153,9 +153,9 @@ def _seconds(config, slices: Slice, settings, shards: Shards, tokens: int, work:
     # The devices of a tensor axis share the decoder's work, but each encodes all images of its row of the mesh.
     encoder = tensor * work["vision"] / peak * _encoder_cost(config, slices, settings)
     busy = encoder + (sum(work.values()) - work["vision"]) / DECODER / peak
-    # What a scan keeps is written into a stack, and read again slice by slice.
+    # What a scan keeps is written into a stack and read again, slice by slice; compiled programs copy it in between.
     kept = tokens / math.prod(settings["mesh"][:3]) * llm.num_layers * _kept_of_a_layer(llm, settings) / tensor
-    busy += 4 * kept / slices.generation.hbm_bandwidth
+    busy += 8 * kept / slices.generation.hbm_bandwidth
     # Gathered in bfloat16 forward and backward, and float32 gradients reduced, in every part; over two links.
     moved = parts * (4 + 4 * shards.learning / shards.own) * shards.all / tensor * (fsdp > 1)
     moved += 8 * parts * shards.learning * (width > 1)

@@ -20,7 +20,7 @@ from fastvlm_jax.convert.native import without_remat
 from fastvlm_jax.data.processor import Processor, load_processor
 from fastvlm_jax.data.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.models import fastvlm
-from fastvlm_jax.models.fastvlm import FastVLM, init_variables
+from fastvlm_jax.models.fastvlm import FastVLM
 
 PARTS = ("vision", "projector", "llm")
 IMAGE_SIZE = 1024  # FastVLM's, where no file says another
@@ -167,12 +167,6 @@ def load(source: str | os.PathLike, dtype: str | None = None) -> tuple[FastVLM, 
     )
 
 
-@functools.cache
-def boxed_variables(model: FastVLM) -> dict[str, Any]:
-    """Shapes and dtypes of the model's variables, boxed with their logical axes; not to be changed."""
-    return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))}
-
-
 def abstract_variables(model: FastVLM) -> dict[str, Any]:
     """Shapes and dtypes of the model's variables, unboxed."""
-    return nn.unbox(boxed_variables(model))
+    return nn.unbox(fastvlm.boxed_variables(model))

@@ -338,10 +338,10 @@ def state_of(
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, slots)
 
     def fresh(rng) -> TrainState:
-        variables = model_io.init_variables(model, rng)
+        variables = fastvlm.init_variables(model, rng)
         return build(variables["params"], variables.get("batch_stats", {}))
 
-    variables = model_io.boxed_variables(model)
+    variables = fastvlm.boxed_variables(model)
     boxed = jax.eval_shape(build, variables["params"], variables["batch_stats"])
     _, frozen = optim.split(nn.unbox(boxed.params), groups)
     whole = {} if shard_frozen else {f"params/{path}" for path in frozen}
@@ -358,7 +358,7 @@ def state_of(
         }
 
         def rest(rng):
-            made = nn.unbox(model_io.init_variables(model, rng))
+            made = nn.unbox(fastvlm.init_variables(model, rng))
             return {name: {part: made[name][part] for part in parts} for name, parts in missing.items()}
 
         initialized = jax.jit(rest, out_shardings=missing)(rng) if any(missing.values()) else missing

@@ -33,6 +33,14 @@ TPU = {
 # Off in XLA unless it is asked for (xla/debug_options_flags.cc). NVIDIA sets it in its JAX images: collectives move to
 # where they run beside kernels (https://docs.nvidia.com/jax-toolbox/environment-variables).
 GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
+# Without a TPU, what libtpu would look for, and complain that it is not there.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
 VARIABLES = {"tpu": ("LIBTPU_INIT_ARGS", TPU), "gpu": ("XLA_FLAGS", GPU)}
 
 
@@ -52,16 +60,6 @@ def apply(environment: MutableMapping[str, str] = os.environ, platform: str | No
         given = environment.get(variable, "")
         missing = [f"--{name}={value}" for name, value in flags.items() if f"--{name}" not in _names(given)]
         environment[variable] = " ".join([given, *missing]).strip()
-
-
-# Without a TPU, what libtpu would look for, and complain that it is not there.
-NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 
 def silence_libtpu(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from command import fastvlm
 from small import small_config
 
+from fastvlm_jax import cli
 from fastvlm_jax.train import train
 
 CONFIG = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
@@ -139,3 +140,19 @@ def test_bad_use_gets_one_line_and_a_status_and_writes_nothing(monkeypatch, caps
     if "usage" not in words:
         assert err.count("\n") == 1 and err.startswith("fastvlm "), err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_device_is_one_line_and_another_fault_of_the_runtime_is_not(monkeypatch, capsys):
+    def fail(message):
+        def command(argv):
+            raise jax.errors.JaxRuntimeError(message)
+
+        return command
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore"))
+    status, _, error = fastvlm(monkeypatch, capsys, "train")
+    assert status == 1 and error.count("\n") == 1
+    assert "a device's memory is too small (RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.)" in error
+    monkeypatch.setitem(cli.COMMANDS, "train", fail("INTERNAL: a fault"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a fault"):
+        fastvlm(monkeypatch, capsys, "train")

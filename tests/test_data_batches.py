@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small import ask, small_config
 
-from fastvlm_jax import model_io
 from fastvlm_jax.data.geometry import make_sizes
 from fastvlm_jax.data.index import Counter, load_index
 from fastvlm_jax.data.pipeline import eval_batches, make_loader, open_sources, set_names
@@ -192,7 +191,7 @@ def test_the_loss_of_packed_samples_is_that_of_each_alone(tmp_path, tokenizer):
     settings = small_config(tmp_path)
     settings.model.llm.vocab_size = tokenizer.vocab_size
     model = fastvlm.build(**settings.model.to_dict())
-    variables = jax.jit(lambda key: model_io.init_variables(model, key))(jax.random.key(0))
+    variables = jax.jit(lambda key: fastvlm.init_variables(model, key))(jax.random.key(0))
     variables = jax.tree.map(lambda x: x * 3, variables)
     processor = Processor(tokenizer, "chatml", 32, model.tokens_per_image(32))
     score = jax.jit(lambda variables, batch: eval_step(variables, batch, model=model))

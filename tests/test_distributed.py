@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 from command import fastvlm
 from small import small_config
 
-from fastvlm_jax import distributed
+from fastvlm_jax import checkpoint, distributed
 from fastvlm_jax.metrics import read_metrics
 from fastvlm_jax.peers import Peers
 from fastvlm_jax.rendezvous import Settings
@@ -360,3 +361,24 @@ def test_a_connection_that_closes_or_falls_silent_is_told_by_all_others(goes, ho
     assert lost == [f"process {goes} on frozen {what}; start all processes again: they go on from the last checkpoint"]
     assert time.monotonic() - begin < 8
     bare.close()
+
+
+@pytest.mark.parametrize("late", [1, None])
+def test_processes_wait_for_a_checkpoint_that_one_sees_late(monkeypatch, late):
+    """Process 1 of 2, on a network file system: it sees step 8 after `late` looks more, or never."""
+
+    class Checkpointer:
+        latest, looks = types.SimpleNamespace(step=4), 0
+
+        def reload(self):
+            self.looks += 1
+            if self.looks == late:
+                self.latest = types.SimpleNamespace(step=8)
+
+    monkeypatch.setattr(distributed, "exchange", lambda name, own: [8, own])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    if late:
+        assert checkpoint.find_latest(Checkpointer()) == 8
+    else:
+        with pytest.raises(ValueError, match="process 1 does not see the checkpoint of step 8, which process 0 does"):
+            checkpoint.find_latest(Checkpointer())

@@ -5,7 +5,6 @@ import pytest
 from flax import linen as nn
 from small import small_config
 
-from fastvlm_jax import model_io
 from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.tokenizer import load_tokenizer
 from fastvlm_jax.generate import generate, generate_tokens, sample, until
@@ -18,7 +17,7 @@ QUESTIONS = ["what color is the shape?", "is there a red triangle in the image o
 @pytest.fixture(scope="module")
 def model_and_rest(easy_vqa):
     model = fastvlm.build(**small_config(easy_vqa).model.to_dict())
-    variables = jax.jit(lambda: nn.unbox(model_io.init_variables(model, jax.random.key(3))))()
+    variables = jax.jit(lambda: nn.unbox(fastvlm.init_variables(model, jax.random.key(3))))()
     # Sharp attention and strong mixing: at the initial scale a position off by one would not change any answer.
     layers = variables["params"]["llm"]["layers"]
     for name, factor in (("q", 5), ("k", 5), ("v", 3), ("o", 3)):

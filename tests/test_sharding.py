@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from small import small_config
 
-from fastvlm_jax import model_io, sharding
+from fastvlm_jax import sharding
 from fastvlm_jax.models import fastvlm
 
 
@@ -33,7 +33,7 @@ def test_heads_that_do_not_divide_are_refused():
 def test_parameters_follow_their_logical_axes_and_large_kernels_shard_over_fsdp(monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 4096)
     model = fastvlm.build(**small_config("").model.to_dict())
-    abstract = jax.eval_shape(lambda: model_io.init_variables(model, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: fastvlm.init_variables(model, jax.random.key(0)))
     found = sharding.shardings_of(abstract, sharding.make_mesh((1, 2, 2, 2)))["params"]
     assert found["llm"]["layers"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
     assert found["llm"]["layers"]["down"]["kernel"].spec == P(None, "tensor", "fsdp")
@@ -45,7 +45,7 @@ def test_parameters_follow_their_logical_axes_and_large_kernels_shard_over_fsdp(
 def test_a_dimension_that_does_not_divide_names_the_parameter():
     args = small_config("").model.to_dict()
     args["llm"]["vocab_size"] = 511
-    abstract = jax.eval_shape(lambda: model_io.init_variables(fastvlm.build(**args), jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: fastvlm.init_variables(fastvlm.build(**args), jax.random.key(0)))
     with pytest.raises(
         ValueError, match="params/llm/embedding: the mesh splits 'vocab' in 4, which does not divide 511"
     ):

@@ -39,20 +39,20 @@ def batch():
 
 @functools.cache
 def initial():
-    """Variables to begin with, on the host; test_train.py has some that are born on a mesh."""
+    """Variables to begin with, on the host."""
     model = fastvlm.build(**small_config("").model.to_dict())
     return jax.tree.map(np.asarray, nn.unbox(jax.jit(partial(fastvlm.init_variables, model))(jax.random.key(0))))
 
 
-def steps(batch, count=2, mesh=(1, 1, 1, 1), num_sources=1, **settings):
-    """State and metrics after `count` steps, with the losses of all of them."""
+def steps(batch, count=2, mesh=(1, 1, 1, 1), num_sources=1, born=False, **settings):
+    """State and metrics after `count` steps, with the losses of all; `born` on the mesh, from the seed."""
     frozen = dict(model__vision__batch_norm="frozen")
     config = small_config("", mesh=mesh, **{**frozen, **settings})
     model = fastvlm.build(**config.model.to_dict())
     mesh = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
     with jax.set_mesh(mesh):
         step = train.make_step(config, model, mesh, steps=10, num_sources=num_sources)
-        state = step.make_state(jax.random.key(0), initial())
+        state = step.make_state(jax.random.key(0), None if born else initial())
         placed = jax.device_put(batch, sharding.batch_sharding(mesh))
         losses = []
         for _ in range(count):
@@ -84,14 +84,14 @@ def test_an_accumulated_step_is_that_of_the_large_batch(batch, whole, accumulate
 
 @pytest.fixture(scope="module")
 def ten_losses(batch):
-    return steps(batch, 10, model__vision__batch_norm="train")[1]["losses"]
+    return steps(batch, 10, born=True, model__vision__batch_norm="train")[1]["losses"]
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 8, 1), (2, 2, 1, 2)], ids=str)
 def test_ten_losses_are_the_same_on_every_mesh(batch, ten_losses, monkeypatch, mesh):
-    """In training form, with statistics of the whole batch, and the kernels of the encoder split as large ones are."""
+    """From one seed, in training form, with statistics of the whole batch; kernels are split as large ones are."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
-    _, metrics = steps(batch, 10, mesh, model__vision__batch_norm="train")
+    _, metrics = steps(batch, 10, mesh, born=True, model__vision__batch_norm="train")
     assert ten_losses[-1] < ten_losses[0]
     np.testing.assert_allclose(metrics["losses"], ten_losses, rtol=1e-4)
 

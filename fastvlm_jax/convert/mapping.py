@@ -172,7 +172,7 @@ def read_tree(tree: Any, dtype=np.float32, put: Callable[[np.ndarray], Any] = la
 @functools.lru_cache(maxsize=16)
 def shapes_of(model: FastVLM) -> dict[str, tuple[int, ...]]:
     """'/'-joined path -> shape of all variables of `model`; nothing is computed."""
-    tree = nn.unbox(jax.eval_shape(lambda: fastvlm.init_variables(model, jax.random.key(0))))
+    tree = nn.unbox(fastvlm.boxed_variables(model))
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 

@@ -3,6 +3,7 @@
 Legend: G groups, N image slots a group, R rows a group, T text positions, L features an image, D width, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import flax
@@ -138,3 +139,9 @@ def init_variables(model: FastVLM, rng: Array) -> dict[str, Any]:
         return model.init(rng, images, method="encode")
     text = jnp.zeros((1, 1, 1), jnp.int32)
     return model.init(rng, images, text, text, text, text)
+
+
+@functools.lru_cache(maxsize=16)
+def boxed_variables(model: FastVLM) -> dict[str, Any]:
+    """Shapes and dtypes of the variables, boxed with their logical axes; nothing is computed. Not to be changed."""
+    return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))}

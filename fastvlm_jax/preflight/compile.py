@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax import model_io, sharding, train
+from fastvlm_jax import sharding, train
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data import index
 from fastvlm_jax.generate import generate_tokens
@@ -84,14 +84,14 @@ def lower_generate(config, model: FastVLM, mesh: jax.sharding.Mesh, *, rows: int
         **{name: array(jnp.int32, 1, tokens) for name in names},
     )
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda: model_io.init_variables(model, jax.random.key(0)))
+        boxed = fastvlm.boxed_variables(model)
         layouts = sharding.shardings_of(boxed, mesh)
 
         def abstract(path, x, layout):
             dtype = model.dtype if path[0].key == "params" else x.dtype
             return jax.ShapeDtypeStruct(x.shape, dtype, sharding=layout)
 
-        variables = {"batch_stats": {}, **jax.tree_util.tree_map_with_path(abstract, nn.unbox(boxed), layouts)}
+        variables = jax.tree_util.tree_map_with_path(abstract, nn.unbox(boxed), layouts)
         whole = sharding.NamedSharding(mesh, sharding.P())
         rng = jax.eval_shape(jax.random.key, 0)
         rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=whole)
@@ -108,7 +108,7 @@ def lower_encoder(config, mesh: jax.sharding.Mesh, *, rows: int):
     model = fastvlm.build(vision=config.model.vision.to_dict(), dtype=config.model.dtype)
     side, layout = config.data.image_size, sharding.batch_sharding(mesh)
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(lambda: model_io.init_variables(model, jax.random.key(0)))
+        boxed = fastvlm.boxed_variables(model)
         variables = jax.tree.map(
             lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
             nn.unbox(boxed),

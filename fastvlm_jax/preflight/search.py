@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 
-from fastvlm_jax import flops, model_io, optim, sharding
+from fastvlm_jax import flops, optim, sharding
 from fastvlm_jax.models import fastvlm, remat
 from fastvlm_jax.preflight import fit
 from fastvlm_jax.preflight.topology import Slice
@@ -60,8 +60,9 @@ def rank(config, slices: Slice) -> list[Candidate]:
       ValueError: no mesh of this slice divides the batch and the model.
     """
     model = fastvlm.build(**config.model.to_dict())
-    boxed = jax.eval_shape(lambda: model_io.init_variables(model, jax.random.key(0)))["params"]
+    boxed = fastvlm.boxed_variables(model)["params"]
     trainable = optim.split(nn.unbox(boxed), config.groups)[0].keys()
+    learns = any(path.startswith("vision/") for path in trainable)
     data, found = config.data, []
 
     @functools.cache
@@ -74,14 +75,14 @@ def rank(config, slices: Slice) -> list[Candidate]:
         sizes = (images, data.image_size, data.image_size, rows, length)
         return flops.hardware_flops(fastvlm.build(**parts), trainable, *sizes)
 
-    for settings, shards in _candidates(config, slices, boxed):
+    for settings, shards in _candidates(config, slices, boxed, learns):
         length = settings["data.row_length"]
         tokens = settings["data.groups"] * data.rows_per_group * length
         total = work(settings["model.llm.remat"], tokens // length, length)
         found.append(
             Candidate(
                 settings,
-                _memory(config, settings, shards, tokens),
+                _memory(config, settings, shards, tokens, learns),
                 _seconds(config, slices, settings, shards, tokens, total),
             )
         )
@@ -97,11 +98,16 @@ def rank(config, slices: Slice) -> list[Candidate]:
     return fitting or sorted(found, key=lambda c: c.bytes)
 
 
-def _candidates(config, slices: Slice, boxed) -> Iterator[tuple[dict[str, Any], Shards]]:
-    """Settings, with the share of the parameters that their mesh leaves on a device."""
+def _candidates(config, slices: Slice, boxed, learns: bool) -> Iterator[tuple[dict[str, Any], Shards]]:
+    """Settings, with the share of the parameters that their mesh leaves on a device.
+
+    An encoder that does not learn has no backward pass, and one policy.
+    """
     llm, devices = config.model.llm, slices.num_devices // slices.num_slices
     policies = ("none", *remat.POLICIES)
     choices = [policies if "remat" in config.model[part] else ("none",) for part in ("vision", "llm")]
+    if not learns:
+        choices[0] = (config.model.vision.get("remat", "none"),)
     for tensor in _divisors(math.gcd(llm.num_kv_heads, devices)):
         for fsdp in _divisors(devices // tensor):
             mesh = (slices.num_slices, devices // tensor // fsdp, fsdp, tensor)
@@ -132,7 +138,7 @@ def _shards(config, boxed, mesh: tuple[int, ...]) -> Shards | None:
     return Shards(sum(jax.tree.leaves(own)), learning, sum(math.prod(x.shape) for x in jax.tree.leaves(params)))
 
 
-def _memory(config, settings: dict[str, Any], shards: Shards, tokens: int) -> float:
+def _memory(config, settings: dict[str, Any], shards: Shards, tokens: int, learns: bool) -> float:
     """Bytes of a device: state, gradients, the loss, a layer's gathered weights, and what the backward pass needs."""
     llm, data, tensor = config.model.llm, config.data, settings["mesh"][3]
     turns = math.prod(settings["mesh"][:3]) * settings["accumulate"]
@@ -142,7 +148,8 @@ def _memory(config, settings: dict[str, Any], shards: Shards, tokens: int) -> fl
     layer = 2 * llm.width**2 + 3 * llm.width * llm.mlp_dim
     gathered = (6 * llm.vocab_size * llm.width + 8 * layer) / tensor
     images = data.groups * data.images_per_group / turns
-    kept = images * _encoder_bytes(config.model.vision, settings.get("model.vision.remat", "none"), data.image_size)
+    policy = settings.get("model.vision.remat", "none")
+    kept = images * _encoder_bytes(config.model.vision, policy, data.image_size) * learns
     return state + gradients + LOGITS + gathered + kept + tokens / turns * _decoder_bytes(llm, settings) / tensor
 
 

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastvlm_jax.data.conversation import questions
-from fastvlm_jax.data.geometry import slots_of
-from fastvlm_jax.data.image import size_of
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.generate import generate
+from fastvlm_jax.images.decode import size_of
+from fastvlm_jax.images.sizes import slots_of
 from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.conversation import questions
 
 IMAGES_PER_BATCH = 16
 ROWS_PER_BATCH = 192

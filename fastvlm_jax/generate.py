@@ -10,8 +10,8 @@ import numpy as np
 
 from fastvlm_jax import sharding
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.data.processor import Image, Processor
 from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.processor import Image, Processor
 
 
 def sample(logits_BV: jax.Array, rng: jax.Array, temperature: float, top_p: float) -> jax.Array:

@@ -17,10 +17,10 @@ from fastvlm_jax.convert.files import CONFIG, DTYPES, gguf_file, read_json
 from fastvlm_jax.convert.gguf import read_gguf_tokenizer
 from fastvlm_jax.convert.mapping import COUNTERS, read_tree
 from fastvlm_jax.convert.native import without_remat
-from fastvlm_jax.data.processor import Processor, load_processor
-from fastvlm_jax.data.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.processor import Processor, load_processor
+from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
 
 PARTS = ("vision", "projector", "llm")
 IMAGE_SIZE = 1024  # FastVLM's, where no file says another

@@ -16,17 +16,17 @@ from fastvlm_jax import checkpoint, distributed, evaluate, model_io, optim, prof
 from fastvlm_jax import config as config_lib
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.convert.encoder import without_head
-from fastvlm_jax.data.geometry import make_sizes
 from fastvlm_jax.data.pipeline import Loader, data_sets, eval_batches, fingerprint, make_loader, open_sources
-from fastvlm_jax.data.processor import Processor
-from fastvlm_jax.data.tokenizer import load_tokenizer
 from fastvlm_jax.distributed import Interrupted, StopRequest
+from fastvlm_jax.images.sizes import make_sizes
 from fastvlm_jax.metrics import MetricsWriter, memory_scalars, mfu_scalars, peak_flops
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.fold import fold_variables
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.train_step import TrainState, eval_step, train_step
 
 

@@ -67,7 +67,7 @@ def easy_vqa(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A tokenizer of a few words, and bytes."""
-    from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+    from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_sentencepiece(["user what is it assistant red green blue one two three"], folder / "tokenizer.model", 300)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fastvlm_jax.data.pipeline import make_loader
-from fastvlm_jax.data.processor import load_processor
+from fastvlm_jax.processor import load_processor
 
 port, process, processes, start, count = map(int, sys.argv[1:6])
 if processes > 1:

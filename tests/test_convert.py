@@ -18,11 +18,11 @@ from fastvlm_jax import convert, model_io
 from fastvlm_jax.convert import fastvlm as layout
 from fastvlm_jax.convert.decoder import text_config
 from fastvlm_jax.convert.mapping import shapes_of, to_torch
-from fastvlm_jax.data.processor import Processor
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 TINY = dict(layers=[1, 2, 1, 1], embed_dims=[8, 16, 16, 32], mixers=[*["repmixer"] * 3, "attention"])
 LLM = dict(vocab_size=320, width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=48)

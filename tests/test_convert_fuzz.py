@@ -23,9 +23,9 @@ import pytest
 from fastvlm_jax import convert, model_io
 from fastvlm_jax.config import VISION_SIZES
 from fastvlm_jax.convert import mapping
-from fastvlm_jax.data.processor import Processor
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 LIMIT, SECONDS = 500_000_000, 20
 LLM = dict(vocab_size=320, width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=8)

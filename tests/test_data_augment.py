@@ -10,7 +10,7 @@ from test_data_image import photo
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
-from fastvlm_jax.data.augment import OPS, Crop, augment_into, read_params, sample, sample_crop, sample_ops, uniform
+from fastvlm_jax.images.augment import OPS, Crop, augment_into, read_params, sample, sample_crop, sample_ops, uniform
 
 BICUBIC = T.InterpolationMode.BICUBIC
 NEAREST = T.InterpolationMode.NEAREST

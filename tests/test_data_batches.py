@@ -11,15 +11,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small import ask, small_config
 
-from fastvlm_jax.data.geometry import make_sizes
 from fastvlm_jax.data.index import Counter, load_index
 from fastvlm_jax.data.pipeline import eval_batches, make_loader, open_sources, set_names
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.images.sizes import make_sizes
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.train_step import eval_step
 
 

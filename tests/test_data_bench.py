@@ -17,10 +17,10 @@ from small import small_config
 from fastvlm_jax.data import bench
 from fastvlm_jax.data.buffers import Buffers
 from fastvlm_jax.data.pipeline import make_builder
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 SIZES = ((160, 120), (80, 60), (50, 90))

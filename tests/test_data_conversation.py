@@ -4,8 +4,8 @@ import sentencepiece
 import transformers
 from test_data_tokenizer import json_file, llama_file, sentencepiece_file  # noqa: F401 (fixtures)
 
-from fastvlm_jax.data.conversation import TEMPLATES, end_mark, questions, render
-from fastvlm_jax.data.tokenizer import load_tokenizer
+from fastvlm_jax.text.conversation import TEMPLATES, end_mark, questions, render
+from fastvlm_jax.text.tokenizer import load_tokenizer
 
 TURNS = (("user", (0, "is it red?")), ("assistant", ("no",)), ("user", ("what color is it?",)), ("assistant", ("red",)))
 # transformers' own mask of what the assistant said, from a template marked by hand.

@@ -12,9 +12,9 @@ from test_data_pipeline import config, segments_of, sharding, take
 
 from fastvlm_jax.data.easy_vqa import caption, write_easy_vqa
 from fastvlm_jax.data.pipeline import eval_batches, make_loader
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.sources import read_shards
-from fastvlm_jax.data.tokenizer import load_tokenizer
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer
 
 SHAPES = {64: {"rows_per_group": 6, "row_length": 256}, 128: {"rows_per_group": 7, "row_length": 256}}
 HELD_OUT = set(range(0, 4000, 20))

@@ -14,7 +14,7 @@ import PIL.ImageOps
 import pytest
 import simplejpeg
 
-from fastvlm_jax.data.image import MAX_SCANS, decode, enough, fit_into, shrink, size_of, views_into
+from fastvlm_jax.images.decode import MAX_SCANS, decode, enough, fit_into, shrink, size_of, views_into
 
 
 def encode(image, **options):
@@ -397,7 +397,7 @@ def test_damaged_files_give_an_image_or_one_line(capfd, recwarn, caplog):
 
 PRINTS = """
 from test_data_image import FORMATS
-from fastvlm_jax.data.image import decode
+from fastvlm_jax.images.decode import decode
 for data in FORMATS.values():
     for share in (0.2, 0.5, 0.8):
         try:

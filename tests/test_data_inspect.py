@@ -21,11 +21,11 @@ from fastvlm_jax.data.inspect import Outputs, contents, inspect, usage
 from fastvlm_jax.data.inspect.page import data_uri, tokens_html
 from fastvlm_jax.data.inspect.samples import Piece, spell, take_samples
 from fastvlm_jax.data.inspect.text import percent, visible
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
-from fastvlm_jax.data.tokenizer import load_tokenizer
 from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 HOSTILE = (

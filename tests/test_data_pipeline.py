@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from fastvlm_jax.data.pipeline import eval_batches, make_loader
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 COUNT, GROUPS, BAD = 26, 8, 5
 COLORS = ["red", "green", "blue"]

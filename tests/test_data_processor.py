@@ -12,8 +12,8 @@ from test_data_tokenizer import json_file, llama_file, sentencepiece_file  # noq
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from fastvlm_jax.data.processor import Processor, load_processor
-from fastvlm_jax.data.tokenizer import load_tokenizer
+from fastvlm_jax.processor import Processor, load_processor
+from fastvlm_jax.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

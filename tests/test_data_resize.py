@@ -9,8 +9,8 @@ import torch_reference  # noqa: F401 (makes torchvision importable)
 from test_data_image import encode, photo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from fastvlm_jax.data.image import views_into
-from fastvlm_jax.data.resize import fit_into, tiles_into
+from fastvlm_jax.images.decode import views_into
+from fastvlm_jax.images.resize import fit_into, tiles_into
 
 BICUBIC = PIL.Image.Resampling.BICUBIC
 SIZES = [(64, 64), (50, 81), (81, 50), (600, 371), (33, 700), (256, 256), (1, 300), (7, 2), (1, 1)]

@@ -13,11 +13,11 @@ import PIL.Image
 import pytest
 from bucket_server import serve
 
-from fastvlm_jax.data.geometry import make_sizes
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.images.sizes import make_sizes
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 SCRIPT = pathlib.Path(__file__).parent / "data_process.py"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "it", "rains"]

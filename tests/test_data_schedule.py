@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from fastvlm_jax.data.facts import Bucket, Settings, find_unusable, make_facts
-from fastvlm_jax.data.geometry import Size, make_sizes
 from fastvlm_jax.data.index import RecordIndex
 from fastvlm_jax.data.packing import GroupShape, Lengths, fill_groups
 from fastvlm_jax.data.schedule import Schedule
+from fastvlm_jax.images.sizes import Size, make_sizes
 
 
 def index_of(records, sizes=None, shortest=None, unusable=None):

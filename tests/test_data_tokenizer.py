@@ -8,8 +8,8 @@ import sentencepiece
 import tokenizers
 import transformers
 
-from fastvlm_jax.data.bpe import bpe_tokenizer
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from fastvlm_jax.text.bpe import bpe_tokenizer
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 LINES = ["what color is it?", "is it red?", "red", "no", "user", "assistant"] * 20
 QWEN_SPLIT = (

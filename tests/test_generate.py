@@ -5,10 +5,10 @@ import pytest
 from flax import linen as nn
 from small import small_config
 
-from fastvlm_jax.data.processor import Processor
-from fastvlm_jax.data.tokenizer import load_tokenizer
 from fastvlm_jax.generate import generate, generate_tokens, sample, until
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.train_step import inputs
 
 QUESTIONS = ["what color is the shape?", "is there a red triangle in the image or is it a blue circle?", "why?"]

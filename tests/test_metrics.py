@@ -19,10 +19,10 @@ from small import ask, small_config
 from fastvlm_jax import metrics, model_io, profiling, tracking
 from fastvlm_jax.data.pipeline import Flow
 from fastvlm_jax.data.record import Record
-from fastvlm_jax.data.tokenizer import train_sentencepiece
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.metrics import read_metrics
 from fastvlm_jax.models import fastvlm as models
+from fastvlm_jax.text.tokenizer import train_sentencepiece
 from fastvlm_jax.train import train
 
 TESTS = pathlib.Path(__file__).parent

@@ -14,9 +14,9 @@ from small import small_config
 
 from fastvlm_jax import convert, model_io, optim, sharding
 from fastvlm_jax.convert.mapping import LINEAR, Leaf
-from fastvlm_jax.data.processor import Processor
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.train import adapt, state_of
 
 

@@ -4,9 +4,9 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
-from fastvlm_jax.data.conversation import questions
 from fastvlm_jax.data.sources import RecordSource, read_shards
 from fastvlm_jax.evaluate import Result, accuracy, answer_records, question_text
+from fastvlm_jax.text.conversation import questions
 
 
 def evaluate(

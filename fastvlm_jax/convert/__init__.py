@@ -13,8 +13,8 @@ from fastvlm_jax.convert import causal_lm, encoder, fastvlm, gguf, llava, native
 from fastvlm_jax.convert.files import DTYPES, gguf_file, new_folder, recognise
 from fastvlm_jax.convert.mapping import described, to_jax
 from fastvlm_jax.convert.native import read_lineage
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.models.fold import fold_variables
+from fastvlm_jax.processor import Processor
 
 __all__ = ["LAYOUTS", "load_weights", "read_lineage", "recognise", "write"]
 

@@ -8,9 +8,9 @@ from typing import Any
 from fastvlm_jax.convert.decoder import decoder_rows, read_text_config, text_config
 from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.convert.mapping import Tensor, described, shapes_of, to_jax, to_torch
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
+from fastvlm_jax.processor import Processor
 
 INVERSE_FREQUENCIES = "rotary_emb.inv_freq"  # in files of transformers before 4.32; computed from rope_theta
 

@@ -17,10 +17,10 @@ from fastvlm_jax.convert.decoder import decoder_rows, expect, read_text_config, 
 from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.convert.mapping import LINEAR, SAME, Row, described, shapes_of, to_jax, to_torch
 from fastvlm_jax.convert.timm import tower_rows
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
+from fastvlm_jax.processor import Processor
 
 MODEL_TYPE = "fast_vlm"
 EMBEDDING = "model.language_model.embed_tokens.weight"

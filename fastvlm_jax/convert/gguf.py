@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from fastvlm_jax.convert.decoder import MAX_SIZE
 from fastvlm_jax.convert.mapping import LINEAR, MAX_LAYERS, SAME, Row
-from fastvlm_jax.data.bpe import JsonTokenizer, bpe_tokenizer
+from fastvlm_jax.text.bpe import JsonTokenizer, bpe_tokenizer
 
 ARCHITECTURES = {"llama": False, "qwen2": True}  # whether q, k and v have biases
 PLAIN = {Kind.F32: ("F32", np.float32), Kind.F16: ("F16", np.float16), Kind.BF16: ("BF16", ml_dtypes.bfloat16)}

@@ -15,10 +15,10 @@ from fastvlm_jax.convert import apple, causal_lm, encoder, fastvlm
 from fastvlm_jax.convert.decoder import decoder_rows, expect, read_text_config, text_config
 from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.models import fastvlm as model_lib
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
+from fastvlm_jax.processor import Processor
 
 TOWER = "mobileclip_l"
 PREFIX = "model.vision_tower.vision_tower.model."

@@ -25,16 +25,16 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from fastvlm_jax.data import image as image_lib
-from fastvlm_jax.data import processor as processor_lib
+from fastvlm_jax import processor as processor_lib
 from fastvlm_jax.data.bench_dataloader import start_dataloaders
-from fastvlm_jax.data.geometry import Grid, Size, slots_of
 from fastvlm_jax.data.groups import BatchBuilder
 from fastvlm_jax.data.pipeline import Loader, make_builder
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
-from fastvlm_jax.data.resize import tiles_into
 from fastvlm_jax.data.sources import RecordSource
+from fastvlm_jax.images import decode as image_lib
+from fastvlm_jax.images.resize import tiles_into
+from fastvlm_jax.images.sizes import Grid, Size, slots_of
+from fastvlm_jax.processor import Processor
 
 ROUNDS = 5
 PARTS = ("read", "decode", "resize", "tokenize", "pack", "copy")

@@ -10,11 +10,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
-from fastvlm_jax.data.conversation import TEMPLATES
 from fastvlm_jax.data.groups import BatchBuilder
-from fastvlm_jax.data.image_header import read_header
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
+from fastvlm_jax.images.header import read_header
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.conversation import TEMPLATES
 
 _SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "bench_dataloader.py"
 _BATCH = 8

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_manifest
-from fastvlm_jax.data.tokenizer import train_sentencepiece
 from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.text.tokenizer import train_sentencepiece
 
 IMAGES = {"train": 4000, "test": 1000}
 QUESTIONS = {"train": 38_575, "test": 9_673}

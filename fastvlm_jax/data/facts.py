@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastvlm_jax.data.geometry import Grid, Size, best_grid, slots_of
 from fastvlm_jax.data.index import RecordIndex
 from fastvlm_jax.data.packing import GroupShape, Lengths, fits_alone
+from fastvlm_jax.images.sizes import Grid, Size, best_grid, slots_of
 
 OVERLONG = ("truncate", "reject")
 

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 from fastvlm_jax.data.buffers import Buffers
-from fastvlm_jax.data.conversation import Segment, shortened
-from fastvlm_jax.data.geometry import Size, slots_of
-from fastvlm_jax.data.image import size_of, views_into
 from fastvlm_jax.data.index import FOLDER, talks_of
 from fastvlm_jax.data.packing import GroupShape
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.schedule import Place, Placement, Schedule
 from fastvlm_jax.data.sources import RecordSource
+from fastvlm_jax.images.decode import size_of, views_into
+from fastvlm_jax.images.sizes import Size, slots_of
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.conversation import Segment, shortened
 
 MAX_TRIES = 100  # records that are tried in the place of one that cannot be used
 _TOGETHER = 16  # records that are read and tokenized before their images are decoded

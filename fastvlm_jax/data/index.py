@@ -25,11 +25,11 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from fastvlm_jax.data.conversation import TEMPLATES, Turn, questions, render, shortened
-from fastvlm_jax.data.image import size_of
 from fastvlm_jax.data.record import Record, check
 from fastvlm_jax.data.sources import RecordSource, read_shards
-from fastvlm_jax.data.tokenizer import Tokenizer
+from fastvlm_jax.images.decode import size_of
+from fastvlm_jax.text.conversation import TEMPLATES, Turn, questions, render, shortened
+from fastvlm_jax.text.tokenizer import Tokenizer
 
 TURNS = ("separate", "conversation")
 FOLDER = "index"
@@ -42,7 +42,7 @@ class Counter:
     """Counts the tokens of a record's texts.
 
     Attributes:
-      tokenizer: see tokenizer.py.
+      tokenizer: see text/tokenizer.py.
       template: a name in conversation.TEMPLATES.
       turns: "separate" or "conversation", see `talks_of`.
     """

@@ -24,10 +24,10 @@ from fastvlm_jax.data.facts import Bucket, Settings
 from fastvlm_jax.data.groups import Arrays, BatchBuilder, Substituted
 from fastvlm_jax.data.index import Counter, load_index
 from fastvlm_jax.data.packing import GroupShape
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.replaced import Replaced
 from fastvlm_jax.data.schedule import Schedule
 from fastvlm_jax.data.sources import RecordSource, read_manifest, read_shards
+from fastvlm_jax.processor import Processor
 
 DECODERS = ("fast", "exact")
 _AHEAD = 2  # batches on their way to the devices

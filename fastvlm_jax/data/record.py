@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from fastvlm_jax.data.conversation import Turn, split_system
+from fastvlm_jax.text.conversation import Turn, split_system
 
 # Far more than data sets have; the index counts to 65,535, and what is done about long texts is not for longer ones.
 MAX_IMAGES, MAX_TURNS = 1_000, 4_000

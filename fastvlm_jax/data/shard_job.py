@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from fastvlm_jax.data.image import decode, shrink, size_of
 from fastvlm_jax.data.index import Counter, ShardIndex
 from fastvlm_jax.data.readers import Options, Part, reader
 from fastvlm_jax.data.record import Record, Rejected, check, pack
-from fastvlm_jax.data.tokenizer import load_tokenizer
+from fastvlm_jax.images.decode import decode, shrink, size_of
+from fastvlm_jax.text.tokenizer import load_tokenizer
 
 VALIDATION = "validation"
 _REPORT_EVERY = 0.25  # seconds

@@ -16,9 +16,9 @@ from torch_reference import jit, randomise, relative, timm, to_nchw, transformer
 import fastvlm_jax
 from fastvlm_jax import convert, model_io
 from fastvlm_jax.convert.mapping import read_tree
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from fastvlm_jax.generate import generate_tokens
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 BFLOAT16 = ml_dtypes.bfloat16
 TEXT = dict(

@@ -20,9 +20,9 @@ import tokenizers
 import transformers
 from sentencepiece import sentencepiece_model_pb2 as spm_format
 
-from fastvlm_jax.data.clip_tokenizer import load_clip_tokenizer
-from fastvlm_jax.data.conversation import TEMPLATES, render
-from fastvlm_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from fastvlm_jax.text.clip_tokenizer import load_clip_tokenizer
+from fastvlm_jax.text.conversation import TEMPLATES, render
+from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 CACHE = pathlib.Path(__file__).parents[2] / ".pytest_cache"
 MARKS = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<image>", "<s>", "</s>", "<unk>", "<0x0A>"]

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastvlm_jax.data.bpe import END, IMAGE, PAD, START
-from fastvlm_jax.data.geometry import Size, slots_of
 from fastvlm_jax.data.groups import Arrays, BatchBuilder, Substituted
-from fastvlm_jax.data.image_header import read_header
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.schedule import BatchPlan, Place
-from fastvlm_jax.data.tokenizer import Tokenizer
+from fastvlm_jax.images.header import read_header
+from fastvlm_jax.images.sizes import Size, slots_of
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.bpe import END, IMAGE, PAD, START
+from fastvlm_jax.text.tokenizer import Tokenizer
 
 _BATCHES = 4  # that the samples are spread over, so that several buckets are seen
 _ONE_CHARACTER = 4  # bytes, so tokens, of a character at most

@@ -15,9 +15,9 @@ from fastvlm_jax.data.facts import Facts, make_facts
 from fastvlm_jax.data.index import Counter, RecordIndex, load_index
 from fastvlm_jax.data.inspect.contents import Counts, Reasons, histogram, most_frequent, some
 from fastvlm_jax.data.pipeline import make_buckets, make_schedule, set_names
-from fastvlm_jax.data.processor import Processor
 from fastvlm_jax.data.schedule import Schedule
 from fastvlm_jax.data.sources import RecordSource
+from fastvlm_jax.processor import Processor
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)  # tokens
 QUANTILES = (0, 10, 50, 90, 99, 100)  # %

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from fastvlm_jax.data.conversation import Turn
+from fastvlm_jax.text.conversation import Turn
 
 MARK = "<image>"
 ROLES = {

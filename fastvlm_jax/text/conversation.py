@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fastvlm_jax.data.tokenizer import Offsets, Tokenizer
+from fastvlm_jax.text.tokenizer import Offsets, Tokenizer
 
 Content = Sequence[str | int]  # text, and images as their number in the record
 Turn = tuple[str, Content]  # ("system" | "user" | "assistant", content)

@@ -13,7 +13,7 @@ import regex
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from fastvlm_jax.data.bpe import byte_spelling
+from fastvlm_jax.text.bpe import byte_spelling
 
 NUM_MERGES = 48_894
 MAX_BYTES = 1 << 24  # of the merges file unpacked; CLIP's has 3 MB

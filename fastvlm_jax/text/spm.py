@@ -13,7 +13,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as spm_format
 from tokenizers import decoders, models, normalizers, processors
 
-from fastvlm_jax.data.bpe import (
+from fastvlm_jax.text.bpe import (
     END,
     IMAGE,
     MAX_TOKEN,

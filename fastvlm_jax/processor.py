@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.data import image as image_lib
-from fastvlm_jax.data.bpe import read_settings
-from fastvlm_jax.data.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render
-from fastvlm_jax.data.geometry import Grid, Size, best_grid, nearest, slots_of
-from fastvlm_jax.data.resize import fit_into, tiles_into
-from fastvlm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from fastvlm_jax.images import decode as image_lib
+from fastvlm_jax.images.resize import fit_into, tiles_into
+from fastvlm_jax.images.sizes import Grid, Size, best_grid, nearest, slots_of
+from fastvlm_jax.text.bpe import read_settings
+from fastvlm_jax.text.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render
+from fastvlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # of transformers' processor, which joins tokenizer and image settings
@@ -33,7 +33,7 @@ class Processor:
     """Turns images and texts into a Batch.
 
     Attributes:
-      tokenizer: see tokenizer.py.
+      tokenizer: see text/tokenizer.py.
       template: a name in conversation.TEMPLATES.
       image_size: side of the square the model sees, pixels; 0 for a model of text alone.
       tokens_per_image: feature vectors that the model makes of one image.

@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
-from fastvlm_jax.data.image_header import MAX_SIDE, Header, chunk, open_with_pillow, read_header, unreadable
-from fastvlm_jax.data.resize import crop_scaled, fit_into, pad_scaled, resize, room_for, tiled_scaled, tiles_into
+from fastvlm_jax.images.header import MAX_SIDE, Header, chunk, open_with_pillow, read_header, unreadable
+from fastvlm_jax.images.resize import crop_scaled, fit_into, pad_scaled, resize, room_for, tiled_scaled, tiles_into
 
 __all__ = ["MAX_SIDE", "decode", "fit_into", "shrink", "size_of", "views_into"]
 

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import sentencepiece
 
-from fastvlm_jax.data import bpe
-from fastvlm_jax.data.bpe import END, IMAGE, PAD, START, Offsets, bpe_tokenizer
-from fastvlm_jax.data.spm import SentencePieceTokenizer
+from fastvlm_jax.text import bpe
+from fastvlm_jax.text.bpe import END, IMAGE, PAD, START, Offsets, bpe_tokenizer
+from fastvlm_jax.text.spm import SentencePieceTokenizer
 
 __all__ = ["END", "IMAGE", "PAD", "START", "Tokenizer", "bpe_tokenizer", "load_tokenizer", "train_sentencepiece"]
 

@@ -12,7 +12,7 @@ import PIL.Image
 import PIL.ImageEnhance
 import PIL.ImageOps
 
-from fastvlm_jax.data.resize import fit_into
+from fastvlm_jax.images.resize import fit_into
 
 # Their order is the number of each in paug.json.
 OPS = (

@@ -25,7 +25,7 @@ from fastvlm_jax.convert.mapping import SAME, Leaf
 from fastvlm_jax.data.pipeline import Loader
 from fastvlm_jax.json_file import read_object
 from fastvlm_jax.processor import Processor
-from fastvlm_jax.train_step import TrainState
+from fastvlm_jax.train_state import TrainState
 
 FORMAT = "fastvlm_jax workdir"
 SHARED_WRITE_BYTES = 2**20  # replicas share in writing an array of this size; each shape of a part is a compilation

@@ -256,7 +256,7 @@ def bench(argv: list[str]) -> None:
     from fastvlm_jax import model_io, sharding
     from fastvlm_jax.data.bench import bench_input, describe
     from fastvlm_jax.models import fastvlm
-    from fastvlm_jax.train import make_processor
+    from fastvlm_jax.stage import make_processor
 
     config = fv.config
     config_lib.validate(config)

@@ -1,9 +1,7 @@
-"""The state, the loss and the pure functions of one step: no config, no input or output."""
+"""The loss and the pure functions of one step: no config, no input or output."""
 
 from functools import partial
-from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,16 +9,7 @@ import optax
 from fastvlm_jax import optim
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.models.fastvlm import FastVLM
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that the next step depends on, beside its batch."""
-
-    step: jax.Array  # int32 []: optimizer steps done, and batches consumed
-    params: Any  # nested dicts: vision/, projector/, llm/
-    batch_stats: Any  # BatchNorm statistics of vision/
-    opt_state: Any  # slots of the trainable parameters only
+from fastvlm_jax.train_state import TrainState
 
 
 def inputs(batch: Batch) -> dict[str, jax.Array]:

@@ -8,7 +8,7 @@ import pytest
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import model_io, optim, sharding
 from fastvlm_jax.models import fastvlm
-from fastvlm_jax.train import state_of
+from fastvlm_jax.train_state import state_of
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 CASES = [(p.stem, size) for p in CONFIGS.glob("stage*.py") for size in ("0.5b", "1.5b", "7b")]

@@ -16,8 +16,9 @@ from fastvlm_jax import convert, model_io, optim, sharding
 from fastvlm_jax.convert.mapping import LINEAR, Leaf
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.processor import Processor
+from fastvlm_jax.stage import adapt
 from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
-from fastvlm_jax.train import adapt, state_of
+from fastvlm_jax.train_state import state_of
 
 
 class Recorded:

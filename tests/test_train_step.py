@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from small import small_config
 
-from fastvlm_jax import model_io, sharding, train
+from fastvlm_jax import model_io, sharding, stage
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.models import fastvlm
 
@@ -51,7 +51,7 @@ def steps(batch, count=2, mesh=(1, 1, 1, 1), num_sources=1, born=False, **settin
     model = fastvlm.build(**config.model.to_dict())
     mesh = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
     with jax.set_mesh(mesh):
-        step = train.make_step(config, model, mesh, steps=10, num_sources=num_sources)
+        step = stage.make_step(config, model, mesh, steps=10, num_sources=num_sources)
         state = step.make_state(jax.random.key(0), None if born else initial())
         placed = jax.device_put(batch, sharding.batch_sharding(mesh))
         losses = []
@@ -137,8 +137,8 @@ def test_a_frozen_table_has_no_gradient(learns, products):
     config = small_config("", model__vision__batch_norm="frozen", groups=groups)
     model, mesh = fastvlm.build(**config.model.to_dict()), sharding.make_mesh((1, 1, 4, 2))
     with jax.set_mesh(mesh):
-        step = train.make_step(config, model, mesh, steps=10)
-        text = step.fn.lower(step.abstract, train.abstract_batch(config, model, mesh)).compile().as_text()
+        step = stage.make_step(config, model, mesh, steps=10)
+        text = step.fn.lower(step.abstract, stage.abstract_batch(config, model, mesh)).compile().as_text()
     assert len(set(re.findall(r"n[cd],[nc]d->[a-z]+", text))) == products
 
 
@@ -153,7 +153,7 @@ def test_a_frozen_table_has_no_gradient(learns, products):
 )
 def test_settings_that_mean_nothing_are_refused(tmp_path, key, value, words):
     with pytest.raises(ValueError, match=words):
-        train.train(small_config("/nowhere", **{key: value}), tmp_path / "run", jax.devices()[:1])
+        train(small_config("/nowhere", **{key: value}), tmp_path / "run", jax.devices()[:1])
 
 
 def test_an_unknown_remat_policy_is_refused():
@@ -180,8 +180,8 @@ def test_parameters_are_gathered_once_each_way_and_gradients_reduced_once(batch,
     model = fastvlm.build(**config.model.to_dict())
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        step = train.make_step(config, model, mesh, steps=10)
-        compiled = step.fn.lower(step.abstract, train.abstract_batch(config, model, mesh)).compile()
+        step = stage.make_step(config, model, mesh, steps=10)
+        compiled = step.fn.lower(step.abstract, stage.abstract_batch(config, model, mesh)).compile()
     state = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(step.abstract))
     assert compiled.memory_analysis().alias_size_in_bytes >= state  # the new state takes the place of the old one
     text, moved = compiled.as_text(), {}

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax import sharding, train
+from fastvlm_jax import sharding, stage
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data import index
 from fastvlm_jax.generate import generate_tokens
@@ -59,8 +59,8 @@ def lower_step(config, model: FastVLM, mesh: jax.sharding.Mesh):
     """(lowered train step, abstract state, abstract batch) of a config: what `fastvlm train` runs on that mesh."""
     sources = 1 if config.data.path else max(1, len(config.data.mixture))  # as train.open_sources
     with jax.set_mesh(mesh):
-        step = train.make_step(config, model, mesh, steps=STEPS, num_sources=sources)
-        batch = train.abstract_batch(config, model, mesh)
+        step = stage.make_step(config, model, mesh, steps=STEPS, num_sources=sources)
+        batch = stage.abstract_batch(config, model, mesh)
         return step.fn.lower(step.abstract, batch), step.abstract, batch
 
 

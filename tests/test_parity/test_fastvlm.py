@@ -17,7 +17,8 @@ from fastvlm_jax.convert import fastvlm as layout
 from fastvlm_jax.convert.decoder import text_config
 from fastvlm_jax.convert.mapping import read_tree, shapes_of, to_jax
 from fastvlm_jax.models import fastvlm
-from fastvlm_jax.train_step import TrainState, train_step
+from fastvlm_jax.train_state import TrainState
+from fastvlm_jax.train_step import train_step
 
 VISION = dict(layers=(2, 1, 2, 1), embed_dims=(8, 16, 16, 96), mixers=("repmixer", "repmixer", "repmixer", "attention"))
 LLM = dict(vocab_size=96, width=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=112, rope_theta=1e4)

@@ -14,7 +14,7 @@ from fastvlm_jax.data.inspect.samples import take_samples
 from fastvlm_jax.data.pipeline import open_sources
 from fastvlm_jax.data.sources import RecordSource, read_shards
 from fastvlm_jax.models import fastvlm
-from fastvlm_jax.train import make_processor
+from fastvlm_jax.stage import make_processor
 
 
 @dataclasses.dataclass(frozen=True)

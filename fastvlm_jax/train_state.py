@@ -1,0 +1,71 @@
+"""The state of training, and how it is born sharded."""
+
+from functools import partial
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fastvlm_jax import optim, sharding
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.fastvlm import FastVLM
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that the next step depends on, beside its batch."""
+
+    step: jax.Array  # int32 []: optimizer steps done, and batches consumed
+    params: Any  # nested dicts: vision/, projector/, llm/
+    batch_stats: Any  # BatchNorm statistics of vision/
+    opt_state: Any  # slots of the trainable parameters only
+
+
+def state_of(
+    model: FastVLM, optimizer, groups: optim.Groups, mesh, *, param_dtype: str = "float32", shard_frozen: bool = True
+):
+    """(make_state, abstract): see Step."""
+
+    def build(params, batch_stats) -> TrainState:
+        params = jax.tree.map(lambda x: x.astype(param_dtype), params)
+        trainable, _ = optim.split(params, groups)
+        # The slots are made from float32: Adam's second moment would not move in bfloat16.
+        slots = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), trainable))
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, slots)
+
+    def fresh(rng) -> TrainState:
+        variables = fastvlm.init_variables(model, rng)
+        return build(variables["params"], variables.get("batch_stats", {}))
+
+    variables = fastvlm.boxed_variables(model)
+    boxed = jax.eval_shape(build, variables["params"], variables["batch_stats"])
+    _, frozen = optim.split(nn.unbox(boxed.params), groups)
+    whole = {} if shard_frozen else {f"params/{path}" for path in frozen}
+    shardings = sharding.shardings_of(boxed, mesh, whole.__contains__)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
+
+    def make_state(rng, variables) -> TrainState:
+        if variables is None:
+            return jax.jit(lambda rng: nn.unbox(fresh(rng)), out_shardings=shardings)(rng)
+        wanted = {"params": shardings.params, "batch_stats": shardings.batch_stats}
+        dtypes = {"params": param_dtype, "batch_stats": "float32"}
+        missing = {
+            name: {p: s for p, s in tree.items() if p not in variables.get(name, {})} for name, tree in wanted.items()
+        }
+
+        def rest(rng):
+            made = nn.unbox(fastvlm.init_variables(model, rng))
+            return {name: {part: made[name][part] for part in parts} for name, parts in missing.items()}
+
+        initialized = jax.jit(rest, out_shardings=missing)(rng) if any(missing.values()) else missing
+        whole = {}
+        for name, tree in wanted.items():
+            given = {part: layouts for part, layouts in tree.items() if part not in missing[name]}
+            place = partial(sharding.place, dtype=jnp.dtype(dtypes[name]))
+            placed = jax.tree.map(place, {part: variables[name][part] for part in given}, given)
+            whole[name] = {**initialized[name], **placed}
+        return jax.jit(build, out_shardings=shardings)(whole["params"], whole["batch_stats"])
+
+    return make_state, abstract

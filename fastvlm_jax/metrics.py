@@ -11,26 +11,10 @@ import tensorboardX
 import tqdm
 
 from fastvlm_jax import flops
+from fastvlm_jax.chips import PEAK_FLOPS
 from fastvlm_jax.data.pipeline import Flow
 from fastvlm_jax.models.fastvlm import FastVLM
-from fastvlm_jax.preflight.topology import GENERATIONS
 from fastvlm_jax.tracking import Tracker
-
-# Peak bf16 FLOP/s of a chip by the start of JAX's device_kind, without sparsity. NVIDIA: the data sheets of A100, H100
-# and H200 (https://www.nvidia.com/en-us/data-center/h200/), SXM unless the name says another form.
-PEAK_FLOPS = {
-    "TPU v4": GENERATIONS["v4"].flops,
-    "TPU v5 lite": GENERATIONS["v5e"].flops,
-    "TPU v5": GENERATIONS["v5p"].flops,
-    "TPU v6 lite": GENERATIONS["v6e"].flops,
-    "TPU7x": GENERATIONS["v7x"].flops,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-}
 
 
 class MetricsWriter:

@@ -15,6 +15,7 @@ from small import small_config
 from fastvlm_jax import model_io, sharding, stage
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.train import train
 
 
 @pytest.fixture(scope="module")

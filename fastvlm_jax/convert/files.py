@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fastvlm_jax.convert.mapping import FLOATS, Outgoing, Tensor
-from fastvlm_jax.json_file import read_object
+from fastvlm_jax.files import read_object
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
 # What config.json calls itself (`format`, or else `model_type`), and the layout that it is of.

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm_jax.data.index import FOLDER as INDEX
-from fastvlm_jax.data.shard_job import Job, put_in_place, write_whole
+from fastvlm_jax.data.shard_job import Job
 from fastvlm_jax.data.sources import MANIFEST
+from fastvlm_jax.files import put_in_place, write_whole
 
 REJECTED = "rejected.jsonl"
 

@@ -9,7 +9,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from fastvlm_jax.data.record import unpack
-from fastvlm_jax.data.shard_job import Job, Shard, load_keys, save_keys, write_whole
+from fastvlm_jax.data.shard_job import Job, Shard, load_keys, save_keys
+from fastvlm_jax.files import write_whole
 
 
 def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None:

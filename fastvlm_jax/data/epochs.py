@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from fastvlm_jax.data.index import save_arrays
+from fastvlm_jax.files import save_arrays
 
 _FILES = 16  # epochs kept on disk
 

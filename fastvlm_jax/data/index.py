@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import pathlib
 import sys
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +26,7 @@ from etils import epath
 
 from fastvlm_jax.data.record import Record, check
 from fastvlm_jax.data.sources import RecordSource, read_shards
+from fastvlm_jax.files import cache_folder, save_arrays
 from fastvlm_jax.images.decode import size_of
 from fastvlm_jax.text.conversation import TEMPLATES, Turn, questions, render, shortened
 from fastvlm_jax.text.tokenizer import Tokenizer
@@ -190,25 +190,6 @@ class ShardIndex:
                 arrays["reasons"] = np.array(list(self._unusable.values()), "U200")
             path = folder / f"{shard.name}.{kind}.npz"
             save_arrays(path, arrays)
-
-
-def save_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz file that appears whole, whichever of several hosts writes it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".partial", delete=False) as file:
-        try:
-            np.savez(file, **arrays)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def cache_folder() -> pathlib.Path:
-    """Where what can be computed again is kept: $FASTVLM_CACHE, else fastvlm_jax in the user's cache folder."""
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastvlm_jax"
-    return pathlib.Path(os.environ.get("FASTVLM_CACHE") or default).expanduser()
 
 
 def load_index(source: RecordSource, counter: Counter) -> RecordIndex:

@@ -23,8 +23,9 @@ import numpy as np
 
 from fastvlm_jax.data.epochs import Epoch, read_epoch, write_epoch
 from fastvlm_jax.data.facts import Settings, find_unusable, make_facts
-from fastvlm_jax.data.index import RecordIndex, cache_folder
+from fastvlm_jax.data.index import RecordIndex
 from fastvlm_jax.data.packing import LOOKAHEAD, fill_groups, place
+from fastvlm_jax.files import cache_folder
 from fastvlm_jax.images.sizes import nearest
 
 _VERSION = 1  # of the algorithm: another order is another number

@@ -24,6 +24,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from fastvlm_jax.data.index import Counter, ShardIndex
 from fastvlm_jax.data.readers import Options, Part, reader
 from fastvlm_jax.data.record import Record, Rejected, check, pack
+from fastvlm_jax.files import put_in_place, sha256, write_whole
 from fastvlm_jax.images.decode import decode, shrink, size_of
 from fastvlm_jax.text.tokenizer import load_tokenizer
 
@@ -128,28 +129,6 @@ def _told(path: pathlib.Path, action: Callable) -> Any:
     except (RuntimeError, ValueError) as error:
         line = (str(error).splitlines() or [""])[0]
         raise OSError(f"{path} cannot be written: {line}"[:300]) from error
-
-
-def put_in_place(partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Renames a written file when it has reached the disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file that appears under its name only whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        put_in_place(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_of(key: str) -> int:

@@ -28,10 +28,11 @@ from fastvlm_jax.data.assemble import assemble, save_manifest
 from fastvlm_jax.data.duplicates import drop_duplicates
 from fastvlm_jax.data.readers import Options, Part, reader, recognise
 from fastvlm_jax.data.record import Record, pack
-from fastvlm_jax.data.shard_job import VALIDATION, Job, Settings, Shard, read_facts, write_whole
+from fastvlm_jax.data.shard_job import VALIDATION, Job, Settings, Shard, read_facts
 from fastvlm_jax.data.sources import incomplete_shards, read_manifest
 from fastvlm_jax.data.summary import Summary, summarise
 from fastvlm_jax.data.workers import share_out
+from fastvlm_jax.files import write_whole
 
 _MAX_QUESTIONS = 1 << 20  # bytes
 _SMALL_FILES = 64 << 20  # whole files share a job up to this size together

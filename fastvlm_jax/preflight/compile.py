@@ -21,9 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax import sharding, stage
+from fastvlm_jax import files, sharding, stage
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.data import index
 from fastvlm_jax.generate import generate_tokens
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -201,7 +200,7 @@ def _key(text: str, slices: Slice, mesh: jax.sharding.Mesh, options: dict[str, s
 
 def cache_folder() -> pathlib.Path:
     """Where compiled programs are kept: $FASTVLM_CACHE/preflight, else in fastvlm_jax in the user's cache folder."""
-    return index.cache_folder() / FOLDER
+    return files.cache_folder() / FOLDER
 
 
 def _write(file: pathlib.Path, content: bytes) -> None:

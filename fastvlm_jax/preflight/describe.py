@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from fastvlm_jax.preflight.topology import GB, GiB
+from fastvlm_jax.chips import GB, GiB
 
 
 def table(rows: list[list[str]], indent: str = "  ") -> str:

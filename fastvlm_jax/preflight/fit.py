@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
+from fastvlm_jax.chips import GENERATIONS, GiB
 from fastvlm_jax.models.fastvlm import make_encoder
-from fastvlm_jax.preflight.topology import GENERATIONS, GiB, Slice
+from fastvlm_jax.preflight.topology import Slice
 
 
 def regrouped(config, shards: int, accumulate: int = 1) -> dict[str, int]:

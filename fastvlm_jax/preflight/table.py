@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
+from fastvlm_jax.chips import GB
 from fastvlm_jax.preflight.describe import gib, ms, short, si
-from fastvlm_jax.preflight.topology import GB
 
 
 class Case(NamedTuple):

@@ -9,75 +9,14 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
 
 import jax
 
+from fastvlm_jax.chips import GENERATIONS, Generation
 from fastvlm_jax.xla_flags import NO_TPU
-
-GB, GiB = 10**9, 2**30
 
 # What the TPU compiler reads when it is loaded, so that it does not look for a TPU or for another process's.
 ENVIRONMENT = {**NO_TPU, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """A TPU generation. Figures are those of a chip unless they say a device; v7x has two devices a chip, others one.
-
-    Attributes:
-      prefix: of the compiler's name for it.
-      flops: peak bf16 FLOP/s. hbm_bandwidth: bytes/s.
-      flops_per_cycle: of a chip's matrix units, which with `flops` gives the clock.
-      hbm_limit: bytes of a device that the compiler lets a program use, as its own message says; less than the HBM.
-      link: bytes/s of one ICI link in one direction. dcn: bytes/s of a chip's share of its host's network.
-      shapes: slices that Cloud TPU offers; of three axes also larger ones of whole 4x4x4 cubes, up to `largest` chips.
-      ring: the length from which an axis is closed to a ring by default; 0 = any axis of a slice of whole cubes.
-    """
-
-    prefix: str
-    flops: float
-    flops_per_cycle: int
-    hbm: float
-    hbm_bandwidth: float
-    hbm_limit: float
-    link: float
-    dcn: float
-    shapes: Sequence[tuple[int, ...]]
-    largest: int
-    ring: int
-    devices_per_chip: int = 1
-
-    @property
-    def clock(self) -> float:
-        """Cycles a second."""
-        return self.flops / self.flops_per_cycle
-
-
-FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16))
-# Peak, HBM, ICI and the shapes: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, seen in 2026. A link is
-# the page's "bidirectional ICI bandwidth per chip" over 2 directions and 4 links (v5e, v6e) or 6; v4's is 50 GB/s, by
-# table 4 of arXiv 2304.01433. DCN: v5e 2 x 100 Gbit/s and v6e 4 x 200 Gbit/s a host of 8 chips, v5p 50 Gbit/s a chip
-# (the same pages); v4 and v7x are taken as v5p, the pages name none. Matrix units: v4, v5e and v5p have 4 a core of
-# 128 x 128, v6e and v7x 2 of 256 x 256 that the compiler counts at twice that a cycle. hbm_limit: libtpu 0.0.52.
-GENERATIONS = {
-    "v4": Generation(
-        "v4", 275e12, 262_144, 32 * GiB, 1200 * GB, 30.75 * GiB, 50 * GB, 6.25 * GB, DEEP, 4096, 0
-    ),
-    "v5e": Generation(
-        "v5e", 197e12, 131_072, 16 * GiB, 819 * GB, 15.75 * GiB, 50 * GB, 3.125 * GB, FLAT, 256, 16
-    ),
-    "v5p": Generation(
-        "v5p", 459e12, 262_144, 95 * GiB, 2765 * GB, 95.73 * GiB, 100 * GB, 6.25 * GB, DEEP, 6144, 0
-    ),
-    "v6e": Generation(
-        "v6e", 918e12, 524_288, 32 * GiB, 1600 * GB, 31.24 * GiB, 100 * GB, 12.5 * GB, FLAT, 256, 16
-    ),
-    "v7x": Generation(
-        "tpu7x", 2307e12, 1_048_576, 192 * GiB, 7380 * GB, 94.74 * GiB, 100 * GB, 6.25 * GB, DEEP, 9216, 0, 2
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,9 @@ import tqdm
 from etils import epath
 
 from fastvlm_jax.data.assemble import REJECTED, split_of
-from fastvlm_jax.data.index import FOLDER, ShardIndex, cache_folder
+from fastvlm_jax.data.index import FOLDER, ShardIndex
 from fastvlm_jax.data.sources import RecordSource, incomplete_shards, read_manifest, read_shards
+from fastvlm_jax.files import cache_folder
 from fastvlm_jax.images.header import read_header
 
 READ = 500  # records that are read for what no index tells

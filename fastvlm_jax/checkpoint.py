@@ -22,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from fastvlm_jax import distributed
 from fastvlm_jax.config import differences
 from fastvlm_jax.convert.mapping import SAME, Leaf
-from fastvlm_jax.data.pipeline import Loader
+from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.files import read_object
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.train_state import TrainState

@@ -175,7 +175,8 @@ def write_data(argv: list[str]) -> None:
     flags.DEFINE_bool("verify", False, "decode every image in full", flag_values=fv)
     flags.DEFINE_bool("overwrite", False, "replace what is there of another source or settings", flag_values=fv)
     parse(fv, argv, required=("source", "output"))
-    from fastvlm_jax.data import progress, write
+    from fastvlm_jax.data import write
+    from fastvlm_jax.data.write import progress
 
     settings = write.Settings(
         split=fv.split, validation_share=fv.validation_share, max_side=fv.max_side, quality=fv.quality,
@@ -224,7 +225,7 @@ def easy_vqa_data(argv: list[str]) -> None:
     fv = flags.FlagValues()
     flags.DEFINE_string("output", None, "folder for the shards", flag_values=fv)
     parse(fv, argv, required=("output",))
-    from fastvlm_jax.data.easy_vqa import write_easy_vqa
+    from fastvlm_jax.data.sets.easy_vqa import write_easy_vqa
 
     print(f"{fv.output}: {write_easy_vqa(fv.output)}")
 

@@ -12,7 +12,7 @@ import tqdm
 
 from fastvlm_jax import flops
 from fastvlm_jax.chips import PEAK_FLOPS
-from fastvlm_jax.data.pipeline import Flow
+from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.tracking import Tracker
 

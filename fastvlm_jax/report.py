@@ -68,13 +68,13 @@ def write_report(
         written.append(sheet)
         pictures.append({"title": "Test images: question, answer, truth", "file": sheet.name})
     page = PAGE.render(
-        title=" → ".join(name for name, _ in stages), rows=[facts(*s) for s in stages], pictures=pictures
+        title=" → ".join(name for name, _ in stages), rows=[table_row(*s) for s in stages], pictures=pictures
     )
     output.write_text(page)
     return written
 
 
-def facts(stage: str, rows: Sequence[dict[str, float]]) -> dict[str, object]:
+def table_row(stage: str, rows: Sequence[dict[str, float]]) -> dict[str, object]:
     """The row of a stage in the table."""
 
     def last(key: str) -> str:

@@ -10,7 +10,9 @@ import ml_collections
 
 from fastvlm_jax import checkpoint, distributed, evaluate, model_io, optim, profiling, sharding, tracking
 from fastvlm_jax import config as config_lib
-from fastvlm_jax.data.pipeline import Loader, eval_batches, fingerprint, make_loader, open_sources
+from fastvlm_jax.data.load.from_config import eval_batches, make_loader, open_sources
+from fastvlm_jax.data.load.loader import Loader
+from fastvlm_jax.data.sources import fingerprint
 from fastvlm_jax.distributed import Interrupted, StopRequest
 from fastvlm_jax.metrics import MetricsWriter, memory_scalars, mfu_scalars, peak_flops
 from fastvlm_jax.models import fastvlm

@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def easy_vqa(tmp_path_factory):
     """The real easy-VQA as shards."""
-    from fastvlm_jax.data.easy_vqa import write_easy_vqa
+    from fastvlm_jax.data.sets.easy_vqa import write_easy_vqa
 
     folder = tmp_path_factory.mktemp("easy_vqa")
     write_easy_vqa(folder)

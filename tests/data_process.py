@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fastvlm_jax.data.pipeline import make_loader
+from fastvlm_jax.data.load.from_config import make_loader
 from fastvlm_jax.processor import load_processor
 
 port, process, processes, start, count = map(int, sys.argv[1:6])

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small import ask, small_config
 
 from fastvlm_jax.data.index import Counter, load_index
-from fastvlm_jax.data.pipeline import eval_batches, make_loader, open_sources, set_names
+from fastvlm_jax.data.load.from_config import eval_batches, make_loader, open_sources
+from fastvlm_jax.data.load.loader import set_names
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small import small_config
 
 from fastvlm_jax.data import bench
-from fastvlm_jax.data.buffers import Buffers
-from fastvlm_jax.data.pipeline import make_builder
+from fastvlm_jax.data.load.buffer_pool import BufferPool
+from fastvlm_jax.data.load.from_config import make_builder
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.processor import Processor
@@ -146,7 +146,7 @@ def test_wrong_usage_is_one_line(argv, message, monkeypatch, capsys):
 
 
 def test_buffers_are_used_again_when_every_view_is_gone():
-    buffers = Buffers()
+    buffers = BufferPool()
     first = buffers.empty((4, 100, 3))
     first[:] = 7
     address, view = first.ctypes.data, first[1:, ::2]
@@ -176,7 +176,7 @@ def test_empty_slots_are_black_in_memory_that_was_used(opened):
 
 
 def test_a_batch_on_a_device_keeps_its_pixels_while_later_ones_are_built():
-    buffers, kept = Buffers(), []
+    buffers, kept = BufferPool(), []
     for number in range(20):
         array = buffers.empty((2, 64, 64, 3))
         array[:] = number

@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 from test_data_pipeline import config, segments_of, sharding, take
 
-from fastvlm_jax.data.easy_vqa import caption, write_easy_vqa
-from fastvlm_jax.data.pipeline import eval_batches, make_loader
+from fastvlm_jax.data.load.from_config import eval_batches, make_loader
+from fastvlm_jax.data.sets.easy_vqa import caption, write_easy_vqa
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer

@@ -15,12 +15,12 @@ import sentencepiece
 from small import ask
 
 from fastvlm_jax import cli
-from fastvlm_jax.data.groups import BatchBuilder
 from fastvlm_jax.data.index import Counter, load_index
 from fastvlm_jax.data.inspect import Outputs, contents, inspect, usage
 from fastvlm_jax.data.inspect.page import data_uri, tokens_html
 from fastvlm_jax.data.inspect.samples import Piece, spell, take_samples
 from fastvlm_jax.data.inspect.text import percent, visible
+from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from fastvlm_jax.data.pipeline import eval_batches, make_loader
+from fastvlm_jax.data.load.from_config import eval_batches, make_loader
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.processor import Processor

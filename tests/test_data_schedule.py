@@ -3,10 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
-from fastvlm_jax.data.facts import Bucket, Settings, find_unusable, make_facts
 from fastvlm_jax.data.index import RecordIndex
-from fastvlm_jax.data.packing import GroupShape, Lengths, fill_groups
-from fastvlm_jax.data.schedule import Schedule
+from fastvlm_jax.data.load.lengths import Bucket, Settings, find_unusable, make_record_lengths
+from fastvlm_jax.data.load.packing import GroupShape, Lengths, fill_groups
+from fastvlm_jax.data.load.schedule import Schedule
 from fastvlm_jax.images.sizes import Size, make_sizes
 
 
@@ -230,15 +230,17 @@ def test_a_record_must_fit_the_groups_of_every_bucket():
         Bucket(Size(64, 64, 64, 16), GroupShape(1, 1, 200), 0.5),
     )
     index = index_of([(1, [7]), (1, [7])], [(40, 40), (20, 20)])
-    facts = make_facts([index], Settings(made, 1, 0, grids=((1, 1), (2, 2))))
-    assert find_unusable(facts, "truncate") == {0: "it takes 5 image slots, groups have 4: raise data.images_per_group"}
+    records = make_record_lengths([index], Settings(made, 1, 0, grids=((1, 1), (2, 2))))
+    assert find_unusable(records, "truncate") == {
+        0: "it takes 5 image slots, groups have 4: raise data.images_per_group"
+    }
     # Two rows of 40 tokens: 20 + 20 and 25 with 15 tokens an image; with 16, of 21, 21 and 26 no two share a row.
     made = (
         Bucket(Size(64, 48, 80, 15), GroupShape(1, 2, 40), 1.0),
         Bucket(Size(64, 64, 64, 16), GroupShape(1, 2, 40), 1.0),
     )
-    facts = make_facts([index_of([(1, [5, 5, 10])])], Settings(made, 1, 0))
-    assert find_unusable(facts, "truncate") == {
+    records = make_record_lengths([index_of([(1, [5, 5, 10])])], Settings(made, 1, 0))
+    assert find_unusable(records, "truncate") == {
         0: "its texts do not fit 2 rows of 40 tokens: raise data.rows_per_group"
     }
 
@@ -265,7 +267,7 @@ def test_a_mixture_of_text_short_and_long_samples_fills_its_slots():
 
 def test_an_epoch_is_kept_on_disk_under_its_fingerprint(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path))
-    monkeypatch.setattr("fastvlm_jax.data.schedule._SLOW", -1)
+    monkeypatch.setattr("fastvlm_jax.data.load.schedule._SLOW", -1)
     index = index_of(random_records(60))
     made = settings((4, 3, 64), groups=2)
     fresh = Schedule([index], made)

@@ -18,12 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
-from fastvlm_jax.data import duplicates
 from fastvlm_jax.data.readers import Options
 from fastvlm_jax.data.record import Record, pack, unpack
-from fastvlm_jax.data.shard_job import Settings, Shard, save_keys
 from fastvlm_jax.data.sources import read_shards
-from fastvlm_jax.data.write import write, write_shards
+from fastvlm_jax.data.write import duplicates, write, write_shards
+from fastvlm_jax.data.write.job import Settings, Shard, save_keys
 
 FILES, ROWS = 6, 40  # 240 records
 
@@ -400,5 +399,5 @@ def test_two_writers_in_one_folder_are_refused(source, tmp_path):
 
 
 def test_workers_start_without_jax():
-    code = "import sys, fastvlm_jax.data.shard_job, fastvlm_jax.data.readers.parquet; print('jax' in sys.modules)"
+    code = "import sys, fastvlm_jax.data.write.job, fastvlm_jax.data.readers.parquet; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -17,7 +17,7 @@ from PIL import Image
 from small import ask, small_config
 
 from fastvlm_jax import metrics, model_io, profiling, tracking
-from fastvlm_jax.data.pipeline import Flow
+from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.metrics import read_metrics

@@ -27,8 +27,9 @@ from absl import logging
 
 from fastvlm_jax import processor as processor_lib
 from fastvlm_jax.data.bench_dataloader import start_dataloaders
-from fastvlm_jax.data.groups import BatchBuilder
-from fastvlm_jax.data.pipeline import Loader, make_builder
+from fastvlm_jax.data.load.batch_builder import BatchBuilder
+from fastvlm_jax.data.load.from_config import make_builder
+from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.images import decode as image_lib

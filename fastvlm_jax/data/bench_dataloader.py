@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
-from fastvlm_jax.data.groups import BatchBuilder
+from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.images.header import read_header
 from fastvlm_jax.processor import Processor

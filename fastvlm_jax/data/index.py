@@ -107,7 +107,7 @@ def newest(talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class RecordIndex:
-    """Facts of M records with I images and S segments, which name images R times in all.
+    """RecordLengths of M records with I images and S segments, which name images R times in all.
 
     Attributes:
       num_images: int [M]. width, height: uint16 [I], pixels, upright; record after record.

@@ -5,8 +5,10 @@ A data set is a folder, local or gs://: shards `SPLIT-00000-of-00004.array_recor
 """
 
 import concurrent.futures
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,3 +122,10 @@ def read_shards(folder: str | os.PathLike, split: str, only: str | None = None) 
     shards = manifest["splits"][split]["shards"]
     counts = {folder / name: shard["records"] for name, shard in shards.items() if only in (None, name)}
     return RecordSource(folder, split, counts, manifest["fingerprint"])
+
+
+def fingerprint(sources: Sequence[RecordSource]) -> str:
+    """Returns that of the data set, or one for several together."""
+    if len(sources) == 1:
+        return sources[0].fingerprint
+    return hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()

@@ -8,10 +8,10 @@ import ml_collections
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import model_io
-from fastvlm_jax.data.groups import BatchBuilder
 from fastvlm_jax.data.inspect import contents, page, text, usage
 from fastvlm_jax.data.inspect.samples import take_samples
-from fastvlm_jax.data.pipeline import open_sources
+from fastvlm_jax.data.load.batch_builder import BatchBuilder
+from fastvlm_jax.data.load.from_config import open_sources
 from fastvlm_jax.data.sources import RecordSource, read_shards
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.stage import make_processor

@@ -17,9 +17,9 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from fastvlm_jax.data.assemble import REJECTED, split_of
 from fastvlm_jax.data.index import FOLDER, ShardIndex
 from fastvlm_jax.data.sources import RecordSource, incomplete_shards, read_manifest, read_shards
+from fastvlm_jax.data.write.finalize import REJECTED, split_of
 from fastvlm_jax.files import cache_folder
 from fastvlm_jax.images.header import read_header
 
@@ -235,7 +235,7 @@ def _rejected(folder: epath.Path, split: str) -> tuple[int, Reasons]:
 def _read(source: RecordSource) -> tuple[list[int], list[str], list[str]]:
     """Turns of records spread over the split, formats of their images, and which of them are damaged."""
 
-    def facts(number: int) -> tuple[int, list[str]] | str:
+    def check(number: int) -> tuple[int, list[str]] | str:
         try:
             record = source[number]
         except ValueError as error:
@@ -244,7 +244,7 @@ def _read(source: RecordSource) -> tuple[list[int], list[str], list[str]]:
 
     numbers = some(len(source), READ).tolist()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each is a round trip to a bucket
-        found = list(pool.map(facts, numbers))
+        found = list(pool.map(check, numbers))
     fine = [item for item in found if not isinstance(item, str)]
     kinds = [kind for _, own in fine for kind in own]
     return [turns for turns, _ in fine], kinds, [item for item in found if isinstance(item, str)]

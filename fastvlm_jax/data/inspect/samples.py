@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastvlm_jax.data.groups import Arrays, BatchBuilder, Substituted
-from fastvlm_jax.data.schedule import BatchPlan, Place
+from fastvlm_jax.data.load.batch_builder import Arrays, BatchBuilder, Substituted
+from fastvlm_jax.data.load.schedule import BatchPlan, Place
 from fastvlm_jax.images.header import read_header
 from fastvlm_jax.images.sizes import Size, slots_of
 from fastvlm_jax.processor import Processor

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-from fastvlm_jax.data.facts import Facts, make_facts
 from fastvlm_jax.data.index import Counter, RecordIndex, load_index
 from fastvlm_jax.data.inspect.contents import Counts, Reasons, histogram, most_frequent, some
-from fastvlm_jax.data.pipeline import make_buckets, make_schedule, set_names
-from fastvlm_jax.data.schedule import Schedule
+from fastvlm_jax.data.load.from_config import make_buckets, make_schedule
+from fastvlm_jax.data.load.lengths import RecordLengths, make_record_lengths
+from fastvlm_jax.data.load.loader import set_names
+from fastvlm_jax.data.load.schedule import Schedule
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.processor import Processor
 
@@ -122,13 +123,13 @@ def measure(
 ) -> Usage:
     """Returns what a schedule makes of its data sets; `config` are the keys `data.*`."""
     settings = schedule.settings
-    facts = make_facts(indexes, settings)
+    records = make_record_lengths(indexes, settings)
     sizes = [bucket.size for bucket in settings.buckets]
     size = max(sizes, key=lambda size: (size.side == config.image_size, size.tokens))
-    image_tokens = facts.image_slots[size.side].astype(np.int64) * size.tokens
-    lengths, row_length = facts.text + image_tokens, config.row_length
+    image_tokens = records.image_slots[size.side].astype(np.int64) * size.tokens
+    lengths, row_length = records.text + image_tokens, config.row_length
     overlong = lengths > row_length
-    truncated = overlong & (facts.shortest + image_tokens <= row_length) & (config.overlong == "truncate")
+    truncated = overlong & (records.shortest + image_tokens <= row_length) & (config.overlong == "truncate")
     buckets, counted = _buckets(schedule)
     draws, few = schedule.draws(0), _few(indexes)
     return Usage(
@@ -149,7 +150,7 @@ def measure(
         image_fill=schedule.image_fill,
         counted=counted,
         buckets=buckets,
-        sets=_sets(sources, schedule, draws, facts, size.side, np.minimum(lengths, row_length)),
+        sets=_sets(sources, schedule, draws, records, size.side, np.minimum(lengths, row_length)),
         compared=sum(map(len, few)),
         choices=_choices(config, processor, schedule, few),
     )
@@ -199,12 +200,17 @@ def _buckets(schedule: Schedule) -> tuple[tuple[BucketUse, ...], int]:
 
 
 def _sets(
-    sources: Sequence[RecordSource], schedule: Schedule, draws: np.ndarray, facts: Facts, side: int, lengths: np.ndarray
+    sources: Sequence[RecordSource],
+    schedule: Schedule,
+    draws: np.ndarray,
+    records: RecordLengths,
+    side: int,
+    lengths: np.ndarray,
 ) -> tuple[SetUse, ...]:
     count, ends = len(sources), np.cumsum([len(source) for source in sources])
     sums = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = (sums[facts.first[1:]] - sums[facts.first[:-1]])[draws]
-    images = facts.slots[side][draws]
+    tokens = (sums[records.first[1:]] - sums[records.first[:-1]])[draws]
+    images = records.slots[side][draws]
     owner = np.searchsorted(ends, draws, side="right")
     drawn = np.bincount(owner, minlength=count)
     token_share = np.bincount(owner, tokens, count) / max(tokens.sum(), 1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastvlm_jax.data.index import RecordIndex
-from fastvlm_jax.data.packing import GroupShape, Lengths, fits_alone
+from fastvlm_jax.data.load.packing import GroupShape, Lengths, fits_alone
 from fastvlm_jax.images.sizes import Grid, Size, best_grid, slots_of
 
 OVERLONG = ("truncate", "reject")
@@ -47,7 +47,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
+class RecordLengths:
     """Of all M records of all data sets, with S segments: what lengths and slots are computed from.
 
     Attributes:
@@ -70,9 +70,9 @@ class Facts:
         """Returns the image slots of every record at the size of a bucket, int [M]."""
         return self.slots[self.buckets[bucket].size.side]
 
-    def lengths(self, records: np.ndarray, bucket: int) -> tuple[Lengths, np.ndarray]:
+    def segments(self, records: np.ndarray, bucket: int) -> tuple[Lengths, np.ndarray]:
         """Returns the segments of some records at the size of a bucket, longest first, and which question each is."""
-        first, owner, question, tokens = self._segments(records, bucket)
+        first, owner, question, tokens = self._unsorted_segments(records, bucket)
         counts = np.diff(first)
         np.minimum(tokens, self.buckets[bucket].shape.length, out=tokens)  # what is longer loses its oldest questions
         if counts.max(initial=0) > 1:
@@ -82,9 +82,9 @@ class Facts:
 
     def overlong(self, records: np.ndarray, bucket: int) -> int:
         """Returns how many segments of some records are longer than a row of a bucket."""
-        return int((self._segments(records, bucket)[-1] > self.buckets[bucket].shape.length).sum())
+        return int((self._unsorted_segments(records, bucket)[-1] > self.buckets[bucket].shape.length).sum())
 
-    def _segments(self, records: np.ndarray, bucket: int) -> tuple[np.ndarray, ...]:
+    def _unsorted_segments(self, records: np.ndarray, bucket: int) -> tuple[np.ndarray, ...]:
         """The segments of records: where those of each begin, whose each is, which question, and its tokens."""
         size = self.buckets[bucket].size
         at = self.first[records]
@@ -98,7 +98,7 @@ class Facts:
         return first, owner, question, (self.text[at] + self.image_slots[size.side][at] * size.tokens).astype(np.int32)
 
 
-def make_facts(indexes: Sequence[RecordIndex], settings: Settings) -> Facts:
+def make_record_lengths(indexes: Sequence[RecordIndex], settings: Settings) -> RecordLengths:
     """Joins the indexes of the data sets at the sizes of the settings."""
 
     def join(name: str, dtype) -> np.ndarray:
@@ -124,39 +124,39 @@ def make_facts(indexes: Sequence[RecordIndex], settings: Settings) -> Facts:
         logs = _sums(np.log(width / height).astype(np.float32), num_images)
         aspect = np.where(num_images > 0, np.exp(logs / np.maximum(num_images, 1)), 0).astype(np.float32)
     text, shortest = join("text", np.int32), join("shortest", np.int32)
-    return Facts(settings.buckets, first, text, shortest, slots, image_slots, aspect)
+    return RecordLengths(settings.buckets, first, text, shortest, slots, image_slots, aspect)
 
 
-def find_unusable(facts: Facts, overlong: str) -> dict[int, str]:
+def find_unusable(records: RecordLengths, overlong: str) -> dict[int, str]:
     """Returns the records that do not fit an empty group of every bucket, and why."""
     unusable: dict[int, str] = {}
-    for side in facts.slots:  # a smaller one may give an image more tiles
-        numbers = [b for b, bucket in enumerate(facts.buckets) if bucket.size.side == side]
+    for side in records.slots:  # a smaller one may give an image more tiles
+        numbers = [b for b, bucket in enumerate(records.buckets) if bucket.size.side == side]
         # What fits the group of the fewest images, and of the most tokens for each, fits all of this resolution.
-        hardest = min(numbers, key=lambda b: (facts.buckets[b].shape.images, -facts.buckets[b].size.tokens))
-        unusable = _misfits(facts, hardest, overlong) | unusable
+        hardest = min(numbers, key=lambda b: (records.buckets[b].shape.images, -records.buckets[b].size.tokens))
+        unusable = _misfits(records, hardest, overlong) | unusable
     return unusable
 
 
-def _misfits(facts: Facts, bucket: int, overlong: str) -> dict[int, str]:
+def _misfits(records: RecordLengths, bucket: int, overlong: str) -> dict[int, str]:
     """The records that do not fit an empty group of one bucket, and why."""
     unusable = {}
-    size, shape, _ = facts.buckets[bucket]
-    slots = facts.slots_in(bucket)
+    size, shape, _ = records.buckets[bucket]
+    slots = records.slots_in(bucket)
     for record in np.flatnonzero(slots > shape.images).tolist():
         unusable[record] = (
             f"it takes {slots[record]} image slots, groups have {shape.images}: raise data.images_per_group"
         )
-    segments = facts.shortest if overlong == "truncate" else facts.text
+    segments = records.shortest if overlong == "truncate" else records.text
     what = "a question and answer" if overlong == "truncate" else "a text"
-    lengths = segments + facts.image_slots[size.side] * size.tokens
+    lengths = segments + records.image_slots[size.side] * size.tokens
     for segment in np.flatnonzero(lengths > shape.length).tolist():
-        record = int(np.searchsorted(facts.first, segment, side="right")) - 1
+        record = int(np.searchsorted(records.first, segment, side="right")) - 1
         unusable.setdefault(
             record, f"{what} of {lengths[segment]} tokens, rows have {shape.length}: raise data.row_length"
         )
     del lengths
-    fits = fits_alone(slots, facts.lengths(np.arange(len(slots)), bucket)[0], shape)
+    fits = fits_alone(slots, records.segments(np.arange(len(slots)), bucket)[0], shape)
     for record in np.flatnonzero(~fits).tolist():
         unusable.setdefault(
             record, f"its texts do not fit {shape.rows} rows of {shape.length} tokens: raise data.rows_per_group"

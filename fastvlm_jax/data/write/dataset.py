@@ -23,15 +23,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from etils import epath
 
-from fastvlm_jax.data import shard_job
-from fastvlm_jax.data.assemble import assemble, save_manifest
-from fastvlm_jax.data.duplicates import drop_duplicates
 from fastvlm_jax.data.readers import Options, Part, reader, recognise
 from fastvlm_jax.data.record import Record, pack
-from fastvlm_jax.data.shard_job import VALIDATION, Job, Settings, Shard, read_facts
 from fastvlm_jax.data.sources import incomplete_shards, read_manifest
-from fastvlm_jax.data.summary import Summary, summarise
-from fastvlm_jax.data.workers import share_out
+from fastvlm_jax.data.write.duplicates import drop_duplicates
+from fastvlm_jax.data.write.finalize import finalize, save_manifest
+from fastvlm_jax.data.write.job import VALIDATION, Job, Settings, Shard, finished, read_result
+from fastvlm_jax.data.write.job import run as run_job
+from fastvlm_jax.data.write.summary import Summary, summarise
+from fastvlm_jax.data.write.workers import share_out
 from fastvlm_jax.files import write_whole
 
 _MAX_QUESTIONS = 1 << 20  # bytes
@@ -99,9 +99,9 @@ def write(
             for number, group in enumerate(_grouped(parts, sizes))
         ]
         _run(jobs, workers, progress)
-        done = [read_facts(job) for job in jobs]
+        done = [read_result(job) for job in jobs]
         drop_duplicates(jobs, done)
-        assemble(output, manifest, splits, jobs, done, described)
+        finalize(output, manifest, splits, jobs, done, described)
         shutil.rmtree(folder)
         return summarise(output, manifest, splits, nothing_to_do=False)
 
@@ -129,14 +129,14 @@ def write_shards(folder: str | os.PathLike, split: str, records: Iterable[Record
             shards.append(Shard(folder / name))
         for i, record in enumerate(records):
             shards[i % num_shards].add(record, pack(record))
-        facts = {shard.path.name: shard.close() for shard in shards}
+        written = {shard.path.name: shard.close() for shard in shards}
     except BaseException:
         for shard in shards:
             shard.abandon()
         raise
-    images = sum(shard.pop("images") for shard in facts.values())
-    records = sum(shard["records"] for shard in facts.values())
-    manifest["splits"][split] = {"records": records, "images": images, "rejected": 0, "shards": facts}
+    images = sum(shard.pop("images") for shard in written.values())
+    records = sum(shard["records"] for shard in written.values())
+    manifest["splits"][split] = {"records": records, "images": images, "rejected": 0, "shards": written}
     save_manifest(folder, manifest)
     return True
 
@@ -279,7 +279,7 @@ def _start(folder: pathlib.Path, fingerprint: str, overwrite: bool, output: path
 
 
 def _run(jobs: list[Job], workers: int, progress: Callable[[Progress], None] | None) -> None:
-    to_do = [job for job in jobs if shard_job.finished(job) is None]
+    to_do = [job for job in jobs if finished(job) is None]
     state = Progress(len(jobs) - len(to_do), len(jobs))
 
     def told(job: Job, *counts: int) -> None:
@@ -295,6 +295,6 @@ def _run(jobs: list[Job], workers: int, progress: Callable[[Progress], None] | N
     if progress:
         progress(state)
     try:
-        share_out(shard_job.run, to_do, workers or len(os.sched_getaffinity(0)), told)
+        share_out(run_job, to_do, workers or len(os.sched_getaffinity(0)), told)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None

@@ -2,14 +2,14 @@
 
 from absl import logging
 
-from fastvlm_jax.data.groups import BatchBuilder, Substituted
+from fastvlm_jax.data.load.batch_builder import BatchBuilder, Substituted
 from fastvlm_jax.data.sources import RecordSource
 
 _SHOWN = 20  # records that the index cannot use are named one by one, up to this
 _ENOUGH = 1000  # records before the share of unusable ones says something
 
 
-class Replaced:
+class BadRecords:
     """Keeps count; each record is logged once, those that the index knows when this is made.
 
     Raises:

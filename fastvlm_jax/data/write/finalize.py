@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm_jax.data.index import FOLDER as INDEX
-from fastvlm_jax.data.shard_job import Job
 from fastvlm_jax.data.sources import MANIFEST
+from fastvlm_jax.data.write.job import Job
 from fastvlm_jax.files import put_in_place, write_whole
 
 REJECTED = "rejected.jsonl"
 
 
-def assemble(
+def finalize(
     output: pathlib.Path,
     manifest: dict[str, Any],
     splits: Sequence[str],
@@ -32,7 +32,7 @@ def assemble(
       ValueError: the jobs have no record between them.
     """
     rejected, example = _merge_rejected(output, splits[0], jobs, done)
-    if not any(facts["shards"] for facts in done):
+    if not any(result["shards"] for result in done):
         raise ValueError(
             f"no record of {source['path']} can be used: "
             + (f"{rejected} entries were rejected, as in {example!r}" if rejected else "it has no entries")
@@ -42,8 +42,8 @@ def assemble(
     for split in splits:
         shards = [
             (pathlib.Path(job.folder), shard)
-            for job, facts in zip(jobs, done, strict=True)
-            for shard in facts["shards"]
+            for job, result in zip(jobs, done, strict=True)
+            for shard in result["shards"]
             if shard["split"] == split
         ]
         names = [f"{split}-{i:05d}-of-{len(shards):05d}.array_record" for i in range(len(shards))]
@@ -74,10 +74,10 @@ def save_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
 def _drop(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str]) -> None:
     """Removes splits, and the validation records that an earlier write took out of them, before new ones come."""
     old = [manifest["splits"][split].get("source") for split in splits if split in manifest["splits"]]
-    of_them = [split for split, facts in manifest["splits"].items() if facts.get("source") and facts["source"] in old]
+    of_them = [split for split, entry in manifest["splits"].items() if entry.get("source") and entry["source"] in old]
     gone = {*splits, *of_them}
     if gone & manifest["splits"].keys():  # the entries go before the files do
-        manifest["splits"] = {split: facts for split, facts in manifest["splits"].items() if split not in gone}
+        manifest["splits"] = {split: entry for split, entry in manifest["splits"].items() if split not in gone}
         save_manifest(output, manifest)
     for split in gone:
         for stale in output.glob(f"{split}-?????-of-?????.array_record"):
@@ -117,9 +117,9 @@ def _merge_rejected(output: pathlib.Path, split: str, jobs, done) -> tuple[int, 
             if path.is_file():
                 with path.open() as old:
                     file.writelines(line for line in old if split_of(line) != split)
-            for job, facts in zip(jobs, done, strict=True):
+            for job, result in zip(jobs, done, strict=True):
                 with (pathlib.Path(job.folder) / f"{job.name}.rejected.jsonl").open() as lines:
-                    entries = [*map(json.loads, lines), *facts["duplicates"]]
+                    entries = [*map(json.loads, lines), *result["duplicates"]]
                 for _, name, key, reason in sorted(entries, key=lambda entry: entry[0]):
                     file.write(json.dumps({"split": split, "file": name, "key": key, "reason": reason}) + "\n")
                     example = example or reason

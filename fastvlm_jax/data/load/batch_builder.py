@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastvlm_jax.data.buffers import Buffers
 from fastvlm_jax.data.index import FOLDER, talks_of
-from fastvlm_jax.data.packing import GroupShape
+from fastvlm_jax.data.load.buffer_pool import BufferPool
+from fastvlm_jax.data.load.packing import GroupShape
+from fastvlm_jax.data.load.schedule import Place, Placement, Schedule
 from fastvlm_jax.data.record import Record
-from fastvlm_jax.data.schedule import Place, Placement, Schedule
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.images.decode import size_of, views_into
 from fastvlm_jax.images.sizes import Size, slots_of
@@ -54,7 +54,7 @@ class BatchBuilder:
     overlong: str = "truncate"
     exact: bool = False
     cache: dict[tuple[int, int, Size], np.ndarray] | None = None
-    buffers: Buffers = dataclasses.field(default_factory=Buffers)
+    buffers: BufferPool = dataclasses.field(default_factory=BufferPool)
 
     def __call__(self, k: int, groups: Sequence[int]) -> tuple[Arrays, list[Substituted]]:
         """Returns the fields of Batch for these groups of global batch k, and the records that had to be replaced.
@@ -205,7 +205,7 @@ class _Unusable(NamedTuple):
     reason: str
 
 
-def empty_arrays(groups: int, shape: GroupShape, size: Size, buffers: Buffers) -> Arrays:
+def empty_arrays(groups: int, shape: GroupShape, size: Size, buffers: BufferPool) -> Arrays:
     """Returns the fields of Batch for `groups` empty groups; images are not written yet."""
     text = (groups, shape.rows, shape.length)
     return {

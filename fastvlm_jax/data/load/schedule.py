@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastvlm_jax.data.epochs import Epoch, read_epoch, write_epoch
-from fastvlm_jax.data.facts import Settings, find_unusable, make_facts
 from fastvlm_jax.data.index import RecordIndex
-from fastvlm_jax.data.packing import LOOKAHEAD, fill_groups, place
+from fastvlm_jax.data.load.epoch import Epoch, read_epoch, write_epoch
+from fastvlm_jax.data.load.lengths import Settings, find_unusable, make_record_lengths
+from fastvlm_jax.data.load.packing import LOOKAHEAD, fill_groups, place
 from fastvlm_jax.files import cache_folder
 from fastvlm_jax.images.sizes import nearest
 
@@ -80,12 +80,12 @@ class Schedule:
         self._offsets = np.cumsum([0] + [len(index) for index in indexes])
         if not self._offsets[-1]:
             raise ValueError("the split holds no records: write the dataset again")
-        self._facts = make_facts(indexes, settings)
+        self._lengths = make_record_lengths(indexes, settings)
         self._lock = threading.Lock()
         told = [
             {int(o) + i: why for i, why in x.unusable.items()} for o, x in zip(self._offsets, indexes, strict=False)
         ]
-        self.unusable = find_unusable(self._facts, settings.overlong)
+        self.unusable = find_unusable(self._lengths, settings.overlong)
         for reasons in told:
             self.unusable |= reasons
         self._replacement = _replacements(self.unusable, self._offsets)
@@ -117,9 +117,9 @@ class Schedule:
         """Returns what fills group g of a batch, in order of the image slots."""
         shape = self.settings.buckets[plan.bucket].shape
         records = self._records(plan, [g])
-        lengths, questions = self._facts.lengths(records, plan.bucket)
+        lengths, questions = self._lengths.segments(records, plan.bucket)
         first, tokens, questions = lengths.first.tolist(), lengths.tokens.tolist(), questions.tolist()
-        slots = self._facts.slots_in(plan.bucket)[records].tolist()
+        slots = self._lengths.slots_in(plan.bucket)[records].tolist()
         room, used = np.full((1, shape.rows), shape.length, np.int32), [0] * shape.rows
         places, slot = [], 0
         for i, record in enumerate(records.tolist()):
@@ -141,9 +141,9 @@ class Schedule:
         records = self._records(plan, range(self.settings.groups))
         sources = np.searchsorted(self._offsets, records, side="right") - 1
         return {
-            "images": int(self._facts.slots_in(plan.bucket)[records].sum()),
-            "tokens": int(self._facts.lengths(records, plan.bucket)[0].tokens.sum()),
-            "truncated": int(self._facts.overlong(records, plan.bucket)),
+            "images": int(self._lengths.slots_in(plan.bucket)[records].sum()),
+            "tokens": int(self._lengths.segments(records, plan.bucket)[0].tokens.sum()),
+            "truncated": int(self._lengths.overlong(records, plan.bucket)),
             "records": np.bincount(sources, minlength=len(self._offsets) - 1),
         }
 
@@ -185,7 +185,7 @@ class Schedule:
             # Far less than there is, or every epoch of a small set would be packed alike.
             lookahead = 1 if settings.seed is None else min(max(len(own) // 16, 4), LOOKAHEAD)
             order, starts = fill_groups(
-                self._facts.slots_in(b)[own], self._facts.lengths(own, b)[0], bucket.shape, lookahead
+                self._lengths.slots_in(b)[own], self._lengths.segments(own, b)[0], bucket.shape, lookahead
             )
             if settings.seed is not None:
                 # A lane's first groups hold its longest records, its last ones the shortest: spread them.
@@ -230,7 +230,7 @@ class Schedule:
         return drawn
 
     def _buckets_of(self, draws: np.ndarray, epoch: int) -> np.ndarray:
-        settings, facts = self.settings, self._facts
+        settings, records = self.settings, self._lengths
         sides = list(dict.fromkeys(bucket.size.side for bucket in settings.buckets))
         if len(settings.buckets) == 1:
             return np.zeros(len(draws), np.uint8)
@@ -241,10 +241,10 @@ class Schedule:
             uniform = np.random.PCG64([settings.seed, 2, epoch]).random_raw(len(draws)) / 2.0**64
             resolution = np.searchsorted(np.cumsum(shares / shares.sum())[:-1], uniform, side="right")
         # Texts alone fill up batches of any shape: they go with the image record before them.
-        at = np.where(facts.aspect[draws] > 0, np.arange(len(draws)), -1)
+        at = np.where(records.aspect[draws] > 0, np.arange(len(draws)), -1)
         at = np.maximum.accumulate(at)
         at[at < 0] = np.argmax(at >= 0)
-        aspect = np.maximum(facts.aspect[draws][at], 1e-3) if len(draws) else facts.aspect[:0]
+        aspect = np.maximum(records.aspect[draws][at], 1e-3) if len(draws) else records.aspect[:0]
         buckets = np.zeros(len(draws), np.uint8)
         for r, side in enumerate(sides):
             numbers = [b for b, bucket in enumerate(settings.buckets) if bucket.size.side == side]
@@ -257,8 +257,8 @@ class Schedule:
         tokens = images = token_slots = image_slots = 0
         for b, (_, shape, _) in enumerate(self.settings.buckets):
             batches = int((epoch.bucket == b).sum())
-            tokens += int(self._facts.lengths(epoch.records[b], b)[0].tokens.sum(dtype=np.int64))
-            images += int(self._facts.slots_in(b)[epoch.records[b]].sum(dtype=np.int64))
+            tokens += int(self._lengths.segments(epoch.records[b], b)[0].tokens.sum(dtype=np.int64))
+            images += int(self._lengths.slots_in(b)[epoch.records[b]].sum(dtype=np.int64))
             groups = len(epoch.first[b]) - 1 if batches else 0
             token_slots += groups * shape.rows * shape.length
             image_slots += groups * shape.images

@@ -9,7 +9,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from fastvlm_jax.data.record import unpack
-from fastvlm_jax.data.shard_job import Job, Shard, load_keys, save_keys
+from fastvlm_jax.data.write.job import Job, Shard, load_keys, save_keys
 from fastvlm_jax.files import write_whole
 
 
@@ -18,7 +18,7 @@ def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None
 
     Hashes of 8 bytes are compared for all records; where two are equal, the keys themselves are read and decide.
     """
-    places = [(job, facts, shard) for job, facts in zip(jobs, done, strict=True) for shard in facts["shards"]]
+    places = [(job, result, shard) for job, result in zip(jobs, done, strict=True) for shard in result["shards"]]
     paths = [pathlib.Path(job.folder) / shard["name"] for job, _, shard in places]
     if not paths:
         return
@@ -26,15 +26,15 @@ def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None
     first = np.cumsum([0] + [len(column) for column in hashes])
     late = _later_ones(np.concatenate(hashes), first, paths)
     changed = {}
-    for number, (job, facts, shard) in enumerate(places):
+    for number, (job, result, shard) in enumerate(places):
         start, stop = np.searchsorted(late, first[number : number + 2])
         rows = late[start:stop] - first[number]
         if len(rows):
-            _rewrite(paths[number], job, facts, shard, set(rows.tolist()))
-            changed[job.number] = (job, facts)
-    for job, facts in changed.values():
-        facts["shards"] = [shard for shard in facts["shards"] if shard["records"]]
-        write_whole(pathlib.Path(job.folder) / f"{job.name}.json", json.dumps(facts).encode())
+            _rewrite(paths[number], job, result, shard, set(rows.tolist()))
+            changed[job.number] = (job, result)
+    for job, result in changed.values():
+        result["shards"] = [shard for shard in result["shards"] if shard["records"]]
+        write_whole(pathlib.Path(job.folder) / f"{job.name}.json", json.dumps(result).encode())
 
 
 def _later_ones(hashes: np.ndarray, first: np.ndarray, paths: list[pathlib.Path]) -> np.ndarray:
@@ -66,15 +66,15 @@ def _records(path: pathlib.Path, rows: Iterable[int]):
         reader.close()
 
 
-def _rewrite(path: pathlib.Path, job: Job, facts: dict, shard: dict, late: set[int]) -> None:
+def _rewrite(path: pathlib.Path, job: Job, result: dict, shard: dict, late: set[int]) -> None:
     keys, kept = load_keys(path), Shard(path, job.settings.counter)
     try:
         for row, (data, key) in enumerate(_records(path, range(len(keys)))):
             if row in late:
                 number = int(keys[row, 1])
-                file = [name for name, start in facts["firsts"] if start <= number][-1]
+                file = [name for name, start in result["firsts"] if start <= number][-1]
                 reason = "the key is that of an earlier record"
-                facts["duplicates"].append([number, file, key, reason])
+                result["duplicates"].append([number, file, key, reason])
             else:
                 kept.add(unpack(data), data)
         shard.update(kept.close())

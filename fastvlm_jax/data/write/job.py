@@ -111,10 +111,10 @@ class Shard:
         """Puts the shard and its index in place; returns its records, images, bytes and sha256."""
         _told(self.path, self._writer.close)
         self._index.save(self.path)
-        facts = {"records": self._records, "images": self._images, "bytes": self._partial.stat().st_size}
-        facts["sha256"] = sha256(self._partial)
+        result = {"records": self._records, "images": self._images, "bytes": self._partial.stat().st_size}
+        result["sha256"] = sha256(self._partial)
         put_in_place(self._partial, self.path)
-        return facts
+        return result
 
     def abandon(self) -> None:
         with contextlib.suppress(Exception):  # what brought us here is told already
@@ -179,8 +179,8 @@ def run(job: Job, report: Callable[[int, int, int], None]) -> None:
         for shard in shards.values():
             shard.abandon()
     counter = job.settings.counter and job.settings.counter.id
-    facts = {"shards": done, "firsts": firsts, "counter": counter, "duplicates": []}
-    write_whole(folder / f"{job.name}.json", json.dumps(facts).encode())
+    result = {"shards": done, "firsts": firsts, "counter": counter, "duplicates": []}
+    write_whole(folder / f"{job.name}.json", json.dumps(result).encode())
 
 
 def save_keys(shard: pathlib.Path, keys: list[tuple[int, int]]) -> None:
@@ -191,7 +191,7 @@ def load_keys(shard: pathlib.Path) -> np.ndarray:
     return np.frombuffer(shard.with_name(shard.name + ".keys").read_bytes(), "<u8").reshape(-1, 2)
 
 
-def read_facts(job: Job) -> dict[str, Any]:
+def read_result(job: Job) -> dict[str, Any]:
     """Returns what a job says that it wrote."""
     return json.loads((pathlib.Path(job.folder) / f"{job.name}.json").read_bytes())
 
@@ -200,17 +200,17 @@ def finished(job: Job) -> dict[str, Any] | None:
     """Returns what the finished job wrote, if every byte of it is there; None if the job is to be done."""
     folder = pathlib.Path(job.folder)
     try:
-        facts = read_facts(job)
+        result = read_result(job)
         whole = (folder / f"{job.name}.rejected.jsonl").is_file()
-        whole &= facts["counter"] == (job.settings.counter and job.settings.counter.id)
-        for shard in facts["shards"]:
+        whole &= result["counter"] == (job.settings.counter and job.settings.counter.id)
+        for shard in result["shards"]:
             path = folder / shard["name"]
             whole &= path.stat().st_size == shard["bytes"] and sha256(path) == shard["sha256"]
             whole &= len(load_keys(path)) == shard["records"]
             whole &= any((folder / "index").glob(f"{path.name}.sizes.*"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return facts if whole else None
+    return result if whole else None
 
 
 def _split_and_hash(key: str, settings: Settings) -> tuple[str, int]:

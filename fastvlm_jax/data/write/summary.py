@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fastvlm_jax.data.assemble import REJECTED, split_of
+from fastvlm_jax.data.write.finalize import REJECTED, split_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 
 
-class Buffers:
+class BufferPool:
     """Hands out uint8 arrays in memory that earlier ones left; safe to use from several threads.
 
     Fresh memory costs a page fault and a zeroing for every 4 KB: a tenth to a quarter of the time to decode into it. It

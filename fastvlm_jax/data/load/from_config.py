@@ -1,0 +1,159 @@
+"""Records to global batches on the devices.
+
+    RecordSources ──Schedule──> batch(k) ──BatchBuilder──> arrays of this process's groups ──Grain──> Loader ──> Batch
+
+Every process builds only the groups that its own devices hold, so the global batch k is the same array on any mesh.
+"""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from fastvlm_jax.data.index import Counter, load_index
+from fastvlm_jax.data.load.batch_builder import BatchBuilder
+from fastvlm_jax.data.load.lengths import Bucket, Settings
+from fastvlm_jax.data.load.loader import Loader
+from fastvlm_jax.data.load.packing import GroupShape
+from fastvlm_jax.data.load.schedule import Schedule
+from fastvlm_jax.data.sources import RecordSource, read_manifest, read_shards
+from fastvlm_jax.processor import Processor
+
+DECODERS = ("fast", "exact")
+
+
+def data_sets(config: ml_collections.ConfigDict) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Returns the folders of `data.path` or `data.mixture`, and their weights; () where each record counts once.
+
+    Raises:
+      ValueError: no data set is named, or a mixture is not of (folder, weight) pairs.
+    """
+    if config.path:
+        return (config.path,), ()
+    try:
+        folders = tuple(os.fspath(epath.Path(config.root) / folder) for folder, _ in config.mixture)
+        weights = tuple(float(weight) for _, weight in config.mixture)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"data.mixture must be pairs as (('captions', 0.3), ('questions', 0.7)): {error}") from error
+    if not folders:
+        raise ValueError("data.path is empty: name the folder of shards with --config.data.path=DIR")
+    if min(weights) < 0 or (any(weights) and not all(weights)) or not np.isfinite(weights).all():
+        raise ValueError(f"data.mixture: weights {weights} must all be positive, or all 0: each record once an epoch")
+    return folders, weights if any(weights) else ()
+
+
+def open_sources(config: ml_collections.ConfigDict, split: str) -> tuple[RecordSource, ...]:
+    """Opens a split of every data set of a config; of "validation" those that have it, perhaps none.
+
+    Raises:
+      FileNotFoundError, ValueError: see `data_sets` and `read_shards`.
+    """
+    folders, _ = data_sets(config)
+    if split == "validation":
+        folders = [f for f in folders if split in read_manifest(epath.Path(f).expanduser())["splits"]]
+    return tuple(read_shards(folder, split) for folder in folders)
+
+
+def make_buckets(config: ml_collections.ConfigDict, processor: Processor) -> tuple[Bucket, ...]:
+    """Returns the bucket of each of the processor's sizes: images_per_group of image_size, more of smaller ones.
+
+    Pixels and text tokens of a group stay within those of the square of `image_size`.
+    """
+    sizes = processor.sizes or (processor.size,)
+    shares = dict(config.resolutions) if config.resolutions else {processor.image_size: 1.0}
+    buckets = []
+    for size in sizes:
+        images = config.images_per_group * processor.image_size**2 // (size.height * size.width)
+        images = max(images, 1) if config.images_per_group else 0
+        buckets.append(Bucket(size, GroupShape(images, config.rows_per_group, config.row_length), shares[size.side]))
+    return tuple(buckets)
+
+
+def make_schedule(
+    config: ml_collections.ConfigDict, processor: Processor, sources: Sequence[RecordSource], seed: int | None
+) -> Schedule:
+    """Returns the schedule of opened data sets; records are counted first where that was not done yet.
+
+    Evaluation (`seed=None`) is at the model's own resolution, `image_size`.
+    """
+    counter = Counter(processor.tokenizer, processor.template, config.turns)
+    indexes = [load_index(source, counter) for source in sources]
+    weights = data_sets(config)[1] if seed is not None else ()
+    buckets = make_buckets(config, processor)
+    if seed is None:
+        buckets = tuple(bucket for bucket in buckets if bucket.size.side == processor.image_size)
+    settings = Settings(buckets, config.groups, seed, weights, processor.grids, config.overlong)
+    split = " ".join(f"{source.fingerprint} {source.split}" for source in sources)
+    return Schedule(indexes, settings, f"{split} {counter.id}")
+
+
+def make_loader(
+    config: ml_collections.ConfigDict,
+    processor: Processor,
+    split: str,
+    *,
+    seed: int,
+    sharding: jax.sharding.Sharding,
+    start: int = 0,
+    num_batches: int | None = None,
+) -> Loader:
+    """Opens an endless, shuffled stream of batches of `split` (or the `num_batches` from `start` on).
+
+    Args:
+      config: the keys `data.*`.
+      processor: its template, sizes and tokens per image are what the batches are made with.
+      seed: of the order.
+      sharding: of axis 0, the groups; the data shards must divide `config.groups`.
+      start: the position to go on from.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_shards` and `Schedule`; more unusable records than allowed.
+    """
+    stop = None if num_batches is None else start + num_batches
+    return _open(config, processor, split, seed, sharding, start, stop)
+
+
+def eval_batches(
+    config: ml_collections.ConfigDict,
+    processor: Processor,
+    split: str,
+    *,
+    sharding: jax.sharding.Sharding,
+    num_batches: int | None = None,
+) -> Loader:
+    """Opens one pass over `split` in the order of its records; the last batch is filled up with empty groups."""
+    return _open(config, processor, split, None, sharding, 0, num_batches)
+
+
+def make_builder(config: ml_collections.ConfigDict, processor: Processor, split: str, seed: int | None) -> BatchBuilder:
+    """Opens what builds the batches of a split, in the order of `seed`; None for evaluation's.
+
+    Raises:
+      FileNotFoundError, ValueError: see `read_shards` and `Schedule`; an unknown `data.decode`.
+    """
+    if config.decode not in DECODERS:
+        raise ValueError(f"unknown data.decode {config.decode!r}: choose one of {', '.join(DECODERS)}")
+    sources = open_sources(config, split)
+    schedule = make_schedule(config, processor, sources, seed)
+    cache = {} if config.cache_images else None
+    return BatchBuilder(sources, schedule, processor, config.turns, config.overlong, config.decode == "exact", cache)
+
+
+def _open(config, processor, split, seed, sharding, start, stop) -> Loader:
+    build = make_builder(config, processor, split, seed)
+    if seed is None:
+        batches = build.schedule.batches_per_epoch
+        stop = batches if stop is None else min(stop, batches)
+    return Loader(
+        build,
+        config.groups,
+        sharding,
+        start=start,
+        stop=stop,
+        num_threads=config.num_threads,
+        prefetch=config.prefetch,
+        max_substituted=config.max_substituted,
+    )

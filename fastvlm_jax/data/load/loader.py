@@ -1,0 +1,166 @@
+"""Global batches on the devices: built ahead by threads, placed group by group, counted as they are given out."""
+
+import collections
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from fastvlm_jax.batch import Batch
+from fastvlm_jax.data.load.bad_records import BadRecords
+from fastvlm_jax.data.load.batch_builder import Arrays, BatchBuilder, Substituted
+
+_AHEAD = 2  # batches on their way to the devices
+
+
+class _LocalBatches:
+    """Grain's view: item i is this process's part of global batch `start + i`, and the records replaced in it."""
+
+    def __init__(self, build: BatchBuilder, groups: list[int], start: int, stop: int):
+        self._build, self._groups, self._start, self._stop = build, groups, start, stop
+
+    def __len__(self) -> int:
+        return max(self._stop - self._start, 0)
+
+    def __getitem__(self, item: int) -> tuple[Arrays, list[Substituted], dict]:
+        k = self._start + item
+        return *self._build(k, self._groups), self._build.schedule.counts(self._build.schedule.batch(k))
+
+
+class Flow(NamedTuple):
+    """What went through a loader since it was last asked.
+
+    Attributes:
+      images, tokens: of all processes; tiles and placeholders are counted too.
+      truncated: texts that lost their oldest questions, of all processes.
+      records: of each data set, of all processes.
+      waited: seconds that this process waited for a batch.
+      sizes: images by (height, width).
+    """
+
+    images: int
+    tokens: int
+    truncated: int
+    records: tuple[int, ...]
+    waited: float
+    sizes: Mapping[tuple[int, int], int]
+
+
+class Loader:
+    """Iterates over global Batches of `jax.Array`, read, decoded and transferred ahead of time.
+
+    Attributes:
+      position: batches given out so far, those before `start` included: the number to save, and to pass as `start`.
+      names: of the data sets, for metrics.
+      batches_per_epoch: global batches in the first epoch.
+      token_fill, image_fill: share of token and image slots used.
+
+    Raises:
+      ValueError: from `next`, when more records than the share `max_substituted` cannot be used.
+    """
+
+    def __init__(
+        self,
+        build: BatchBuilder,
+        groups: int,
+        sharding: jax.sharding.Sharding,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        num_threads: int = 2,
+        prefetch: int = 4,
+        max_substituted: float = 0.01,
+    ):
+        schedule = build.schedule
+        self.position = start
+        self.names = set_names([os.fspath(source.folder) for source in build.sources])
+        self.batches_per_epoch = schedule.batches_per_epoch
+        self.token_fill, self.image_fill = schedule.token_fill, schedule.image_fill
+        self._num_groups, self.sharding = groups, sharding
+        try:
+            sharding.shard_shape((groups,))
+        except ValueError as error:
+            raise ValueError(f"data.groups {groups} does not divide over {sharding}: make it a multiple") from error
+        indices = sharding.addressable_devices_indices_map((groups,)).values()
+        local = sorted({g for (index,) in indices for g in range(*index.indices(groups))})
+        self._local_position = {g: i for i, g in enumerate(local)}
+        batches = _LocalBatches(build, local, start, sys.maxsize // 2 if stop is None else stop)
+        self._length = len(batches) if stop is not None else None
+        self._sources, self._bad_records = build.sources, BadRecords(build, max_substituted)
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+        self._host = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+        self._ahead = collections.deque()
+        self._flow = self._no_flow()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("an endless loader has no length")
+        return self._length
+
+    def __next__(self) -> Batch:
+        begin = time.monotonic()
+        while len(self._ahead) <= _AHEAD:
+            try:
+                arrays, substituted, counts = next(self._host)
+            except StopIteration:
+                break
+            except ValueError as error:  # Grain adds lines about itself
+                raise ValueError((str(error).splitlines() or ["the input failed"])[0]) from error
+            self._ahead.append((self.to_devices(arrays), substituted, counts))
+        if not self._ahead:
+            raise StopIteration
+        batch, substituted, counts = self._ahead.popleft()
+        self._bad_records.add(substituted, int(counts["records"].sum()))
+        self.position += 1
+        images, tokens, truncated = (getattr(self._flow, name) + counts[name] for name in Flow._fields[:3])
+        records = tuple(np.add(self._flow.records, counts["records"]).tolist())
+        sizes = self._flow.sizes + collections.Counter({batch.images.shape[2:4]: int(counts["images"])})
+        self._flow = Flow(images, tokens, truncated, records, self._flow.waited + time.monotonic() - begin, sizes)
+        return batch
+
+    @property
+    def substituted(self) -> int:
+        """How many records are known by now that cannot be used, and are replaced wherever they are drawn."""
+        return self._bad_records.count
+
+    def flow(self) -> Flow:
+        """Returns what went through since the last call."""
+        flow, self._flow = self._flow, self._no_flow()
+        return flow
+
+    def _no_flow(self) -> Flow:
+        return Flow(0, 0, 0, (0,) * len(self.names), 0.0, collections.Counter())
+
+    def close(self) -> None:
+        """Stops the threads."""
+        self._host.close()
+        self._ahead.clear()
+
+    def to_devices(self, arrays: Arrays) -> Batch:
+        """Starts the transfer of this process's groups."""
+        return Batch(**{name: self._put(array) for name, array in arrays.items()})
+
+    def _put(self, local: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(self._num_groups)
+            return local[self._local_position[start] : self._local_position[start] + stop - start]
+
+        return jax.make_array_from_callback((self._num_groups, *local.shape[1:]), self.sharding, part)
+
+
+def set_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """Returns short names of data sets: the last parts of their paths that tell them apart."""
+    parts = [[part for part in path.split("/") if part] for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = tuple("/".join(part[-count:]) for part in parts)
+        if len(set(names)) == len(names):
+            return names
+    return tuple(f"{'/'.join(part)}#{i}" for i, part in enumerate(parts))

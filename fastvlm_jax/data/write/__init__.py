@@ -1,0 +1,7 @@
+"""Writes data sets: a source of any format, or records at hand, to shards."""
+
+from fastvlm_jax.data.write.dataset import Progress, read_questions, write, write_shards
+from fastvlm_jax.data.write.job import Settings
+from fastvlm_jax.data.write.summary import Summary
+
+__all__ = ["Progress", "Settings", "Summary", "read_questions", "write", "write_shards"]

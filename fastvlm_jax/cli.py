@@ -255,7 +255,7 @@ def bench(argv: list[str]) -> None:
     parse(fv, argv, required=("config",))
     from fastvlm_jax import config as config_lib
     from fastvlm_jax import model_io, sharding
-    from fastvlm_jax.data.bench import bench_input, describe
+    from fastvlm_jax.bench.input import bench_input, describe
     from fastvlm_jax.models import fastvlm
     from fastvlm_jax.stage import make_processor
 

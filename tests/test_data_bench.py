@@ -14,7 +14,7 @@ from command import fastvlm
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small import small_config
 
-from fastvlm_jax.data import bench
+from fastvlm_jax.bench import input as bench
 from fastvlm_jax.data.load.buffer_pool import BufferPool
 from fastvlm_jax.data.load.from_config import make_builder
 from fastvlm_jax.data.record import Record

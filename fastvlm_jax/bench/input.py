@@ -26,7 +26,7 @@ import numpy as np
 from absl import logging
 
 from fastvlm_jax import processor as processor_lib
-from fastvlm_jax.data.bench_dataloader import start_dataloaders
+from fastvlm_jax.bench.dataloader import start_dataloaders
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.load.from_config import make_builder
 from fastvlm_jax.data.load.loader import Loader

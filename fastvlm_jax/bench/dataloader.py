@@ -1,4 +1,4 @@
-"""The PyTorch contestants of bench.py: launch/bench_dataloader.py in processes of their own."""
+"""The PyTorch contestants of input.py: dataloader_torch.py in processes of their own."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,6 @@ from fastvlm_jax.images.header import read_header
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.conversation import TEMPLATES
 
-_SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "bench_dataloader.py"
 _BATCH = 8
 _NEEDS = {
     "dataloader_pillow": ("torch", "transformers"),
@@ -38,8 +37,8 @@ def start_dataloaders(
         missing = [package for package in needed if importlib.util.find_spec(package) is None]
         if build.processor.grids or len(build.schedule.settings.buckets) > 1:
             left_out[name] = "it makes images of one size, a view each"
-        elif missing or not _SCRIPT.is_file():
-            left_out[name] = f"{missing[0] if missing else _SCRIPT} is not installed"
+        elif missing:
+            left_out[name] = f"{missing[0]} is not installed"
     if len(left_out) < len(_NEEDS):
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastvlm-bench-")))
         _write_llava(folder, records, build.processor)
@@ -75,7 +74,12 @@ def _start(stack, folder: pathlib.Path, backend: str, processor: Processor, work
         "folder": folder, "backend": backend, "size": processor.image_size, "fit": processor.fit,
         "batch": _BATCH, "workers": workers,
     }  # fmt: skip
-    command = [sys.executable, str(_SCRIPT), *(f"--{key}={value}" for key, value in flags.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "fastvlm_jax.bench.dataloader_torch",
+        *(f"--{key}={value}" for key, value in flags.items()),
+    ]
     command += ["--mean", *map(str, processor.image_mean), "--std", *map(str, processor.image_std)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,

@@ -1,6 +1,6 @@
 """Time to read Qwen2-0.5B (random weights, stored in bfloat16, wanted in float32), ours and that of transformers.
 
-    .venv/bin/python launch/bench_loading.py [--rounds 5] [--folder DIR]
+    python -m fastvlm_jax.bench.weights [--rounds 5] [--folder DIR]
 
 Both read the same file, warm in the page cache, in processes of their own and in turn; every element is touched. The
 clock starts when the libraries are imported.

@@ -1,6 +1,6 @@
 """The PyTorch side of `fastvlm bench input`: LLaVA's training data code with a DataLoader, in a process of its own.
 
-    python launch/bench_dataloader.py --folder DIR --backend pillow|torchvision --size 1024 --batch 8 --workers 2
+    python -m fastvlm_jax.bench.dataloader_torch --folder DIR --backend pillow|torchvision --size 1024 --workers 2
 
 DIR holds train.json (LLaVA's), images/, tokenizer/ and template.json. Each line on stdin, a number of seconds, is
 answered by a line of JSON: the images that came out and the seconds that it took. As LLaVA does it, an image is read
@@ -14,29 +14,18 @@ import pathlib
 import sys
 import time
 
-import torch
 from PIL import Image
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
-
-try:
-    import torchvision  # noqa: F401
-except ImportError:
-    pass
-except RuntimeError:  # built for another torch, it lacks two operators, which nothing here calls
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import transformers
 
 IMAGE, IGNORE = -200, -100  # LLaVA's numbers for an image's place and for what is not learnt
 MARK = "<image>"
 
 
-class Conversations(Dataset):
+class Conversations:
     """The entries of a LLaVA file, as tensors."""
 
     def __init__(self, folder: pathlib.Path, processor, fit: str):
+        import transformers
+
         self.entries = json.loads((folder / "train.json").read_text())
         self.images, self.processor, self.fit = folder / "images", processor, fit
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -45,18 +34,22 @@ class Conversations(Dataset):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict:
+        import torch
+
         entry = self.entries[index]
         images = [self.pixels(Image.open(self.images / name).convert("RGB")) for name in entry["images"]]
         tokens, labels = self.text(entry["conversations"])
         return {"images": torch.stack(images), "tokens": tokens, "labels": labels}
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
+    def pixels(self, image: Image.Image):
         if self.fit == "pad":
             image = expand2square(image, tuple(int(mean * 255) for mean in self.processor.image_mean))
         return self.processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
-    def text(self, turns: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def text(self, turns: list[dict[str, str]]) -> tuple:
+        import torch
+
         roles = {"human": "user", "gpt": "assistant", "system": "system"}
         before, after, system = (self.template[key] for key in ("before", "after", "system"))
         pieces = [(roles[turn["from"]], turn["value"]) for turn in turns]
@@ -89,7 +82,9 @@ def expand2square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
     return square
 
 
-def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(items: list[dict]) -> dict:
+    import torch
+
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "images": torch.cat([item["images"] for item in items]),
@@ -100,6 +95,8 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def run(dataset: Conversations, batch: int, workers: int, seconds: float) -> dict[str, float]:
     """Counts what comes out in `seconds` or a little more, after the first batches."""
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
     sampler = RandomSampler(dataset, replacement=True, num_samples=1 << 30)
     sampler = BatchSampler(sampler, batch, drop_last=True)
     loader = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
@@ -110,6 +107,25 @@ def run(dataset: Conversations, batch: int, workers: int, seconds: float) -> dic
         for _ in range(workers):
             images += len(next(loader)["images"])
     return {"images": images, "seconds": time.perf_counter() - start}
+
+
+def register_missing_operators():
+    """Defines two operators that nothing here calls, where torchvision was built for another torch and lacks them.
+
+    Returns:
+      The library that holds them, which has to be kept, or None.
+    """
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
 
 
 def main() -> None:
@@ -123,6 +139,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, required=True)
     args = parser.parse_args()
+    _kept = register_missing_operators()
+    import transformers
+
     kind = transformers.CLIPImageProcessorPil if args.backend == "pillow" else transformers.CLIPImageProcessor
     processor = kind(
         size={"shortest_edge": args.size},

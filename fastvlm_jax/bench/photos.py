@@ -1,6 +1,6 @@
 """A data set to time the input with: JPEGs of 2048x1536, 1024x768 and 640x480 in equal parts, with conversations.
 
-    .venv/bin/python launch/make_bench_data.py --output DIR [--count 1000] [--photos FOLDER ...]
+    python -m fastvlm_jax.bench.photos --output DIR [--count 1000] [--photos FOLDER ...]
 
 Each image is a mosaic of cut-outs, 512 pixels wide, of real photos: so large ones hold as much detail a pixel as small
 ones. The photos are those of scikit-image and scikit-learn, from wherever they are installed (`pip install --target

@@ -1,4 +1,4 @@
-"""Time both forms of the depthwise convolution on this machine: python -m fastvlm_jax.kernels.bench
+"""Time both forms of the depthwise convolution on this machine: python -m fastvlm_jax.bench.kernels
 
 Prints a markdown table of milliseconds: XLA's convolution against `depthwise_conv`, which on a CPU is the shifted form.
 The forms take turns call by call, so that other work on the machine slows both, and the median is shown.

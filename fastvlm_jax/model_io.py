@@ -21,6 +21,7 @@ from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor, load_processor
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
+from fastvlm_jax.workdir import read_run
 
 PARTS = ("vision", "projector", "llm")
 IMAGE_SIZE = 1024  # FastVLM's, where no file says another
@@ -101,7 +102,7 @@ def _read_one(path: pathlib.Path) -> Loaded:
     found = checkpoint.find(path) if path.is_dir() else None
     if found is not None:
         workdir, folder = found
-        run = checkpoint.read_run(workdir)
+        run = read_run(workdir)
         config = without_remat(run["config"]["model"])
         variables = checkpoint.load_variables(folder, abstract_variables(fastvlm.build(**config)))
         lineage = {**run["lineage"], "step": int(folder.name)}

@@ -13,10 +13,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import PIL.Image
 
-from fastvlm_jax import checkpoint, model_io
+from fastvlm_jax import model_io
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.evaluate import Result, answer_records
 from fastvlm_jax.metrics import read_metrics
+from fastvlm_jax.workdir import read_run
 
 NUM_SAMPLES = 16
 PAGE = jinja2.Template(
@@ -57,7 +58,7 @@ def write_report(
         rows = read_metrics(workdir)
         if not rows:
             raise ValueError(f"{workdir} has no metrics.jsonl: name the workdir of a training run")
-        stages.append((checkpoint.read_run(workdir)["config"]["stage"] or workdir.name, rows))
+        stages.append((read_run(workdir)["config"]["stage"] or workdir.name, rows))
     output.parent.mkdir(parents=True, exist_ok=True)
     loss = output.with_name(output.stem + "_loss.png")
     plot_losses(stages, loss)

@@ -21,6 +21,7 @@ from fastvlm_jax.processor import Processor
 from fastvlm_jax.stage import adapt, make_processor, make_step
 from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.train_step import eval_step
+from fastvlm_jax.workdir import check_processes, claim, make_lineage
 
 
 def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None, profile: str = "") -> TrainState:
@@ -40,7 +41,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     """
     config_lib.validate(config)
     settings = config_lib.plain(config)
-    checkpoint.check_processes(settings)
+    check_processes(settings)
     tracking.check(config.wandb)
     mesh = sharding.make_mesh(config.mesh, devices)
     num_kv_heads = config.model.llm.num_kv_heads
@@ -53,7 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     trainable, _ = optim.split(abstract_params, config.groups)
     if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
         raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
-    lineage = checkpoint.make_lineage(settings, parent and parent.lineage, fingerprint(sources))
+    lineage = make_lineage(settings, parent and parent.lineage, fingerprint(sources))
     variables = adapt(parent, model) if parent else None
 
     with jax.set_mesh(mesh):
@@ -63,7 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         steps = config.steps or math.ceil(config.epochs * loader.batches_per_epoch)
         step = make_step(config, model, mesh, steps=steps, num_sources=len(sources))
         traced = profiling.parse_steps(profile, steps)
-        checkpoint.claim(workdir, settings, lineage, processor)
+        claim(workdir, settings, lineage, processor)
         checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints)
         if checkpoint.find_latest(checkpointer) is not None:
             state, position = checkpoint.restore(checkpointer, step.abstract)

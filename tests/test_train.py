@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from small import small_config
 
 from fastvlm_jax import checkpoint, model_io, sharding
+from fastvlm_jax import workdir as workdir_lib
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
@@ -174,15 +175,15 @@ def test_branched_parent_is_folded_for_a_folded_stage(easy_vqa, straight, tmp_pa
 
 def test_a_run_goes_on_where_its_folders_are_mounted_elsewhere(tmp_path):
     settings = {"parent": "vision=/gcs/b/clip,llm=/gcs/b/qwen", "data": {"root": "/gcs/b/data"}, "steps": 8}
-    checkpoint._claim(tmp_path / "run", settings, {"parent_step": 3})
+    workdir_lib._claim(tmp_path / "run", settings, {"parent_step": 3})
     moved = {**settings, "parent": "vision=/mnt/b/clip,llm=/mnt/b/qwen", "data": {"root": "/mnt/b/data"}}
-    checkpoint._claim(tmp_path / "run", moved, {"parent_step": 3})
+    workdir_lib._claim(tmp_path / "run", moved, {"parent_step": 3})
     with pytest.raises(ValueError, match="parent is 'vision=/gcs/b/clip,llm=/gcs/b/qwen' there"):
-        checkpoint._claim(
+        workdir_lib._claim(
             tmp_path / "run", {**moved, "parent": "vision=/mnt/b/clip,llm=/mnt/b/other"}, {"parent_step": 3}
         )
     with pytest.raises(ValueError, match="parent_step is 3 there and 4 here"):
-        checkpoint._claim(tmp_path / "run", moved, {"parent_step": 4})
+        workdir_lib._claim(tmp_path / "run", moved, {"parent_step": 4})
 
 
 @pytest.mark.parametrize(

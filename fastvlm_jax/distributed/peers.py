@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastvlm_jax.rendezvous import Settings, meet, readable, send
+from fastvlm_jax.distributed.rendezvous import Settings, meet, readable, send
 
 AGAIN = "start all processes again: they go on from the last checkpoint"
 END = "the end of the run"  # the last exchange; after it a connection may close

@@ -1,122 +1,30 @@
-"""Several processes that train one model: how they start, agree and end. Everything here also works for one alone.
-
-Give every process the same command. How many there are, and which this is, comes from flags, from the environment, or
-from the platform (Cloud TPU slices, GKE, Slurm, Open MPI), in this order:
-
-    fastvlm train --config ... --workdir DIR --coordinator_address=10.0.0.2:8476 --num_processes=4 --process_id=0..3
-    FASTVLM_COORDINATOR_ADDRESS, FASTVLM_NUM_PROCESSES, FASTVLM_PROCESS_ID; JAX_COORDINATOR_ADDRESS and so on
-    nothing, on a platform that JAX detects; on any other machine one process runs, and waits for nobody
-
---num_processes=1 is one process on any platform. Process 0 listens on the port of the address for `peers`, and on the
-next, or a free one, for JAX. A process that dies stops the others at once, one that freezes or is cut off after
---heartbeat_seconds; each prints who it was, and ends with status 1. SIGINT or SIGTERM to one process stops all after
-the same step, which is saved, with status 130. Either way, the same command on all goes on from the last checkpoint.
-"""
+"""One process of a job: its start, what it exchanges with the others, its end."""
 
 import atexit
 import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import signal
 import socket
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from fastvlm_jax.config import differences
-from fastvlm_jax.peers import Peers
-from fastvlm_jax.rendezvous import Settings
+from fastvlm_jax.distributed.peers import Peers
+from fastvlm_jax.distributed.rendezvous import Settings
 
 START_SECONDS = 4 * 3600.0  # for what hosts do at their start, each at its own pace, as counting the tokens of the data
-NAMES = ("coordinator_address", "num_processes", "process_id")
 
 _peers: Peers | None = None  # of this process; None when it is alone, as jax.distributed has it
 
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; what it had done is saved."""
-
-
-def find_settings(
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    heartbeat_seconds: float | None = None,
-    initialization_seconds: float | None = None,
-) -> Settings | None:
-    """What flags, environment and platform say (see above); None for one process alone.
-
-    Raises:
-      ValueError: they say only a part, or what cannot be.
-    """
-    seconds = {
-        "heartbeat_seconds": _number("heartbeat_seconds", heartbeat_seconds, float, 30.0),
-        "initialization_seconds": _number("initialization_seconds", initialization_seconds, float, 300.0),
-    }
-    for name, value in seconds.items():
-        if not 0 < value < 1e6:
-            raise ValueError(f"--{name}={value:g} must be a positive number of seconds")
-    address = coordinator_address or _variable("coordinator_address")[1]
-    count = _number("num_processes", num_processes, int)
-    process = _number("process_id", process_id, int)
-    if count == 1 and process in (None, 0):
-        return None
-    if None in (address, count, process):
-        found = _detect(address, count, process, seconds["initialization_seconds"])
-        if found == (None, None, None) or (found[1] == 1 and address is None):
-            return None
-        missing = [f"--{name}" for name, value in zip(NAMES, found, strict=True) if value is None]
-        if missing:
-            raise ValueError(
-                f"{' and '.join(missing)} missing: --{', --'.join(NAMES)} (or FASTVLM_{NAMES[0].upper()} and so on) go "
-                "together, unless the platform is one that tells them"
-            )
-        address, count, process = found
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
-        raise ValueError(f"--coordinator_address={address} must be HOST:PORT, of process 0")
-    if not 0 <= process < count:
-        raise ValueError(f"--process_id={process} must be from 0 to {count - 1}: --num_processes is {count}")
-    return Settings(address, count, process, **seconds)
-
-
-def _variable(name: str) -> tuple[str, str | None]:
-    """The environment variable that sets a flag, and its value."""
-    for prefix in ("FASTVLM", "JAX"):
-        if value := os.environ.get(f"{prefix}_{name.upper()}"):
-            return f"{prefix}_{name.upper()}", value
-    return "", None
-
-
-def _number(name: str, value: Any, kind: type, default: Any = None) -> Any:
-    variable, text = _variable(name)
-    if value is not None or text is None:
-        return default if value is None else value
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(f"{variable}={text!r} must be a number") from error
-
-
-def _detect(*given) -> tuple[str | None, int | None, int | None]:
-    """(address, number, id) with what the platform tells in the place of what is None."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; public is only the whole
-
-    *known, seconds = given
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that the package `kubernetes` is missing
-            return ClusterEnv.auto_detect_unset_distributed_params(*known, None, None, int(seconds))[:3]
-    except Exception as error:
-        raise ValueError(
-            f"the platform does not tell which process of how many this is ({' '.join(str(error).split())}): give "
-            f"--{', --'.join(NAMES)}, or --num_processes=1"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -252,14 +160,6 @@ def check_same(facts: dict[str, Any]) -> None:
                 f"{_peers.who(process)} differs from {_peers.who(0)}: {key} is {here!r} there and {there!r} in process "
                 f"0 ({len(differ)} differ); give all processes the same command, code and data"
             )
-
-
-def source_digest() -> str:
-    """A hash of the package's source files."""
-    digest, folder = hashlib.sha256(), pathlib.Path(__file__).parent
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 class StopRequest:

@@ -101,7 +101,7 @@ def evaluate(argv: list[str]) -> None:
     import tqdm
 
     import fastvlm_jax
-    from fastvlm_jax.benchmarks import easy_vqa
+    from fastvlm_jax.evaluate.benchmarks import easy_vqa
 
     total = easy_vqa.count_questions(fv.data, fv.limit)
     model, variables, processor = fastvlm_jax.load(fv.model)
@@ -307,7 +307,7 @@ def report(argv: list[str]) -> None:
     flags.DEFINE_string("model", None, "model for a sheet of answered test questions", flag_values=fv)
     flags.DEFINE_string("data", None, "folder of the questions", flag_values=fv)
     workdirs = parse(fv, argv, required=("output",), positional="WORKDIR")
-    from fastvlm_jax.report import write_report
+    from fastvlm_jax.report.runs import write_report
 
     for path in write_report([pathlib.Path(w) for w in workdirs], pathlib.Path(fv.output), fv.model, fv.data):
         print(path)

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from fastvlm_jax import checkpoint, convert
-from fastvlm_jax.convert import llava
-from fastvlm_jax.convert.files import CONFIG, DTYPES, gguf_file, read_json
-from fastvlm_jax.convert.gguf import read_gguf_tokenizer
+from fastvlm_jax.convert.layouts import llava
+from fastvlm_jax.convert.layouts.gguf import read_gguf_tokenizer
+from fastvlm_jax.convert.layouts.native import without_remat
 from fastvlm_jax.convert.mapping import COUNTERS, read_tree
-from fastvlm_jax.convert.native import without_remat
+from fastvlm_jax.convert.recognise import gguf_file
+from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor, load_processor

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fastvlm_jax import model_io, optim, sharding
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.convert.encoder import without_head
+from fastvlm_jax.convert.heads import without_head
 from fastvlm_jax.data.load.from_config import data_sets
 from fastvlm_jax.images.sizes import make_sizes
 from fastvlm_jax.models import fastvlm

@@ -8,19 +8,21 @@ from typing import Any
 import jax
 import ml_collections
 
-from fastvlm_jax import checkpoint, distributed, evaluate, model_io, optim, profiling, sharding, tracking
+from fastvlm_jax import checkpoint, distributed, model_io, optim, sharding
 from fastvlm_jax import config as config_lib
-from fastvlm_jax.data.load.from_config import eval_batches, make_loader, open_sources
+from fastvlm_jax.data.load.from_config import make_loader, open_sources
 from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.sources import fingerprint
 from fastvlm_jax.distributed import Interrupted, StopRequest
-from fastvlm_jax.metrics import MetricsWriter, memory_scalars, mfu_scalars, peak_flops
+from fastvlm_jax.evaluate.validation import make_validation
+from fastvlm_jax.metrics import profiling, tracking
+from fastvlm_jax.metrics.throughput import flow_scalars, memory_scalars, mfu_scalars, peak_flops
+from fastvlm_jax.metrics.writer import MetricsWriter
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.stage import adapt, make_processor, make_step
 from fastvlm_jax.train_state import TrainState
-from fastvlm_jax.train_step import eval_step
 from fastvlm_jax.workdir import check_processes, claim, make_lineage
 
 
@@ -135,47 +137,3 @@ def run(
         loader.close()
         checkpointer.close()
         writer.close()
-
-
-def flow_scalars(loader: Loader, seconds: float, mfu) -> dict[str, float]:
-    """What went through in the last `seconds`: rates, the share of the time waited for input, records by data set."""
-    flow = loader.flow()
-    scalars = {
-        "images/s": flow.images / seconds,
-        "tokens/s": flow.tokens / seconds,
-        "input_bound": min(flow.waited / seconds, 1.0),
-        "substituted": loader.substituted,
-        "truncated": flow.truncated,
-    }
-    if len(loader.names) > 1:
-        scalars |= {f"records/{name}": count for name, count in zip(loader.names, flow.records, strict=True)}
-    return scalars | mfu(flow, seconds)
-
-
-def make_validation(config, model: FastVLM, processor: Processor, batches):
-    """A function from the state to {"validation/loss", "validation/accuracy"}, on the held-out split.
-
-    The loss is over all data sets that have one, questions are asked of the first; without any there is no validation.
-    """
-    held_out = open_sources(config.data, "validation")
-    everywhere = jax.sharding.NamedSharding(batches.mesh, sharding.spec(()))
-    loss_fn = jax.jit(partial(eval_step, model=model), out_shardings=everywhere)
-
-    def validate(state: TrainState) -> dict[str, float]:
-        variables, scalars = {"params": state.params, "batch_stats": state.batch_stats}, {}
-        if config.eval_batches and held_out:
-            total = tokens = 0.0
-            loader = eval_batches(
-                config.data, processor, "validation", sharding=batches, num_batches=config.eval_batches
-            )
-            for batch in loader:
-                loss, count = loss_fn(variables, batch)
-                total, tokens = total + float(loss), tokens + float(count)
-            loader.close()
-            scalars["validation/loss"] = total / max(tokens, 1)
-        if config.eval_questions and held_out:
-            results = evaluate.answer_records(model, variables, processor, held_out[0], limit=config.eval_questions)
-            scalars["validation/accuracy"] = evaluate.accuracy(results)
-        return scalars
-
-    return validate

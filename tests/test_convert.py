@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from torch_reference import jit, randomise, to_nchw, transformers
 
 from fastvlm_jax import convert, model_io
-from fastvlm_jax.convert import fastvlm as layout
-from fastvlm_jax.convert.decoder import text_config
+from fastvlm_jax.convert.layouts import fastvlm as layout
+from fastvlm_jax.convert.layouts.text_config import text_config
 from fastvlm_jax.convert.mapping import shapes_of, to_torch
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder

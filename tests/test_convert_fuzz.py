@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 
 from fastvlm_jax import convert, model_io
-from fastvlm_jax.config import VISION_SIZES
 from fastvlm_jax.convert import mapping
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.sizes import VISION_SIZES
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 

@@ -22,7 +22,7 @@ from small import small_config
 from fastvlm_jax import checkpoint, distributed
 from fastvlm_jax.distributed.peers import Peers
 from fastvlm_jax.distributed.rendezvous import Settings
-from fastvlm_jax.metrics import read_metrics
+from fastvlm_jax.metrics.writer import read_metrics
 from fastvlm_jax.train import train
 
 TESTS = pathlib.Path(__file__).parent

@@ -8,9 +8,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.interpreters import partial_eval
 
-from fastvlm_jax import flops, model_io, optim
+from fastvlm_jax import model_io, optim
 from fastvlm_jax.config import get_base
-from fastvlm_jax.models import fastvlm, remat
+from fastvlm_jax.models import fastvlm, flops, remat
 
 VIT = dict(family="vit", image_size=28, patch_size=7, width=32, num_layers=4, num_heads=4, mlp_dim=48)
 LLM = dict(width=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=80, vocab_size=96)

@@ -16,10 +16,10 @@ from gguf import GGMLQuantizationType as Kind
 from torch_reference import jit, relative, transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from fastvlm_jax.config import LLM_SIZES
-from fastvlm_jax.convert.gguf import read_gguf, read_gguf_tokenizer
+from fastvlm_jax.convert.layouts.gguf import read_gguf, read_gguf_tokenizer
 from fastvlm_jax.convert.mapping import to_jax
 from fastvlm_jax.models.decoder import Decoder
+from fastvlm_jax.models.sizes import LLM_SIZES
 
 SMALL = dict(vocab_size=64, width=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=96)
 MERGES = ["l o", "h e", "Ġ w"]

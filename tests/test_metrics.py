@@ -16,11 +16,12 @@ from command import fastvlm
 from PIL import Image
 from small import ask, small_config
 
-from fastvlm_jax import metrics, model_io, profiling, tracking
+from fastvlm_jax import model_io
 from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
-from fastvlm_jax.metrics import read_metrics
+from fastvlm_jax.metrics import profiling, throughput, tracking
+from fastvlm_jax.metrics.writer import read_metrics
 from fastvlm_jax.models import fastvlm as models
 from fastvlm_jax.text.tokenizer import train_sentencepiece
 from fastvlm_jax.train import train
@@ -82,7 +83,7 @@ def test_seconds_of_a_step_are_the_mean_over_the_interval_without_validation(tra
 
 
 def test_a_cpu_has_no_known_peak_and_tells_no_memory(traced):
-    assert metrics.peak_flops(jax.devices()) is None and metrics.memory_scalars(jax.devices()) == {}
+    assert throughput.peak_flops(jax.devices()) is None and throughput.memory_scalars(jax.devices()) == {}
     assert not {key for row in read_metrics(traced) for key in row if "mfu" in key or "hbm" in key}
 
 
@@ -105,7 +106,7 @@ def test_peak_is_that_of_all_chips(kind, devices, tflops):
     made = [
         types.SimpleNamespace(device_kind=kind, id=i, **({"coords": at} if at else {})) for i, at in enumerate(devices)
     ]
-    assert metrics.peak_flops(made) == tflops * 1e12
+    assert throughput.peak_flops(made) == tflops * 1e12
 
 
 def test_memory_is_that_of_the_fullest_device_of_this_process():
@@ -115,7 +116,7 @@ def test_memory_is_that_of_the_fullest_device_of_this_process():
         )
 
     devices = [device(0, 3e9, 5e9), device(0, 4e9, 4.5e9), device(1, 9e9, 9e9)]
-    assert metrics.memory_scalars(devices) == {"hbm_gb": 4.0, "hbm_peak_gb": 5.0}
+    assert throughput.memory_scalars(devices) == {"hbm_gb": 4.0, "hbm_peak_gb": 5.0}
 
 
 def test_mfu_is_of_what_was_really_there():
@@ -125,10 +126,10 @@ def test_mfu_is_of_what_was_really_there():
     flow = Flow(0, 1000, 0, (0,), 0.0, {})
     weights = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32)
     attention = 2 * 2 * 16 * (64 + 1) / 2  # layers, two products of 16 channels, keys seen on average
-    found = metrics.mfu_scalars(model, trainable, flow, 2.0, row_length=64, peak=1e9)
+    found = throughput.mfu_scalars(model, trainable, flow, 2.0, row_length=64, peak=1e9)
     assert found["mfu/llm"] == pytest.approx(1000 * 6 * (weights + attention + 16 * 64) / 2e9)
     assert found["mfu"] == found["mfu/llm"] and found["mfu/vision"] == 0
-    assert metrics.mfu_scalars(model, trainable, flow, 2.0, row_length=64, peak=None) == {}
+    assert throughput.mfu_scalars(model, trainable, flow, 2.0, row_length=64, peak=None) == {}
 
 
 def test_mfu_of_the_encoder_counts_images_at_their_own_sizes(data):
@@ -137,7 +138,7 @@ def test_mfu_of_the_encoder_counts_images_at_their_own_sizes(data):
 
     def vision(sizes, tokens=0):
         flow = Flow(0, tokens, 0, (0,), 0.0, sizes)
-        return metrics.mfu_scalars(model, trainable, flow, 1.0, row_length=80, peak=1e9)["mfu/vision"]
+        return throughput.mfu_scalars(model, trainable, flow, 1.0, row_length=80, peak=1e9)["mfu/vision"]
 
     assert vision({(16, 16): 6, (32, 32): 1}) == pytest.approx(6 * vision({(16, 16): 1}) + vision({(32, 32): 1}))
     assert vision({(32, 32): 1}) > 4 * vision({(16, 16): 1}) > 0  # attention over 16 positions costs more than 4 x 4

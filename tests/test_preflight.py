@@ -16,8 +16,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fastvlm_jax import sharding
-from fastvlm_jax.preflight import estimate, hlo, program, search, topology
+from fastvlm_jax.preflight import estimate, search, topology
 from fastvlm_jax.preflight.compile import compile
+from fastvlm_jax.preflight.hlo import cost, parse
 from fastvlm_jax.preflight.run import Options, preflight
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler (libtpu)")
@@ -95,13 +96,13 @@ def test_a_sharded_loop_over_layers_is_counted_as_it_runs():
     again, _, _ = compile(lower, slices, mesh)
     assert (compiled.cached, again.cached) == (False, True)
     assert compiled.text == again.text and compiled.memory == again.memory
-    found = program.analyse(hlo.parse(compiled.text), 4)
+    found = cost.analyse(parse.parse(compiled.text), 4)
     one = 2 * ROWS * WIDTH * HIDDEN  # a product of a chip; a layer has 2 forward, 1 or 2 again, 4 backward
     products = sum(o.flops * o.trips for o in found.operations) / one / LAYERS
     assert products in (7, 8)
     by_kind = {}
     for c in found.collectives:
-        assert program.axes_of(c.group, dict(mesh.shape)) == ("fsdp",)
+        assert cost.axes_of(c.group, dict(mesh.shape)) == ("fsdp",)
         by_kind[c.kind] = by_kind.get(c.kind, 0) + c.payload * c.trips
     weight = LAYERS * WIDTH * HIDDEN * 2
     assert by_kind["all-gather"] == 2 * 2 * weight  # both weights, forward and backward

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from fastvlm_jax.config import get_base
-from fastvlm_jax.preflight import count, describe, estimate, fit, hlo, network, program, topology
+from fastvlm_jax.preflight import describe, estimate, fit, topology
 from fastvlm_jax.preflight.compile import needed
-from fastvlm_jax.preflight.program import Collective, Operation, Program
+from fastvlm_jax.preflight.hlo import cost, flops, network, parse
+from fastvlm_jax.preflight.hlo.cost import Collective, Operation, Program
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 LOOP = f"""HloModule step
@@ -52,14 +53,14 @@ def cycles(found: Program) -> int:
 
 @pytest.mark.parametrize("start, total", [(0, 507), (1, 407)])
 def test_a_loop_counts_as_often_as_it_runs(start, total):
-    found = program.analyse(hlo.parse(LOOP.replace("START", str(start))), 1)
+    found = cost.analyse(parse.parse(LOOP.replace("START", str(start))), 1)
     assert cycles(found) == total
     assert not found.unknown
 
 
 def test_a_loop_that_depends_on_data_is_a_program_of_its_own():
     text = LOOP.replace("START", "0").replace("  %limit = s32[]{:T(128)} constant(5)\n", "")
-    found = program.analyse(hlo.parse(text.replace("(%i, %limit)", "(%i, %i)")), 1)
+    found = cost.analyse(parse.parse(text.replace("(%i, %limit)", "(%i, %i)")), 1)
     assert cycles(found) == 7
     assert [cycles(loop) for loop in found.unknown] == [100]
 
@@ -69,13 +70,13 @@ def test_metadata_over_several_lines_does_not_end_a_computation():
         "calls=%fused, " + CYCLES % 100,
         'calls=%fused, frontend_attributes={kernel_metadata={\n"a":1\n}}, ' + CYCLES % 100,
     )
-    assert cycles(program.analyse(hlo.parse(text), 1)) == 507
+    assert cycles(cost.analyse(parse.parse(text), 1)) == 507
 
 
 def test_bytes_of_shapes_without_padding_or_on_chip_memory():
     shape = "(bf16[2,3]{1,0:T(8,128)(2,1)}, f32[5]{0:T(128)S(1)}, s32[], pred[4]{0})"
-    assert hlo.num_bytes(shape) == 12 + 20 + 4 + 4
-    assert hlo.num_bytes(shape, hbm_only=True) == 12 + 4 + 4
+    assert parse.num_bytes(shape) == 12 + 20 + 4 + 4
+    assert parse.num_bytes(shape, hbm_only=True) == 12 + 4 + 4
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -97,8 +98,8 @@ def test_flops_of_a_convolution_leave_out_padding_and_holes(stride, holes, sprea
 dim_labels=b01f_01io->b01f, feature_group_count=3
 }}
 """
-    module = hlo.parse(text)
-    assert count.flops(module, module.computations["main"]) == 2 * float(y.sum())
+    module = parse.parse(text)
+    assert flops.flops(module, module.computations["main"]) == 2 * float(y.sum())
 
 
 def test_flops_of_a_matrix_product_in_a_fusion():
@@ -114,10 +115,10 @@ ENTRY %main (x: bf16[64,32], w: bf16[16,32]) -> f32[64,16] {
   ROOT %out = f32[64,16]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused
 }
 """
-    module = hlo.parse(text)
+    module = parse.parse(text)
     main = module.computations["main"]
-    assert count.instruction_flops(module, main, main.root) == 2 * 64 * 32 * 16
-    assert count.traffic(module, main, main.root) == 2 * (64 * 32 + 16 * 32) + 4 * 64 * 16
+    assert flops.instruction_flops(module, main, main.root) == 2 * 64 * 32 * 16
+    assert flops.traffic(module, main, main.root) == 2 * (64 * 32 + 16 * 32) + 4 * 64 * 16
 
 
 @pytest.mark.parametrize("batch, examples", [("", 1), ("2,", 2)])
@@ -131,7 +132,7 @@ def test_attention_kernels_count_their_products(batch, examples, kind, products)
 custom_call_target="tpu_custom_call"
 }}
 """
-    (kernel,) = [o for o in program.analyse(hlo.parse(text), 1).operations if o.kernel]
+    (kernel,) = [o for o in cost.analyse(parse.parse(text), 1).operations if o.kernel]
     assert kernel.kernel_flops == 2 * products * examples * 8 * 64 * 128 * 32
 
 
@@ -149,9 +150,9 @@ ENTRY %main (x: f32[24,100], n: s32[]) -> f32[100] {
   ROOT %y = f32[100]{0} fusion(%x, %n), kind=kLoop, calls=%fused
 }
 """
-    module = hlo.parse(text)
+    module = parse.parse(text)
     main = module.computations["main"]
-    assert count.traffic(module, main, main.root) == 400 + 4 + 400
+    assert flops.traffic(module, main, main.root) == 400 + 4 + 400
 
 
 @pytest.mark.parametrize(
@@ -174,20 +175,20 @@ def test_devices_of_a_group_in_every_way_that_it_is_written(written, group):
   ROOT %y = f32[4]{{0}} all-reduce(%x), channel_id=1, {written}, use_global_device_ids=true, to_apply=%add
 }}
 """
-    (found,) = program.analyse(hlo.parse(text), 16).collectives
+    (found,) = cost.analyse(parse.parse(text), 16).collectives
     assert found.group == tuple(group)
     assert (found.kind, found.payload, found.asynchronous) == ("all-reduce", 16, False)
 
 
 def test_a_group_written_in_another_way_is_refused():
     with pytest.raises(ValueError, match="preflight cannot read replica_groups=new"):
-        program._group("channel_id=1, replica_groups=new[4], to_apply=%add", 16)
+        cost._group("channel_id=1, replica_groups=new[4], to_apply=%add", 16)
 
 
 def test_axes_of_a_group():
     mesh = {"replica": 1, "data": 2, "fsdp": 4, "tensor": 2}
-    assert program.axes_of((0, 2, 4, 6), mesh) == ("fsdp",)
-    assert program.axes_of((0, 1, 8, 9), mesh) == ("data", "tensor")
+    assert cost.axes_of((0, 2, 4, 6), mesh) == ("fsdp",)
+    assert cost.axes_of((0, 1, 8, 9), mesh) == ("data", "tensor")
 
 
 FUSED = """%start (p: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {
@@ -222,7 +223,7 @@ frontend_attributes={_xla_megascale_reduce_operation="SUM"}
 
 
 def test_fused_and_started_transfers_are_found_and_counted_once():
-    found = program.analyse(hlo.parse(FUSED), 4).collectives
+    found = cost.analyse(parse.parse(FUSED), 4).collectives
     assert [(c.kind, c.payload, len(c.group), c.asynchronous) for c in found] == [
         ("all-gather", 256, 4, True),
         ("all-gather", 1024, 4, True),

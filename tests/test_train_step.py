@@ -171,8 +171,8 @@ def test_accumulation_that_leaves_devices_without_a_group_is_refused():
 
 def test_parameters_are_gathered_once_each_way_and_gradients_reduced_once(batch, monkeypatch):
     """By the bytes of the partitioned program: nothing else of any size crosses the devices."""
-    from fastvlm_jax.preflight import hlo
-    from fastvlm_jax.preflight.program import analyse
+    from fastvlm_jax.preflight.hlo import parse
+    from fastvlm_jax.preflight.hlo.cost import analyse
 
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
     config = small_config(
@@ -186,7 +186,7 @@ def test_parameters_are_gathered_once_each_way_and_gradients_reduced_once(batch,
     state = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(step.abstract))
     assert compiled.memory_analysis().alias_size_in_bytes >= state  # the new state takes the place of the old one
     text, moved = compiled.as_text(), {}
-    for collective in analyse(hlo.parse(text), 8).collectives:
+    for collective in analyse(parse.parse(text), 8).collectives:
         moved[collective.kind] = moved.get(collective.kind, 0) + collective.payload * collective.trips
     leaves = jax.tree.leaves(step.abstract.params)
     whole = 4 * sum(x.size for x in leaves)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastvlm_jax.convert.mapping import to_jax
-from fastvlm_jax.convert.timm import tower_rows
+from fastvlm_jax.convert.tables.timm import tower_rows
 from fastvlm_jax.models.fastvit import FastViT
 
 # timm imports torchvision, whose compiled part does not fit a CPU-only torch: declare the two operators it looks up.

@@ -9,22 +9,15 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from fastvlm_jax.convert import causal_lm, encoder, fastvlm, gguf, llava, native
-from fastvlm_jax.convert.files import DTYPES, gguf_file, new_folder, recognise
-from fastvlm_jax.convert.mapping import described, to_jax
-from fastvlm_jax.convert.native import read_lineage
+from fastvlm_jax.convert.folder import new_folder
+from fastvlm_jax.convert.layouts import causal_lm, fastvlm, gguf, llava, native, openclip, timm, vit
+from fastvlm_jax.convert.layouts.native import read_lineage
+from fastvlm_jax.convert.recognise import recognise
+from fastvlm_jax.convert.weight_files import DTYPES
 from fastvlm_jax.models.fold import fold_variables
 from fastvlm_jax.processor import Processor
 
 __all__ = ["LAYOUTS", "load_weights", "read_lineage", "recognise", "write"]
-
-
-def _read_gguf(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    file = gguf_file(source)
-    llm, rows, tensors = gguf.read_gguf(file)
-    model_config = {"llm": llm, "dtype": "float32"}
-    _, shapes = described(model_config, file)
-    return model_config, to_jax(rows, tensors, shapes, file)
 
 
 READERS = {
@@ -32,10 +25,10 @@ READERS = {
     "fastvlm": fastvlm.read,
     "llava": llava.read,
     "decoder": causal_lm.read,
-    "gguf": _read_gguf,
-    "vit": encoder.read_vit,
-    "timm": encoder.read_timm,
-    "openclip": encoder.read_openclip,
+    "gguf": gguf.read,
+    "vit": vit.read,
+    "timm": timm.read,
+    "openclip": openclip.read,
 }
 LAYOUTS = ("native", "hf", "llava", "timm", "openclip")  # that can be written
 
@@ -112,13 +105,13 @@ def _write(folder: pathlib.Path, layout, parts, variables, model_config, process
     elif layout == "llava":
         llava.write(folder, model_config, variables, processor, dtype)
     elif layout == "timm":
-        encoder.write_timm(folder, model_config, variables, dtype)
+        timm.write(folder, model_config, variables, dtype)
     elif layout == "openclip":
-        encoder.write_openclip(folder, model_config, variables, dtype)
+        openclip.write(folder, model_config, variables, dtype)
     elif parts == {"llm"}:
         causal_lm.write(folder, model_config, variables, processor, dtype)
     elif parts == {"vision"}:
-        encoder.write_vit(folder, model_config, variables, dtype)
+        vit.write(folder, model_config, variables, dtype)
     else:
         fastvlm.write(folder, model_config, variables, processor, dtype)
 

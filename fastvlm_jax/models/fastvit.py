@@ -3,7 +3,7 @@
 stem /4 -> stage 0 -> [patch embed -> (positions) -> stage] x 4 -> 3x3 expansion C -> 2C with squeeze-excite
 grid   H/4        H/4                H/8 ... H/64                 H/64
 
-Five stages are FastViTHD (MCi3) and MCi4; MCi0 to MCi2 have four and end at H/32. The sizes are in config.VISION_SIZES.
+Five stages are FastViTHD (MCi3) and MCi4; MCi0 to MCi2 have four and end at H/32. The sizes are in sizes.VISION_SIZES.
 """
 
 from collections.abc import Sequence

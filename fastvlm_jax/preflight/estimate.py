@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 
-from fastvlm_jax import flops, optim
-from fastvlm_jax.preflight import hlo, network, program
+from fastvlm_jax import optim
+from fastvlm_jax.models import flops
 from fastvlm_jax.preflight.compile import Compiled, device_bytes, needed
-from fastvlm_jax.preflight.program import Operation, Program
+from fastvlm_jax.preflight.hlo import cost, network
+from fastvlm_jax.preflight.hlo.cost import Operation, Program
+from fastvlm_jax.preflight.hlo.parse import parse
 from fastvlm_jax.preflight.topology import Slice
 
 # Records of the data sets that the stage files name (paper, Tables 8 and 9 and appendix D; 11.9M and 12.5M are sums).
@@ -165,7 +167,7 @@ def transfers(found: Program, slices: Slice, mesh: jax.sharding.Mesh) -> list[di
     """Collectives by kind and mesh axes: how many, bytes and estimated seconds a step; the longest first."""
     rows, devices = {}, list(mesh.devices.flat)
     for c in found.collectives:
-        axes = "x".join(program.axes_of(c.group, dict(mesh.shape))) if c.group else "slices (DCN)"
+        axes = "x".join(cost.axes_of(c.group, dict(mesh.shape))) if c.group else "slices (DCN)"
         row = rows.setdefault((c.kind, axes), {"count": 0, "bytes": 0.0, "asynchronous": 0, "seconds": 0.0})
         row["count"] += c.trips
         row["asynchronous"] += c.trips * c.asynchronous
@@ -199,7 +201,7 @@ def train_report(config, model, slices: Slice, mesh, compiled: Compiled, state, 
     }  # fmt: skip
     if not compiled.text:
         return report
-    found = program.analyse(hlo.parse(compiled.text), mesh.devices.size)
+    found = cost.analyse(parse(compiled.text), mesh.devices.size)
     times = timing(found, slices, list(mesh.devices.flat))
     times["binding"] = binding(times)
     by_module = by_part(found, slices)
@@ -249,7 +251,7 @@ def encoder_report(
     }
     if not compiled.text:
         return report
-    found = program.analyse(hlo.parse(compiled.text), mesh.devices.size)
+    found = cost.analyse(parse(compiled.text), mesh.devices.size)
     times = timing(found, slices, list(mesh.devices.flat))
     report["flops"]["compiled"] = (
         sum((o.flops or o.kernel_flops) * o.trips for o in found.operations) * mesh.devices.size
@@ -272,7 +274,7 @@ def generate_report(config, model, slices: Slice, mesh, compiled: Compiled, vari
     }
     if not compiled.text:
         return report
-    found = program.analyse(hlo.parse(compiled.text), mesh.devices.size)
+    found = cost.analyse(parse(compiled.text), mesh.devices.size)
     devices = list(mesh.devices.flat)
     prefill = timing(found, slices, devices)
     report["time"] = {"prefill": {**prefill, "binding": binding(prefill), "by_part": by_part(found, slices)}}

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import ml_collections
 
-from fastvlm_jax import flops, optim, sharding
-from fastvlm_jax.models import fastvlm, remat
+from fastvlm_jax import optim, sharding
+from fastvlm_jax.models import fastvlm, flops, remat
 from fastvlm_jax.preflight import fit
 from fastvlm_jax.preflight.topology import Slice
 

@@ -149,7 +149,7 @@ their trips, and for transfers their bytes over the slice's published links. Not
 
 `step` is as the compiler scheduled it; `hidden` if every transfer ran beside the computation, `serial` if none did.
 MFU is of model FLOPs, without recomputation. `FLOPs` is what the compiled program computes over what
-`fastvlm_jax/flops.py` counts with recomputation: the one check of the counts that needs no device. One row:
+`fastvlm_jax/models/flops.py` counts with recomputation: the one check of the counts that needs no device. One row:
 `fastvlm preflight --config configs/stage2_instruct.py:0.5b --topology v5e:4x4`. How the estimates are made stands in
 `fastvlm_jax/preflight/estimate.py`.
 

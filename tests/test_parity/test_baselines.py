@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch_reference import jit, randomise, relative, stored, timm, to_nchw, transformers
 
-from fastvlm_jax.config import VISION_SIZES
-from fastvlm_jax.convert import convnext as convnext_layout
-from fastvlm_jax.convert import vit as vit_layout
+from fastvlm_jax.convert.layouts import vit as vit_layout
 from fastvlm_jax.convert.mapping import to_jax, to_torch
+from fastvlm_jax.convert.tables import convnext as convnext_table
+from fastvlm_jax.convert.tables import vit as vit_table
 from fastvlm_jax.models.convnext import ConvNeXt
+from fastvlm_jax.models.sizes import VISION_SIZES
 from fastvlm_jax.models.vit import ViT
 
 CLIP, SIGLIP = VISION_SIZES["clip_vit_l_336"], VISION_SIZES["siglip_so400m_384"]
@@ -79,7 +80,7 @@ def transformers_features(model: ViT, tower, images) -> torch.Tensor:
 def assert_vit_equals_transformers(model: ViT):
     tower, images = transformers_tower(model), random_images(1, model.image_size, model.image_size)
     theirs = transformers_features(model, tower, images)
-    ours = jit(model.apply)(variables_of(model, vit_layout.tower_rows(model), stored(tower)), images)
+    ours = jit(model.apply)(variables_of(model, vit_table.tower_rows(model), stored(tower)), images)
     assert ours.shape == theirs.shape
     assert relative(ours, theirs) <= 1e-5, relative(ours, theirs)
 
@@ -94,7 +95,7 @@ def test_three_layers_of_a_vit_at_full_width_equal_transformers(size):
 def test_a_whole_vit_equals_transformers_and_comes_back_from_a_round_trip(size):
     model = build(size, pooling_head=size is SIGLIP)
     assert_vit_equals_transformers(model)
-    round_trip(model, vit_layout.tower_rows(model), stored(transformers_tower(model)))
+    round_trip(model, vit_table.tower_rows(model), stored(transformers_tower(model)))
 
 
 @pytest.mark.parametrize("select_layer", [-1, -3])
@@ -121,7 +122,7 @@ def assert_convnext_equals_timm(model: ConvNeXt, name: str, images):
     tower = timm_convnext(model, name)
     with torch.no_grad():
         theirs = tower.forward_features(to_nchw(images)).permute(0, 2, 3, 1).numpy()
-    variables = variables_of(model, convnext_layout.tower_rows(model), stored(tower))
+    variables = variables_of(model, convnext_table.tower_rows(model), stored(tower))
     del tower
     gc.collect()
     ours = jit(model.apply)(variables, images)
@@ -161,7 +162,7 @@ def test_the_trunk_of_an_open_clip_tower_equals_ours():
     tower, images = randomly(open_clip_tower, "convnext_tiny"), random_images(1, 32, 64)
     with torch.no_grad():
         theirs = tower.trunk.forward_features(to_nchw(images)).permute(0, 2, 3, 1)
-    ours = jit(model.apply)(variables_of(model, convnext_layout.openclip_rows(model, ""), stored(tower)), images)
+    ours = jit(model.apply)(variables_of(model, convnext_table.openclip_rows(model, ""), stored(tower)), images)
     assert relative(ours, theirs) <= 1e-5
 
 
@@ -181,20 +182,20 @@ def round_trip(model, rows, tensors):
 def test_a_vit_comes_back_from_a_round_trip_bit_for_bit(kind):
     model = ViT(**TINY_VIT, **kind)
     tensors = {f"vision_model.{name}": x for name, x in stored(transformers_tower(model)).items()}
-    round_trip(model, vit_layout.tower_rows(model, "vision_model."), tensors)
+    round_trip(model, vit_table.tower_rows(model, "vision_model."), tensors)
 
 
 @pytest.mark.parametrize("projection", [(), (12,), (40, 12)])
 def test_a_timm_convnext_comes_back_from_a_round_trip_bit_for_bit(projection):
     model = TINY_CONVNEXT.clone(projection=projection)
-    round_trip(model, convnext_layout.tower_rows(model), stored(timm_convnext(model, "convnext_large")))
+    round_trip(model, convnext_table.tower_rows(model), stored(timm_convnext(model, "convnext_large")))
 
 
 @pytest.mark.parametrize(("proj", "projection"), [("linear", (1024,)), ("mlp", (2048, 1024))])
 def test_an_open_clip_convnext_comes_back_from_a_round_trip_bit_for_bit(proj, projection):
     model = OPEN_CLIP_TINY.clone(projection=projection)
     tensors = {f"visual.{name}": x for name, x in stored(randomly(open_clip_tower, "convnext_tiny", proj)).items()}
-    round_trip(model, convnext_layout.openclip_rows(model), tensors)
+    round_trip(model, convnext_table.openclip_rows(model), tensors)
 
 
 @pytest.mark.full
@@ -205,7 +206,7 @@ def test_an_open_clip_convnext_comes_back_from_a_round_trip_bit_for_bit(proj, pr
 def test_a_whole_open_clip_convnext_comes_back_from_a_round_trip_bit_for_bit(size, config, projection):
     model = build(VISION_SIZES[size], projection=projection)
     tensors = {f"visual.{name}": x for name, x in stored(randomly(open_clip_tower, config)).items()}
-    round_trip(model, convnext_layout.openclip_rows(model), tensors)
+    round_trip(model, convnext_table.openclip_rows(model), tensors)
 
 
 def gradient_errors(model, rows, tower, their_features, images) -> dict[str, float]:
@@ -242,7 +243,7 @@ def test_gradients_of_a_vit_equal_transformers(kind):
     model = ViT(**TINY_VIT, **kind, remat="full")
     tower, images = transformers_tower(model).train(), random_images(2, 37, 37)
     theirs = transformers_features(model, tower, images)
-    errors = gradient_errors(model, vit_layout.tower_rows(model), tower, theirs, images)
+    errors = gradient_errors(model, vit_table.tower_rows(model), tower, theirs, images)
     assert max(errors.values()) <= 1, max(errors, key=errors.get)
 
 
@@ -250,7 +251,7 @@ def test_gradients_of_a_convnext_equal_timm():
     model = TINY_CONVNEXT.clone(remat="full")
     tower, images = timm_convnext(model, "convnext_large").train(), random_images(8, 32, 32)
     theirs = tower.forward_features(to_nchw(images)).permute(0, 2, 3, 1)
-    errors = gradient_errors(model, convnext_layout.tower_rows(model), tower, theirs, images)
+    errors = gradient_errors(model, convnext_table.tower_rows(model), tower, theirs, images)
     assert max(errors.values()) <= 1, max(errors, key=errors.get)
 
 
@@ -336,10 +337,10 @@ def test_a_tower_is_found_in_a_whole_clip_checkpoint_and_loads_alone_in_transfor
     assert vit_layout.read_vision_config("config.json", config).items() >= TINY_VIT.items()
     whole = randomise(transformers.CLIPModel(transformers.CLIPConfig.from_dict(config)), 0).eval()
     names = stored(whole) | {"vision_model.embeddings.position_ids": None, "text_model.embeddings.position_ids": None}
-    tensors = {name: x for name, x in names.items() if not vit_layout.is_beside_tower(model, name)}
-    prefix = vit_layout.tower_prefix(names)
+    tensors = {name: x for name, x in names.items() if not vit_table.is_beside_tower(model, name)}
+    prefix = vit_table.tower_prefix(names)
     assert prefix == "vision_model."
-    round_trip(model, vit_layout.tower_rows(model, prefix), tensors)
+    round_trip(model, vit_table.tower_rows(model, prefix), tensors)
 
     save_file({name: torch.from_numpy(x[:].copy()) for name, x in tensors.items()}, tmp_path / "model.safetensors")
     transformers.CLIPVisionConfig(**vit_layout.vision_config(model)).save_pretrained(tmp_path)
@@ -351,9 +352,9 @@ def test_a_tower_is_found_in_a_whole_clip_checkpoint_and_loads_alone_in_transfor
 def test_a_siglip_tower_without_its_head_leaves_the_head_aside():
     model = ViT(**TINY_VIT, cls_token=False, pre_norm=False)
     names = stored(transformers_tower(model.clone(pooling_head=True)))
-    kept = {name: x for name, x in names.items() if not vit_layout.is_beside_tower(model, name)}
+    kept = {name: x for name, x in names.items() if not vit_table.is_beside_tower(model, name)}
     assert len(names) - len(kept) == 11
-    round_trip(model, vit_layout.tower_rows(model, vit_layout.tower_prefix(names)), kept)
+    round_trip(model, vit_table.tower_rows(model, vit_table.tower_prefix(names)), kept)
 
 
 def test_image_sizes_that_a_tower_cannot_take_are_refused():

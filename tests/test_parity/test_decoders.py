@@ -18,10 +18,11 @@ from torch_reference import Stored, jit, randomise, relative, transformers
 from transformers.initialization import no_init_weights
 
 from fastvlm_jax import optim
-from fastvlm_jax.config import LLM_SIZES
-from fastvlm_jax.convert.decoder import decoder_rows, read_text_config, text_config
+from fastvlm_jax.convert.layouts.text_config import read_text_config, text_config
 from fastvlm_jax.convert.mapping import to_jax, to_torch
+from fastvlm_jax.convert.tables.decoder import decoder_rows
 from fastvlm_jax.models.decoder import Decoder
+from fastvlm_jax.models.sizes import LLM_SIZES
 
 SMALL = dict(vocab_size=96, width=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=112, rope_theta=1e4)
 VARIANTS = {"tied": {}, "untied": {"tie_embeddings": False}, "llama": {"qkv_bias": False, "head_dim": 24}}

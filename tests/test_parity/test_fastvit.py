@@ -29,12 +29,12 @@ from torch_reference import (
     tower_variables,
 )
 
-from fastvlm_jax.config import VISION_SIZES
-from fastvlm_jax.convert import apple
-from fastvlm_jax.convert import timm as timm_layout
 from fastvlm_jax.convert.mapping import to_torch
+from fastvlm_jax.convert.tables import apple
+from fastvlm_jax.convert.tables import timm as timm_table
 from fastvlm_jax.models.fastvit import FastViT, GridPool
 from fastvlm_jax.models.fold import fold
+from fastvlm_jax.models.sizes import VISION_SIZES
 
 TIMM_SIZES = ("mci0", "mci1", "mci2", "mci3", "mci4")
 SIZES = (*TIMM_SIZES, "fastvit_naive")
@@ -183,7 +183,7 @@ def check_training_step(model, tower, images):
 
     padded, mask = np.concatenate([images, 100 * images[:1]]), np.arange(batch + 1) < batch
     (our_loss, our_stats), our_grads = loss(variables["params"], variables["batch_stats"], padded, mask)
-    ours = tensors(timm_layout.tower_rows, {"params": our_grads, "batch_stats": our_stats}, model)
+    ours = tensors(timm_table.tower_rows, {"params": our_grads, "batch_stats": our_stats}, model)
 
     median = np.median([g.norm() for g in gradients.values()])
     grad_errors = {name: ((ours[name] - g).norm() / max(g.norm(), median)).item() for name, g in gradients.items()}
@@ -224,7 +224,7 @@ def test_every_size_has_the_tensors_of_timms(size, form):
         theirs = timm.create_model(timm_name(size), inference_mode=form == "folded", num_classes=0).state_dict()
     shapes = tower_shapes(model)
     zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
-    ours = to_torch(timm_layout.tower_rows(model), flax.traverse_util.unflatten_dict(zeros, sep="/"), shapes)
+    ours = to_torch(timm_table.tower_rows(model), flax.traverse_util.unflatten_dict(zeros, sep="/"), shapes)
     assert {name: x.shape for name, x in ours.items()} == {name: tuple(x.shape) for name, x in theirs.items()}
 
 
@@ -244,7 +244,7 @@ def test_images_are_normalised_as_timms_weights_want(size):
         ("mci3", 768, 125.074),  # 125.1
         ("fastvithd", 0, 122.714),  # as FastVLM has it, without the projection
         ("mci4", 768, 321.569),  # 321.6
-        ("fastvit_naive", 0, 113.623),  # computed: see config.VISION_SIZES
+        ("fastvit_naive", 0, 113.623),  # computed: see sizes.VISION_SIZES
     ],
 )
 def test_parameter_counts_are_the_published_ones(size, projection, millions):
@@ -262,7 +262,7 @@ def test_parameter_counts_are_the_published_ones(size, projection, millions):
 def test_timm_to_jax_to_timm_is_the_identity(family, form):
     model = FastViT(**SMALL[family], form=form, head_features=24, head_bias=True)
     tower = timm_tower(model)
-    back = tensors(timm_layout.tower_rows, tower_variables(model, tower), model)
+    back = tensors(timm_table.tower_rows, tower_variables(model, tower), model)
     assert_same_tensors(back, tower.state_dict())
 
 
@@ -314,4 +314,4 @@ def test_what_a_layout_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="no bias"):
         apple.tower_rows(FastViT(head_features=8, head_bias=True))
     with pytest.raises(ValueError, match="only the native layout"):
-        timm_layout.tower_rows(FastViT(multiscale=(1,), multiscale_pool="depthwise"))
+        timm_table.tower_rows(FastViT(multiscale=(1,), multiscale_pool="depthwise"))

@@ -12,11 +12,11 @@ from torch_reference import calibrate, jit, randomise, relative, released, store
 
 from fastvlm_jax import optim
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.config import LLM_SIZES, VISION_SIZES
-from fastvlm_jax.convert import fastvlm as layout
-from fastvlm_jax.convert.decoder import text_config
+from fastvlm_jax.convert.layouts import fastvlm as layout
+from fastvlm_jax.convert.layouts.text_config import text_config
 from fastvlm_jax.convert.mapping import read_tree, shapes_of, to_jax
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.sizes import LLM_SIZES, VISION_SIZES
 from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.train_step import train_step
 

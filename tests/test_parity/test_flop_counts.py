@@ -6,9 +6,9 @@ import torch_reference
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvlm_jax import flops, model_io, optim
+from fastvlm_jax import model_io, optim
 from fastvlm_jax.config import get_base
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, flops
 
 
 @pytest.mark.parametrize(

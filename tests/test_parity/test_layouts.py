@@ -174,7 +174,7 @@ def test_ml_fastvlm_layout_holds_the_model_that_transformers_layout_holds(publis
 
 def test_training_form_in_ml_fastvlm_layout_is_read(llava, tmp_path):
     """A fine-tuned tower with its branches, as LLaVA's trainer saves it."""
-    from fastvlm_jax.convert import llava as layout
+    from fastvlm_jax.convert.layouts import llava as layout
 
     loaded = model_io.read(llava)
     config = {**loaded.config, "vision": {**loaded.config["vision"], "form": "branched"}}
@@ -299,7 +299,7 @@ def test_language_model_directory_comes_back_bit_for_bit(name, tied, dtype, toke
 
 
 @pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel"])
-def test_vit_directory_comes_back_bit_for_bit(name, tmp_path):
+def test_vit_layout_comes_back_bit_for_bit(name, tmp_path):
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
     small(getattr(transformers, name), **sizes, image_size=56, patch_size=14).save_pretrained(tmp_path / "vit")
     out = write(tmp_path / "vit", tmp_path / "out", "hf")

@@ -1,19 +1,64 @@
-"""CLIP and SigLIP image towers as transformers stores them: the names of the weights, and the config.json.
+"""Directories of transformers that hold a CLIP or SigLIP image tower."""
 
-The names of a tower begin with `vision_model.` in published checkpoints, whether of the tower or of the whole model,
-and with nothing in what transformers 5 writes for a tower alone.
-"""
-
+import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from fastvlm_jax.config import CLIP_COLOURS, SIGLIP_COLOURS
-from fastvlm_jax.convert.mapping import CONV, LINEAR, Row
+from fastvlm_jax.convert.layouts.timm_args import image_statistics
+from fastvlm_jax.convert.mapping import described, shapes_of, to_jax, to_torch
+from fastvlm_jax.convert.tables import vit
+from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.sizes import CLIP_COLOURS, SIGLIP_COLOURS
 from fastvlm_jax.models.vit import ACTIVATIONS, ViT
 
-PUBLISHED_PREFIX = "vision_model."
-OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
+    """Reads the image tower of a CLIP or SigLIP directory of transformers: ({"vision": ...}, variables as Leaves).
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown, damaged or not supported.
+    """
+    source = pathlib.Path(source).expanduser()
+    vision = read_vision_config(source / CONFIG, read_json(source / CONFIG))
+    if (source / PREPROCESSOR).is_file():
+        vision |= image_statistics(_renamed(read_json(source / PREPROCESSOR)), vision)
+    model_config = {"vision": vision, "dtype": "float32"}
+    model, shapes = described(model_config, source / CONFIG)
+    tower = fastvlm.make_encoder(**model.vision_args)
+    tensors = {name: x for name, x in open_weights(source).items() if not vit.is_beside_tower(tower, name)}
+    rows = vit.tower_rows(tower, vit.tower_prefix(tensors))
+    return model_config, to_jax(rows, tensors, shapes, source)
+
+
+def write(folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, dtype: str | None) -> None:
+    """Writes what `CLIPVisionModel` or `SiglipVisionModel` of transformers loads, and its image settings."""
+    model = fastvlm.build(vision=model_config["vision"])
+    vision = fastvlm.make_encoder(**model.vision_args)
+    config = vision_config(vision)
+    stored = save_weights(
+        folder, to_torch(vit.tower_rows(vision, vit.PUBLISHED_PREFIX), variables, shapes_of(model)), dtype
+    )
+    name = "CLIPVisionModel" if config["model_type"] == "clip_vision_model" else "SiglipVisionModel"
+    write_json(folder / CONFIG, {"architectures": [name], "dtype": stored, **config})
+    side = {"height": vision.image_size, "width": vision.image_size}
+    images = {
+        "image_processor_type": "CLIPImageProcessor" if vision.cls_token else "SiglipImageProcessor",
+        "size": {"shortest_edge": vision.image_size} if vision.cls_token else side,
+        "crop_size": side,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+    write_json(folder / PREPROCESSOR, images)
+
+
+def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"mean": settings.get("image_mean"), "std": settings.get("image_std")}
+
+
 # Our argument -> transformers' key, and its default where the key is left out (SigLIP's published file does).
 SIZES = {
     "image_size": ("image_size", 224, 224),
@@ -41,70 +86,6 @@ KINDS = {
         **SIGLIP_COLOURS,
     ),
 }
-LINEARS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj"}
-LINEARS |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-
-
-def tower_rows(vision: ViT, prefix: str = "") -> list[Row]:
-    """The layout of a tower; `prefix` ends with `vision_model.` in a published checkpoint."""
-    rows = [
-        Row("embeddings.patch_embedding.weight", "patch_embed/kernel", CONV),
-        Row("embeddings.position_embedding.weight", "positions"),
-        *_layer("encoder.layers.{i}", "layers", vision.used_layers),
-        *(
-            row
-            for i in range(vision.used_layers, vision.num_layers)
-            for row in _layer(f"encoder.layers.{i}", f"unused/layer_{i}", None)
-        ),
-        *_norm("post_layernorm", "unused/final_norm"),
-    ]
-    if vision.cls_token:
-        rows.append(Row("embeddings.class_embedding", "cls_token"))
-    if vision.pre_norm:
-        rows += _norm("pre_layrnorm", "pre_norm")  # transformers' spelling
-    else:
-        rows.append(Row("embeddings.patch_embedding.bias", "patch_embed/bias"))
-    if vision.pooling_head:
-        rows += [
-            Row("head.probe", "unused/head/probe"),
-            Row("head.attention.in_proj_weight", "unused/head/qkv/kernel", LINEAR),
-            Row("head.attention.in_proj_bias", "unused/head/qkv/bias"),
-            *_dense("head.attention.out_proj", "unused/head/o"),
-            *_norm("head.layernorm", "unused/head/mlp_norm"),
-            *_dense("head.mlp.fc1", "unused/head/fc1"),
-            *_dense("head.mlp.fc2", "unused/head/fc2"),
-        ]
-    return [row._replace(torch=prefix + row.torch, path=f"params/vision/{row.path}") for row in rows]
-
-
-def tower_prefix(names: Iterable[str]) -> str:
-    """What the names of the tower begin with in a checkpoint of it or of the whole CLIP or SigLIP model."""
-    return PUBLISHED_PREFIX if any(name.startswith(PUBLISHED_PREFIX) for name in names) else ""
-
-
-def is_beside_tower(vision: ViT, name: str) -> bool:
-    """Whether a tensor of a CLIP or SigLIP checkpoint is no weight of its image tower, and left aside on import.
-
-    These are the text tower, the projections, the scale and bias of the logits, the counter `position_ids` of older
-    files, and the pooling head where `vision` goes without it.
-    """
-    head = () if vision.pooling_head else ("head.", f"{PUBLISHED_PREFIX}head.")
-    return name.startswith(OTHER_PARTS + head) or name.endswith(".position_ids")
-
-
-def _layer(torch: str, path: str, depth: int | None) -> list[Row]:
-    rows = _norm(f"{torch}.layer_norm1", f"{path}/attention_norm") + _norm(f"{torch}.layer_norm2", f"{path}/mlp_norm")
-    for ours, theirs in LINEARS.items():
-        rows += _dense(f"{torch}.{theirs}", f"{path}/{ours}")
-    return [row._replace(depth=depth) for row in rows]
-
-
-def _norm(torch: str, path: str) -> list[Row]:
-    return [Row(f"{torch}.weight", f"{path}/scale"), Row(f"{torch}.bias", f"{path}/bias")]
-
-
-def _dense(torch: str, path: str) -> list[Row]:
-    return [Row(f"{torch}.weight", f"{path}/kernel", LINEAR), Row(f"{torch}.bias", f"{path}/bias")]
 
 
 def vision_config(vision: ViT) -> dict[str, Any]:

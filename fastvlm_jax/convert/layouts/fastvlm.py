@@ -4,19 +4,20 @@ The encoder is one of timm's FastViTs, the decoder a `qwen2` or, without qkv bia
 encoder; import takes both forms.
 """
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from fastvlm_jax.convert import causal_lm, encoder
-from fastvlm_jax.convert.decoder import decoder_rows, expect, read_text_config, text_config
-from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
-from fastvlm_jax.convert.mapping import LINEAR, SAME, Row, described, shapes_of, to_jax, to_torch
-from fastvlm_jax.convert.timm import tower_rows
+from fastvlm_jax.convert.heads import without_head
+from fastvlm_jax.convert.layouts.text_config import expect, read_text_config, text_config
+from fastvlm_jax.convert.layouts.timm_args import read_timm_args, timm_args
+from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
+from fastvlm_jax.convert.tables.decoder import decoder_rows
+from fastvlm_jax.convert.tables.projector import projector_rows
+from fastvlm_jax.convert.tables.timm import tower_rows
+from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_image_token
+from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
@@ -33,15 +34,6 @@ def rows(vision: FastViT, llm: Decoder) -> list[Row]:
     return tower + projector + decoder_rows(llm, "model.language_model.")
 
 
-def projector_rows(first: str, second: str) -> list[Row]:
-    """The rows of the projector, whose two layers have these names."""
-    return [
-        Row(f"{torch}.{kind}", f"params/projector/{ours}/{name}", transform)
-        for torch, ours in ((first, "fc1"), (second, "fc2"))
-        for kind, name, transform in (("weight", "kernel", LINEAR), ("bias", "bias", SAME))
-    ]
-
-
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     """Reads a model directory, single or sharded: (model_config, variables as Leaves).
 
@@ -53,7 +45,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     tensors = open_weights(source)
     model, shapes = described(model_config, source / CONFIG)
     vision, llm = fastvlm.make_encoder(**model.vision_args), Decoder(**model.llm_args)
-    causal_lm.drop_tied_head(llm, tensors, EMBEDDING, source)
+    drop_tied_head(llm, tensors, EMBEDDING, source)
     return model_config, to_jax(rows(vision, llm), tensors, shapes, source)
 
 
@@ -72,7 +64,7 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
     vision, text = config["vision_config"], config["text_config"]
     expect(file, "vision_config.", vision, model_type=("timm_wrapper",))
     args = vision.get("model_args") or {}
-    tower = encoder.read_timm_args(file, "vision_config.", vision.get("architecture"), args)
+    tower = read_timm_args(file, "vision_config.", vision.get("architecture"), args)
     return {"vision": tower, "llm": read_text_config(file, text, config), "dtype": "float32"}
 
 
@@ -89,12 +81,12 @@ def write(
     Raises:
       ValueError: a size that transformers cannot express, variables of another model.
     """
-    model_config, variables = encoder.without_head(model_config, variables)
+    model_config, variables = without_head(model_config, variables)
     processor, model_config, variables = with_image_token(processor, model_config, variables)
     model = fastvlm.build(**model_config)
     vision, llm = fastvlm.make_encoder(**model.vision_args), Decoder(**model.llm_args)
     tower = vision_config(vision)
-    ids = causal_lm.special_ids(processor)
+    ids = special_ids(processor)
     stored = save_weights(folder, to_torch(rows(vision, llm), variables, shapes_of(model)), dtype)
     config = {
         "architectures": ["FastVlmForConditionalGeneration"],
@@ -117,7 +109,7 @@ def write(
 
 def vision_config(vision: FastViT) -> dict[str, Any]:
     """The `vision_config` of a tower (ValueError where timm has none of the kind)."""
-    architecture, args = encoder.timm_args(vision)
+    architecture, args = timm_args(vision)
     return {
         "model_type": "timm_wrapper",
         "architecture": architecture,
@@ -128,31 +120,3 @@ def vision_config(vision: FastViT) -> dict[str, Any]:
         "num_classes": 0,
         "label_names": [],
     }
-
-
-def with_image_token(
-    processor: Processor, model_config: Mapping[str, Any], variables: dict
-) -> tuple[Processor, Mapping[str, Any], dict]:
-    """A processor whose tokenizer has `<image>`, on the next free id if need be, and a model with room for it."""
-    processor = dataclasses.replace(processor, tokenizer=processor.tokenizer.with_image())
-    return processor, *with_room_for(processor.tokenizer.image_id, model_config, variables)
-
-
-def with_room_for(token: int, model_config: Mapping[str, Any], variables: dict) -> tuple[Mapping[str, Any], dict]:
-    """A model whose vocabulary holds `token`: up to 64 rows are added, copies of row 0, which is never the likeliest.
-
-    Vicuna's 32,000 words have no `<image>`; the published conversions add rows to the embedding and the head too.
-    """
-    llm = dict(model_config["llm"])
-    missing = token + 1 - llm["vocab_size"]
-    if missing <= 0:
-        return model_config, variables
-    rows = -(-missing // 64) * 64
-    llm["vocab_size"] += rows
-    params = {**variables["params"], "llm": dict(variables["params"]["llm"])}
-    embedding = np.asarray(params["llm"]["embedding"])
-    params["llm"]["embedding"] = np.concatenate([embedding, np.repeat(embedding[:1], rows, axis=0)])
-    if "lm_head" in params["llm"]:
-        head = np.asarray(params["llm"]["lm_head"]["kernel"])
-        params["llm"]["lm_head"] = {"kernel": np.concatenate([head, np.repeat(head[:, :1], rows, axis=1)], axis=1)}
-    return {**model_config, "llm": llm}, {**variables, "params": params}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm_jax.data.sources import RecordSource, read_shards
-from fastvlm_jax.evaluate import Result, accuracy, answer_records, question_text
+from fastvlm_jax.evaluate.answers import Result, accuracy, answer_records, question_text
 from fastvlm_jax.text.conversation import questions
 
 

@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from fastvlm_jax.convert.decoder import MAX_SIZE
-from fastvlm_jax.convert.mapping import LINEAR, MAX_LAYERS, SAME, Row
+from fastvlm_jax.convert.layouts.text_config import MAX_SIZE
+from fastvlm_jax.convert.mapping import LINEAR, MAX_LAYERS, SAME, Row, described, to_jax
+from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.text.bpe import JsonTokenizer, bpe_tokenizer
 
 ARCHITECTURES = {"llama": False, "qwen2": True}  # whether q, k and v have biases
@@ -76,6 +77,19 @@ class GgufTensor:
         else:
             data = self.data[rows]
         return data if self.kind in PLAIN else gguf.dequantize(np.ascontiguousarray(data), self.kind)
+
+
+def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
+    """Reads a GGUF file, or the one in a folder: ({"llm": ...}, variables as Leaves).
+
+    Raises:
+      ValueError: naming the file, where it is damaged or not supported.
+    """
+    file = gguf_file(source)
+    llm, rows, tensors = read_gguf(file)
+    model_config = {"llm": llm, "dtype": "float32"}
+    _, shapes = described(model_config, file)
+    return model_config, to_jax(rows, tensors, shapes, file)
 
 
 def read_gguf(

@@ -15,8 +15,8 @@ import PIL.Image
 
 from fastvlm_jax import model_io
 from fastvlm_jax.data.sources import read_shards
-from fastvlm_jax.evaluate import Result, answer_records
-from fastvlm_jax.metrics import read_metrics
+from fastvlm_jax.evaluate.answers import Result, answer_records
+from fastvlm_jax.metrics.writer import read_metrics
 from fastvlm_jax.workdir import read_run
 
 NUM_SAMPLES = 16

@@ -3,7 +3,7 @@
 import math
 import re
 
-from fastvlm_jax.preflight.hlo import Computation, Instruction, Module, arrays, num_bytes
+from fastvlm_jax.preflight.hlo.parse import Computation, Instruction, Module, arrays, num_bytes
 
 NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastvlm_jax.preflight.program import Collective
+from fastvlm_jax.preflight.hlo.cost import Collective
 from fastvlm_jax.preflight.topology import Slice
 
 HOP = 1e-6  # seconds for the first byte to pass one link; the usual rule of thumb, not a published figure

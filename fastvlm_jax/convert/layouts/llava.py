@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_jax.convert import apple, causal_lm, encoder, fastvlm
-from fastvlm_jax.convert.decoder import decoder_rows, expect, read_text_config, text_config
-from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
+from fastvlm_jax.convert.heads import without_head
+from fastvlm_jax.convert.layouts.text_config import expect, read_text_config, text_config
 from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
-from fastvlm_jax.models import fastvlm as model_lib
+from fastvlm_jax.convert.tables import apple
+from fastvlm_jax.convert.tables.decoder import decoder_rows
+from fastvlm_jax.convert.tables.projector import projector_rows
+from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_image_token
+from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
+from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.processor import Processor
@@ -29,7 +33,7 @@ HD = FastViT()
 
 def rows(vision: FastViT, llm: Decoder) -> list[Row]:
     """The layout, for the form of `vision` and the sizes of `llm`."""
-    projector = fastvlm.projector_rows("model.mm_projector.0", "model.mm_projector.2")
+    projector = projector_rows("model.mm_projector.0", "model.mm_projector.2")
     return apple.tower_rows(vision, PREFIX) + projector + decoder_rows(llm, "model.")
 
 
@@ -48,8 +52,8 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     vision["head_features"] = HEAD_FEATURES if HEAD in tensors else 0
     model_config = {"vision": vision, "llm": read_text_config(source / CONFIG, config), "dtype": "float32"}
     model, shapes = described(model_config, source / CONFIG)
-    tower, llm = model_lib.make_encoder(**model.vision_args), Decoder(**model.llm_args)
-    causal_lm.drop_tied_head(llm, tensors, "model.embed_tokens.weight", source)
+    tower, llm = fastvlm.make_encoder(**model.vision_args), Decoder(**model.llm_args)
+    drop_tied_head(llm, tensors, "model.embed_tokens.weight", source)
     return model_config, to_jax(rows(tower, llm), tensors, shapes, source)
 
 
@@ -81,7 +85,7 @@ def write(
     Raises:
       ValueError: a tower that is not FastViTHD, a language model that is not Qwen2, variables of another model.
     """
-    vision = model_lib.make_encoder(**model_lib.build(**model_config).vision_args)
+    vision = fastvlm.make_encoder(**fastvlm.build(**model_config).vision_args)
     sizes = ("layers", "embed_dims", "mixers", "mlp_ratio", "se_stages", "attention_norm", "multiscale", "stem_scale")
     sizes += ("image_mean", "image_std")
     if not isinstance(vision, FastViT) or any(_plain(vision, key) != _plain(HD, key) for key in sizes):
@@ -91,18 +95,18 @@ def write(
     if not model_config["llm"].get("qkv_bias", True):
         raise ValueError("ml-fastvlm loads Qwen2 alone, and this language model is a Llama: use --layout hf or native")
     if vision.head_features != HEAD_FEATURES or vision.head_bias:
-        model_config, variables = encoder.without_head(model_config, variables)
+        model_config, variables = without_head(model_config, variables)
         projection = np.zeros((vision.features, HEAD_FEATURES), _tower_dtype(variables))
         head = {"head_features": HEAD_FEATURES, "head_bias": False}
         model_config = {**model_config, "vision": {**model_config["vision"], **head}}
         params = dict(variables["params"])
         params["vision"] = {**params["vision"], "head": {"kernel": projection}}
         variables = {**variables, "params": params}
-    processor, model_config, variables = fastvlm.with_image_token(processor, model_config, variables)
-    model = model_lib.build(**model_config)
-    vision, llm = model_lib.make_encoder(**model.vision_args), Decoder(**model.llm_args)
+    processor, model_config, variables = with_image_token(processor, model_config, variables)
+    model = fastvlm.build(**model_config)
+    vision, llm = fastvlm.make_encoder(**model.vision_args), Decoder(**model.llm_args)
     stored = save_weights(folder, to_torch(rows(vision, llm), variables, shapes_of(model)), dtype)
-    ids = causal_lm.special_ids(processor)
+    ids = special_ids(processor)
     config = text_config(llm, **ids)
     config |= {
         "architectures": ["LlavaQwen2ForCausalLM"],

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.convert.mapping import COUNTERS, Row, described, shapes_of, to_jax, to_torch
+from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 
 FORMAT = "fastvlm_jax"

@@ -1,11 +1,8 @@
-"""Model directories on disk: layouts told apart, weights read lazily from safetensors, folders written whole or not."""
+"""The files of a model directory: config.json, and weights that are read lazily from safetensors."""
 
-import contextlib
 import json
-import os
 import pathlib
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -15,66 +12,9 @@ from fastvlm_jax.convert.mapping import FLOATS, Outgoing, Tensor
 from fastvlm_jax.files import read_object
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
-# What config.json calls itself (`format`, or else `model_type`), and the layout that it is of.
-KINDS = {
-    "fastvlm_jax": "native",
-    "fast_vlm": "fastvlm",
-    "llava_qwen2": "llava",
-    "llava_llama": "llava",
-    "qwen2": "decoder",
-    "llama": "decoder",
-    "clip": "vit",
-    "clip_vision_model": "vit",
-    "siglip": "vit",
-    "siglip_vision_model": "vit",
-}
-STEMS = {"openclip": "open_clip_model"}  # of the weight files; "model" elsewhere
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"float32": FLOATS["F32"], "bfloat16": FLOATS["BF16"], "float16": FLOATS["F16"]}
-MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")  # what a model written here consists of
 MAX_SHARD_BYTES = 4_000_000_000
-
-
-def recognise(path: str | os.PathLike) -> str:
-    """The layout of a model: a key of convert.READERS.
-
-    "native" is ours, "fastvlm", "decoder" and "vit" are transformers', "llava" is ml-fastvlm's.
-
-    Raises:
-      FileNotFoundError: no such folder, no config.json, no weights.
-      ValueError: a file that is no model, a pickle, an unreadable config.json, or one of another kind of model.
-    """
-    path = pathlib.Path(path).expanduser()
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return "gguf"
-        if path.suffix in PICKLES:
-            raise ValueError(_pickle_message(path))
-        raise ValueError(f"{path} is a file: give the model directory that it lies in")
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist: give a model directory")
-    if (path / OPEN_CLIP_CONFIG).is_file():
-        layout = "openclip"
-    elif not (path / CONFIG).is_file() and len(list(path.glob("*.gguf"))) == 1:
-        return "gguf"
-    else:
-        config = read_json(path / CONFIG)
-        kind = config.get("format", config.get("model_type"))
-        if kind is None and isinstance(config.get("architecture"), str):
-            layout = "timm"
-        elif not isinstance(kind, str) or kind not in KINDS:
-            known = ", ".join(repr(name) for name in KINDS)
-            raise ValueError(f"{path / CONFIG} describes {kind!r}: only {known} and timm models can be read")
-        else:
-            layout = KINDS[kind]
-    check_weights(path, STEMS.get(layout, "model"))
-    return layout
-
-
-def gguf_file(path: str | os.PathLike) -> pathlib.Path:
-    """The file of a model that `recognise` called "gguf": the path itself, or the one GGUF file in that folder."""
-    path = pathlib.Path(path).expanduser()
-    return path if path.is_file() else next(path.glob("*.gguf"))
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -99,7 +39,7 @@ def check_weights(folder: pathlib.Path, stem: str = "model") -> None:
     if (folder / weights).is_file() or (folder / index).is_file():
         return
     if pickles := sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
-        raise ValueError(_pickle_message(pickles[0]))
+        raise ValueError(pickle_message(pickles[0]))
     raise FileNotFoundError(f"{folder} has no {weights} and no {index}: the folder is incomplete, copy it again")
 
 
@@ -107,7 +47,7 @@ def _names(stem: str) -> tuple[str, str]:
     return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
 
 
-def _pickle_message(file: pathlib.Path) -> str:
+def pickle_message(file: pathlib.Path) -> str:
     return (
         f"{file} is a pickle, which can run any code when it is loaded: convert it to safetensors first, with "
         "`save_pretrained(folder)` in transformers or safetensors.torch.save_file"
@@ -202,39 +142,3 @@ def _as(name: str, tensor: Outgoing, dtype: np.dtype) -> np.ndarray:
     if dtype == np.float16 and not np.isfinite(y).all() and np.isfinite(x).all():
         raise ValueError(f"tensor {name} has values beyond float16's 65504: write bfloat16 or float32")
     return y
-
-
-@contextlib.contextmanager
-def new_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Yields an empty folder beside `target` that takes its place when the block ends well, and is removed otherwise.
-
-    Raises:
-      ValueError: `target` is a file or a folder with something in it; with `overwrite`, something other than a model.
-    """
-    target = pathlib.Path(target).expanduser().resolve()
-    partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
-    if old.is_dir() and not target.exists():  # killed between the two renames below
-        old.rename(target)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file: name a folder")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{target} is not empty: name another folder, or --overwrite the model in it")
-        try:
-            recognise(target)
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{target} holds other things than a model: name another folder") from error
-        if others := sorted(x.name for x in target.iterdir() if not x.is_file() or x.suffix not in MODEL_FILES):
-            raise ValueError(f"{target} holds {others[0]} beside a model, and would lose it: name another folder")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

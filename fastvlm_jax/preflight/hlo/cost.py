@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastvlm_jax.preflight import count
-from fastvlm_jax.preflight.hlo import Computation, Instruction, Module, arrays, num_bytes, trips
+from fastvlm_jax.preflight.hlo import flops
+from fastvlm_jax.preflight.hlo.parse import Computation, Instruction, Module, arrays, num_bytes, trips
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")  # fmt: skip
@@ -106,9 +106,9 @@ def _operation(module: Module, computation: Computation, instruction: Instructio
         declared = dict(re.findall(r'"(flops|bytes_accessed)":"(\d+)"', instruction.attributes))
         if "flops" not in declared and kernel.startswith("splash_mha"):
             declared["flops"] = _attention_flops(computation, instruction)
-    traffic = count.traffic(module, computation, instruction)
+    traffic = flops.traffic(module, computation, instruction)
     return Operation(
-        path, instruction.opcode, instruction.cycles, times, count.instruction_flops(module, computation, instruction),
+        path, instruction.opcode, instruction.cycles, times, flops.instruction_flops(module, computation, instruction),
         traffic, computation.name, kernel, float(declared.get("flops", 0)),
         max(float(declared.get("bytes_accessed", 0)), traffic if kernel else 0.0),
     )  # fmt: skip

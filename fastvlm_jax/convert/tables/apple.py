@@ -7,8 +7,8 @@ The stages' parts stand in one list, `network`; FastViTHD's reads:
     stage 0  embed  stage 1  embed  stage 2  embed  positions  stage 3  embed  positions  stage 4
 """
 
-from fastvlm_jax.convert import timm
 from fastvlm_jax.convert.mapping import SAME, Row
+from fastvlm_jax.convert.tables import timm
 from fastvlm_jax.models.fastvit import FastViT
 
 # timm's word -> Apple's, in this order, after the stages have become parts of `network`.

@@ -5,9 +5,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from fastvlm_jax.convert.decoder import decoder_rows, read_text_config, text_config
-from fastvlm_jax.convert.files import CONFIG, open_weights, read_json, save_weights, write_json
-from fastvlm_jax.convert.mapping import Tensor, described, shapes_of, to_jax, to_torch
+from fastvlm_jax.convert.layouts.text_config import read_text_config, text_config
+from fastvlm_jax.convert.mapping import described, shapes_of, to_jax, to_torch
+from fastvlm_jax.convert.tables.decoder import decoder_rows
+from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids
+from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.processor import Processor
@@ -30,17 +32,6 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     return model_config, to_jax(decoder_rows(llm, "model."), tensors, shapes, source)
 
 
-def drop_tied_head(llm: Decoder, tensors: dict[str, Tensor], embedding: str, source: pathlib.Path) -> None:
-    """Takes out an lm_head.weight that only repeats the tied embedding; ValueError where it does not repeat it."""
-    if not llm.tie_embeddings or (head := tensors.pop("lm_head.weight", None)) is None:
-        return
-    tied = tensors.get(embedding)
-    if tied is None or head.get_dtype() != tied.get_dtype() or head[...].tobytes() != tied[...].tobytes():
-        raise ValueError(
-            f"{source}: config.json ties lm_head.weight to the embedding, but they differ: set tie_word_embeddings"
-        )
-
-
 def write(
     folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, processor: Processor, dtype: str | None
 ) -> None:
@@ -54,14 +45,3 @@ def write(
     write_json(folder / CONFIG, {"architectures": [name], "dtype": stored, **config})
     write_json(folder / "generation_config.json", {"do_sample": False, **ids})
     processor.save(folder)
-
-
-def special_ids(processor: Processor) -> dict[str, int]:
-    """bos, eos and pad as config.json names them; Qwen2 has no bos of its own, Llama pads with its unknown token."""
-    tokenizer = processor.tokenizer
-    pad = tokenizer.special_id(tokenizer.pad)
-    return {
-        "bos_token_id": pad if tokenizer.bos is None else tokenizer.bos,
-        "eos_token_id": processor.end_id,
-        "pad_token_id": pad,
-    }

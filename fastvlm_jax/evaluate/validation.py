@@ -1,0 +1,42 @@
+"""Validation inside training: the loss of the held-out split, and questions answered by greedy decoding."""
+
+from functools import partial
+
+import jax
+
+from fastvlm_jax import sharding
+from fastvlm_jax.data.load.from_config import eval_batches, open_sources
+from fastvlm_jax.evaluate.answers import accuracy, answer_records
+from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.train_state import TrainState
+from fastvlm_jax.train_step import eval_step
+
+
+def make_validation(config, model: FastVLM, processor: Processor, batches):
+    """A function from the state to {"validation/loss", "validation/accuracy"}, on the held-out split.
+
+    The loss is over all data sets that have one, questions are asked of the first; without any there is no validation.
+    """
+    held_out = open_sources(config.data, "validation")
+    everywhere = jax.sharding.NamedSharding(batches.mesh, sharding.spec(()))
+    loss_fn = jax.jit(partial(eval_step, model=model), out_shardings=everywhere)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        variables, scalars = {"params": state.params, "batch_stats": state.batch_stats}, {}
+        if config.eval_batches and held_out:
+            total = tokens = 0.0
+            loader = eval_batches(
+                config.data, processor, "validation", sharding=batches, num_batches=config.eval_batches
+            )
+            for batch in loader:
+                loss, count = loss_fn(variables, batch)
+                total, tokens = total + float(loss), tokens + float(count)
+            loader.close()
+            scalars["validation/loss"] = total / max(tokens, 1)
+        if config.eval_questions and held_out:
+            results = answer_records(model, variables, processor, held_out[0], limit=config.eval_questions)
+            scalars["validation/accuracy"] = accuracy(results)
+        return scalars
+
+    return validate

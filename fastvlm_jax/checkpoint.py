@@ -15,7 +15,6 @@ from orbax.checkpoint import v1 as ocp
 
 from fastvlm_jax import distributed
 from fastvlm_jax.convert.mapping import SAME, Leaf
-from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.workdir import FORMAT
 
@@ -58,8 +57,12 @@ def open_checkpointer(workdir: pathlib.Path, keep: int) -> ocp.training.Checkpoi
     )
 
 
-def save(checkpointer: ocp.training.Checkpointer, state: TrainState, loader: Loader, lineage: dict[str, Any]) -> None:
-    """Starts writing the checkpoint of `state.step` (waiting for the one before), unless it is there already."""
+def save(checkpointer: ocp.training.Checkpointer, state: TrainState, position: int, *, lineage: dict[str, Any]) -> None:
+    """Starts writing the checkpoint of `state.step` (waiting for the one before), unless it is there already.
+
+    Args:
+      position: batches consumed, see Loader.position.
+    """
     step = int(state.step)
     if checkpointer.latest is not None and checkpointer.latest.step >= step:
         return
@@ -70,7 +73,7 @@ def save(checkpointer: ocp.training.Checkpointer, state: TrainState, loader: Loa
             "model": {"params": state.params, "batch_stats": state.batch_stats},
             "training": {"step": state.step, "opt_state": state.opt_state},
         },
-        custom_metadata={"position": loader.position, "lineage": lineage},
+        custom_metadata={"position": position, "lineage": lineage},
     )
 
 

@@ -9,10 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax import model_io, optim, sharding
+from fastvlm_jax import config as config_lib
+from fastvlm_jax import losses, model_io, optim, sharding
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.convert.heads import without_head
-from fastvlm_jax.data.load.from_config import data_sets
+from fastvlm_jax.data.load.batch_builder import BatchBuilder
+from fastvlm_jax.data.load.from_config import data_sets, make_builder
 from fastvlm_jax.images.sizes import make_sizes
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
@@ -23,6 +25,69 @@ from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.train_state import TrainState, state_of
 from fastvlm_jax.train_step import train_step
+
+
+class Stage(NamedTuple):
+    """A training stage, opened.
+
+    Attributes:
+      parent_variables: the parent's, adapted to `model`, as arrays or Leaves; None without a parent.
+      parent_lineage: where the parent comes from; None without one.
+    """
+
+    model: FastVLM
+    processor: Processor
+    parent_variables: dict[str, Any] | None
+    parent_lineage: dict[str, Any] | None
+
+
+def open_stage(config) -> Stage:
+    """Builds the model of a config, reads its parent, and makes the processor that fits both.
+
+    Raises:
+      ValueError, FileNotFoundError: a parent that does not fit, see `adapt`; a tokenizer that does not, see
+        `make_processor`; groups that freeze an encoder whose BatchNorm statistics move.
+    """
+    parent = model_io.read(config.parent) if config.parent else None
+    model = fastvlm.build(**config.model.to_dict())
+    processor = make_processor(config, model, parent)
+    trainable, _ = optim.split(model_io.abstract_variables(model)["params"], config.groups)
+    if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
+        raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
+    return Stage(model, processor, adapt(parent, model) if parent else None, parent and parent.lineage)
+
+
+def make_mesh(config, devices=None) -> jax.sharding.Mesh:
+    """Returns the mesh of a config, of all devices by default.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or does not divide the batch or the heads.
+    """
+    mesh = sharding.make_mesh(config.mesh, devices)
+    num_kv_heads = config.model.llm.num_kv_heads
+    sharding.check_mesh(mesh, groups=config.data.groups, num_kv_heads=num_kv_heads, accumulate=config.accumulate)
+    return mesh
+
+
+def open_processor(config) -> Processor:
+    """Makes the processor of a config alone; its parent is read only where that has the tokenizer.
+
+    Raises:
+      ValueError, FileNotFoundError: settings that contradict each other; see `make_processor`.
+    """
+    config_lib.validate(config)
+    parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
+    return make_processor(config, fastvlm.build(**config.model.to_dict()), parent)
+
+
+def open_builder(config, split: str) -> BatchBuilder:
+    """Opens what builds the batches of a config's split: in the order of training, or else of validation.
+
+    Raises:
+      ValueError, FileNotFoundError: see `open_processor` and from_config.make_builder.
+    """
+    processor, seed = open_processor(config), config.seed if split == "train" else None
+    return make_builder(config.data, processor, split, seed)
 
 
 def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:
@@ -161,11 +226,10 @@ def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, nu
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     fn = partial(
         train_step,
-        model=model,
+        loss=losses.next_token(model, num_sources),
         optimizer=optimizer,
         groups=config.groups,
         seed=config.seed,
-        num_sources=num_sources,
         accumulate=config.accumulate,
         shardings=optim.split(shardings.params, config.groups)[0],
     )

@@ -21,6 +21,7 @@ from fastvlm_jax.data.inspect.page import data_uri, tokens_html
 from fastvlm_jax.data.inspect.samples import Piece, spell, take_samples
 from fastvlm_jax.data.inspect.text import percent, visible
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
+from fastvlm_jax.data.load.from_config import make_schedule
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
@@ -50,8 +51,11 @@ def config(**changes):
 
 def measured(settings, processor, *folders, seed=None):
     sources = [read_shards(folder, "train") for folder in folders]
-    schedule, indexes = usage.open_schedule(settings, processor, sources, seed)
-    return usage.measure(settings, processor, sources, schedule, indexes), sources, schedule
+    schedule = make_schedule(settings, processor, sources, seed)
+    build = BatchBuilder(tuple(sources), schedule, processor, settings.turns)
+    counter = Counter(processor.tokenizer, processor.template, settings.turns)
+    indexes = [load_index(source, counter) for source in sources]
+    return usage.measure(build, indexes, settings.images_per_group), sources, schedule
 
 
 def test_a_histogram_counts_each_value_once_and_names_its_ranges():

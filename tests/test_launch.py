@@ -202,7 +202,7 @@ def test_a_settings_file_that_is_not_there(tmp_path):
 
 def test_commands_of_the_guide_exist():
     text = (ROOT / "docs/tpu.md").read_text().replace("\\\n", " ")
-    source = (ROOT / "fastvlm_jax/cli.py").read_text()
+    source = "".join(file.read_text() for file in (ROOT / "fastvlm_jax/cli").glob("*.py"))
     seen = set()
     for line in (line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()):
         if found := re.match(r"fastvlm (data )?(\w+)", line):

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import jax
 
 from fastvlm_jax.chips import PEAK_FLOPS
-from fastvlm_jax.data.load.loader import Flow, Loader
+from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.models import flops
 from fastvlm_jax.models.fastvlm import FastVLM
 
@@ -41,18 +41,3 @@ def memory_scalars(devices: Sequence[jax.Device]) -> dict[str, float]:
     known = [found for found in known if found]
     names = {"hbm_gb": "bytes_in_use", "hbm_peak_gb": "peak_bytes_in_use"}
     return {name: max(found[key] for found in known) / 1e9 for name, key in names.items() if known}
-
-
-def flow_scalars(loader: Loader, seconds: float, mfu) -> dict[str, float]:
-    """What went through in the last `seconds`: rates, the share of the time waited for input, records by data set."""
-    flow = loader.flow()
-    scalars = {
-        "images/s": flow.images / seconds,
-        "tokens/s": flow.tokens / seconds,
-        "input_bound": min(flow.waited / seconds, 1.0),
-        "substituted": loader.substituted,
-        "truncated": flow.truncated,
-    }
-    if len(loader.names) > 1:
-        scalars |= {f"records/{name}": count for name, count in zip(loader.names, flow.records, strict=True)}
-    return scalars | mfu(flow, seconds)

@@ -15,6 +15,7 @@ from fastvlm_jax.batch import Batch
 from fastvlm_jax.convert.layouts import fastvlm as layout
 from fastvlm_jax.convert.layouts.text_config import text_config
 from fastvlm_jax.convert.mapping import read_tree, shapes_of, to_jax
+from fastvlm_jax.losses import next_token
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.sizes import LLM_SIZES, VISION_SIZES
 from fastvlm_jax.train_state import TrainState
@@ -130,7 +131,11 @@ def test_five_training_steps_equal_torch():
     )
     trainable, _ = optim.split(variables["params"], groups)
     state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], optimizer.init(trainable))
-    step = jit(lambda state, batch: train_step(state, batch, model=model, optimizer=optimizer, groups=groups, seed=0))
+    step = jit(
+        lambda state, batch: train_step(
+            state, batch, loss=next_token(model), optimizer=optimizer, groups=groups, seed=0
+        )
+    )
     ours = []
     for _ in range(steps):
         state, metrics = step(state, batch)

@@ -4,17 +4,11 @@ import dataclasses
 import json
 import pathlib
 
-import ml_collections
-
-from fastvlm_jax import config as config_lib
-from fastvlm_jax import model_io
+from fastvlm_jax.data.index import Counter, load_index
 from fastvlm_jax.data.inspect import contents, page, text, usage
 from fastvlm_jax.data.inspect.samples import take_samples
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
-from fastvlm_jax.data.load.from_config import open_sources
 from fastvlm_jax.data.sources import RecordSource, read_shards
-from fastvlm_jax.models import fastvlm
-from fastvlm_jax.stage import make_processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,30 +41,21 @@ def inspect(folder: str, split: str, verify: bool, outputs: Outputs) -> str:
     return text.describe(sets, None)
 
 
-def inspect_run(
-    config: ml_collections.ConfigDict, folder: str | None, split: str, verify: bool, outputs: Outputs
-) -> str:
-    """Returns, as text, what a split of each data set of a training config holds, and what its schedule makes of it.
+def inspect_run(build: BatchBuilder, images_per_group: int, verify: bool, outputs: Outputs) -> str:
+    """Returns, as text, what a split of each data set of a run holds, and what its schedule makes of it.
 
     Args:
-      folder: a data set in the place of the config's; None for those.
+      build: makes the batches of the split, as from_config.make_builder opens it for a training config.
+      images_per_group: the config's.
 
     Raises:
-      FileNotFoundError, ValueError: see `inspect`, `make_processor` and `make_schedule`.
+      FileNotFoundError, ValueError: see `inspect`.
     """
-    config_lib.validate(config)
-    if folder:
-        config.data.path = folder
-    # The order that training takes, or validation.
-    sources, seed = open_sources(config.data, split), config.seed if split == "train" else None
-    if not sources:
-        raise ValueError(f"no data set of the config has a split {split!r}: choose another --split")
-    parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
-    processor = make_processor(config, fastvlm.build(**config.model.to_dict()), parent)
-    config = config.data
-    schedule, indexes = usage.open_schedule(config, processor, sources, seed)
+    sources, schedule, processor = build.sources, build.schedule, build.processor
+    counter = Counter(processor.tokenizer, processor.template, build.turns)
+    indexes = [load_index(source, counter) for source in sources]
     sets = [_look(source, index, verify) for source, index in zip(sources, indexes, strict=True)]
-    used = usage.measure(config, processor, sources, schedule, indexes)
+    used = usage.measure(build, indexes, images_per_group)
     _write_json(outputs, sets, used)
     lines = [text.describe(sets, used), ""]
     page_path = pathlib.Path(outputs.page).expanduser()
@@ -83,7 +68,6 @@ def inspect_run(
         usage.write_unusable(schedule, sources, pathlib.Path(listed).expanduser())
         lines.append(f"records that cannot be used, all {len(schedule.unusable):,}: {listed}")
     if outputs.page:
-        build = BatchBuilder(sources, schedule, processor, config.turns, config.overlong, config.decode == "exact")
         page.write_page(page_path, sets, used, take_samples(build, outputs.samples))
         lines.append(f"samples as the model sees them: {page_path}")
     return "\n".join(lines).rstrip()

@@ -8,17 +8,16 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-import ml_collections
 import numpy as np
 
-from fastvlm_jax.data.index import Counter, RecordIndex, load_index
+from fastvlm_jax.data.index import RecordIndex
 from fastvlm_jax.data.inspect.contents import Counts, Reasons, histogram, most_frequent, some
-from fastvlm_jax.data.load.from_config import make_buckets, make_schedule
-from fastvlm_jax.data.load.lengths import RecordLengths, make_record_lengths
+from fastvlm_jax.data.load.batch_builder import BatchBuilder
+from fastvlm_jax.data.load.lengths import RecordLengths, make_buckets, make_record_lengths
 from fastvlm_jax.data.load.loader import set_names
+from fastvlm_jax.data.load.packing import GroupShape
 from fastvlm_jax.data.load.schedule import Schedule
 from fastvlm_jax.data.sources import RecordSource
-from fastvlm_jax.processor import Processor
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)  # tokens
 QUANTILES = (0, 10, 50, 90, 99, 100)  # %
@@ -105,37 +104,29 @@ class Usage:
     choices: tuple[Choice, ...]
 
 
-def open_schedule(
-    config: ml_collections.ConfigDict, processor: Processor, sources: Sequence[RecordSource], seed: int | None
-) -> tuple[Schedule, list[RecordIndex]]:
-    """Returns the schedule of a run and the indexes that it is made from; see `make_schedule` for the errors."""
-    counter = Counter(processor.tokenizer, processor.template, config.turns)
-    indexes = [load_index(source, counter) for source in sources]
-    return make_schedule(config, processor, sources, seed), indexes
+def measure(build: BatchBuilder, indexes: Sequence[RecordIndex], images_per_group: int) -> Usage:
+    """Returns what the schedule of a run makes of its data sets.
 
-
-def measure(
-    config: ml_collections.ConfigDict,
-    processor: Processor,
-    sources: Sequence[RecordSource],
-    schedule: Schedule,
-    indexes: Sequence[RecordIndex],
-) -> Usage:
-    """Returns what a schedule makes of its data sets; `config` are the keys `data.*`."""
+    Args:
+      indexes: of the data sets, those that the schedule was made from.
+      images_per_group: image slots of a group whose images are squares of the processor's image_size.
+    """
+    schedule, sources, image_size = build.schedule, build.sources, build.processor.image_size
     settings = schedule.settings
     records = make_record_lengths(indexes, settings)
     sizes = [bucket.size for bucket in settings.buckets]
-    size = max(sizes, key=lambda size: (size.side == config.image_size, size.tokens))
+    size = max(sizes, key=lambda size: (size.side == image_size, size.tokens))
     image_tokens = records.image_slots[size.side].astype(np.int64) * size.tokens
-    lengths, row_length = records.text + image_tokens, config.row_length
+    shape = settings.buckets[0].shape._replace(images=images_per_group)
+    lengths, row_length = records.text + image_tokens, shape.length
     overlong = lengths > row_length
-    truncated = overlong & (records.shortest + image_tokens <= row_length) & (config.overlong == "truncate")
+    truncated = overlong & (records.shortest + image_tokens <= row_length) & (settings.overlong == "truncate")
     buckets, counted = _buckets(schedule)
     draws, few = schedule.draws(0), _few(indexes)
     return Usage(
-        image_size=config.image_size,
+        image_size=image_size,
         row_length=row_length,
-        images_per_group=config.images_per_group,
+        images_per_group=images_per_group,
         segments=len(lengths),
         lengths=histogram(lengths, sorted({*LENGTHS, row_length + 1} - {row_length})),
         quantiles={f"{q} %": int(np.percentile(lengths, q, method="inverted_cdf")) for q in QUANTILES},
@@ -152,7 +143,7 @@ def measure(
         buckets=buckets,
         sets=_sets(sources, schedule, draws, records, size.side, np.minimum(lengths, row_length)),
         compared=sum(map(len, few)),
-        choices=_choices(config, processor, schedule, few),
+        choices=_choices(schedule, image_size, shape, few),
     )
 
 
@@ -243,15 +234,16 @@ def _lengths_compared(row_length: int) -> list[int]:
     return [round(row_length * factor) for factor in ROWS]
 
 
-def _choices(config, processor, schedule: Schedule, indexes: Sequence[RecordIndex]) -> tuple[Choice, ...]:
-    """What other numbers of image slots and tokens in a group would give."""
+def _choices(
+    schedule: Schedule, image_size: int, shape: GroupShape, indexes: Sequence[RecordIndex]
+) -> tuple[Choice, ...]:
+    """What other numbers of image slots and tokens in a group would give; `shape` is the run's, at image_size."""
     total, found = sum(map(len, indexes)), []
-    for images, length in itertools.product(
-        _images_compared(config.images_per_group), _lengths_compared(config.row_length)
-    ):
-        changed = config.copy_and_resolve_references()
-        changed.images_per_group, changed.row_length = images, length
-        settings = dataclasses.replace(schedule.settings, buckets=make_buckets(changed, processor), groups=1)
+    sizes = [bucket.size for bucket in schedule.settings.buckets]
+    shares = {bucket.size.side: bucket.share for bucket in schedule.settings.buckets}
+    for images, length in itertools.product(_images_compared(shape.images), _lengths_compared(shape.length)):
+        buckets = make_buckets(sizes, image_size, shape._replace(images=images, length=length), shares)
+        settings = dataclasses.replace(schedule.settings, buckets=buckets, groups=1)
         try:
             other = Schedule(indexes, settings)
         except ValueError:  # of some data set no record fits

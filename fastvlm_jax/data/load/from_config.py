@@ -15,7 +15,7 @@ from etils import epath
 
 from fastvlm_jax.data.index import Counter, load_index
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
-from fastvlm_jax.data.load.lengths import Bucket, Settings
+from fastvlm_jax.data.load.lengths import Settings, make_buckets
 from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.load.packing import GroupShape
 from fastvlm_jax.data.load.schedule import Schedule
@@ -57,21 +57,6 @@ def open_sources(config: ml_collections.ConfigDict, split: str) -> tuple[RecordS
     return tuple(read_shards(folder, split) for folder in folders)
 
 
-def make_buckets(config: ml_collections.ConfigDict, processor: Processor) -> tuple[Bucket, ...]:
-    """Returns the bucket of each of the processor's sizes: images_per_group of image_size, more of smaller ones.
-
-    Pixels and text tokens of a group stay within those of the square of `image_size`.
-    """
-    sizes = processor.sizes or (processor.size,)
-    shares = dict(config.resolutions) if config.resolutions else {processor.image_size: 1.0}
-    buckets = []
-    for size in sizes:
-        images = config.images_per_group * processor.image_size**2 // (size.height * size.width)
-        images = max(images, 1) if config.images_per_group else 0
-        buckets.append(Bucket(size, GroupShape(images, config.rows_per_group, config.row_length), shares[size.side]))
-    return tuple(buckets)
-
-
 def make_schedule(
     config: ml_collections.ConfigDict, processor: Processor, sources: Sequence[RecordSource], seed: int | None
 ) -> Schedule:
@@ -82,9 +67,12 @@ def make_schedule(
     counter = Counter(processor.tokenizer, processor.template, config.turns)
     indexes = [load_index(source, counter) for source in sources]
     weights = data_sets(config)[1] if seed is not None else ()
-    buckets = make_buckets(config, processor)
+    sizes = processor.sizes or (processor.size,)
     if seed is None:
-        buckets = tuple(bucket for bucket in buckets if bucket.size.side == processor.image_size)
+        sizes = tuple(size for size in sizes if size.side == processor.image_size)
+    shares = dict(config.resolutions) if config.resolutions else {processor.image_size: 1.0}
+    shape = GroupShape(config.images_per_group, config.rows_per_group, config.row_length)
+    buckets = make_buckets(sizes, processor.image_size, shape, shares)
     settings = Settings(buckets, config.groups, seed, weights, processor.grids, config.overlong)
     split = " ".join(f"{source.fingerprint} {source.split}" for source in sources)
     return Schedule(indexes, settings, f"{split} {counter.id}")
@@ -137,6 +125,8 @@ def make_builder(config: ml_collections.ConfigDict, processor: Processor, split:
     if config.decode not in DECODERS:
         raise ValueError(f"unknown data.decode {config.decode!r}: choose one of {', '.join(DECODERS)}")
     sources = open_sources(config, split)
+    if not sources:
+        raise ValueError(f"no data set of the config has a split {split!r}: choose another --split")
     schedule = make_schedule(config, processor, sources, seed)
     cache = {} if config.cache_images else None
     return BatchBuilder(sources, schedule, processor, config.turns, config.overlong, config.decode == "exact", cache)

@@ -1,7 +1,7 @@
 """Image slots and tokens of records at the sizes of a run, and which records cannot be used."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,24 @@ class Bucket(NamedTuple):
     size: Size
     shape: GroupShape
     share: float
+
+
+def make_buckets(
+    sizes: Sequence[Size], image_size: int, shape: GroupShape, shares: Mapping[int, float]
+) -> tuple[Bucket, ...]:
+    """Returns the bucket of each size: `shape.images` slots of the square of image_size, more of smaller images.
+
+    Pixels and text tokens of a group stay within those of the square of `image_size`.
+
+    Args:
+      shape: of a group whose images are squares of `image_size`.
+      shares: side of a resolution -> fraction of image records drawn at it.
+    """
+    buckets = []
+    for size in sizes:
+        images = max(shape.images * image_size**2 // (size.height * size.width), 1) if shape.images else 0
+        buckets.append(Bucket(size, shape._replace(images=images), shares[size.side]))
+    return tuple(buckets)
 
 
 @dataclasses.dataclass(frozen=True)

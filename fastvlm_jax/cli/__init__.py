@@ -1,0 +1,57 @@
+"""The commands of `fastvlm`: flags in, one call, exit status out. One file a family of commands."""
+
+import logging
+import os
+import sys
+
+from absl import flags
+from absl import logging as absl_logging
+
+from fastvlm_jax import xla_flags
+from fastvlm_jax.cli import bench, convert, data, evaluate, generate, preflight, report, train
+from fastvlm_jax.cli.arguments import USAGE
+
+COMMANDS = {
+    "train": train.train,
+    "generate": generate.generate,
+    "evaluate": evaluate.evaluate,
+    "convert": convert.convert,
+    "data": data.data,
+    "bench": bench.bench,
+    "preflight": preflight.preflight,
+    "report": report.report,
+}
+
+
+def main() -> None:
+    """Runs the command; what a user can cause ends in one line on stderr and exit status 1 (2 for wrong usage)."""
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    flags.FLAGS.mark_as_parsed()  # the commands parse their own; absl's would make every log begin with a warning
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    xla_flags.silence_libtpu()
+    argv = sys.argv[1:]
+    if not argv or argv[0] not in COMMANDS:
+        print(USAGE, file=sys.stdout if argv and argv[0] in ("--help", "-h", "help") else sys.stderr)
+        raise SystemExit(0 if argv and argv[0] in ("--help", "-h", "help") else 2)
+    try:
+        COMMANDS[argv[0]](argv)
+    except KeyboardInterrupt as stop:
+        print(f"fastvlm {argv[0]}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (flags.Error, ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        if os.environ.get("FASTVLM_TRACEBACK"):
+            raise
+        message = str(error).strip()
+        if "Traceback" in message:  # an error in a config file, which the flag library quotes whole
+            message = message.splitlines()[-1]
+        if full:
+            message = (
+                f"a device's memory is too small ({message.splitlines()[0][:200]}); a larger accumulate, remat, or a "
+                "slice with more chips: fastvlm preflight tells what fits"
+            )
+        print(f"fastvlm {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, flags.Error) else 1) from None

@@ -1,0 +1,62 @@
+"""What the commands share: the usage, flags parsed, JSON written."""
+
+import json
+import os
+import pathlib
+
+from absl import flags
+
+USAGE = """usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help lists the flags)
+
+  train     --config FILE.py[:ARG] --workdir DIR [--profile FIRST:LAST] [--config.KEY=VALUE ...]
+            [--coordinator_address HOST:PORT --num_processes N --process_id I]
+  generate  --model DIR --image FILE --prompt TEXT [--max_tokens N] [--temperature T] [--top_p P]
+  evaluate  --model DIR --benchmark easy-vqa --data DIR [--limit N] [--output FILE.json]
+  convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
+  data      write --source PATH --output DIR [--images DIR] [--validation_share S] [--max_side N] [--verify]
+            inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--json FILE] [--verify]
+            easy-vqa --output DIR
+  preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]
+  bench     input --config FILE.py[:ARG] --config.data.path=DIR [--seconds N] [--output FILE.json]
+  report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
+
+--model, --source and --config.parent take a training workdir, one checkpoint in it, a model directory of any layout, a
+GGUF file, or parts of a model from several places: vision=DIR,llm=DIR[,projector=DIR]."""
+
+
+def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (), positional: str = "") -> list[str]:
+    """Parses the flags of a command and returns its positional arguments."""
+    if {"--help", "-h"} & set(argv):
+        print(f"{USAGE}\n\nflags:{fv.get_help()}")
+        raise SystemExit(0)
+    try:
+        rest = fv(argv)[1:]
+    except (AttributeError, KeyError, TypeError) as error:  # a key that the config does not have, or of another type
+        raise ValueError(f"--config: {str(error).strip().splitlines()[0]}") from error
+    if rest and not positional:
+        raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+    if positional and not rest:
+        raise ValueError(f"name at least one {positional}")
+    for name in required:
+        if fv[name].value in (None, []):
+            raise ValueError(f"--{name} is missing")
+    return rest
+
+
+def write_json(content: dict, path: str | None) -> str:
+    """Returns `content` as JSON, written to `path` if there is one."""
+    text = json.dumps(content, indent=2)
+    if path:
+        output = pathlib.Path(path).expanduser()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(output.name + ".tmp")
+        temporary.write_text(text + "\n")
+        os.replace(temporary, output)
+    return text
+
+
+def define_config(fv: flags.FlagValues, argv: list[str], help: str = "config file, FILE.py or FILE.py:ARG") -> None:
+    """The flag --config, and --config.KEY for what it overrides; it imports the file, which may import jax."""
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, help, flag_values=fv, sys_argv=argv)

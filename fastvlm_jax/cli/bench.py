@@ -1,0 +1,29 @@
+"""`fastvlm bench`: benchmarks of this machine."""
+
+from absl import flags
+
+from fastvlm_jax.cli.arguments import USAGE, define_config, parse, write_json
+
+
+def bench(argv: list[str]) -> None:
+    """fastvlm bench"""
+    if len(argv) < 2 or argv[1] != "input":
+        if {"--help", "-h"} & set(argv):
+            print(USAGE)
+            raise SystemExit(0)
+        raise ValueError(f"unknown command {(argv[1] if len(argv) > 1 else '')!r}: `fastvlm bench` has input")
+    fv, argv = flags.FlagValues(), argv[1:]
+    define_config(fv, argv)
+    flags.DEFINE_float("seconds", 20.0, "that each contestant is timed for", lower_bound=0.1, flag_values=fv)
+    flags.DEFINE_string("output", None, "JSON file for the result", flag_values=fv)
+    parse(fv, argv, required=("config",))
+    from fastvlm_jax import sharding
+    from fastvlm_jax.bench.input import bench_input, describe
+    from fastvlm_jax.stage import open_processor
+
+    config = fv.config
+    processor = open_processor(config)
+    batches = sharding.batch_sharding(sharding.make_mesh(config.mesh))
+    found = bench_input(config, processor, batches, fv.seconds)
+    write_json(found, fv.output)
+    print(describe(found))

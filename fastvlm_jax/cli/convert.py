@@ -1,0 +1,39 @@
+"""`fastvlm convert`: a model from one layout to another."""
+
+import pathlib
+
+from absl import flags
+
+from fastvlm_jax.cli.arguments import parse
+
+
+def convert(argv: list[str]) -> None:
+    """fastvlm convert"""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("source", None, "model to convert, or parts of it; layouts are recognised", flag_values=fv)
+    flags.DEFINE_string("target", None, "folder to write", flag_values=fv)
+    flags.DEFINE_enum(
+        "layout", "native", ["native", "hf", "llava", "timm", "openclip"], "layout to write", flag_values=fv
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "of the stored weights; as they are by default",
+        flag_values=fv,
+    )
+    flags.DEFINE_bool("fold", False, "fold the encoder's training form (hf and llava always do)", flag_values=fv)
+    flags.DEFINE_bool("overwrite", False, "replace a model that is there", flag_values=fv)
+    parse(fv, argv, required=("source", "target"))
+    from fastvlm_jax import convert, model_io
+
+    target = pathlib.Path(fv.target).expanduser().resolve()
+    for path in fv.source.split(","):
+        if pathlib.Path(path.rpartition("=")[2]).expanduser().resolve() == target:
+            raise ValueError(f"--target {fv.target} is the source: name another folder")
+    loaded = model_io.read(fv.source)
+    convert.write(
+        fv.target, fv.layout, loaded.variables, loaded.config, loaded.processor, loaded.lineage,
+        dtype=fv.dtype, fold=fv.fold, overwrite=fv.overwrite,
+    )  # fmt: skip
+    print(f"wrote {fv.target} ({fv.layout})")

@@ -1,0 +1,28 @@
+"""`fastvlm evaluate`: the score of a model on a benchmark."""
+
+import sys
+
+from absl import flags
+
+from fastvlm_jax.cli.arguments import parse, write_json
+
+
+def evaluate(argv: list[str]) -> None:
+    """fastvlm evaluate"""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("model", None, "model to score", flag_values=fv)
+    flags.DEFINE_enum("benchmark", "easy-vqa", ["easy-vqa"], "what to score it on", flag_values=fv)
+    flags.DEFINE_string("data", None, "folder of the benchmark", flag_values=fv)
+    flags.DEFINE_integer("limit", None, "questions to ask; all by default", lower_bound=1, flag_values=fv)
+    flags.DEFINE_string("output", None, "JSON file for the summary", flag_values=fv)
+    parse(fv, argv, required=("model", "data"))
+    import tqdm
+
+    import fastvlm_jax
+    from fastvlm_jax.evaluate.benchmarks import easy_vqa
+
+    total = easy_vqa.count_questions(fv.data, fv.limit)
+    model, variables, processor = fastvlm_jax.load(fv.model)
+    with tqdm.tqdm(total=total, desc="evaluate", unit="question", disable=not sys.stderr.isatty()) as bar:
+        summary, _ = easy_vqa.evaluate(model, variables, processor, fv.data, limit=fv.limit, progress=bar.update)
+    print(write_json({"model": fv.model, **summary}, fv.output))

@@ -1,0 +1,62 @@
+"""What a training step minimises: the loss of the VLM stages, next-token cross-entropy over the supervised tokens."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fastvlm_jax.batch import Batch
+from fastvlm_jax.models.fastvlm import FastVLM
+
+
+class Loss(NamedTuple):
+    """A loss as `train_step` uses it: three pure functions.
+
+    Attributes:
+      size: batch -> int32 []: the number that a whole batch's losses are divided by.
+      value: (variables, part of the batch, size, rng) -> (float32 [], (outputs, batch statistics)). The values of the
+        parts of a batch add up to the loss of the whole. `outputs` are arrays whose leading axis counts groups.
+      report: (batch, size, outputs of the whole batch) -> device scalars to log beside "loss" and "grad_norm".
+    """
+
+    size: Callable[[Batch], jax.Array]
+    value: Callable[[dict, Batch, jax.Array, jax.Array], tuple[jax.Array, tuple[Any, dict]]]
+    report: Callable[[Batch, jax.Array, Any], dict[str, jax.Array]]
+
+
+def next_token(model: FastVLM, num_sources: int = 1) -> Loss:
+    """Returns the mean cross-entropy over the supervised tokens of the global batch.
+
+    Its report holds "tokens" (supervised) and, of several data sets, "loss_by_source" [num_sources].
+    """
+
+    def size(batch: Batch) -> jax.Array:
+        return jnp.sum(batch.loss_mask)
+
+    def value(variables, part: Batch, tokens, rng):
+        rngs = {"drop_path": rng} if model.vision_args.get("drop_path") else None
+        losses, updated = model.apply(
+            variables, **inputs(part), targets=part.targets, train=True, mutable=["batch_stats"], rngs=rngs
+        )
+        losses *= part.loss_mask
+        return jnp.sum(losses) / jnp.maximum(tokens, 1), (losses, updated.get("batch_stats", {}))
+
+    def report(batch: Batch, tokens, losses) -> dict[str, jax.Array]:
+        by_source = {"loss_by_source": mean_by_source(losses, batch, num_sources)} if num_sources > 1 else {}
+        return {"tokens": tokens, **by_source}
+
+    return Loss(size, value, report)
+
+
+def inputs(batch: Batch) -> dict[str, jax.Array]:
+    """Returns the fields of a batch that the model reads, as arguments of `model.apply`."""
+    names = ("images", "image_mask", "tokens", "image_index", "positions", "segment_ids")
+    return {name: getattr(batch, name) for name in names}
+
+
+def mean_by_source(losses: jax.Array, batch: Batch, num_sources: int) -> jax.Array:
+    """Returns the mean loss of the supervised tokens of each data set [num_sources], NaN for those not in the batch."""
+    own = batch.source[..., None] == jnp.arange(num_sources)
+    counts = jnp.sum(own & batch.loss_mask[..., None], axis=(0, 1, 2))
+    return jnp.sum(losses[..., None] * own, axis=(0, 1, 2)) / counts

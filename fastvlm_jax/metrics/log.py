@@ -1,0 +1,104 @@
+"""What is logged of a training step: its outputs, and what the run did since the step logged before."""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import jax
+import ml_collections
+
+from fastvlm_jax import distributed, optim
+from fastvlm_jax.data.load.loader import Flow
+from fastvlm_jax.metrics.throughput import memory_scalars, mfu_scalars, peak_flops
+from fastvlm_jax.metrics.writer import MetricsWriter
+from fastvlm_jax.models.fastvlm import FastVLM
+
+
+class StepRecord(NamedTuple):
+    """What the training loop knows of a step.
+
+    Attributes:
+      step: its number, from 1.
+      outputs: the metrics that train_step returned, on the devices.
+      flow: what went through the loader since the last record.
+      substituted: records that are known to be unusable by now.
+    """
+
+    step: int
+    outputs: dict[str, jax.Array]
+    flow: Flow
+    substituted: int
+
+
+class StepLog:
+    """Writes the records of a run: scalars of the step, rates, MFU, memory, losses by data set, learning rate.
+
+    All processes take part in every record; the writer decides which of them writes.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        config: ml_collections.ConfigDict,
+        model: FastVLM,
+        trainable: Collection[str],
+        names: Sequence[str],
+        devices: Sequence[jax.Device],
+        *,
+        start: int,
+        steps: int,
+    ):
+        """Begins the log of a run of steps start + 1 to steps.
+
+        Args:
+          trainable: paths of the parameters that learn.
+          names: of the data sets.
+        """
+        self._writer, self._config, self._model, self._trainable = writer, config, model, trainable
+        self._names, self._devices, self._steps = names, devices, steps
+        self._peak = peak_flops(devices)
+        self.restart_clock(start)
+
+    def restart_clock(self, step: int) -> None:
+        """Begins a new interval behind `step`, so that what came before it counts in no rate."""
+        self._since, self._last = self._writer.seconds(), step
+
+    def write(self, record: StepRecord) -> None:
+        """Writes what is logged of a step; its outputs are waited for."""
+        outputs = dict(record.outputs)
+        by_source = outputs.pop("loss_by_source", None)
+        scalars = {key: float(value) for key, value in outputs.items()}
+        seconds = max(self._writer.seconds() - self._since, 1e-9)
+        scalars["step_seconds"] = seconds / (record.step - self._last)
+        self.restart_clock(record.step)
+        scalars |= self._rates(record, seconds)
+        scalars |= memory_scalars(self._devices)
+        # The slowest input holds all processes up.
+        scalars["input_bound"] = max(distributed.exchange(f"input {record.step}", scalars["input_bound"]))
+        if by_source is not None:
+            losses = zip(self._names, by_source.tolist(), strict=True)
+            scalars |= {f"loss/{name}": loss for name, loss in losses if math.isfinite(loss)}
+        rates = optim.learning_rates(record.step, self._config.groups, self._steps, self._config.warmup_ratio)
+        scalars["lr"] = max(float(rate) for rate in rates.values())
+        self._writer.write(record.step, scalars)
+
+    def write_validation(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the results of a validation, whose time counts in no rate."""
+        if scalars:
+            self._writer.write(step, scalars)
+        self.restart_clock(step)
+
+    def _rates(self, record: StepRecord, seconds: float) -> dict[str, float]:
+        flow = record.flow
+        scalars = {
+            "images/s": flow.images / seconds,
+            "tokens/s": flow.tokens / seconds,
+            "input_bound": min(flow.waited / seconds, 1.0),
+            "substituted": record.substituted,
+            "truncated": flow.truncated,
+        }
+        if len(self._names) > 1:
+            scalars |= {f"records/{name}": count for name, count in zip(self._names, flow.records, strict=True)}
+        row_length = self._config.data.row_length
+        mfu = mfu_scalars(self._model, self._trainable, flow, seconds, row_length=row_length, peak=self._peak)
+        return scalars | mfu

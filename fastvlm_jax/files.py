@@ -1,21 +1,23 @@
-"""Files on this machine: JSON objects, files that appear whole, checksums, the user's cache folder."""
+"""Files: JSON objects, files that appear whole or not at all, checksums, the user's cache folder."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import tempfile
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Reads the JSON object in `path`.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: naming the file, where it holds something else.
+      FileNotFoundError: there is no such file.
+      ValueError: the file holds something else; the message names it.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -26,42 +28,63 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def cache_folder() -> pathlib.Path:
-    """Where what can be computed again is kept: $FASTVLM_CACHE, else fastvlm_jax in the user's cache folder."""
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastvlm_jax"
-    return pathlib.Path(os.environ.get("FASTVLM_CACHE") or default).expanduser()
+@contextlib.contextmanager
+def whole_file(path: os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Opens a file that gets the name `path` when the block ends well, and is removed when it does not.
 
-
-def save_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz file that appears whole, whichever of several hosts writes it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".partial", delete=False) as file:
+    Several hosts may write the same file: each writes to a name of its own, PATH.*.partial, and the last one wins.
+    """
+    path = pathlib.Path(path)
+    with tempfile.NamedTemporaryFile(
+        mode, dir=path.parent, prefix=f"{path.name}.", suffix=".partial", delete=False
+    ) as file:
         try:
-            np.savez(file, **arrays)
+            yield file
             file.close()
             os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
+            put_in_place(pathlib.Path(file.name), path)
         except BaseException:
             os.unlink(file.name)
             raise
 
 
 def put_in_place(partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Renames a written file when it has reached the disk."""
+    """Renames a written file once its contents have reached the disk."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file that appears under its name only whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        put_in_place(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def write_whole(path: os.PathLike, data: bytes) -> None:
+    """Writes a file that appears under its name only whole; its folder is made if need be."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(data)
 
 
-def sha256(path: pathlib.Path) -> str:
+def write_json(path: os.PathLike, content: Any, *, sort_keys: bool = False) -> None:
+    """Writes JSON with an indent of 2; see `write_whole`."""
+    write_whole(path, (json.dumps(content, indent=2, sort_keys=sort_keys) + "\n").encode())
+
+
+def save_arrays(path: os.PathLike, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz file that appears whole."""
+    with whole_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def sha256(path: os.PathLike) -> str:
+    """Returns the SHA-256 of a file's contents, hexadecimal; `path` is a pathlib or an epath one."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(content: Any) -> str:
+    """Returns the SHA-256 of a JSON value, hexadecimal; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns the folder for what can be computed again: $FASTVLM_CACHE, else ~/.cache/fastvlm_jax."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastvlm_jax"
+    return pathlib.Path(os.environ.get("FASTVLM_CACHE") or default).expanduser()

@@ -7,7 +7,6 @@ WORKDIR/checkpoints/STEP/        see checkpoint.py
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import pathlib
 import time
@@ -18,7 +17,7 @@ import jaxlib
 
 from fastvlm_jax import distributed
 from fastvlm_jax.config import differences
-from fastvlm_jax.files import read_object
+from fastvlm_jax.files import read_object, write_json
 from fastvlm_jax.processor import Processor
 
 FORMAT = "fastvlm_jax workdir"
@@ -89,10 +88,7 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any
         return
     if workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"{workdir} is not empty and not a training workdir; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"format": FORMAT, "config": config, "lineage": lineage}, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_json(path, {"format": FORMAT, "config": config, "lineage": lineage})
 
 
 def _moved(key: str, there: Any, here: Any) -> bool:

@@ -23,6 +23,7 @@ from fastvlm_jax.data.inspect.text import percent, visible
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.load.from_config import make_schedule
 from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.rejected import most_frequent
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.processor import Processor
@@ -78,7 +79,7 @@ def test_reasons_that_differ_by_names_and_numbers_are_counted_together():
         "9 slots, groups have 4",
         "8 slots, groups have 4",
     ]
-    assert contents.most_frequent([*reasons, "no image 'd'"]) == (
+    assert most_frequent([*reasons, "no image 'd'"]) == (
         6, ((3, "no image 'a b.jpg'"), (2, "9 slots, groups have 4"), (1, "no answer"))
     )  # fmt: skip
 

@@ -1,7 +1,6 @@
 """What the commands share: the usage, flags parsed, JSON written."""
 
 import json
-import os
 import pathlib
 
 from absl import flags
@@ -43,16 +42,13 @@ def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (),
     return rest
 
 
-def write_json(content: dict, path: str | None) -> str:
-    """Returns `content` as JSON, written to `path` if there is one."""
-    text = json.dumps(content, indent=2)
+def to_json(content: dict, path: str | None) -> str:
+    """Returns `content` as JSON, and writes it to `path` if there is one."""
     if path:
-        output = pathlib.Path(path).expanduser()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text(text + "\n")
-        os.replace(temporary, output)
-    return text
+        from fastvlm_jax import files
+
+        files.write_json(pathlib.Path(path).expanduser(), content)
+    return json.dumps(content, indent=2)
 
 
 def define_config(fv: flags.FlagValues, argv: list[str], help: str = "config file, FILE.py or FILE.py:ARG") -> None:

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from fastvlm_jax.cli.arguments import USAGE, define_config, parse, write_json
+from fastvlm_jax.cli.arguments import USAGE, define_config, parse, to_json
 
 
 def bench(argv: list[str]) -> None:
@@ -25,5 +25,5 @@ def bench(argv: list[str]) -> None:
     processor = open_processor(config)
     batches = sharding.batch_sharding(sharding.make_mesh(config.mesh))
     found = bench_input(config, processor, batches, fv.seconds)
-    write_json(found, fv.output)
+    to_json(found, fv.output)
     print(describe(found))

@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from fastvlm_jax.cli.arguments import parse, write_json
+from fastvlm_jax.cli.arguments import parse, to_json
 
 
 def evaluate(argv: list[str]) -> None:
@@ -25,4 +25,4 @@ def evaluate(argv: list[str]) -> None:
     model, variables, processor = fastvlm_jax.load(fv.model)
     with tqdm.tqdm(total=total, desc="evaluate", unit="question", disable=not sys.stderr.isatty()) as bar:
         summary, _ = easy_vqa.evaluate(model, variables, processor, fv.data, limit=fv.limit, progress=bar.update)
-    print(write_json({"model": fv.model, **summary}, fv.output))
+    print(to_json({"model": fv.model, **summary}, fv.output))

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from fastvlm_jax.cli.arguments import define_config, parse, write_json
+from fastvlm_jax.cli.arguments import define_config, parse, to_json
 
 
 def preflight(argv: list[str]) -> None:
@@ -26,7 +26,7 @@ def preflight(argv: list[str]) -> None:
 
     options = run.Options(fv.mode, fv.records, fv.top, fv.rows, fv.prompt_tokens, fv.max_tokens)
     found = (run.search if fv.search else run.preflight)(fv.config, fv.topology, options)
-    write_json(found, fv.output)
+    to_json(found, fv.output)
     print(run.text(found))
     if not found["memory"]["fits"]:
         raise SystemExit(1)

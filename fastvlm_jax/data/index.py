@@ -203,8 +203,7 @@ def load_index(source: RecordSource, counter: Counter) -> RecordIndex:
     beside = source.folder / FOLDER
     local = cache_folder() / FOLDER / source.fingerprint[:16]
     names = {shard: [f"{shard.name}.sizes.npz", f"{shard.name}.tokens-{counter.id}.npz"] for shard in source.shards}
-    present = {path.name for path in beside.iterdir()} if beside.is_dir() else set()
-    present_here = {path.name for path in local.iterdir()} if local.is_dir() else set()
+    present, present_here = names_in(beside), names_in(local)
     missing = [shard for shard, files in names.items() if not set(files) <= present | present_here]
     if missing:
         writable = "://" not in os.fspath(source.folder) and os.access(source.folder, os.W_OK)

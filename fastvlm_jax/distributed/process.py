@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import jax
 from fastvlm_jax.config import differences
 from fastvlm_jax.distributed.peers import Peers
 from fastvlm_jax.distributed.rendezvous import Settings
+from fastvlm_jax.files import json_digest
 
 START_SECONDS = 4 * 3600.0  # for what hosts do at their start, each at its own pace, as counting the tokens of the data
 
@@ -149,7 +149,7 @@ def exchange(name: str, value: Any = None, seconds: float = 600.0) -> list[Any]:
 
 def check_same(facts: dict[str, Any]) -> None:
     """Raises ValueError, naming the process and the key, where `facts` (JSON) are not the same in all processes."""
-    own = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    own = json_digest(facts)
     if len(set(exchange("digest of the settings", own, START_SECONDS))) == 1:
         return
     first, *others = exchange("settings", json.loads(json.dumps(facts)))

@@ -175,7 +175,7 @@ def compile(
         "trace_s": round(traced, 2),
         "compile_s": round(time.monotonic() - begin, 2),
     }
-    _write(file, lzma.compress(json.dumps(kept).encode(), preset=0))
+    files.write_whole(file, lzma.compress(json.dumps(kept).encode(), preset=0))
     return Compiled(**kept, cached=False), state, batch
 
 
@@ -201,14 +201,6 @@ def _key(text: str, slices: Slice, mesh: jax.sharding.Mesh, options: dict[str, s
 def cache_folder() -> pathlib.Path:
     """Where compiled programs are kept: $FASTVLM_CACHE/preflight, else in fastvlm_jax in the user's cache folder."""
     return files.cache_folder() / FOLDER
-
-
-def _write(file: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole, or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-        temporary.write(content)
-    os.replace(temporary.name, file)
 
 
 def device_bytes(tree) -> int:

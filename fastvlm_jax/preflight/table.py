@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from fastvlm_jax.chips import GB
+from fastvlm_jax.files import write_whole
 from fastvlm_jax.preflight.describe import gib, ms, short, si
 
 
@@ -114,9 +115,7 @@ def write(folder: pathlib.Path, output: pathlib.Path) -> None:
         for case in CASES
         if (folder / f"{case.name}.json").is_file()
     }
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(text(found))
-    temporary.replace(output)
+    write_whole(output, text(found).encode())
 
 
 def text(found: dict[Case, dict[str, Any]]) -> str:

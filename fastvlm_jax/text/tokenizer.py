@@ -12,6 +12,7 @@ from typing import Protocol
 
 import sentencepiece
 
+from fastvlm_jax.files import write_whole
 from fastvlm_jax.text import bpe
 from fastvlm_jax.text.bpe import END, IMAGE, PAD, START, Offsets, bpe_tokenizer
 from fastvlm_jax.text.spm import SentencePieceTokenizer
@@ -134,7 +135,4 @@ def train_sentencepiece(lines: Iterable[str], path: str | os.PathLike, vocab_siz
         num_threads=1,
         minloglevel=2,
     )
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(model.getvalue())
-    partial.replace(path)
+    write_whole(path, model.getvalue())

@@ -11,9 +11,6 @@ The two differ after the feature map only:
 from fastvlm_jax.convert.mapping import CONV, LINEAR, Row
 from fastvlm_jax.models.convnext import ConvNeXt
 
-# timm's classifier or projection, left aside on import where the tower goes without it.
-TIMM_PROJECTION = ("head.pre_logits.", "head.fc.")
-
 
 def tower_rows(vision: ConvNeXt, prefix: str = "") -> list[Row]:
     """The layout of a timm model; of an open_clip trunk too if vision.projection is ().

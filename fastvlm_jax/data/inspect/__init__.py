@@ -1,7 +1,6 @@
 """`fastvlm data inspect`: what a data set holds, what a run makes of it, and samples as the model sees them."""
 
 import dataclasses
-import json
 import pathlib
 
 from fastvlm_jax.data.index import Counter, load_index
@@ -9,6 +8,7 @@ from fastvlm_jax.data.inspect import contents, page, text, usage
 from fastvlm_jax.data.inspect.samples import take_samples
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.sources import RecordSource, read_shards
+from fastvlm_jax.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,4 @@ def _write_json(outputs: Outputs, sets: list[contents.Contents], used: usage.Usa
     if outputs.json:
         found = {"data_sets": [dataclasses.asdict(each) for each in sets]}
         found |= {"schedule": dataclasses.asdict(used)} if used else {}
-        path = pathlib.Path(outputs.json).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(pathlib.Path(outputs.json).expanduser(), found)

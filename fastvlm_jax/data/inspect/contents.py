@@ -3,14 +3,11 @@
 import collections
 import concurrent.futures
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,20 +15,18 @@ import tqdm
 from etils import epath
 
 from fastvlm_jax.data.index import FOLDER, ShardIndex
+from fastvlm_jax.data.rejected import Reasons, read_reasons
 from fastvlm_jax.data.sources import RecordSource, incomplete_shards, read_manifest, read_shards
-from fastvlm_jax.data.write.finalize import REJECTED, split_of
-from fastvlm_jax.files import cache_folder
+from fastvlm_jax.files import cache_folder, sha256
 from fastvlm_jax.images.header import read_header
 
 READ = 500  # records that are read for what no index tells
-SHOWN = 10  # reasons
 SIDES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # px
 ASPECTS = (0.33, 0.5, 0.7, 0.9, 1.1, 1.43, 2.0, 3.0)  # 4:3 and 16:9 lie well inside
 IMAGES = (1, 2, 3, 4, 5, 6, 8, 11, 16, 21, 51)
 TURNS = (1, 3, 5, 7, 9, 11, 17, 33, 65)  # a question and its answer together
 
 Counts = dict[str, int]  # label -> how many, in the order to show them
-Reasons = tuple[tuple[int, str], ...]  # how many, and one of them; the most frequent first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +89,7 @@ def look_at(source: RecordSource, sizes: Sizes, verified: bool) -> Contents:
         record = int(np.searchsorted(np.cumsum(sizes.num_images), image, side="right"))
         return f"{width[image]} x {height[image]} in {epath.Path(source.where(record)).name}"
 
-    rejected, reasons = _rejected(source.folder, source.split)
+    rejected, reasons = read_reasons(source.folder, source.split)
     turns, formats, damaged = _read(source)
     return Contents(
         folder=str(source.folder),
@@ -138,7 +133,7 @@ def verify(source: RecordSource) -> None:
     """
     written = read_manifest(source.folder)["splits"][source.split]["shards"]
     bar = tqdm.tqdm(source.shards, desc="verify", unit="shard", disable=not sys.stderr.isatty())
-    if wrong := [path.name for path in bar if _sha256(path) != written[path.name].get("sha256")]:
+    if wrong := [path.name for path in bar if sha256(path) != written[path.name].get("sha256")]:
         raise ValueError(
             f"{source.folder}: {len(wrong)} of {len(source.shards)} shards are damaged, their checksums differ "
             f"({shortened(wrong)}): write the data set again"
@@ -208,28 +203,9 @@ def histogram(values: np.ndarray, edges: Sequence[float]) -> Counts:
     return dict(zip(labels[first : last + 1], counts[first : last + 1].tolist(), strict=True))
 
 
-def most_frequent(reasons: Iterable[str]) -> tuple[int, Reasons]:
-    """Returns how many reasons there are, and of those that differ by numbers and quoted names only, one each."""
-    counts, examples = collections.Counter(), {}
-    for reason in reasons:
-        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*[\d/]\S*", "*", reason)
-        counts[kind] += 1
-        examples.setdefault(kind, reason)
-    return counts.total(), tuple((count, examples[kind]) for kind, count in counts.most_common(SHOWN))
-
-
 def shortened(names: Sequence[str]) -> str:
     """The first few names."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _rejected(folder: epath.Path, split: str) -> tuple[int, Reasons]:
-    path = folder / REJECTED
-    if not path.is_file():
-        return 0, ()
-    with path.open("rb") as lines:
-        entries = (json.loads(line) for line in lines if split_of(line) == split)
-        return most_frequent(str(entry.get("reason", "")) for entry in entries)
 
 
 def _read(source: RecordSource) -> tuple[list[int], list[str], list[str]]:
@@ -255,11 +231,3 @@ def _kind(image: bytes) -> str:
         return read_header(image).kind
     except ValueError:
         return "unreadable"
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -15,6 +14,7 @@ from fastvlm_jax.data.inspect.contents import Contents
 from fastvlm_jax.data.inspect.samples import Piece, Sample
 from fastvlm_jax.data.inspect.text import held, overlong, percent, plural, visible
 from fastvlm_jax.data.inspect.usage import Usage, choice_table
+from fastvlm_jax.files import write_whole
 
 _LOSSLESS = 256  # px: smaller views are written as they are
 _HEAD, _TAIL = 500, 150  # pieces of a long text that are shown
@@ -213,13 +213,7 @@ def write_page(path: pathlib.Path, sets: Sequence[Contents], usage: Usage, sampl
         lengths=lengths,
         choices=choices,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, html.encode())
 
 
 def _sample(sample: Sample, usage: Usage) -> dict[str, object]:

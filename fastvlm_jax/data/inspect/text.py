@@ -3,8 +3,9 @@
 import itertools
 from collections.abc import Sequence
 
-from fastvlm_jax.data.inspect.contents import Contents, Counts, Reasons
+from fastvlm_jax.data.inspect.contents import Contents, Counts
 from fastvlm_jax.data.inspect.usage import Choice, Usage, choice_table
+from fastvlm_jax.data.rejected import Reasons
 
 _WIDTH = 100
 _BAR = 16

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastvlm_jax.data.index import RecordIndex
-from fastvlm_jax.data.inspect.contents import Counts, Reasons, histogram, most_frequent, some
+from fastvlm_jax.data.inspect.contents import Counts, histogram, some
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.load.lengths import RecordLengths, make_buckets, make_record_lengths
 from fastvlm_jax.data.load.loader import set_names
 from fastvlm_jax.data.load.packing import GroupShape
 from fastvlm_jax.data.load.schedule import Schedule
+from fastvlm_jax.data.rejected import Reasons, most_frequent
 from fastvlm_jax.data.sources import RecordSource
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)  # tokens

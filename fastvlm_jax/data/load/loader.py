@@ -91,7 +91,7 @@ class Loader:
         self._local_position = {g: i for i, g in enumerate(local)}
         batches = _LocalBatches(build, local, start, sys.maxsize // 2 if stop is None else stop)
         self._length = len(batches) if stop is not None else None
-        self._sources, self._bad_records = build.sources, BadRecords(build, max_substituted)
+        self._bad_records = BadRecords(build, max_substituted)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
         self._host = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self._ahead = collections.deque()

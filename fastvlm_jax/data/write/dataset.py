@@ -13,8 +13,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
-import json
 import os
 import pathlib
 import re
@@ -32,7 +30,7 @@ from fastvlm_jax.data.write.job import VALIDATION, Job, Settings, Shard, finishe
 from fastvlm_jax.data.write.job import run as run_job
 from fastvlm_jax.data.write.summary import Summary, summarise
 from fastvlm_jax.data.write.workers import share_out
-from fastvlm_jax.files import write_whole
+from fastvlm_jax.files import json_digest, write_whole
 
 _MAX_QUESTIONS = 1 << 20  # bytes
 _SMALL_FILES = 64 << 20  # whole files share a job up to this size together
@@ -224,7 +222,7 @@ def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Opt
     start = os.fspath(source).rstrip("/")
     files = [[part.path.removeprefix(start), part.start, part.stop, sizes[part.path]] for part in parts]
     content = [format, files, dataclasses.asdict(options), kept]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest(content)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The last step of a write: shards, index and list of rejected entries get their names, the manifest its entry."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -9,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm_jax.data.index import FOLDER as INDEX
+from fastvlm_jax.data.rejected import FILE as REJECTED
+from fastvlm_jax.data.rejected import split_of
 from fastvlm_jax.data.sources import MANIFEST
 from fastvlm_jax.data.write.job import Job
-from fastvlm_jax.files import put_in_place, write_whole
-
-REJECTED = "rejected.jsonl"
+from fastvlm_jax.files import json_digest, whole_file, write_json
 
 
 def finalize(
@@ -67,8 +66,8 @@ def finalize(
 def save_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest with the fingerprint of what its shards hold."""
     content = {name: [split["records"], split["shards"]] for name, split in manifest["splits"].items()}
-    manifest["fingerprint"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
+    manifest["fingerprint"] = json_digest(content)
+    write_json(folder / MANIFEST, manifest, sort_keys=True)
 
 
 def _drop(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str]) -> None:
@@ -91,17 +90,8 @@ def _link(file: pathlib.Path, name: pathlib.Path) -> None:
     try:
         os.link(file, name)
     except OSError:  # a file system without hard links
-        partial = name.with_name(f"{name.name}.{os.getpid()}.partial")
-        shutil.copyfile(file, partial)
-        put_in_place(partial, name)
-
-
-def split_of(line: str) -> str:
-    """Returns the split that a line of rejected.jsonl is about, "" for another line."""
-    try:
-        return json.loads(line)["split"]
-    except (ValueError, KeyError, TypeError):  # not a line of ours
-        return ""
+        with file.open("rb") as source, whole_file(name) as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def _merge_rejected(output: pathlib.Path, split: str, jobs, done) -> tuple[int, str]:
@@ -111,20 +101,15 @@ def _merge_rejected(output: pathlib.Path, split: str, jobs, done) -> tuple[int, 
       How many entries of this split there are, and the first one's reason.
     """
     path, count, example = output / REJECTED, 0, ""
-    partial = path.with_name(f"{REJECTED}.{os.getpid()}.partial")
-    try:
-        with partial.open("w") as file:
-            if path.is_file():
-                with path.open() as old:
-                    file.writelines(line for line in old if split_of(line) != split)
-            for job, result in zip(jobs, done, strict=True):
-                with (pathlib.Path(job.folder) / f"{job.name}.rejected.jsonl").open() as lines:
-                    entries = [*map(json.loads, lines), *result["duplicates"]]
-                for _, name, key, reason in sorted(entries, key=lambda entry: entry[0]):
-                    file.write(json.dumps({"split": split, "file": name, "key": key, "reason": reason}) + "\n")
-                    example = example or reason
-                count += len(entries)
-        put_in_place(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path, "w") as file:
+        if path.is_file():
+            with path.open() as old:
+                file.writelines(line for line in old if split_of(line) != split)
+        for job, result in zip(jobs, done, strict=True):
+            with (pathlib.Path(job.folder) / f"{job.name}.rejected.jsonl").open() as lines:
+                entries = [*map(json.loads, lines), *result["duplicates"]]
+            for _, name, key, reason in sorted(entries, key=lambda entry: entry[0]):
+                file.write(json.dumps({"split": split, "file": name, "key": key, "reason": reason}) + "\n")
+                example = example or reason
+            count += len(entries)
     return count, example

@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from fastvlm_jax.data.index import Counter, ShardIndex
 from fastvlm_jax.data.readers import Options, Part, reader
 from fastvlm_jax.data.record import Record, Rejected, check, pack
-from fastvlm_jax.files import put_in_place, sha256, write_whole
+from fastvlm_jax.files import put_in_place, sha256, whole_file, write_whole
 from fastvlm_jax.images.decode import decode, shrink, size_of
 from fastvlm_jax.text.tokenizer import load_tokenizer
 
@@ -154,9 +154,8 @@ def run(job: Job, report: Callable[[int, int, int], None]) -> None:
         done.append({"name": shard.path.name, "split": split, **shard.close()})
         save_keys(shard.path, keys.pop(split))
 
-    partial = folder / f"{job.name}.rejected.jsonl.{os.getpid()}.partial"
     try:
-        with partial.open("w") as rejected:
+        with whole_file(folder / f"{job.name}.rejected.jsonl", "w") as rejected:
             for number, entry in _reported(_entries(job, firsts), report):
                 if isinstance(entry, Rejected):
                     rejected.write(json.dumps([number, *entry]) + "\n")
@@ -173,9 +172,7 @@ def run(job: Job, report: Callable[[int, int, int], None]) -> None:
                     close(split)
             for split in sorted(shards):
                 close(split)
-        put_in_place(partial, folder / f"{job.name}.rejected.jsonl")
     finally:
-        partial.unlink(missing_ok=True)
         for shard in shards.values():
             shard.abandon()
     counter = job.settings.counter and job.settings.counter.id

@@ -1,15 +1,13 @@
 """What a write left in its folder, for people to read."""
 
-import collections
 import dataclasses
-import json
 import os
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from fastvlm_jax.data.write.finalize import REJECTED, split_of
+from fastvlm_jax.data.rejected import FILE as REJECTED
+from fastvlm_jax.data.rejected import Reasons, read_reasons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Summary:
 
     splits: dict[str, dict[str, int]]
     rejected: int
-    reasons: tuple[tuple[int, str], ...]
+    reasons: Reasons
     nothing_to_do: bool
 
     def describe(self, output: str | os.PathLike) -> str:
@@ -42,16 +40,6 @@ class Summary:
 
 def summarise(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str], nothing_to_do: bool) -> Summary:
     """Returns what the manifest and the list of rejected entries say of these splits."""
-    counts, examples = collections.Counter(), {}
-    path = output / REJECTED
-    if path.is_file():
-        with path.open() as lines:
-            for line in lines:
-                if split_of(line) == splits[0]:
-                    entry = json.loads(line)
-                    kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*[\d/]\S*", "*", entry["reason"])
-                    counts[kind] += 1
-                    examples.setdefault(kind, entry["reason"])
     found = {name: manifest["splits"][name] for name in splits}
     return Summary(
         {
@@ -59,6 +47,6 @@ def summarise(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[s
             for name, split in found.items()
         },
         found[splits[0]]["rejected"],
-        tuple((count, examples[kind]) for kind, count in counts.most_common(10)),
+        read_reasons(output, splits[0])[1],
         nothing_to_do,
     )

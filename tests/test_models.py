@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from fastvlm_jax.models.blocks import BatchNorm, drop_path
 from fastvlm_jax.models.fastvit import FastViT
+from fastvlm_jax.models.layers import BatchNorm, drop_path
 
 
 def test_drop_path_drops_whole_images_and_rescales_the_rest():

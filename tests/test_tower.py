@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fastvlm_jax.models import blocks
-from fastvlm_jax.models.blocks import Block, ConvBN, Dense, SelfAttention, gelu
+from fastvlm_jax.models.blocks import Block, SelfAttention
 from fastvlm_jax.models.fastvit import FastViT
+from fastvlm_jax.models.layers import ConvBN, Dense, gelu
 from fastvlm_jax.models.remat import rematted
 
 

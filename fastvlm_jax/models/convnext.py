@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvlm_jax.kernels.depthwise import depthwise_conv
-from fastvlm_jax.models.blocks import Dense, gelu, layer_scale
+from fastvlm_jax.models.layers import Dense, gelu, layer_scale
 from fastvlm_jax.models.remat import rematted
 from fastvlm_jax.models.vit import PatchConv, layer_norm
 

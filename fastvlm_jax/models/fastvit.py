@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvlm_jax.models.blocks import FORMS, Block, ConditionalPositions, Dense, MobileOne, PatchEmbed
+from fastvlm_jax.models.blocks import FORMS, Block, ConditionalPositions, MobileOne, PatchEmbed
+from fastvlm_jax.models.layers import Dense
 from fastvlm_jax.models.remat import rematted
 
 Array = jax.Array

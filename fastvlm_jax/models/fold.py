@@ -13,7 +13,7 @@ Source: MobileOne (arXiv 2206.04040) section 3.2, FastViT (arXiv 2303.14189) sec
 
 import numpy as np
 
-from fastvlm_jax.models.blocks import BATCH_NORM_EPSILON
+from fastvlm_jax.models.layers import BATCH_NORM_EPSILON
 
 Kernel = tuple[np.ndarray, np.ndarray]  # float64 kernel [..., k, k, I, O] and bias [..., O]; ... is the scanned depth
 

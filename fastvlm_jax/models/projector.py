@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from fastvlm_jax.models.blocks import Dense, gelu
+from fastvlm_jax.models.layers import Dense, gelu
 
 
 class Projector(nn.Module):

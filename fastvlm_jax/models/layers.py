@@ -1,0 +1,191 @@
+"""Layers that the encoders share: convolution with BatchNorm, dense, GELU, squeeze-excite, drop path, layer scale.
+
+Legend: B images, H W rows and columns, C channels. Images are channels-last.
+
+BatchNorm uses batch statistics and updates the stored ones where `batch_stats=True`, and the stored ones otherwise.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from fastvlm_jax.kernels.depthwise import depthwise_conv
+from fastvlm_jax.sharding import gathered
+
+Array = jax.Array
+BATCH_NORM_EPSILON = 1e-5
+torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default for convolutions
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """The exact GELU, x * (1 + erf(x / sqrt 2)) / 2, computed in float32 and returned in the dtype of x.
+
+    By erf, as PyTorch does it: the erfc of `jax.nn.gelu` is two series and a choice, on TPU a pass of its own over x.
+    Its backward pass keeps x alone. Differentiable once.
+    """
+    x32 = x.astype(jnp.float32)
+    return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * np.float32(0.5**0.5)))).astype(x.dtype)
+
+
+def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
+    x32 = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * x32 * x32) * np.float32((2 * np.pi) ** -0.5)
+    slope = 0.5 + 0.5 * jax.lax.erf(x32 * np.float32(0.5**0.5)) + x32 * density
+    return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def conv(x_BHWC: Array, kernel: Array, stride: int, depthwise: bool) -> Array:
+    """Convolution with symmetric padding k//2; kernel [k, k, C, F], or [k, k, 1, C*m] if depthwise."""
+    if kernel.shape == (1, 1, 1, x_BHWC.shape[-1]) and depthwise and stride == 1:
+        return (x_BHWC.astype(jnp.float32) * kernel[0, 0, 0].astype(jnp.float32)).astype(x_BHWC.dtype)
+    if depthwise:
+        return depthwise_conv(x_BHWC, kernel, stride=stride)
+    if kernel.shape[0] == 1 and stride == 1:
+        return x_BHWC @ kernel[0, 0]
+    pad = kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x_BHWC, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm with PyTorch's semantics: momentum 0.1, unbiased variance stored, float32 statistics.
+
+    Images whose `mask_B` is False count in no statistic. Under `jax.jit` the statistics are those of the global batch.
+    """
+
+    batch_stats: bool = False
+    momentum: float = 0.1
+
+    def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
+        factor, shift = self.affine(x_BHWC, mask_B)
+        return (x_BHWC.astype(jnp.float32) * factor + shift).astype(x_BHWC.dtype)
+
+    @nn.compact
+    def affine(self, x_BHWC: Array, mask_B: Array | None = None) -> tuple[Array, Array]:
+        """The normalisation of x as (factor, shift), float32 [C]; by stored statistics, of x only C is read."""
+        C = x_BHWC.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
+        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, (C,), jnp.float32)
+        stored_var = self.variable("batch_stats", "var", jnp.ones, (C,), jnp.float32)
+        if self.batch_stats:
+            x = x_BHWC.astype(jnp.float32)
+            B, H, W, _ = x.shape
+            weight = jnp.ones((B, 1, 1, 1)) if mask_B is None else mask_B.astype(jnp.float32)[:, None, None, None]
+            count = checkpoint_name(jnp.sum(weight) * H * W, "statistics")
+            mean = jnp.sum(x * weight, axis=(0, 1, 2)) / jnp.maximum(count, 1)
+            mean = checkpoint_name(mean, "statistics")
+            var = jnp.sum(jnp.square(x - mean) * weight, axis=(0, 1, 2)) / jnp.maximum(count, 1)
+            var = checkpoint_name(var, "statistics")
+            if not self.is_initializing():
+                rate = self.momentum * (count > 0)
+                unbiased = var * count / jnp.maximum(count - 1, 1)
+                stored_mean.value += rate * (mean - stored_mean.value)
+                stored_var.value += rate * (unbiased - stored_var.value)
+        else:
+            mean, var = stored_mean.value, stored_var.value
+        factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+        return factor, bias - mean * factor
+
+
+class ConvBN(nn.Module):
+    """Convolution without bias, then BatchNorm. Remat policies may keep its result under the name `keep`."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    depthwise: bool = False
+    batch_stats: bool = False
+    kernel_init: Callable = torch_conv_init
+    keep: str = ""
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
+        inputs = 1 if self.depthwise else x_BHWC.shape[-1]
+        shape = (self.kernel_size, self.kernel_size, inputs, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        norm, dtype = BatchNorm(self.batch_stats, name="bn"), x_BHWC.dtype
+        if self.batch_stats:
+            y = conv(x_BHWC, gathered(kernel, None, dtype), self.stride, self.depthwise)
+            return norm(checkpoint_name(y, self.keep) if self.keep else y, mask_B)
+        # On the kernel it costs nothing, and the gradient of its scale needs no result of the convolution.
+        factor, shift = norm.affine(kernel)
+        y = conv(x_BHWC, gathered(kernel * factor, None, dtype), self.stride, self.depthwise) + shift.astype(dtype)
+        return checkpoint_name(y, self.keep) if self.keep else y
+
+
+class FoldedConv(nn.Module):
+    """Convolution with bias: what a multi-branch block becomes."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    depthwise: bool = False
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> Array:
+        inputs = 1 if self.depthwise else x_BHWC.shape[-1]
+        shape = (self.kernel_size, self.kernel_size, inputs, self.features)
+        kernel = self.param("kernel", torch_conv_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        kernel = gathered(kernel, None, x_BHWC.dtype)
+        return conv(x_BHWC, kernel, self.stride, self.depthwise) + bias.astype(x_BHWC.dtype)
+
+
+class Dense(nn.Module):
+    """x @ kernel [C, F] + bias, computed in the dtype of x.
+
+    With `scale` [F], float32, the result times it. It multiplies kernel and bias, so that its gradient is a sum over
+    the kernel's: the backward pass needs no result of the product.
+    """
+
+    features: int
+    use_bias: bool = True
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Array, scale: Array | None = None) -> Array:
+        init = nn.initializers.truncated_normal(self.init_std)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        y = x @ gathered(kernel if scale is None else kernel * scale, None, x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y += (bias if scale is None else bias * scale).astype(x.dtype)
+        return y
+
+
+class SqueezeExcite(nn.Module):
+    """Scales channels by a gate computed from their global mean: 1x1 (C/reduction), ReLU, 1x1, sigmoid."""
+
+    reduction: int = 16
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> Array:
+        C = x_BHWC.shape[-1]
+        gate_BC = jnp.mean(x_BHWC, axis=(1, 2), dtype=jnp.float32).astype(x_BHWC.dtype)
+        gate_BC = nn.relu(Dense(C // self.reduction, init_std=self.init_std, name="fc1")(gate_BC))
+        gate_BC = nn.sigmoid(Dense(C, init_std=self.init_std, name="fc2")(gate_BC))
+        return x_BHWC * gate_BC[:, None, None, :]
+
+
+def drop_path(x_BHWC: Array, rate: Array, rng: Array | None) -> Array:
+    """Drops whole residual branches, an image at a time, and rescales the rest; without rng it does nothing."""
+    if rng is None:
+        return x_BHWC
+    keep_B111 = jax.random.bernoulli(rng, 1 - rate, (x_BHWC.shape[0], 1, 1, 1))
+    return jnp.where(keep_B111, x_BHWC / (1 - rate).astype(x_BHWC.dtype), 0)
+
+
+def layer_scale(module: nn.Module, name: str, features: int, init: float) -> Array:
+    """The learned per-channel factor [features] of a residual branch, float32."""
+    return module.param(name, nn.initializers.constant(init), (features,), jnp.float32)

@@ -1,0 +1,166 @@
+"""Imports run downwards: a room imports from rooms below it alone, and no two files import each other in a circle."""
+
+import ast
+import graphlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# From the roof to the ground, one floor a line. A file belongs to the longest name that it begins with.
+ROOMS = """
+__main__
+cli
+preflight.table
+preflight
+preflight.hlo
+preflight.topology
+report
+train
+bench
+stage
+fastvlm_jax
+model_io
+metrics
+checkpoint
+workdir
+evaluate.validation evaluate.benchmarks
+evaluate
+distributed
+data.inspect data.sets
+data.load data.write
+data.readers
+data.index data.rejected
+data.sources
+data.record
+data
+train_step
+losses
+train_state
+config
+convert
+convert.layouts
+convert.tables convert.heads convert.vocabulary convert.folder
+convert.recognise
+convert.weight_files
+convert.mapping
+generate
+models
+processor
+kernels
+text images
+optim sharding batch chips files xla_flags
+""".split("\n")[1:-1]
+FLOOR = {room: number for number, line in enumerate(ROOMS) for room in line.split()}
+# Comparisons with PyTorch, and the TPU compiler, are asked for in these rooms only, and there inside functions.
+FOREIGN = {"torch", "torchvision", "transformers", "libtpu"}
+FOREIGN_ROOMS = ("bench", "preflight")
+
+
+def module_name(path: pathlib.Path) -> str:
+    """fastvlm_jax/data/load/loader.py -> data.load.loader; a package has the name of its folder."""
+    parts = path.relative_to(ROOT / "fastvlm_jax").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "fastvlm_jax"
+
+
+MODULES = {module_name(path): path for path in (ROOT / "fastvlm_jax").rglob("*.py")}
+
+
+def room_of(module: str) -> str:
+    return max((room for room in FLOOR if f"{module}.".startswith(f"{room}.")), key=len, default="")
+
+
+def imports_of(path: pathlib.Path) -> list[tuple[str, bool]]:
+    """(imported module, whether a function imports it) of a file, in dotted names."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                own = whole.removeprefix("fastvlm_jax.") in MODULES
+                found.append((whole if own else node.module, id(node) in inside))
+    return found
+
+
+def own_imports() -> list[tuple[str, str]]:
+    """(importing, imported) modules of the package, inside functions too."""
+    pairs = []
+    for module, path in MODULES.items():
+        for name, _ in imports_of(path):
+            if name.split(".")[0] == "fastvlm_jax":
+                pairs.append((module, name.removeprefix("fastvlm_jax.")))
+    return pairs
+
+
+def test_every_file_has_its_room():
+    assert [module for module in MODULES if not room_of(module)] == []
+    assert sorted(set(FLOOR) - {room_of(module) for module in MODULES}) == []
+
+
+def test_imports_run_downwards():
+    uphill = [
+        f"{importing} imports {imported}"
+        for importing, imported in own_imports()
+        if (a := room_of(importing)) != (b := room_of(imported)) and FLOOR[a] >= FLOOR[b]
+    ]
+    assert uphill == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph: dict[str, set[str]] = {}
+    for importing, imported in own_imports():
+        if importing != imported:
+            graph.setdefault(importing, set()).add(imported)
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_pytorch_and_the_tpu_compiler_stay_inside_functions_of_their_rooms_and_tensorflow_nowhere():
+    files = [*MODULES.values(), *(ROOT / "configs").glob("*.py")]
+    wrong = []
+    for path in files:
+        room = room_of(module_name(path)) if path in MODULES.values() else "configs"
+        for name, inside in imports_of(path):
+            package = name.split(".")[0]
+            allowed = inside and room.split(".")[0] in FOREIGN_ROOMS
+            if package in ("tensorflow", "timm", "open_clip", "lmms_eval") or (package in FOREIGN and not allowed):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def imported_by(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded behind `code`."""
+    script = f"{code}\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fastvlm_jax.model_io, fastvlm_jax.generate, fastvlm_jax.convert, fastvlm_jax.processor",
+        "import fastvlm_jax.evaluate.benchmarks.easy_vqa",
+    ],
+)
+def test_asking_a_model_imports_nothing_of_the_training_pipeline(code):
+    loaded = imported_by(code)
+    training = ("data.load", "data.write", "data.inspect", "data.sets", "train", "train_step", "losses", "stage")
+    assert "fastvlm_jax.processor" in loaded
+    assert [name for name in loaded if name.removeprefix("fastvlm_jax.").startswith(tuple(f"{t}." for t in training))
+            or name.removeprefix("fastvlm_jax.") in training and name.startswith("fastvlm_jax.")] == []  # fmt: skip
+    assert not {"tensorflow", "torch", "transformers", "grain"} & loaded
+
+
+def test_help_loads_no_jax():
+    loaded = imported_by("import fastvlm_jax.cli")
+    assert not {"jax", "numpy", "flax", "ml_collections"} & loaded

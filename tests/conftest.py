@@ -1,23 +1,12 @@
 """Eight fake CPU devices for every test, set before jax is imported; the `--full` option."""
 
-import os
 import pathlib
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    # Slow steps on two cores trip XLA's default patience for collectives.
-    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    # Most of the suite's time is compilation; the models are tiny, so slower code costs nothing.
-    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-# The same step is compiled by several tests and processes.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache" / "xla"))
-
+import environment  # noqa: F401  sets the environment of jax
 import pytest
+from paths import TESTS
+from tokenizer_files import json_file, llama_file, sentencepiece_file  # noqa: F401  fixtures of all tests
 
-TESTS = pathlib.Path(__file__).parent
 # What is compared with PyTorch; the quickstart ends with such a comparison.
 TORCH = ("import torch", "from torch", "import transformers", "import timm", "quickstart.sh")
 

@@ -1,16 +1,16 @@
 import importlib.util
 import math
-import pathlib
 
 import jax
 import pytest
+from paths import ROOT
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import model_io, optim, sharding
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.train_state import state_of
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 CASES = [(p.stem, size) for p in CONFIGS.glob("stage*.py") for size in ("0.5b", "1.5b", "7b")]
 # The paper's comparisons: the language model of LLaVA-1.5, and other encoders.
 CASES += [("stage1_align", "vicuna-7b,clip_vit_l_336"), ("stage2_instruct", "vicuna-7b,mci2")]

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from paths import ROOT
 from small import small_config
 
 from fastvlm_jax import checkpoint, model_io, sharding
@@ -85,14 +86,14 @@ def test_run_stopped_by_sigterm_goes_on_bit_for_bit(easy_vqa, straight, tmp_path
 def test_killed_process_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
     """SIGKILL in the middle of the run; a fresh process resumes from the last finished checkpoint."""
     script = (
-        "import pathlib, sys; sys.path.insert(0, 'tests'); sys.modules['torch'] = None\n"
+        "import pathlib, sys; sys.path.insert(0, 'tests/helpers'); sys.modules['torch'] = None\n"
         "import conftest, jax\n"
         "from small import small_config\n"
         "from fastvlm_jax.train import train\n"
         "c = small_config(sys.argv[1], steps=8, checkpoint_every=2, mesh=(1, 1, 1, 1))\n"
         "train(c, pathlib.Path(sys.argv[2]), jax.devices()[:1])\n"
     )
-    root = pathlib.Path(__file__).parent.parent
+    root = ROOT
     command = [sys.executable, "-c", script, str(easy_vqa), str(tmp_path / "run")]
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list((tmp_path / "run").glob("checkpoints/2")):

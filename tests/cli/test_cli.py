@@ -1,0 +1,158 @@
+"""The commands as a person types them: exit status, one clear line, nothing half-written."""
+
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from command import fastvlm
+from paths import ROOT
+from small import small_config
+
+from fastvlm_jax import cli
+from fastvlm_jax.train import train
+
+CONFIG = str(ROOT / "configs" / "quickstart.py")
+
+
+@pytest.fixture(scope="module")
+def workdir(easy_vqa, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    config = small_config(easy_vqa, steps=2, eval_batches=1, mesh=(1, 1, 1, 1))
+    train(config, folder, jax.devices()[:1])
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    PIL.Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_generate_answers_each_prompt_on_its_line(monkeypatch, capsys, workdir, picture):
+    status, out, _ = fastvlm(
+        monkeypatch, capsys, "generate", f"--model={workdir}", f"--image={picture}",
+        "--prompt=what is it?", "--prompt=why?", "--max_tokens=3",
+    )  # fmt: skip
+    assert status == 0 and out.count("\n") >= 2
+
+
+def test_one_checkpoint_of_a_workdir_is_a_model(monkeypatch, capsys, workdir, picture):
+    checkpoint = workdir / "checkpoints" / "2"
+    status, *_ = fastvlm(monkeypatch, capsys, "generate", f"--model={checkpoint}", "--prompt=hi", "--max_tokens=2")
+    assert status == 0
+
+
+def test_evaluate_writes_its_summary_as_json(monkeypatch, capsys, workdir, easy_vqa, tmp_path):
+    status, out, _ = fastvlm(
+        monkeypatch, capsys, "evaluate", f"--model={workdir}", "--benchmark=easy-vqa", f"--data={easy_vqa}",
+        "--limit=300", f"--output={tmp_path / 'deep' / 'summary.json'}",
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "deep" / "summary.json").read_text())
+    assert status == 0 and json.loads(out) == summary
+    assert summary["test_questions"] == 300 and 0 <= summary["accuracy"] <= 1
+    assert 0.55 < summary["baseline_accuracy"] < 0.75
+
+
+def test_converted_models_answer_as_the_source_does(monkeypatch, capsys, workdir, picture, tmp_path):
+    """workdir -> ours, each read by the same command."""
+    ask = ["--image=" + str(picture), "--prompt=what color is the shape?", "--max_tokens=4"]
+    _, expected, _ = fastvlm(monkeypatch, capsys, "generate", f"--model={workdir}", *ask)
+    target = tmp_path / "native"
+    status, out, _ = fastvlm(monkeypatch, capsys, "convert", f"--source={workdir}", f"--target={target}")
+    assert status == 0 and str(target) in out
+    assert fastvlm(monkeypatch, capsys, "generate", f"--model={target}", *ask) == (0, expected, "")
+
+
+def test_report_draws_the_losses_and_the_sample_sheet(monkeypatch, capsys, workdir, easy_vqa, tmp_path):
+    page = tmp_path / "report.html"
+    status, out, _ = fastvlm(
+        monkeypatch, capsys, "report", workdir, f"--output={page}", f"--model={workdir}", f"--data={easy_vqa}"
+    )
+    assert status == 0 and out.split() == [
+        str(page),
+        str(tmp_path / "report_loss.png"),
+        str(tmp_path / "report_samples.png"),
+    ]
+    assert PIL.Image.open(tmp_path / "report_samples.png").size == (1100, 1150)
+    assert "report_loss.png" in page.read_text() and "small" in page.read_text()
+
+
+def test_help_lists_the_flags(monkeypatch, capsys):
+    status, out, _ = fastvlm(monkeypatch, capsys, "generate", "--help")
+    assert status == 0 and "--max_tokens" in out
+
+
+def bad_inputs(tmp_path, workdir, easy_vqa):
+    empty, text = tmp_path / "empty.png", tmp_path / "text.jpg"
+    empty.write_bytes(b"")
+    text.write_text("not an image")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    where = [f"--config.data.path={easy_vqa}/captions", f"--config.data.tokenizer={easy_vqa}"]
+    train_it = ["train", f"--config={CONFIG}:stage1_align", "--config.data.groups=8", *where]
+    ask = ["generate", f"--model={workdir}", "--prompt=hi"]
+    return {
+        "no command": ([], 2, "usage: fastvlm"),
+        "unknown command": (["trian"], 2, "usage: fastvlm"),
+        "unknown flag": (["generate", "--modle=x"], 2, "modle"),
+        "missing flag": (["generate", "--prompt=hi"], 1, "--model is missing"),
+        "unknown config key": ([*train_it, "--workdir=W", "--config.stepz=3"], 1, "stepz"),
+        "config value of the wrong type": ([*train_it, "--workdir=W", "--config.steps=many"], 2, "steps"),
+        "missing config": (["train", "--config=nowhere.py", "--workdir=W"], 1, "nowhere.py"),
+        "unknown stage": (["train", f"--config={CONFIG}:stage9", "--workdir=W"], 2, "unknown stage 'stage9'"),
+        "missing dataset": ([*train_it[:3], "--workdir=W", "--config.data.path=/nowhere"], 1, "fastvlm data write"),
+        "parent of another size": ([*train_it, "--workdir=W", f"--config.parent={workdir}"], 1, "parent has model."),
+        "workdir of something else": (
+            [*train_it, f"--workdir={tmp_path / 'other'}", "--config.data.groups=8"],
+            1,
+            "not empty",
+        ),
+        "missing model": (["generate", "--model=/nowhere", "--prompt=hi"], 1, "there is no model at /nowhere"),
+        "folder without a model": (["generate", f"--model={tmp_path / 'other'}", "--prompt=hi"], 1, "config.json"),
+        "missing image": ([*ask, "--image=/nowhere.png"], 1, "/nowhere.png"),
+        "empty image": ([*ask, f"--image={empty}"], 1, "empty.png"),
+        "text as an image": ([*ask, f"--image={text}"], 1, "text.jpg"),
+        "prompt longer than the context": ([*ask, "--max_length=20", "--max_tokens=16"], 1, "allowed: shorten it"),
+        "unknown data set": (["data", "imagenet"], 1, "has write, inspect, easy-vqa"),
+        "occupied target": (["convert", f"--source={workdir}", f"--target={tmp_path / 'other'}"], 1, "other"),
+        "report of a folder that is no run": (["report", tmp_path / "other", "--output=R.html"], 1, "no metrics.jsonl"),
+    }
+
+
+CASES = [
+    "no command", "unknown command", "unknown flag", "missing flag", "unknown config key",
+    "config value of the wrong type", "missing config", "unknown stage", "missing dataset", "parent of another size",
+    "workdir of something else", "missing model", "folder without a model", "missing image", "empty image",
+    "text as an image", "prompt longer than the context", "unknown data set", "occupied target",
+    "report of a folder that is no run",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_use_gets_one_line_and_a_status_and_writes_nothing(monkeypatch, capsys, workdir, easy_vqa, tmp_path, case):
+    argv, status, words = bad_inputs(tmp_path, workdir, easy_vqa)[case]
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    found, out, err = fastvlm(monkeypatch, capsys, *argv)
+    assert found == status and words in err and not out, (found, out, err)
+    if "usage" not in words:
+        assert err.count("\n") == 1 and err.startswith("fastvlm "), err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_device_is_one_line_and_another_fault_of_the_runtime_is_not(monkeypatch, capsys):
+    def fail(message):
+        def command(argv):
+            raise jax.errors.JaxRuntimeError(message)
+
+        return command
+
+    monkeypatch.setitem(cli.COMMANDS, "train", fail("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore"))
+    status, _, error = fastvlm(monkeypatch, capsys, "train")
+    assert status == 1 and error.count("\n") == 1
+    assert "a device's memory is too small (RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.)" in error
+    monkeypatch.setitem(cli.COMMANDS, "train", fail("INTERNAL: a fault"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a fault"):
+        fastvlm(monkeypatch, capsys, "train")

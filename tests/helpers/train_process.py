@@ -1,0 +1,19 @@
+"""`fastvlm ...` as one process of several, with fake devices and the settings of the other tests.
+
+python train_process.py DEVICES train --config tests/helpers/small.py:DATA --workdir DIR --coordinator_address=... ...
+"""
+
+import os
+import sys
+
+os.environ["NPROC"] = "16"  # XLA's threads: on a CPU a collective takes one of each device until all have come
+
+import environment  # noqa: F401  sets the environment of jax
+
+sys.modules["torch"] = None  # tensorboardX would load it
+
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={sys.argv.pop(1)}")
+
+from fastvlm_jax.cli import main
+
+main()

@@ -1,12 +1,13 @@
-# The image that launch/tpu.sh and launch/gke.sh run.
-#   docker build --tag IMAGE . && docker push IMAGE                       or, without Docker here:
+# The container image that launch/tpu.sh and launch/gke.sh run. Build it in this folder, with or without Docker:
+#   docker build --tag IMAGE . && docker push IMAGE
 #   gcloud builds submit --tag IMAGE --project PROJECT
-# EXTRA names the extra of pyproject.toml: tpu, or gpu for NVIDIA.
+# The build argument EXTRA is an extra of pyproject.toml: tpu (the default), or gpu for NVIDIA GPUs.
 FROM python:3.11-slim-bookworm
 ARG EXTRA=tpu
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
-# gcsfuse mounts buckets on TPU VMs (launch/with_bucket.sh); on GKE the cluster does it. Its newest release is wanted.
+# gcsfuse mounts buckets on TPU VMs (launch/with_bucket.sh); on GKE the cluster mounts them. Its version is not
+# pinned: the newest release is wanted.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates curl fuse3 \
@@ -19,7 +20,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /fastvlm_jax
-# First what changes rarely, so that a change of the code does not install everything again.
+# The pinned packages come first: they change rarely, so that a change of the code does not install them again.
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --requirement requirements.txt
 COPY . .

@@ -1,13 +1,15 @@
-"""The whole recipe in minutes on two CPU cores: easy-VQA and a tiny FastVLM.
+"""Trains a tiny FastVLM on easy-VQA: the whole recipe, in minutes on two CPU cores.
 
     fastvlm train --config configs/quickstart.py:stage1_align --workdir runs/quickstart/stage1_align
 
-A tiny model has no pretrained weights to align, so the stages mean what they can mean here:
-  stage1_align      captions ("a blue triangle") at 128 px, 4 tokens an image. Everything learns from scratch, BatchNorm
-                    statistics included, in training form. (The paper's stage 1 trains the projector alone, between a
-                    pretrained encoder and decoder.)
-  stage15_pretrain  captions at 192 px, 9 tokens: the full model at the target resolution.
-  stage2_instruct   questions at 192 px. The encoder is folded and frozen; projector and decoder learn to answer.
+launch/quickstart.sh writes the data and runs all stages. A tiny model has no pretrained weights to align, so its stages
+differ from those of the paper:
+
+  stage1_align      Captions ("a blue triangle") at 128 px, 4 tokens an image. The whole model is trained from scratch,
+                    in training form, BatchNorm statistics included. (The paper's stage 1 trains only the projector,
+                    between a pretrained encoder and decoder.)
+  stage15_pretrain  Captions at 192 px, 9 tokens an image: the whole model is trained at the target resolution.
+  stage2_instruct   Questions at 192 px. The encoder is folded and frozen; projector and decoder are trained to answer.
 """
 
 from fastvlm_jax.config import get_base

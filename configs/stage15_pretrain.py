@@ -1,9 +1,9 @@
-"""Stage 1.5: scale the resolution (paper, Table 9). 15M dense captions, one epoch, the full model.
+"""Stage 1.5 trains the whole model at full resolution (paper, Table 9): one epoch of 15M dense captions.
 
-fastvlm train --config configs/stage15_pretrain.py:0.5b --workdir DIR --config.parent=STAGE1
+    fastvlm train --config configs/stage15_pretrain.py:0.5b --workdir DIR --config.parent=STAGE1
 
-The data sets, data/recap_cc3m and data/recap_cc12m, are written as docs/data.md tells. In several resolutions at once:
---config.data.resolutions="((512, 0.3), (1024, 0.7))"
+docs/data.md explains how to write the data sets, data/recap_cc3m and data/recap_cc12m. To train in several resolutions
+at once, add --config.data.resolutions="((512, 0.3), (1024, 0.7))".
 """
 
 from fastvlm_jax.config import fit_rows, get_base

@@ -1,16 +1,16 @@
-"""Stage 2: visual instruction tuning (paper, Tables 8 and 9). 0.7M to 12.5M conversations, one epoch, the full model.
+"""Stage 2 tunes the whole model on visual instructions (paper, Tables 8 and 9): one epoch, 0.7M to 12.5M conversations.
 
-fastvlm train --config configs/stage2_instruct.py:0.5b --workdir DIR --config.parent=STAGE15
-fastvlm train --config configs/stage2_instruct.py:0.5b/665k ...           665k, 1.1m (the default), 6.5m, 11.9m or 12.5m
+    fastvlm train --config configs/stage2_instruct.py:0.5b --workdir DIR --config.parent=STAGE15
+    fastvlm train --config configs/stage2_instruct.py:0.5b/665k ...       665k, 1.1m (the default), 6.5m, 11.9m or 12.5m
 
-The data sets, in data/, are written as docs/data.md tells; --config.data.path=DIR takes another. Dynamic resolution
-(AnyRes) as in the paper, 2 x 2 tiles of 1024 px beside an overview:
+docs/data.md explains how to write the data sets, in data/; --config.data.path=DIR takes another. For the paper's
+dynamic resolution (AnyRes), 2 x 2 tiles of 1024 px and an overview of each image, add
 --config.data.grids="((2, 2),)" --config.data.images_per_group=5 --config.data.groups=128
 """
 
 from fastvlm_jax.config import fit_rows, get_base
 
-# Each adds to the one before; the 1.1M hold the 665K of LLaVA-1.5 (paper, appendix D).
+# Name of a mixture -> folder that it adds to the mixture before; the 1.1M hold LLaVA-1.5's 665K (paper, appendix D).
 ADDED = {
     "1.1m": "internvl_1.1m",
     "6.5m": "cambrian_5.4m",

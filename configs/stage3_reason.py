@@ -1,8 +1,8 @@
-"""Stage 3: reasoning (paper, section 4). 10.6M single-image conversations of MAmmoTH-VL, one epoch, the full model.
+"""Stage 3 trains the whole model to reason (paper, section 4): one epoch, MAmmoTH-VL's 10.6M one-image conversations.
 
-fastvlm train --config configs/stage3_reason.py:0.5b --workdir DIR --config.parent=STAGE2
+    fastvlm train --config configs/stage3_reason.py:0.5b --workdir DIR --config.parent=STAGE2
 
-The data set, data/mammoth_vl_10.6m, is written as docs/data.md tells; --config.data.path=DIR takes another.
+docs/data.md explains how to write the data set, data/mammoth_vl_10.6m; --config.data.path=DIR takes another.
 """
 
 from fastvlm_jax.config import fit_rows, get_base

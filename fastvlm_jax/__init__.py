@@ -2,7 +2,7 @@
 
 
 def load(path, dtype=None):
-    """(model, variables, processor) of a training workdir, a checkpoint or a model directory; see model_io.load."""
+    """Loads (model, variables, processor) from a workdir, a checkpoint or a model directory; see model_io.load."""
     from fastvlm_jax.model_io import load
 
     return load(path, dtype)

@@ -1,4 +1,4 @@
-"""`python -m fastvlm_jax`, the same as `fastvlm`."""
+"""Runs `python -m fastvlm_jax`, the same as `fastvlm`."""
 
 from fastvlm_jax.cli import main
 

@@ -1,4 +1,4 @@
-"""The contract between data and model: everything one training step reads."""
+"""Defines the contract between data and model: everything that one training step reads."""
 
 import flax
 import jax
@@ -8,7 +8,7 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class Batch:
-    """One global batch of G groups, each a self-contained unit of R text rows and N image slots.
+    """Holds one global batch of G groups, each a self-contained unit of R text rows and N image slots.
 
     All shapes are static. An image is stored once and may be read by any row of its group:
 
@@ -19,15 +19,15 @@ class Batch:
         loss_mask                0 0  0   0   1   1  0  0 0  0   0  1   1  0      at the position that predicts
 
     Attributes:
-      images: uint8 [G, N, H, W, 3], RGB, normalised on the device. Floats are taken as already in [0, 1].
+      images: uint8 [G, N, H, W, 3], RGB; the device normalises them. Floats count as already scaled to [0, 1].
       image_mask: bool [G, N]; False marks an empty slot, which counts in no loss and no BatchNorm statistic.
-      tokens: int32 [G, R, T]; every image already expanded to its placeholders (any id inside the vocabulary).
-      image_index: int32 [G, R, T]; `slot * tokens_per_image + j` where a feature vector stands, -1 for text.
+      tokens: int32 [G, R, T]; each image is expanded to its placeholders (any id inside the vocabulary).
+      image_index: int32 [G, R, T]; `slot * tokens_per_image + j` at a feature vector's place, -1 at text.
       targets: int32 [G, R, T]; the next token, shifted on the host.
       loss_mask: bool [G, R, T]; True where `targets` is supervised.
-      segment_ids: int32 [G, R, T]; tokens attend within their segment only, 0 is padding.
+      segment_ids: int32 [G, R, T]; a token attends within its segment only; 0 is padding.
       positions: int32 [G, R, T]; position inside the segment, for the rotary embedding.
-      source: int32 [G, R, T]; the data set that a token comes from, -1 for padding. It is for metrics alone.
+      source: int32 [G, R, T]; number of the data set that a token comes from, -1 for padding; for metrics only.
     """
 
     images: Array

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: state and data position.
+"""Saves and restores Orbax checkpoints of a run: state and data position.
 
 WORKDIR/checkpoints/STEP/        "model": parameters and batch statistics; "training": optimizer state and step
 """
@@ -18,14 +18,16 @@ from fastvlm_jax.convert.mapping import SAME, Leaf
 from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.workdir import FORMAT
 
-SHARED_WRITE_BYTES = 2**20  # replicas share in writing an array of this size; each shape of a part is a compilation
+SHARED_WRITE_BYTES = (
+    2**20
+)  # arrays of this size are written by all replicas in parts; each part's shape costs a compilation
 
 
 def find_latest(checkpointer: ocp.training.Checkpointer) -> int | None:
-    """The step of the latest checkpoint, the same in all processes; None before the first.
+    """Returns the step of the latest checkpoint, the same in all processes; None before the first.
 
     Raises:
-      ValueError: a process does not see it.
+      ValueError: a process does not see the checkpoint that another sees; the message names both.
     """
     for turn in range(60):  # a network file system may show a new folder late
         found = [-1 if step is None else step for step in distributed.exchange(f"latest {turn}", _latest(checkpointer))]
@@ -45,7 +47,7 @@ def _latest(checkpointer: ocp.training.Checkpointer) -> int | None:
 
 
 def open_checkpointer(workdir: pathlib.Path, keep: int) -> ocp.training.Checkpointer:
-    """An asynchronous checkpointer that keeps the latest `keep` checkpoints; folders of killed saves are removed."""
+    """Opens an asynchronous checkpointer that keeps the latest `keep` checkpoints and removes killed saves."""
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = SHARED_WRITE_BYTES
     return ocp.training.Checkpointer(
@@ -58,15 +60,18 @@ def open_checkpointer(workdir: pathlib.Path, keep: int) -> ocp.training.Checkpoi
 
 
 def save(checkpointer: ocp.training.Checkpointer, state: TrainState, position: int, *, lineage: dict[str, Any]) -> None:
-    """Starts writing the checkpoint of `state.step` (waiting for the one before), unless it is there already.
+    """Starts writing the checkpoint of `state.step` in the background, once the save before it has ended.
+
+    A checkpoint of this step that is there already stays as it is.
 
     Args:
-      position: batches consumed, see Loader.position.
+      position: data position, the number of batches consumed; see Loader.position.
+      lineage: where the model comes from; see workdir.make_lineage.
     """
     step = int(state.step)
     if checkpointer.latest is not None and checkpointer.latest.step >= step:
         return
-    checkpointer.wait()  # raises what went wrong with the last save
+    checkpointer.wait()  # raises the error of the save before
     checkpointer.save_checkpointables_async(
         step,
         {
@@ -78,7 +83,11 @@ def save(checkpointer: ocp.training.Checkpointer, state: TrainState, position: i
 
 
 def restore(checkpointer: ocp.training.Checkpointer, target: TrainState) -> tuple[TrainState, int]:
-    """(state, data position) of the latest checkpoint, as the abstract `target` is laid out, whatever mesh wrote it."""
+    """Reads the latest checkpoint, whatever mesh wrote it: (state, data position).
+
+    Args:
+      target: the state as ShapeDtypeStructs; their shardings become those of the result.
+    """
     found = checkpointer.load_checkpointables(
         None,
         {
@@ -91,10 +100,12 @@ def restore(checkpointer: ocp.training.Checkpointer, target: TrainState) -> tupl
 
 
 def find(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | None:
-    """(workdir, checkpoint folder) if `path` is a training workdir or one checkpoint in it, else None.
+    """Returns (workdir, checkpoint folder) if `path` is a training workdir or one checkpoint in it, else None.
+
+    For a workdir the checkpoint is the latest one.
 
     Raises:
-      ValueError: a workdir without a finished checkpoint.
+      ValueError: the workdir has no finished checkpoint, or `path` is an unfinished one.
     """
     path = path.absolute()
     for workdir in (path, path.parent.parent):
@@ -114,10 +125,17 @@ def find(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | None:
 
 
 def load_variables(checkpoint: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The parameters and batch statistics of a checkpoint, without its optimizer state, as Leaves: read when asked for.
+    """Opens the parameters and batch statistics of a checkpoint as Leaves, which are read when they are used.
 
-    Orbax stores every array for TensorStore, under its path joined by dots. Several layers of one array are asked for
-    in turn on export, and a chunk of the file may hold them all: the one in use is kept.
+    Orbax stores every array for TensorStore under its path, joined by dots. An export reads the layers of an array one
+    after another, and one chunk of the file may hold them all: the cache keeps the chunk in use.
+
+    Args:
+      checkpoint: folder of the checkpoint.
+      abstract: the model's variables as ShapeDtypeStructs.
+
+    Raises:
+      ValueError: an array is missing, damaged or of another shape; the message names it.
     """
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 8_000_000_000}})
 
@@ -139,7 +157,7 @@ def load_variables(checkpoint: pathlib.Path, abstract: dict[str, Any]) -> dict[s
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredArray:
-    """An array of TensorStore that is read when it is indexed."""
+    """Holds an array of TensorStore, which is read when it is indexed."""
 
     array: tensorstore.TensorStore
 

@@ -1,4 +1,4 @@
-"""Published figures of chips: TPU generations for metrics and preflight, NVIDIA GPUs for metrics."""
+"""Holds published figures of chips: TPU generations for preflight and metrics, NVIDIA GPUs for metrics."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,16 +8,21 @@ GB, GiB = 10**9, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A TPU generation. Figures are those of a chip unless they say a device; v7x has two devices a chip, others one.
+    """Describes a TPU generation; figures are per chip unless they say per device.
 
     Attributes:
-      prefix: of the compiler's name for it.
-      flops: peak bf16 FLOP/s. hbm_bandwidth: bytes/s.
-      flops_per_cycle: of a chip's matrix units, which with `flops` gives the clock.
-      hbm_limit: bytes of a device that the compiler lets a program use, as its own message says; less than the HBM.
-      link: bytes/s of one ICI link in one direction. dcn: bytes/s of a chip's share of its host's network.
-      shapes: slices that Cloud TPU offers; of three axes also larger ones of whole 4x4x4 cubes, up to `largest` chips.
-      ring: the length from which an axis is closed to a ring by default; 0 = any axis of a slice of whole cubes.
+      prefix: the compiler's name for the generation.
+      flops: peak bf16 FLOP/s.
+      flops_per_cycle: FLOPs that the matrix units of a chip finish in a cycle.
+      hbm: bytes of memory.
+      hbm_bandwidth: bytes/s of that memory.
+      hbm_limit: bytes per device that the compiler lets a program use, by its own message; less than the HBM.
+      link: bytes/s of one ICI link in one direction.
+      dcn: bytes/s of a chip's share of its host's network.
+      shapes: slices that Cloud TPU offers, in chips along each axis; with three axes also multiples of 4x4x4.
+      largest: chips in the largest slice.
+      ring: length from which an axis closes to a ring by default; 0 = every axis of a slice of whole 4x4x4 cubes.
+      devices_per_chip: devices that JAX shows for a chip; v7x has two, the others one.
     """
 
     prefix: str
@@ -35,7 +40,7 @@ class Generation:
 
     @property
     def clock(self) -> float:
-        """Cycles a second."""
+        """Returns the clock, cycles a second."""
         return self.flops / self.flops_per_cycle
 
 

@@ -1,4 +1,7 @@
-"""Every key of a training config, once, with its default; and the model sizes. Stage files override."""
+"""Names every key of a training config once, with its default and its meaning. Stage files override them.
+
+docs/config.md is made from the assignments and comments in this file: `python -m fastvlm_jax.report.config_keys`.
+"""
 
 import math
 from typing import Any
@@ -9,14 +12,14 @@ from fastvlm_jax.models.sizes import LLM_SIZES, QWEN2, VISION_SIZES
 
 
 def get_base(size: str) -> ml_collections.ConfigDict:
-    """The config of a model size, to be overridden by a stage file.
+    """Returns the config of a model size, which a stage file overrides.
 
     Args:
-      size: a language model of LLM_SIZES, alone or with an encoder of VISION_SIZES, as "vicuna-7b,clip_vit_l_336". The
+      size: a language model of LLM_SIZES, alone or with an encoder of VISION_SIZES ("vicuna-7b,clip_vit_l_336"). The
         default encoder is FastViTHD.
 
     Raises:
-      ValueError: unknown size.
+      ValueError: the size is unknown.
     """
     llm, _, vision = size.partition(",")
     vision = vision or ("tiny" if llm == "tiny" else "fastvithd")
@@ -26,94 +29,117 @@ def get_base(size: str) -> ml_collections.ConfigDict:
         raise ValueError(
             f"unknown encoder {vision!r}: choose one of {', '.join(VISION_SIZES)} (as in FILE.py:0.5b,mci2)"
         )
-    tiny = llm == "tiny"
     c = ml_collections.ConfigDict()
-    c.stage = ""  # name of the stage, kept in the lineage
-    c.seed = 0  # of the initial weights, the data order and the step's randomness
-    # Where the weights come from: a workdir, a checkpoint, a model directory of any layout, or parts of several
-    # ("vision=DIR,llm=DIR"); what no part gives, and with "" all, is initialized.
+    c.stage = ""  # name of the stage; the lineage keeps it
+    c.seed = 0  # seed of the initial weights, the data order and the randomness of the steps
+    # Source of the initial weights: a training workdir, a checkpoint, a model directory of any layout, or parts of
+    # several ("vision=DIR,llm=DIR"). Parts that no source gives are initialized; "" initializes all.
     c.parent = ""
+    c.model = _model(llm, vision)
+    c.data = _data(llm, vision)
+    _add_training(c, tiny=llm == "tiny")
+    return c
 
-    c.model = ml_collections.ConfigDict()
-    c.model.dtype = "float32" if tiny else "bfloat16"  # of the computation
-    c.model.vision = ml_collections.ConfigDict(VISION_SIZES[vision])
-    if "family" not in VISION_SIZES[vision]:
-        # The paper does not say in which form, or with which BatchNorm statistics, the tower is tuned in a VLM. The
-        # public code builds the folded one; frozen statistics make the loss independent of mesh and batch.
-        c.model.vision.form = "folded"  # "branched" = training form, "folded" = released form
-        c.model.vision.batch_norm = "frozen"  # "train" = batch statistics, updated; "frozen" = stored ones
-        c.model.vision.drop_path = 0.0  # rate at the last block
-        c.model.vision.multiscale = ()  # earlier stages whose pooled outputs join the features (paper, Figure 2)
-        c.model.vision.multiscale_pool = "average"  # or "depthwise", learned
-    # What images in [0, 1] are normalised with, a colour: FastVLM's own encoder takes them as they are.
-    c.model.vision.image_mean = VISION_SIZES[vision].get("image_mean", (0.0, 0.0, 0.0))
-    c.model.vision.image_std = VISION_SIZES[vision].get("image_std", (1.0, 1.0, 1.0))
-    # What the backward pass recomputes, see models/remat.py.
-    c.model.vision.remat = "none" if tiny else "full" if "family" in VISION_SIZES[vision] else "depthwise"
-    c.model.llm = ml_collections.ConfigDict({**QWEN2, **LLM_SIZES[llm]})
-    c.model.llm.remat = "none" if tiny else "full"
 
-    c.data = ml_collections.ConfigDict()
-    c.data.path = ""  # folder of ArrayRecord shards (`fastvlm data write`), local or gs://; takes the mixture's place
-    c.data.root = "data"  # folder or gs:// prefix that the mixture's folders lie in
-    # ((folder, share of the records drawn), ...); all shares 0 = each record of each set once an epoch.
-    c.data.mixture = ()
-    c.data.tokenizer = ""  # tokenizer.model, tokenizer.json or their folder; "" = the parent's, else the data folder's
+def _model(llm: str, vision: str) -> ml_collections.ConfigDict:
+    tiny, sizes = llm == "tiny", VISION_SIZES[vision]
+    model = ml_collections.ConfigDict()
+    model.dtype = "float32" if tiny else "bfloat16"  # dtype of the computation
+    model.vision = ml_collections.ConfigDict(sizes)
+    if "family" not in sizes:
+        # The paper does not say in which form, or with which BatchNorm statistics, it tunes the tower in a VLM. The
+        # public code builds the folded form; frozen statistics make the loss independent of mesh and batch.
+        model.vision.form = "folded"  # "branched" = training form, "folded" = released form
+        model.vision.batch_norm = "frozen"  # "train" = batch statistics, updated; "frozen" = stored statistics
+        model.vision.drop_path = 0.0  # drop-path rate of the last block; earlier blocks have less, linearly
+        model.vision.multiscale = ()  # earlier stages whose pooled outputs join the features (paper, Figure 2)
+        model.vision.multiscale_pool = "average"  # pooling of those outputs: "average", or "depthwise", which learns
+    # Mean of each colour channel that the encoder subtracts from images in [0, 1]; FastVLM's own encoder uses 0.
+    model.vision.image_mean = sizes.get("image_mean", (0.0, 0.0, 0.0))
+    # Standard deviation of each colour channel that the encoder then divides by.
+    model.vision.image_std = sizes.get("image_std", (1.0, 1.0, 1.0))
+    # Activations of the encoder that the backward pass recomputes: a policy of models/remat.py.
+    model.vision.remat = "none" if tiny else "full" if "family" in sizes else "depthwise"
+    model.llm = ml_collections.ConfigDict({**QWEN2, **LLM_SIZES[llm]})
+    model.llm.remat = (
+        "none" if tiny else "full"
+    )  # activations of the decoder that the backward pass recomputes: a policy too
+    return model
+
+
+def _data(llm: str, vision: str) -> ml_collections.ConfigDict:
+    data = ml_collections.ConfigDict()
+    data.path = ""  # folder of one data set's shards, local or gs://; it replaces the mixture
+    data.root = "data"  # folder or gs:// prefix that holds the mixture's folders
+    # Data sets to mix, as ((folder, fraction of the records drawn), ...); with all fractions 0, an epoch draws each
+    # record of each data set once.
+    data.mixture = ()
+    # tokenizer.model, tokenizer.json or the folder that holds one; "" takes the parent's, else the data folder's.
+    data.tokenizer = ""
     # Conversation template: qwen_2, vicuna_v1, chatml or plain.
-    c.data.template = {"vicuna-7b": "vicuna_v1", "smollm2-135m": "chatml"}.get(llm, "qwen_2")
-    # Side of the square that images are padded and resized to, pixels; vision transformers take one size only.
-    c.data.image_size = VISION_SIZES[vision].get("image_size", 1024)
-    # Sides that batches come in, as ((512, 0.3), (1024, 0.7)) with their shares of the records; () = image_size alone.
-    c.data.resolutions = ()
-    # Shapes of images, (width, height) as ((1, 1), (4, 3), (3, 4)): each goes to the nearest; () = squares.
-    c.data.aspects = ()
-    c.data.fit = "pad"  # "pad" = the whole image on a background, "crop" = fill the size, cut off what is over
-    # AnyRes: (rows, columns) of tiles of image_size as ((2, 2),), each beside an overview; () = one view an image.
-    c.data.grids = ()
-    c.data.decode = "fast"  # libjpeg's scaled decoding and OpenCV; "exact" = the pixels of CLIPImageProcessor
-    c.data.turns = "conversation"  # "separate" = every question of a conversation is its own segment
-    c.data.overlong = "truncate"  # texts longer than a row lose their oldest questions; "reject" = the record
-    c.data.max_substituted = 0.01  # share of records that may be unusable, and so replaced, before training stops
-    c.data.groups = 128  # G: groups in a global batch; the data shards of the mesh divide it
-    c.data.images_per_group = 1  # N: image slots of a group, of image_size; of smaller sizes more, of tiles each one
-    c.data.rows_per_group = 1  # R: text rows of a group
-    c.data.row_length = 2048  # T: tokens of a row
-    c.data.cache_images = False  # keep decoded images in memory (small sets)
-    c.data.num_threads = 2  # that build batches
-    c.data.prefetch = 4  # batches built ahead
+    data.template = {"vicuna-7b": "vicuna_v1", "smollm2-135m": "chatml"}.get(llm, "qwen_2")
+    # Side of the square that images are padded and resized to, pixels; a vision transformer takes one size only.
+    data.image_size = VISION_SIZES[vision].get("image_size", 1024)
+    # Resolutions to draw batches at, as ((512, 0.3), (1024, 0.7)): sides in pixels, and the fraction of image records
+    # drawn at each; () draws all at image_size.
+    data.resolutions = ()
+    # Aspect buckets, as (width, height) pairs ((1, 1), (4, 3), (3, 4)): an image goes to the nearest; () = squares.
+    data.aspects = ()
+    data.fit = "pad"  # "pad" shows the whole image on a background, "crop" fills the size and cuts off the rest
+    # AnyRes grids, as (rows, columns) of tiles ((2, 2),): an image becomes an overview and the tiles of the grid that
+    # keeps most of its pixels; () = one view an image.
+    data.grids = ()
+    data.decode = "fast"  # "fast" = libjpeg's scaled decoding and OpenCV, "exact" = the pixels of CLIPImageProcessor
+    data.turns = "conversation"  # "separate" makes a segment of its own of every question in a conversation
+    data.overlong = "truncate"  # texts longer than a row lose their oldest questions; "reject" replaces the record
+    data.max_substituted = 0.01  # fraction of records that may be unusable, and so replaced, before training stops
+    data.groups = 128  # G: groups in a global batch; the data shards of the mesh must divide it
+    # N: image slots per group at image_size; groups of smaller images get more slots; each tile takes one.
+    data.images_per_group = 1
+    data.rows_per_group = 1  # R: rows of text in a group
+    data.row_length = 2048  # T: tokens in a row
+    data.cache_images = False  # keeps decoded images in memory; for small data sets
+    data.num_threads = 2  # threads that build batches
+    data.prefetch = 4  # batches built ahead
+    return data
 
-    # (path regex, peak learning rate, weight decay): first match wins, rate 0 = frozen. Every parameter must match.
+
+def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
+    # Parameter groups, as (path regex, peak learning rate, weight decay): the first match wins, rate 0 freezes. Every
+    # parameter must match.
     c.groups = ((".*", 2e-5, 0.0),)
     c.epochs = 1.0  # passes over the training split
-    c.steps = 0  # optimizer steps; 0 = by epochs
-    c.warmup_ratio = 0.03  # share of the steps with a linearly rising rate, then cosine to zero
-    c.beta1, c.beta2, c.epsilon = 0.9, 0.999, 1e-8  # AdamW
-    c.clip_norm = 1.0  # global norm over all trainable gradients
-    # Devices over (replica, data, fsdp, tensor); -1 = the rest. replica: whole copies, one or more a slice, with one
-    # reduction of gradients between slices; data: copies within a slice; fsdp: parameters and optimizer split, gathered
-    # layer by layer; tensor: heads and MLP split, at most num_kv_heads.
+    c.steps = 0  # optimizer steps; 0 = as many as `epochs` asks for
+    c.warmup_ratio = 0.03  # fraction of the steps in which the rate rises linearly; a cosine to zero follows
+    c.beta1 = 0.9  # AdamW's decay of the first moment
+    c.beta2 = 0.999  # AdamW's decay of the second moment
+    c.epsilon = 1e-8  # AdamW's epsilon
+    c.clip_norm = 1.0  # largest global norm of the gradients of all trainable parameters
+    # Devices along (replica, data, fsdp, tensor); -1 = the rest. replica: whole copies, one or more a slice, whose
+    # gradients are reduced once between slices. data: copies within a slice. fsdp: parameters and optimizer sharded,
+    # gathered layer by layer. tensor: heads and MLP sharded, at most num_kv_heads.
     c.mesh = (1, -1, 1, 1) if tiny else (1, 1, -1, 1)
-    c.shard_frozen = True  # False = frozen parameters lie whole on every device of fsdp: no gathers, more memory
-    c.accumulate = 1  # parts that the groups of a batch are taken in, one after another: less memory, the same step
-    c.param_dtype = "float32"  # or "bfloat16", which loses updates smaller than 1/256 of a weight
-    c.moment_dtype = "float32"  # of Adam's first moment; "bfloat16" saves 2 bytes a parameter
+    c.shard_frozen = True  # False keeps frozen parameters whole on every fsdp device: no gathers, more memory
+    c.accumulate = 1  # parts that a batch's groups are taken in, one after another: less memory, the same step
+    c.param_dtype = "float32"  # dtype of the parameters; "bfloat16" loses updates smaller than 1/256 of a weight
+    c.moment_dtype = "float32"  # dtype of Adam's first moment; "bfloat16" saves 2 bytes a parameter
 
-    c.wandb = ""  # Weights & Biases: project that the metrics are sent to as well; "" = none
-    c.log_every = 10  # steps between metrics
-    c.checkpoint_every = 1000  # steps between checkpoints; one is always written at the end
-    c.keep_checkpoints = 2  # latest ones kept
-    c.eval_every = 1000  # steps between validations; one is always made at the end
-    c.eval_batches = 16  # batches of the validation loss; 0 = no validation
+    c.wandb = ""  # Weights & Biases project that also gets the metrics; "" = none
+    c.log_every = 10  # steps between logged metrics
+    c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
+    c.keep_checkpoints = 2  # latest checkpoints that are kept
+    c.eval_every = 1000  # steps between validations; the last step is always validated
+    c.eval_batches = 16  # batches of the validation loss; 0 = no validation loss
     c.eval_questions = 0  # validation questions answered by greedy decoding; 0 = none
-    return c
 
 
 def fit_rows(config: ml_collections.ConfigDict, samples: int, images: int, text: int) -> None:
     """Sets data.groups, images_per_group and row_length for packed batches of about `samples` samples.
 
     Args:
-      images: a group's image slots, one a sample.
-      text: tokens of text that a sample has on average; longer ones and shorter ones share a row.
+      samples: samples in a global batch.
+      images: image slots per group, one a sample.
+      text: text tokens of an average sample; longer and shorter samples share a row.
     """
     from fastvlm_jax.models.fastvlm import make_encoder
 
@@ -123,7 +149,7 @@ def fit_rows(config: ml_collections.ConfigDict, samples: int, images: int, text:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Refuses settings that contradict each other (ValueError naming the key)."""
+    """Raises ValueError, naming the key, for values out of range and settings that contradict each other."""
     for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")
@@ -149,7 +175,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def _pairs(data: ml_collections.ConfigDict, key: str, what: str, whole: int) -> list[tuple]:
-    """The pairs of a setting, whose first `whole` are whole numbers; ValueError where they are not, or not positive."""
+    """Returns the pairs of a setting; ValueError unless all are positive and the first `whole` of each are integers."""
     try:
         pairs = [(first, second) for first, second in data[key]]
         fine = all(isinstance(x, int) for pair in pairs for x in pair[:whole])
@@ -162,7 +188,7 @@ def _pairs(data: ml_collections.ConfigDict, key: str, what: str, whole: int) -> 
 
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as JSON-ready dicts and lists."""
+    """Returns the config as dicts, lists and scalars that JSON can hold."""
 
     def convert(value):
         if isinstance(value, ml_collections.ConfigDict | dict):
@@ -173,7 +199,7 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """The keys in which two plain configs differ, dotted, with both values (None where a key is missing)."""
+    """Returns (dotted key, value in a, value in b) where two plain configs differ; a missing key has the value None."""
     found = []
     for key in sorted(a.keys() | b.keys()):
         x, y = a.get(key), b.get(key)

@@ -1,4 +1,4 @@
-"""Batched text generation: one prefill, then decoding with a key-value cache."""
+"""Batched text generation: one prefill, then decoding with a KV cache."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +15,13 @@ from fastvlm_jax.processor import Image, Processor
 
 
 def sample(logits_BV: jax.Array, rng: jax.Array, temperature: float, top_p: float) -> jax.Array:
-    """Token ids [B]: the most likely one at temperature 0, else drawn from the smallest set of probability >= top_p."""
+    """Chooses the next token of each row, int32 [B].
+
+    Args:
+      logits_BV: logits of the next token.
+      temperature: 0 chooses the most likely token; otherwise the logits are divided by it and a token is sampled.
+      top_p: samples only from the smallest set of most likely tokens whose total probability is at least this.
+    """
     if temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV.astype(jnp.float32) / temperature
@@ -41,17 +47,20 @@ def generate_tokens(
 ) -> jax.Array:
     """Continues every row of a batch by up to `max_tokens` tokens.
 
-    Rows hold one segment each, padded on the right. New tokens are appended to the cache behind the padding, which the
-    segment mask hides, so all rows write the same slot:
+    Each row holds one segment, padded on the right. New tokens are appended to the cache after the padding, which the
+    segment mask hides, so that all rows write to the same slot:
 
         slots     P  P  P  .  .  a  b        P prompt, . padding (segment 0), a b generated
         positions 0  1  2        3  4
 
     Args:
-      batch: tokens [G, R, T]. end: the id that ends an answer; rows that reached it are filled up with it.
+      batch: prompts, with tokens [G, R, T].
+      max_tokens: longest answer in tokens.
+      end: id of the token that ends an answer.
+      temperature, top_p: see `sample`.
 
     Returns:
-      int32 [G * R, max_tokens].
+      int32 [G * R, max_tokens]; the rest of a finished row is filled with `end`.
     """
     G, R, T = batch.tokens.shape
     rows = G * R
@@ -91,7 +100,7 @@ def generate_tokens(
         return i + 1, tokens.at[:, i].set(next_B), next_B, done_B, cache
 
     carry = (jnp.int32(1), tokens, first_B, jnp.zeros(rows, bool), cache)
-    # Whole on every device, and so in every process.
+    # Replicated on all devices, so that every process can read the tokens.
     return sharding.constrain(jax.lax.while_loop(unfinished, step, carry)[1], (None, None))
 
 
@@ -110,20 +119,40 @@ def generate(
     length: int | None = None,
     max_length: int = 8192,
 ) -> list[str]:
-    """Answers to `prompts`, prompt i about image `image_of[i]` (see Processor.__call__); without images, text alone.
+    """Generates an answer to each prompt.
+
+    Args:
+      images: images that the prompts are about; none for a conversation in text only.
+      prompts: one question per answer.
+      image_of: index of the image that each prompt is about; for the default see Processor.__call__.
+      max_tokens: longest answer in tokens.
+      temperature, top_p: see `sample`.
+      seed: seed of the sampling.
+      length: tokens to which all prompts are padded; the default is the longest prompt, rounded up to a multiple of 16.
+      max_length: context length in tokens, for prompt, image and answer together.
+
+    Returns:
+      The answers as text, without the end token and without surrounding white space.
 
     Raises:
-      ValueError: a prompt that leaves no room for `max_tokens` in `max_length`, an unreadable image, or a model that
-        lacks the part that is asked for.
+      FileNotFoundError: an image file does not exist.
+      ValueError: an option is out of range, a prompt leaves no room for `max_tokens` in `max_length`, an image cannot
+        be read, or the model lacks its language model, tokenizer or encoder.
     """
     if not 0 < max_tokens < max_length:
-        raise ValueError(f"max_tokens={max_tokens} must lie between 1 and the context length {max_length}")
+        raise ValueError(
+            f"max_tokens={max_tokens} must be at least 1 and less than the context length max_length={max_length}"
+        )
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature} must be >= 0 and top_p={top_p} in (0, 1]")
     if model.llm_args is None or processor is None:
-        raise ValueError("this model has no language model or no tokenizer: add them with llm=DIR")
+        raise ValueError(
+            "this model has no language model or no tokenizer: load it with both, as vision=DIR,projector=DIR,llm=DIR"
+        )
     if len(images) and model.vision_args is None:
-        raise ValueError("this model has no encoder and cannot see images: add one with vision=DIR")
+        raise ValueError(
+            "this model has no encoder and reads no images: load it with one, as vision=DIR,projector=DIR,llm=DIR"
+        )
     batch = processor(images, prompts, image_of, length=length, max_length=max_length - max_tokens)
     end = processor.end_id
     out = generate_tokens(
@@ -140,6 +169,6 @@ def generate(
 
 
 def until(ids: np.ndarray, end: int) -> list[int]:
-    """The ids before the first `end`."""
+    """Returns the token ids before the first `end`, or all ids if there is none."""
     ends = np.flatnonzero(ids == end)
     return [int(i) for i in (ids[: ends[0]] if len(ends) else ids)]

@@ -1,4 +1,4 @@
-"""What a training step minimises: the loss of the VLM stages, next-token cross-entropy over the supervised tokens."""
+"""Defines what a training step minimises: for the VLM stages, next-token cross-entropy over the supervised tokens."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ from fastvlm_jax.models.fastvlm import FastVLM
 
 
 class Loss(NamedTuple):
-    """A loss as `train_step` uses it: three pure functions.
+    """Holds a loss as three pure functions that `train_step` calls.
 
     Attributes:
-      size: batch -> int32 []: the number that a whole batch's losses are divided by.
+      size: batch -> int32 []; the number that the losses of a whole batch are divided by.
       value: (variables, part of the batch, size, rng) -> (float32 [], (outputs, batch statistics)). The values of the
         parts of a batch add up to the loss of the whole. `outputs` are arrays whose leading axis counts groups.
       report: (batch, size, outputs of the whole batch) -> device scalars to log beside "loss" and "grad_norm".

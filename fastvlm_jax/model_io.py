@@ -1,4 +1,4 @@
-"""Loads a model from any layout that a command or a stage may be given, whole or put together from parts."""
+"""Loads a model from any layout that a command or a stage accepts, as a whole or assembled from parts."""
 
 import dataclasses
 import functools
@@ -25,18 +25,18 @@ from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.workdir import read_run
 
 PARTS = ("vision", "projector", "llm")
-IMAGE_SIZE = 1024  # FastVLM's, where no file says another
+IMAGE_SIZE = 1024  # pixels a side: FastVLM's image size, for a model whose files give none
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What a model holds: constructor arguments of `fastvlm.build`, variables on the host, and the rest.
+    """Holds a model that was read: config, variables on the host, processor and lineage.
 
     Attributes:
-      config: {"vision": ..., "llm": ..., "dtype": ...}; a part that the model lacks is left out.
-      variables: arrays, or Leaves that are read from the files when they are asked for.
-      processor: None for an encoder alone, and where there is no tokenizer.
-      lineage: JSON values.
+      config: arguments of `fastvlm.build`, {"vision": ..., "llm": ..., "dtype": ...}; a missing part is left out.
+      variables: arrays or Leaves; a Leaf reads its part of the files when it is indexed.
+      processor: tokenizer, template and image settings; None for an encoder alone or without a tokenizer.
+      lineage: JSON values that say where the weights come from.
     """
 
     config: dict[str, Any]
@@ -46,14 +46,16 @@ class Loaded:
 
 
 def read(source: str | os.PathLike) -> Loaded:
-    """Reads a model, or the parts of one from several places.
+    """Reads a model from one place, or its parts from several.
 
     Args:
       source: a training workdir, one checkpoint in it, a model directory of any layout, or a GGUF file; or parts, as
-        "vision=DIR,llm=DIR[,projector=DIR]", each of which may be the whole model that the part is taken from.
+        "vision=DIR,llm=DIR[,projector=DIR]", where each DIR may hold a whole model, of which only that part is used.
 
     Raises:
-      FileNotFoundError, ValueError: nothing there, or nothing known; the message names the file and the mend.
+      FileNotFoundError: a path or a file in it does not exist; the message names it.
+      ValueError: a part is unknown or missing, or a file is damaged or of an unknown layout; the message names it and
+        says what to do.
     """
     if not re.match(rf"({'|'.join(PARTS)})=", str(source)):
         return _read_one(pathlib.Path(source).expanduser())
@@ -76,13 +78,13 @@ def read(source: str | os.PathLike) -> Loaded:
             config[part] = model.config[part]
     for part in ("vision", "llm"):
         if "projector" in paths and part not in paths:
-            raise ValueError(f"{source}: a projector joins vision and llm: name {part}=DIR too")
+            raise ValueError(f"{source}: a projector needs both vision and llm: add {part}=DIR")
     lineage = {"parts": {part: {"path": paths[part], **model.lineage} for part, model in loaded.items()}}
     return Loaded(config, variables, _joined_processor(loaded, config), lineage)
 
 
 def _joined_processor(loaded: dict[str, Loaded], config: dict[str, Any]) -> Processor | None:
-    """The language model's tokenizer and template, with the image settings of the model that the encoder is from."""
+    """Returns the language model's processor with the image settings that fit the projector and the encoder."""
     processor = loaded["llm"].processor if "llm" in loaded else None
     if processor is None:
         return None
@@ -119,7 +121,7 @@ def _read_one(path: pathlib.Path) -> Loaded:
 
 
 def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Processor | None:
-    """The processor of a model directory; what its files leave open is as FastVLM has it. None without a tokenizer."""
+    """Reads the processor of a model directory; FastVLM's settings fill what its files omit. None if no tokenizer."""
     if not config.get("llm"):
         return None
     folder = gguf_file(path).parent if layout == "gguf" else path
@@ -134,23 +136,27 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
         size = llava.image_size(file, read_json(file)) if layout == "llava" else IMAGE_SIZE
         template = "qwen_2" if config["llm"].get("qkv_bias", True) else None
         processor = load_processor(path, fastvlm.build(**config).tokens_per_image, template, size)
-    tokenizer, words = processor.tokenizer, fastvlm.build(llm=config["llm"]).llm_args["vocab_size"]
-    if tokenizer.vocab_size - (tokenizer.image_id == words) > words:  # `<image>` alone needs no row
+    tokenizer, vocab_size = processor.tokenizer, fastvlm.build(llm=config["llm"]).llm_args["vocab_size"]
+    # `<image>` may lie one past the last embedding row: image features take its place.
+    if tokenizer.vocab_size - (tokenizer.image_id == vocab_size) > vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model {words}: is it another model's?"
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model {vocab_size}: "
+            "put the files of this model's own tokenizer there"
         )
     return processor
 
 
 def load(source: str | os.PathLike, dtype: str | None = None) -> tuple[FastVLM, dict[str, Any], Processor | None]:
-    """(model, variables, processor) of whatever `read` knows, the variables on the default device.
+    """Loads a model from any source that `read` knows: (model, variables, processor), variables on the default device.
 
     Args:
-      dtype: of the parameters and the computation, "float32", "bfloat16" or "float16"; None gives float32 parameters
-        and the computation that the model was trained with. BatchNorm statistics are always float32.
+      source: see `read`.
+      dtype: dtype of the parameters and of the computation, "float32", "bfloat16" or "float16"; None gives float32
+        parameters and the computation dtype of the model's config. BatchNorm statistics are always float32.
 
     Raises:
-      ValueError: a model of parts that lacks its projector, another dtype.
+      FileNotFoundError: see `read`.
+      ValueError: the model has an encoder and a language model but no projector, or `dtype` is unknown; see `read`.
     """
     loaded = read(source)
     if dtype not in (None, *DTYPES):
@@ -170,5 +176,5 @@ def load(source: str | os.PathLike, dtype: str | None = None) -> tuple[FastVLM, 
 
 
 def abstract_variables(model: FastVLM) -> dict[str, Any]:
-    """Shapes and dtypes of the model's variables, unboxed."""
+    """Returns the model's variables as ShapeDtypeStructs, without their logical axes."""
     return nn.unbox(fastvlm.boxed_variables(model))

@@ -1,4 +1,4 @@
-"""Parameter groups by path, the split of trainable and frozen parameters, the schedule and the optimizer."""
+"""Splits parameters into groups by path, trainable and frozen, and makes their schedule and optimizer."""
 
 import re
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ DECAYED = ("kernel", "embedding")  # biases, norms and layer scales are never de
 
 
 def assign(params, groups: Groups) -> dict[str, int]:
-    """The group of every parameter path ("vision/stem_0/..."): the first whose regex matches at the path's start.
+    """Returns parameter path ("vision/stem_0/...") -> number of its group, the first whose regex matches its start.
 
     Raises:
-      ValueError: a parameter that no pattern matches, or a pattern that no parameter falls to.
+      ValueError: no pattern matches a parameter, or a pattern gets no parameter; the message names it.
     """
     assigned = {}
     for path in flatten_dict(params, sep="/"):
@@ -25,12 +25,15 @@ def assign(params, groups: Groups) -> dict[str, int]:
         assigned[path] = matches[0]
     for i, (pattern, _, _) in enumerate(groups):
         if i not in assigned.values():
-            raise ValueError(f"groups: pattern {pattern!r} takes no parameter; remove it or mend it")
+            raise ValueError(f"groups: pattern {pattern!r} matches no parameter that is left; remove or correct it")
     return assigned
 
 
 def split(params, groups: Groups) -> tuple[dict, dict]:
-    """(trainable, frozen): flat dicts by path. Frozen are the groups of rate 0: they get no gradient and no slots."""
+    """Returns (trainable, frozen) parameters as flat dicts by path.
+
+    Groups of rate 0 are frozen: they get no gradient and no optimizer slots.
+    """
     assigned = assign(params, groups)
     flat = flatten_dict(params, sep="/")
     trainable = {path: x for path, x in flat.items() if groups[assigned[path]][1] > 0}
@@ -38,12 +41,12 @@ def split(params, groups: Groups) -> tuple[dict, dict]:
 
 
 def merge(trainable: dict, frozen: dict) -> dict:
-    """The inverse of `split`."""
+    """Returns the nested parameters that `split` took apart."""
     return unflatten_dict({**trainable, **frozen}, sep="/")
 
 
 def schedule(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear warm-up over a share of the steps, then cosine to zero (paper, Tables 8 and 9)."""
+    """Returns a linear warm-up over a fraction of the steps, then a cosine to zero (paper, Tables 8 and 9)."""
     warmup = max(1, round(steps * warmup_ratio))
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
@@ -60,10 +63,14 @@ def make_optimizer(
     clip_norm: float,
     moment_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW with a rate and a decay for each group, after clipping by the global norm of all trainable gradients.
+    """Returns AdamW with a rate and a decay for each group, behind a clip by the global norm of the gradients.
 
-    `params` may be abstract; the transformation acts on the flat trainable dict that `split` returns, with gradients in
-    float32. `moment_dtype` is of the first moment alone: the second would not move in bfloat16.
+    The transformation acts on the flat trainable dict that `split` returns, with gradients in float32.
+
+    Args:
+      params: all parameters, or their abstract shapes.
+      steps: optimizer steps of the whole run.
+      moment_dtype: dtype of the first moment; the second stays in float32, for in bfloat16 it would not move.
     """
     assigned = assign(params, groups)
     trainable, _ = split(params, groups)
@@ -81,5 +88,5 @@ def make_optimizer(
 
 
 def learning_rates(step, groups: Groups, steps: int, warmup_ratio: float) -> dict[str, jnp.ndarray]:
-    """The rate of every trainable group at `step`, by pattern, for the log."""
+    """Returns pattern -> learning rate at `step` of every trainable group, for the log."""
     return {pattern: schedule(peak, steps, warmup_ratio)(step) for pattern, peak, _ in groups if peak > 0}

@@ -1,4 +1,4 @@
-"""The processor of a model: its tokenizer, conversation template and image settings, kept in the model's directory."""
+"""Prepares images and texts for a model, by the tokenizer, template and image settings in the model's directory."""
 
 import dataclasses
 import functools
@@ -20,9 +20,9 @@ from fastvlm_jax.text.conversation import TEMPLATES, Segment, Turn, chat_templat
 from fastvlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "preprocessor_config.json"
-PROCESSOR = "processor_config.json"  # of transformers' processor, which joins tokenizer and image settings
+PROCESSOR = "processor_config.json"  # settings of transformers' processor, which joins tokenizer and image settings
 CHAT_TEMPLATE = "chat_template.jinja"
-OWN = "fastvlm_jax"  # the key of what transformers has no word for
+OWN = "fastvlm_jax"  # key of the settings that transformers does not have
 FITS = ("pad", "crop")
 
 Image = str | os.PathLike | bytes | np.ndarray
@@ -34,11 +34,15 @@ class Processor:
 
     Attributes:
       tokenizer: see text/tokenizer.py.
-      template: a name in conversation.TEMPLATES.
-      image_size: side of the square the model sees, pixels; 0 for a model of text alone.
-      tokens_per_image: feature vectors that the model makes of one image.
-      image_mean, image_std: what the encoder normalises with. Here the mean is the colour around images that are not
-        square, as in LLaVA: black for FastVLM.
+      template: name in conversation.TEMPLATES.
+      image_size: side of the square that the model sees, pixels; 0 for a text-only model.
+      tokens_per_image: number of feature vectors that the model makes of one such square.
+      image_mean: mean with which the encoder normalises RGB in [0, 1]. It is also the colour around images that are
+        not square, as in LLaVA: black for FastVLM.
+      image_std: standard deviation with which the encoder normalises RGB in [0, 1].
+      fit: how an image without tiles is fitted into its size, "pad" or "crop"; see `fit_into`.
+      grids: (rows, columns) of the AnyRes tiles to choose from; empty without AnyRes.
+      sizes: sizes of all resolutions and aspect buckets; empty if there is only the square of `image_size`.
     """
 
     tokenizer: Tokenizer
@@ -57,23 +61,23 @@ class Processor:
         if self.fit not in FITS:
             raise ValueError(f"unknown data.fit {self.fit!r}: choose one of {', '.join(FITS)}")
         if not all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids):
-            raise ValueError(f"data.grids: {self.grids} must be pairs of rows and columns, as ((2, 2),)")
+            raise ValueError(f"data.grids: {self.grids} must be pairs of rows and columns, such as ((2, 2),)")
         if self.grids and any(size.height != size.width for size in self.sizes):
             raise ValueError("data.grids and data.aspects exclude each other: tiles are square")
 
     @property
     def end_id(self) -> int:
-        """The id that ends an answer."""
+        """Returns the id that ends an answer."""
         return self.tokenizer.special_id(end_mark(TEMPLATES[self.template], self.tokenizer))
 
     @property
     def size(self) -> Size:
-        """The square of `image_size`."""
+        """Returns the square of `image_size`."""
         return Size(self.image_size, self.image_size, self.image_size, self.tokens_per_image)
 
     @property
     def background(self) -> tuple[int, int, int]:
-        """The colour around images, uint8."""
+        """Returns the RGB colour around images, 0 to 255."""
         return tuple(int(mean * 255) for mean in self.image_mean)
 
     def segment(
@@ -83,33 +87,37 @@ class Processor:
         slots: tuple[int, ...] = (),
         tokens_per_image: int | None = None,
     ) -> Segment:
-        """Returns the tokens of one conversation; recent ones are remembered, so the arrays are read-only.
+        """Returns the tokens of one conversation; recent ones are cached, so the arrays are read-only.
 
         Args:
-          slots: image slots that each image of its record takes; one each by default.
-          tokens_per_image: of another size of images than the square of `image_size`.
+          turns: conversation to tokenize.
+          generation_prompt: whether to end where the assistant's answer would begin.
+          slots: number of image slots of each image of the record; one each by default.
+          tokens_per_image: number of tokens in an image slot; by default the square's of `image_size`.
         """
         tokens = self.tokens_per_image if tokens_per_image is None else tokens_per_image
         return _segment(self.tokenizer, self.template, tokens, turns, generation_prompt, slots)
 
     def grid(self, width: int, height: int, side: int | None = None) -> Grid:
-        """Returns the (rows, columns) of tiles for an image of that size; (1, 1) without AnyRes."""
+        """Returns the (rows, columns) of tiles of `side` pixels for an image of that size; (1, 1) without AnyRes."""
         if not self.grids:
             return (1, 1)
         return self.grids[int(best_grid(width, height, self.grids, side or self.image_size))]
 
     def pixels(self, image: Image) -> np.ndarray:
-        """Returns a file, encoded bytes or uint8 [H, W, 3] as uint8 [image_size, image_size, 3], exactly as
-        transformers' CLIPImageProcessor does it.
+        """Returns an image as uint8 [image_size, image_size, 3], with the pixels of transformers' CLIPImageProcessor.
+
+        Args:
+          image: file, encoded bytes or uint8 [H, W, 3].
 
         Raises:
-          FileNotFoundError: no such file.
-          ValueError: not an image; the message names the file. Or the model reads no images.
+          FileNotFoundError: there is no such file.
+          ValueError: the file, which the message names, or array is not an image; or the model is text-only.
         """
         return self.views(self.decode(image), self.size, (1, 1))[0]
 
     def views(self, image: np.ndarray, size: Size, grid: Grid) -> np.ndarray:
-        """Returns what the model sees of a uint8 [h, w, 3] image: uint8 [slots, H, W, 3], the overview first."""
+        """Returns the views of a uint8 [h, w, 3] image that the model sees: uint8 [slots, H, W, 3], overview first."""
         out = np.empty((slots_of(grid), size.height, size.width, 3), np.uint8)
         fit_into(image, out[0], self.overview(grid), self.background, True)
         if len(out) > 1:
@@ -117,13 +125,13 @@ class Processor:
         return out
 
     def overview(self, grid: Grid) -> str:
-        """How an image is fitted into its first slot; LLaVA stretches the overview beside tiles."""
+        """Returns how an image is fitted into its first slot; with tiles the overview is stretched, as in LLaVA."""
         return self.fit if slots_of(grid) == 1 else "stretch"
 
     def decode(self, image: Image) -> np.ndarray:
-        """Returns a file, encoded bytes or an array as uint8 [H, W, 3]; see `pixels` for the errors."""
+        """Decodes a file, encoded bytes or an array to uint8 [H, W, 3]; see `pixels` for the errors."""
         if not self.image_size:
-            raise ValueError("this model reads text alone: it was given an image")
+            raise ValueError("this model is text-only but was given an image: leave the image out")
         where = ""
         if isinstance(image, (str, os.PathLike)):
             where, path = f"{image}: ", pathlib.Path(image).expanduser()
@@ -148,27 +156,28 @@ class Processor:
         length: int | None = None,
         max_length: int | None = None,
     ) -> Batch:
-        """Makes the batch to generate from: one group, a row for each text, ending where its answer begins.
+        """Makes a batch to generate from: one group with a row per text, which ends where its answer begins.
 
         Args:
           images: N images, or a single one; none for text alone.
           texts: R questions, or a single one.
-          image_of: the image that each text reads. The default is image i for text i, or the one image for all.
-          length: T; the default is the longest text, rounded up to a multiple of 16.
-          max_length: the most tokens that the model can read.
+          image_of: index of the image that each text reads; by default image i for text i, or the one image for all.
+          length: number of tokens per row, T; the default is the longest text, rounded up to a multiple of 16.
+          max_length: largest number of tokens that the model can read; no limit by default.
 
         Returns:
           A Batch of numpy arrays with G = 1: images [1, slots of N images, H, W, 3], tokens [1, R, T] padded on the
-          right. All images have one size: with aspect buckets, that nearest to their mean shape.
+          right. All images have one size: with aspect buckets, the one nearest to their mean aspect.
 
         Raises:
-          ValueError: images and texts that do not match, an unreadable image, or a text too long.
+          FileNotFoundError: there is no such image file.
+          ValueError: images and texts do not match, an image is unreadable, or a text is too long.
         """
         texts = [texts] if isinstance(texts, str) else texts
         images = [images] if isinstance(images, Image) else images
         if image_of is None:
             if len(images) > 1 and len(images) != len(texts):
-                raise ValueError(f"{len(images)} images for {len(texts)} texts: say which each reads with image_of")
+                raise ValueError(f"{len(images)} images for {len(texts)} texts: set image_of to the image of each text")
             image_of = range(len(texts)) if len(images) > 1 else [0] * len(texts)
         elif len(image_of) != len(texts) or not all(0 <= i < len(images) for i in image_of):
             raise ValueError(f"image_of must give each of {len(texts)} texts one of {len(images)} images: {image_of}")
@@ -203,7 +212,7 @@ class Processor:
         )
 
     def layout(self, images: Sequence[tuple[int, int]]) -> tuple[Size, list[Grid]]:
-        """Returns the size that images of these (width, height) are brought to together, and the tiles of each."""
+        """Returns the common size of images of these (width, height) in a batch, and the grid of tiles of each."""
         sizes = [size for size in self.sizes if size.side == self.image_size] or [self.size]
         best = 0
         if images and len(sizes) > 1:
@@ -212,7 +221,7 @@ class Processor:
         return sizes[best], [self.grid(width, height) for width, height in images]
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the tokenizer's files, chat_template.jinja and, for images, what transformers' processor reads."""
+        """Writes the tokenizer's files, chat_template.jinja and, for images, transformers' processor settings."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
@@ -221,7 +230,7 @@ class Processor:
             return
         side = {"height": self.image_size, "width": self.image_size}
         settings = {
-            "image_processor_type": "LlavaImageProcessor",  # CLIPImageProcessor and `do_pad`: pads to a square
+            "image_processor_type": "LlavaImageProcessor",  # CLIPImageProcessor with `do_pad`, which pads to a square
             "processor_class": "LlavaProcessor",
             "do_convert_rgb": True,
             "do_pad": True,
@@ -243,15 +252,15 @@ class Processor:
                 "sizes": self.sizes,
             },
         }
-        # transformers counts (size // patch_size)^2 placeholders and the additional ones.
-        across = math.isqrt(self.tokens_per_image)
-        patch_size = self.image_size // max(across, 1)
-        if across**2 != self.tokens_per_image or self.image_size // max(patch_size, 1) != across:
-            across, patch_size = 1, self.image_size
+        # transformers counts (size // patch_size)^2 placeholders plus num_additional_image_tokens.
+        columns = math.isqrt(self.tokens_per_image)
+        patch_size = self.image_size // max(columns, 1)
+        if columns**2 != self.tokens_per_image or self.image_size // max(patch_size, 1) != columns:
+            columns, patch_size = 1, self.image_size
         joined = {
             "processor_class": "LlavaProcessor",
             "patch_size": patch_size,
-            "num_additional_image_tokens": self.tokens_per_image - across**2,
+            "num_additional_image_tokens": self.tokens_per_image - columns**2,
             "vision_feature_select_strategy": "full",
         }
         for name, value in ((SETTINGS, settings), (PROCESSOR, joined)):
@@ -264,19 +273,20 @@ def load_processor(
     template: str | None = None,
     image_size: int | None = None,
 ) -> Processor:
-    """Reads what `Processor.save` wrote, a transformers folder, or a folder with a tokenizer alone.
+    """Loads a processor from a folder of `Processor.save`, of transformers, or with a tokenizer alone.
 
     Args:
-      folder: with the tokenizer's files and, unless the model reads text alone, preprocessor_config.json or
+      folder: folder with the tokenizer's files and, unless the model is text-only, preprocessor_config.json or
         processor_config.json.
-      tokens_per_image: image size to the number of its tokens. Without it the folder has to say.
-      template: the one to use where the folder does not name one of conversation.TEMPLATES. Without it that is
-        vicuna_v1 for a tokenizer with Llama's `</s>`, else qwen_2.
-      image_size: the one to use where the folder gives none; without it the model reads text alone.
+      tokens_per_image: function from the image size to the number of tokens of an image. Without it the folder must
+        give the number.
+      template: name of the template if the folder does not name one of conversation.TEMPLATES. The default is vicuna_v1
+        for a tokenizer with Llama's `</s>`, else qwen_2.
+      image_size: side of the images in pixels if the folder gives none. Without it the model is then text-only.
 
     Raises:
-      FileNotFoundError: there is no tokenizer.
-      ValueError: a file is damaged, or does not say how many tokens an image has and neither does the caller.
+      FileNotFoundError: the folder holds no tokenizer.
+      ValueError: a file is damaged, or neither the folder nor the caller gives the number of tokens of an image.
     """
     folder = pathlib.Path(folder).expanduser()
     tokenizer = load_tokenizer(folder)
@@ -310,7 +320,7 @@ def load_processor(
 
 
 def _image_settings(settings: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """The size (0 if there is none), mean and std of a CLIP-like image processor."""
+    """Returns the size (0 if there is none), mean and std of a CLIP-like image processor."""
     size = settings.get("crop_size") or settings.get("size") or 0
     if isinstance(size, dict):
         sides = {value for key, value in size.items() if key in ("height", "width", "shortest_edge")}
@@ -325,7 +335,7 @@ def _image_settings(settings: dict[str, Any]) -> tuple[int, tuple[float, ...], t
 
 
 def _template(path: pathlib.Path, tokenizer: Tokenizer) -> str | None:
-    """The name of the template that a chat_template.jinja of ours holds."""
+    """Returns the name of the template in a chat_template.jinja that this package wrote; None for any other file."""
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     return next((name for name, known in TEMPLATES.items() if chat_template(known, tokenizer) == text), None)
 

@@ -1,4 +1,4 @@
-"""The mesh and the one table from logical axes to mesh axes. No other file spells a mesh axis."""
+"""Makes the mesh and maps logical axes to mesh axes. No other file spells a mesh axis."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("replica", "data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. A vocabulary x embed-sharded table would be rematerialised whole at every lookup,
-# so the embedding table declares ("vocab", None). Tensor comes first there: what is gathered over fsdp is contiguous.
+# Logical axis -> mesh axes. A vocabulary x embed-sharded table would be rematerialised whole at every lookup, so the
+# embedding table declares ("vocab", None). There tensor comes first, so that a gather over fsdp is contiguous.
 LOGICAL_AXES = {
     "batch": ("replica", "data", "fsdp"),
     "embed": ("fsdp",),
@@ -23,20 +23,20 @@ LOGICAL_AXES = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor", "fsdp"),
-    "words": ("tensor",),  # the vocabulary where it is used: gathered along fsdp
+    "words": ("tensor",),  # the vocabulary where a layer uses it: gathered along fsdp
 }
 # Parameters that declare no axes (the convolutional encoder) shard their largest divisible dimension above this size.
 MIN_SHARDED_ELEMENTS = 2**18
 
 
 def make_mesh(sizes: Sequence[int] = (1, -1, 1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh over (replica, data, fsdp, tensor); one size may be -1 and takes the devices that are left.
+    """Returns the mesh over (replica, data, fsdp, tensor); a size of -1 takes the devices that are left.
 
-    Axes are laid on the links of a TPU slice. Of several slices, only `replica` crosses from one to another; a size of
-    1 becomes their number where another size is -1:
+    The axes follow the links of a TPU slice. With several slices only `replica` crosses between them; its size of 1
+    becomes the number of slices where another size is -1:
 
         2 slices of 4, (2, 1, 4, 1):    slice 0  d0 d1 d2 d3    replica 0
-                                        slice 1  d4 d5 d6 d7    replica 1, which meets the other in the sum of gradients
+                                        slice 1  d4 d5 d6 d7    replica 1; only gradients cross between replicas
 
     Raises:
       ValueError: the sizes do not multiply out to the number of devices, or the slices do not divide `replica`.
@@ -64,7 +64,7 @@ def make_mesh(sizes: Sequence[int] = (1, -1, 1, 1), devices: Sequence[jax.Device
 
 
 def _arranged(devices: list[jax.Device], sizes: list[int], slices: int) -> np.ndarray:
-    """The devices in the shape of the mesh, neighbours on an axis being neighbours on the links where there are any."""
+    """Returns the devices in the shape of the mesh; neighbours on an axis are neighbours on a TPU's links."""
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(sizes)
     if sizes[0] % slices:
@@ -80,7 +80,7 @@ def _arranged(devices: list[jax.Device], sizes: list[int], slices: int) -> np.nd
 
 
 def check_mesh(mesh: Mesh, *, groups: int, num_kv_heads: int, accumulate: int = 1) -> None:
-    """Refuses a mesh that cannot divide the groups of a batch or the heads of the decoder (ValueError)."""
+    """Raises ValueError for a mesh that does not divide the groups of a batch or the heads of the decoder."""
     shards = math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
     if groups % shards:
         raise ValueError(
@@ -98,7 +98,7 @@ def check_mesh(mesh: Mesh, *, groups: int, num_kv_heads: int, accumulate: int = 
 
 
 def sharded(init, axes: Sequence[str | None]):
-    """An initializer whose parameter carries the logical name of each of its axes; an unknown name raises KeyError."""
+    """Returns an initializer that names the logical axis of each dimension; KeyError for an unknown name."""
     for axis in axes:
         if axis is not None:
             LOGICAL_AXES[axis]
@@ -106,7 +106,7 @@ def sharded(init, axes: Sequence[str | None]):
 
 
 def spec(axes: Sequence[str | None]) -> P:
-    """PartitionSpec of logical axes."""
+    """Returns the PartitionSpec of logical axes."""
     return P(*(None if axis is None else LOGICAL_AXES[axis] for axis in axes))
 
 
@@ -119,14 +119,14 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(param: jax.Array, axes: Sequence[str | None] | None, dtype) -> jax.Array:
-    """A parameter as it is used: in `dtype`, whole along fsdp, still split along tensor.
+    """Returns a parameter as a layer uses it: in `dtype`, whole along fsdp, still sharded along tensor.
 
-    Said where a layer uses it, so that one layer's weights are gathered at a time, in the dtype of the computation, and
-    the partitioner does not move activations instead. Its gradient arrives in the dtype of the parameter and is reduced
-    into the shards that the state keeps.
+    A layer calls this where it uses the parameter, so that one layer's weights are gathered at a time, in the dtype of
+    the computation, and the partitioner moves no activations instead. The gradient has the dtype of the parameter and
+    is reduced into the shards that the state keeps.
 
     Args:
-      axes: logical axes as declared by `sharded`; None where none were.
+      axes: logical axes that `sharded` declared; None for a parameter without.
     """
     param = param.astype(dtype)
     if jax.sharding.get_abstract_mesh().empty:
@@ -147,16 +147,19 @@ gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def batch_shards() -> int:
-    """How many parts a batch has in the mesh of `jax.set_mesh`; 1 without."""
+    """Returns the number of data shards in the mesh of `jax.set_mesh`; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
 
 
 def on_shards(function, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[Sequence[str | None]]):
-    """`function` of each device's parts of its arguments, by their logical axes; without a mesh, of the whole.
+    """Returns `function` applied to each device's shards of its arguments; without a mesh, to the whole arguments.
 
-    For what the partitioner cannot split well by itself. Sums over devices are the function's to make: `sum_words`,
-    `max_words`, `reduce_words`.
+    Use it where the partitioner does not split well by itself. The function sums over devices itself, with `sum_words`,
+    `max_words` and `reduce_words`.
+
+    Args:
+      in_axes, out_axes: logical axes of each argument and of each result.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
@@ -165,23 +168,23 @@ def on_shards(function, in_axes: Sequence[Sequence[str | None]], out_axes: Seque
 
 
 def words_here(words: int) -> int:
-    """How many of a vocabulary's words a device has where they are used."""
+    """Returns the number of a vocabulary's words that a device holds while a layer uses them."""
     mesh = jax.sharding.get_abstract_mesh()
     return words if mesh.empty else words // mesh.shape["tensor"]
 
 
 def first_word(count: int) -> jax.Array | int:
-    """Inside `on_shards`: the first word of this device, which has `count` of them."""
+    """Returns, inside `on_shards`, the number of this device's first word; each device holds `count` words."""
     return 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index("tensor") * count
 
 
 def sum_words(x: jax.Array) -> jax.Array:
-    """Inside `on_shards`: the sum over the devices that hold the other words."""
+    """Returns, inside `on_shards`, the sum over the devices that hold the other words."""
     return jax.lax.psum(x, "tensor") if _words_are_split() else x
 
 
 def max_words(x: jax.Array) -> jax.Array:
-    """Inside `on_shards`: the maximum over the devices that hold the other words."""
+    """Returns, inside `on_shards`, the maximum over the devices that hold the other words."""
     return jax.lax.pmax(x, "tensor") if _words_are_split() else x
 
 
@@ -190,14 +193,14 @@ def _words_are_split() -> bool:
 
 
 def table_axes(words: int) -> tuple[str | None, ...]:
-    """Logical axes of the gradient of a table [words, D]: whole along fsdp where that does not divide the words."""
+    """Returns the logical axes of a table's gradient [words, D]: whole along fsdp if that does not divide the words."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["vocab"])
     return ("words" if words % shards else "vocab", None)
 
 
 def reduce_words(gradient_VD: jax.Array) -> jax.Array:
-    """Inside `on_shards`: the gradient of "words" summed over all rows, split as `table_axes` says."""
+    """Returns, inside `on_shards`, the gradient of "words" summed over all rows, sharded as `table_axes` says."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return gradient_VD
@@ -207,20 +210,21 @@ def reduce_words(gradient_VD: jax.Array) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of every field of a Batch: groups over all data axes."""
+    """Returns the sharding of every field of a Batch: groups over all data axes."""
     return NamedSharding(mesh, spec(("batch",)))
 
 
 def shardings_of(abstract, mesh: Mesh, whole: Callable[[str], bool] = lambda path: False):
-    """NamedShardings for a tree from `jax.eval_shape(init)`, boxed parameters by their logical axes.
+    """Returns NamedShardings for a tree from `jax.eval_shape(init)`; boxed parameters follow their logical axes.
 
-    Unboxed leaves of at least MIN_SHARDED_ELEMENTS shard their largest dimension that fsdp divides, others replicate.
+    Unboxed leaves of at least MIN_SHARDED_ELEMENTS are sharded along their largest dimension that fsdp divides; others
+    are replicated.
 
     Args:
-      whole: tells of a leaf's path ("params/llm/...") whether it is kept whole along fsdp.
+      whole: predicate on a leaf's path ("params/llm/..."); True keeps the leaf whole along fsdp.
 
     Raises:
-      ValueError: a mesh axis does not divide the dimension that declares it.
+      ValueError: a mesh axis does not divide a dimension that declares it; the message names the parameter.
     """
 
     def leaf(path, x):
@@ -247,7 +251,11 @@ def shardings_of(abstract, mesh: Mesh, whole: Callable[[str], bool] = lambda pat
 
 
 def place(leaf, layout: NamedSharding, dtype=np.float32) -> jax.Array:
-    """An array of `dtype` laid out by `layout`; of a Leaf (convert.mapping), which lies in a file, parts are read."""
+    """Returns an array of `dtype` with the sharding `layout`.
+
+    Args:
+      leaf: an array, or a Leaf (convert/mapping.py) that lies in a file: each process reads the shards of its devices.
+    """
     if isinstance(leaf, jax.Array | np.ndarray):
         leaf = np.asarray(leaf, dtype)
         return jax.make_array_from_callback(leaf.shape, layout, lambda index: leaf[index])

@@ -1,4 +1,7 @@
-"""What a config names, made: the processor, the parent's weights adapted to this stage, the jitted step."""
+"""Makes what a config names: the processor, the parent's weights adapted to this stage, the jitted step.
+
+Training, data inspection, benchmarks and preflight all make them here.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,11 +31,13 @@ from fastvlm_jax.train_step import train_step
 
 
 class Stage(NamedTuple):
-    """A training stage, opened.
+    """Holds what a stage trains with.
 
     Attributes:
-      parent_variables: the parent's, adapted to `model`, as arrays or Leaves; None without a parent.
-      parent_lineage: where the parent comes from; None without one.
+      model: the model of the config.
+      processor: its tokenizer, template and image settings.
+      parent_variables: the parent's variables, adapted to `model`, as arrays or Leaves; None without a parent.
+      parent_lineage: where the parent comes from; None without a parent.
     """
 
     model: FastVLM
@@ -45,8 +50,8 @@ def open_stage(config) -> Stage:
     """Builds the model of a config, reads its parent, and makes the processor that fits both.
 
     Raises:
-      ValueError, FileNotFoundError: a parent that does not fit, see `adapt`; a tokenizer that does not, see
-        `make_processor`; groups that freeze an encoder whose BatchNorm statistics move.
+      ValueError, FileNotFoundError: the parent does not fit (see `adapt`), the tokenizer does not (see
+        `make_processor`), or the groups freeze an encoder whose BatchNorm statistics would still move.
     """
     parent = model_io.read(config.parent) if config.parent else None
     model = fastvlm.build(**config.model.to_dict())
@@ -58,7 +63,7 @@ def open_stage(config) -> Stage:
 
 
 def make_mesh(config, devices=None) -> jax.sharding.Mesh:
-    """Returns the mesh of a config, of all devices by default.
+    """Returns the mesh of a config, over all devices by default.
 
     Raises:
       ValueError: the mesh does not fit the devices, or does not divide the batch or the heads.
@@ -70,10 +75,10 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
 
 
 def open_processor(config) -> Processor:
-    """Makes the processor of a config alone; its parent is read only where that has the tokenizer.
+    """Makes the processor of a config without its model's weights; reads the parent only for its tokenizer.
 
     Raises:
-      ValueError, FileNotFoundError: settings that contradict each other; see `make_processor`.
+      ValueError, FileNotFoundError: settings contradict each other, or see `make_processor`.
     """
     config_lib.validate(config)
     parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
@@ -81,7 +86,7 @@ def open_processor(config) -> Processor:
 
 
 def open_builder(config, split: str) -> BatchBuilder:
-    """Opens what builds the batches of a config's split: in the order of training, or else of validation.
+    """Opens the builder of a config's batches: the split "train" in training's order, any other in the records' order.
 
     Raises:
       ValueError, FileNotFoundError: see `open_processor` and from_config.make_builder.
@@ -91,10 +96,11 @@ def open_builder(config, split: str) -> BatchBuilder:
 
 
 def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:
-    """The processor of the run: the parent's tokenizer unless data.tokenizer names one, the config's template and size.
+    """Makes the processor of a stage: the parent's tokenizer unless data.tokenizer names one, the config's settings.
 
     Raises:
-      ValueError: the tokenizer has more ids than the model.
+      ValueError: the tokenizer has more ids than the model, or a size does not fit the encoder.
+      FileNotFoundError: there is no tokenizer.
     """
     data = config.data
     if data.tokenizer or parent is None or parent.processor is None:
@@ -129,7 +135,7 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
     )
 
 
-# What may differ between a parent and a stage; a CLIP projection is dropped, a context length computes nothing.
+# Arguments that may differ between parent and stage: a CLIP projection is dropped, a context length computes nothing.
 FREE = (
     "form", "batch_norm", "drop_path", "remat", "init_std", "layer_scale_init", "head_features", "head_bias",
     "context_length", "parent", "name",
@@ -137,12 +143,12 @@ FREE = (
 
 
 def adapt(parent: model_io.Loaded, model: FastVLM) -> dict[str, Any]:
-    """The parent's variables in the form that this stage wants, arrays or Leaves; parts it lacks are left out.
+    """Returns the parent's variables in the form that `model` needs, as arrays or Leaves, for the parts the parent has.
 
     A branched encoder is folded for a folded stage, and a CLIP projection is dropped.
 
     Raises:
-      ValueError: the parent is a model of another size, or is folded where the branched form is wanted.
+      ValueError: the parent has another size, or is folded where the stage needs the branched form.
     """
     there, config, variables = fastvlm.build(**parent.config), parent.config, parent.variables
     if there.vision_args is not None:
@@ -166,14 +172,12 @@ def adapt(parent: model_io.Loaded, model: FastVLM) -> dict[str, Any]:
     for name, parts in variables.items():
         for part, tree in parts.items():
             if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, expected[name][part]):
-                raise ValueError(
-                    f"the parent's {part} has other {name} than this stage's: they must be of the same size"
-                )
+                raise ValueError(f"the parent's {part} has other {name} than this stage's: both need the same size")
     return variables
 
 
 def check_same(part: str, theirs: nn.Module, ours: nn.Module) -> None:
-    """Raises ValueError, naming the attribute, where two modules are not of the same size."""
+    """Raises ValueError, naming the attribute, unless two modules have the same kind and size."""
     kinds = type(theirs).__name__, type(ours).__name__
     if kinds[0] != kinds[1]:
         raise ValueError(f"parent has a {kinds[0]} for model.{part} and this stage a {kinds[1]}: choose the same kind")
@@ -185,12 +189,12 @@ def check_same(part: str, theirs: nn.Module, ours: nn.Module) -> None:
 
 
 class Step(NamedTuple):
-    """What the trainer runs, and what preflight compiles.
+    """Holds the training step that the trainer runs and preflight compiles.
 
     Attributes:
       fn: jitted (state, batch) -> (state, metrics); the state is donated.
-      make_state: (rng, variables or None) -> a state that is born sharded. `variables` may hold some parts of the model
-        only; the others are initialized.
+      make_state: (rng, variables or None) -> a state, sharded from the start. `variables` may hold only some parts of
+        the model; the others are initialized.
       abstract: the state as ShapeDtypeStructs with their shardings.
     """
 
@@ -200,14 +204,15 @@ class Step(NamedTuple):
 
 
 def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, num_sources: int = 1) -> Step:
-    """The training step of a config on a mesh, which may be of abstract devices; call it inside `jax.set_mesh`.
+    """Makes the training step of a config on a mesh; call it inside `jax.set_mesh`.
 
     Args:
-      steps: of the whole run, for the schedule.
-      num_sources: data sets, for the loss of each.
+      mesh: of devices, or of the abstract devices that preflight compiles for.
+      steps: optimizer steps of the whole run, for the schedule.
+      num_sources: number of data sets; with several, the loss of each is reported.
 
     Raises:
-      ValueError: groups that do not fit the parameters, or a mesh that does not divide one.
+      ValueError: the groups do not fit the parameters, or the mesh does not divide a parameter.
     """
     optimizer = optim.make_optimizer(
         model_io.abstract_variables(model)["params"],
@@ -233,12 +238,14 @@ def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, nu
         accumulate=config.accumulate,
         shardings=optim.split(shardings.params, config.groups)[0],
     )
-    everywhere = jax.sharding.NamedSharding(mesh, sharding.spec(()))  # every process reads the metrics
+    everywhere = jax.sharding.NamedSharding(
+        mesh, sharding.spec(())
+    )  # whole on every device, so that every process can read the metrics
     return Step(jax.jit(fn, donate_argnums=0, out_shardings=(shardings, everywhere)), make_state, abstract)
 
 
 def abstract_batch(config, model: FastVLM, mesh: jax.sharding.Mesh) -> Batch:
-    """The batch of a config at data.image_size, as ShapeDtypeStructs with their shardings."""
+    """Returns a config's batch at data.image_size as ShapeDtypeStructs with their shardings."""
     data, side = config.data, config.data.image_size
     model.tokens_per_image(side)
     layout = sharding.batch_sharding(mesh)

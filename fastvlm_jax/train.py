@@ -1,4 +1,4 @@
-"""One training run from top to bottom: mesh, stage, data, state, restore, loop. The file to read first."""
+"""Runs one training stage from top to bottom: mesh, stage, data, state, restore, loop. Read this file first."""
 
 import math
 import pathlib
@@ -27,16 +27,16 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     """Trains the stage that `config` describes, from its parent's weights or from where `workdir` stopped.
 
     Args:
-      devices: what the mesh is made of; all devices by default.
+      devices: devices of the mesh; default: all.
       profile: steps to trace, "FIRST:LAST"; see metrics/profiling.py.
 
     Returns:
       The final state, which is also the last checkpoint of the workdir.
 
     Raises:
-      ValueError, FileNotFoundError: settings, data, parent or workdir that do not fit; nothing was written.
+      ValueError, FileNotFoundError: settings, data, parent or workdir do not fit; nothing was written.
       FloatingPointError: the loss is not finite.
-      Interrupted: SIGINT or SIGTERM came, to this process or another; the state is saved.
+      Interrupted: this process or another got SIGINT or SIGTERM; the state is saved.
     """
     config_lib.validate(config)
     settings = config_lib.plain(config)
@@ -104,7 +104,7 @@ def run(
                     raise FloatingPointError(f"the loss at step {step} is {loss}: lower the rates in groups")
                 log.write(StepRecord(step, outputs, loader.flow(), loader.substituted))
             stopping = stop.reached(step)
-            # Before the validation, which may end in an error or take longer than a preempted machine has.
+            # Save before the validation, which may fail or take longer than a preempted machine has.
             if step % config.checkpoint_every == 0 or step == steps or stopping:
                 save(state, loader.position)
             if (step % config.eval_every == 0 and not stopping) or step == steps:

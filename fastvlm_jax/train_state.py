@@ -1,4 +1,4 @@
-"""The state of training, and how it is born sharded."""
+"""Defines the state of training, and makes it sharded from the start."""
 
 from functools import partial
 from typing import Any
@@ -15,23 +15,28 @@ from fastvlm_jax.models.fastvlm import FastVLM
 
 @flax.struct.dataclass
 class TrainState:
-    """All that the next step depends on, beside its batch."""
+    """Holds everything that the next step depends on, except its batch."""
 
-    step: jax.Array  # int32 []: optimizer steps done, and batches consumed
+    step: jax.Array  # int32 []: optimizer steps done, which is also the number of batches consumed
     params: Any  # nested dicts: vision/, projector/, llm/
-    batch_stats: Any  # BatchNorm statistics of vision/
-    opt_state: Any  # slots of the trainable parameters only
+    batch_stats: Any  # BatchNorm statistics under vision/
+    opt_state: Any  # optimizer slots of the trainable parameters only
 
 
 def state_of(
     model: FastVLM, optimizer, groups: optim.Groups, mesh, *, param_dtype: str = "float32", shard_frozen: bool = True
 ):
-    """(make_state, abstract): see Step."""
+    """Returns (make_state, abstract), see stage.Step.
+
+    Args:
+      param_dtype: dtype of the parameters; optimizer slots and batch statistics are float32.
+      shard_frozen: whether frozen parameters are sharded along fsdp too.
+    """
 
     def build(params, batch_stats) -> TrainState:
         params = jax.tree.map(lambda x: x.astype(param_dtype), params)
         trainable, _ = optim.split(params, groups)
-        # The slots are made from float32: Adam's second moment would not move in bfloat16.
+        # Float32 parameters give float32 slots: Adam's second moment would not move in bfloat16.
         slots = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), trainable))
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, slots)
 

@@ -1,4 +1,4 @@
-"""Training workdirs: who may continue a run, and where its model comes from.
+"""Decides who may continue a training workdir, and records where its model comes from.
 
 WORKDIR/config.json              the settings and the lineage of the run
 WORKDIR/processor/               tokenizer, template and image settings
@@ -21,19 +21,19 @@ from fastvlm_jax.files import read_object, write_json
 from fastvlm_jax.processor import Processor
 
 FORMAT = "fastvlm_jax workdir"
-# What may change between the parts of one run: none of it changes the result (accumulate: unless BatchNorm trains or
-# drop_path draws).
+# Keys that may change when a run goes on: none changes the result (accumulate does if BatchNorm trains or drop_path
+# draws).
 FREE_KEYS = (
     "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "eval_questions",
     "wandb", "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat", "data.num_threads", "data.prefetch",
     "data.cache_images", "data.path", "data.root",
 )  # fmt: skip
-# What may differ between the processes of one run: where each finds the data, and how it reads them.
+# Keys of `data` that may differ between the processes of a run: where each finds the data, and how it reads them.
 OWN_KEYS = ("path", "root", "num_threads", "prefetch", "cache_images")
 
 
 def check_processes(config: dict[str, Any]) -> None:
-    """Raises ValueError, naming process and key, where the processes of a run have other settings or another code."""
+    """Raises ValueError, naming process and key, unless all processes of a run have the same settings and code."""
     shared = {**config, "data": {key: value for key, value in config["data"].items() if key not in OWN_KEYS}}
     code = {"version": importlib.metadata.version("fastvlm_jax"), "sources": source_digest()}
     compiler = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flags": os.environ.get("LIBTPU_INIT_ARGS")}
@@ -41,14 +41,14 @@ def check_processes(config: dict[str, Any]) -> None:
 
 
 def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any], processor: Processor) -> None:
-    """Writes config.json and the processor of a fresh workdir, or checks that it is of the same settings and data.
+    """Writes config.json and the processor of a fresh workdir, or checks that it belongs to the same settings and data.
 
-    Of several processes the first does it; the others wait for it.
+    Process 0 does it; the other processes wait.
 
     Raises:
-      ValueError: the workdir belongs to other settings, or is a folder of something else; not all processes have the
-        same data and parent, or see the workdir.
-      TimeoutError: a process does not come.
+      ValueError: the workdir belongs to other settings or holds something else; the processes differ in data or
+        parent; or a process does not see the workdir.
+      TimeoutError: a process does not arrive.
     """
     distributed.check_same(lineage)
     problem = None
@@ -60,7 +60,7 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any]
             problem = str(error)
     if problems := list(filter(None, distributed.exchange("workdir", problem, distributed.START_SECONDS))):
         raise ValueError(problems[0])
-    # A network file system may show a new file late.
+    # A network file system may show a new file with a delay.
     for _ in range(60):
         if (workdir / "config.json").exists():
             return
@@ -92,13 +92,17 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any
 
 
 def _moved(key: str, there: Any, here: Any) -> bool:
-    """Whether it is the parent, of the same name in another place: a bucket is mounted elsewhere on other machines."""
+    """Returns whether only the parent's folder moved: other machines may mount a bucket elsewhere."""
     names = [[path.rpartition("/")[2] for path in str(paths).split(",")] for paths in (there, here)]
     return key == "parent" and names[0] == names[1]
 
 
 def read_run(workdir: pathlib.Path) -> dict[str, Any]:
-    """The config.json of a workdir: {"format", "config", "lineage"} (ValueError if it is of something else)."""
+    """Reads the config.json of a workdir: {"format", "config", "lineage"}.
+
+    Raises:
+      FileNotFoundError, ValueError: there is no such file, or it belongs to something else.
+    """
     path = workdir / "config.json"
     run = read_object(path)
     if run.get("format") != FORMAT:
@@ -107,7 +111,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def make_lineage(config: dict[str, Any], parent: dict[str, Any] | None, fingerprint: str) -> dict[str, Any]:
-    """Where a model comes from: stage, parent with its own lineage, code version and data fingerprint."""
+    """Returns where a model comes from: stage, parent with its own lineage, code version, data fingerprint."""
     return {
         "stage": config["stage"],
         "code": importlib.metadata.version("fastvlm_jax"),
@@ -119,7 +123,7 @@ def make_lineage(config: dict[str, Any], parent: dict[str, Any] | None, fingerpr
 
 
 def source_digest() -> str:
-    """A hash of the package's source files."""
+    """Returns the SHA-256 of all source files of the package, whose root is this file's folder."""
     digest, folder = hashlib.sha256(), pathlib.Path(__file__).parent
     for file in sorted(folder.rglob("*.py")):
         digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())

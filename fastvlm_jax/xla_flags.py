@@ -1,15 +1,16 @@
-"""The flags that compilers are given, each with its reason and source: the only place that sets any.
+"""Sets the compilers' flags, each with its reason and source; no other file sets any.
 
-`apply()` puts them into the environment of `fastvlm train` before jax is imported; `compiler_options()` gives those for
-TPU to a single compilation, as preflight makes it. What a user has set in the environment stands, and CPUs get none.
+`apply()` puts the flags into the environment of `fastvlm train` before jax is imported. `compiler_options()` returns
+those for TPU for a single compilation, as preflight needs. Flags that the user has set in the environment stand, and
+CPUs get none.
 
-Looked at and left out, for they change nothing: of an FSDP step of four scanned layers for v5e:2x2, libtpu 0.0.52
-compiles the same program, to the instruction, with and without --xla_enable_async_all_gather, ..._all_reduce,
+These flags were tried and left out, for they change nothing. Of an FSDP step of four scanned layers for v5e:2x2, libtpu
+0.0.52 compiles the same program, to the instruction, with and without --xla_enable_async_all_gather, ..._all_reduce,
 ..._reduce_scatter_fusion, --xla_tpu_enable_async_collective_fusion_fuse_{all_gather,all_reduce,reduce_scatter},
 ..._multiple_steps, --xla_tpu_overlap_compute_collective_tc, --xla_tpu_enable_ag_backward_pipelining and
 --xla_latency_hiding_scheduler_rerun=2 (MaxText's list, benchmarks/xla_flags_library.py); for two slices, also with and
 without --xla_tpu_enable_data_parallel_all_reduce_opt and --xla_tpu_data_parallel_opt_different_sized_ops. With
---xla_tpu_scoped_vmem_limit_kib=65536 temporaries take half as much again, and the estimated cycles stay.
+--xla_tpu_scoped_vmem_limit_kib=65536 temporaries take half as much memory again, and the estimated cycles stay.
 """
 
 import glob
@@ -17,23 +18,23 @@ import importlib.util
 import os
 from collections.abc import MutableMapping
 
-# Collectives beside the computation. libtpu 0.0.52 does both unasked: they are said here so that another libtpu trains
-# what preflight was asked about. Of the four gathers of weights in that step two then lie in fusions with a matrix
-# product, in pieces; with either flag off all four stand alone (and temporaries take 68 MB, not 101). Source: MaxText's
-# list, and the compiled program.
+# These two run collectives beside the computation. libtpu 0.0.52 does so by default; setting them makes another libtpu
+# train the program that preflight compiled. In that step two of the four gathers of weights are then fused, in pieces,
+# with a matrix product; with either flag off all four stand alone (and temporaries take 68 MB, not 101). Source:
+# MaxText's list, and the compiled program.
 TPU = {
     "xla_tpu_enable_latency_hiding_scheduler": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
-    # No product in pieces, each with a collective-permute, where a gradient is scattered: never, below this many MiB.
-    # Made for large weights, it is chosen for the encoder's small ones on 16 chips: pieces of 48 columns for units of
-    # 128, each reading all activations anew. Stage 2, 0.5B with 2 layers, v5e:4x4, without and with this flag: encoder
-    # 573 and 463 ms (estimated), FLOPs 1.20 and 1.01 of what the model needs. The 7B step for v5e:8x8 has none anyway.
+    # Below this many MiB no product is cut into pieces with a collective-permute each (a windowed einsum). Meant for
+    # large weights, the compiler chooses it for the encoder's small ones on 16 chips: pieces of 48 columns for units of
+    # 128, each of which reads all activations again. Stage 2, 0.5B with 2 layers, v5e:4x4, without and with this flag:
+    # encoder 573 and 463 ms (estimated), FLOPs 1.20 and 1.01 times the model's. The 7B step for v5e:8x8 has none.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
-# Off in XLA unless it is asked for (xla/debug_options_flags.cc). NVIDIA sets it in its JAX images: collectives move to
-# where they run beside kernels (https://docs.nvidia.com/jax-toolbox/environment-variables).
+# XLA leaves this off by default (xla/debug_options_flags.cc). NVIDIA sets it in its JAX images: collectives are then
+# scheduled beside kernels (https://docs.nvidia.com/jax-toolbox/environment-variables).
 GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
-# Without a TPU, what libtpu would look for, and complain that it is not there.
+# Keeps libtpu from looking for a TPU, and from warning that there is none.
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -45,7 +46,7 @@ VARIABLES = {"tpu": ("LIBTPU_INIT_ARGS", TPU), "gpu": ("XLA_FLAGS", GPU)}
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-    """For `jax.stages.Lowered.compile(compiler_options=...)`, without those that the environment sets; {} for "cpu"."""
+    """Returns a platform's flags that the environment does not set, for `Lowered.compile(compiler_options=...)`."""
     if platform not in VARIABLES:
         return {}
     variable, flags = VARIABLES[platform]
@@ -53,7 +54,7 @@ def compiler_options(platform: str) -> dict[str, str]:
 
 
 def apply(environment: MutableMapping[str, str] = os.environ, platform: str | None = None) -> None:
-    """Adds the flags of `platform`, this machine's by default, to its variable. To be called before jax is imported."""
+    """Adds the flags of `platform` (default: this machine's) to the environment. Call it before jax is imported."""
     platform = platform or find_platform(environment)
     if platform in VARIABLES:
         variable, flags = VARIABLES[platform]
@@ -63,14 +64,14 @@ def apply(environment: MutableMapping[str, str] = os.environ, platform: str | No
 
 
 def silence_libtpu(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Where libtpu is installed without a TPU, as for preflight, it would say so in ten lines at every start."""
+    """Silences the ten lines that libtpu prints at every start on a machine without a TPU."""
     if find_platform(environment) != "tpu":
         for name, value in NO_TPU.items():
             environment.setdefault(name, value)
 
 
 def find_platform(environment: MutableMapping[str, str]) -> str:
-    """ "tpu", "gpu" or "cpu": the first of JAX_PLATFORMS, else by the machine's device files."""
+    """Returns "tpu", "gpu" or "cpu": the first of JAX_PLATFORMS, else by the machine's device files."""
     chosen = environment.get("JAX_PLATFORMS", "").split(",")[0]
     if chosen:
         return {"cuda": "gpu"}.get(chosen, chosen)

@@ -1,4 +1,4 @@
-"""Loads an exported model in transformers, strictly, and compares its logits with ours on one image and question."""
+"""Compares a model's logits on one image and question with those of its export, which transformers loads strictly."""
 
 import json
 import pathlib
@@ -6,12 +6,12 @@ import pathlib
 import numpy as np
 from absl import app, flags, logging
 
-MODEL = flags.DEFINE_string("model", None, "the model that was exported", required=True)
-EXPORT = flags.DEFINE_string("export", None, "its transformers directory", required=True)
-IMAGE = flags.DEFINE_string("image", None, "image to ask about", required=True)
-PROMPT = flags.DEFINE_string("prompt", "what color is the shape?", "question")
-OUTPUT = flags.DEFINE_string("output", None, "JSON file for the result", required=True)
-BOUND = 1e-4
+MODEL = flags.DEFINE_string("model", None, "model directory or workdir that was exported", required=True)
+EXPORT = flags.DEFINE_string("export", None, "export, in transformers' layout", required=True)
+IMAGE = flags.DEFINE_string("image", None, "image file to ask about", required=True)
+PROMPT = flags.DEFINE_string("prompt", "what color is the shape?", "question about the image")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file to write the result to", required=True)
+BOUND = 1e-4  # largest difference of logits that is accepted
 
 
 def main(_):
@@ -19,7 +19,7 @@ def main(_):
     import jax
     import torch
 
-    if not torch.cuda.is_available():  # torchvision built for another torch: transformers only looks for these names
+    if not torch.cuda.is_available():  # torchvision may be built for another torch; transformers only needs these names
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -43,7 +43,7 @@ def main(_):
         reference = theirs.eval()(input_ids=tokens, pixel_values=pixels).logits[0].numpy()
     difference = float(np.abs(ours - reference).max())
     pathlib.Path(OUTPUT.value).write_text(json.dumps({"export_max_abs_diff": difference}) + "\n")
-    print(f"transformers loads it strictly; largest difference of the logits: {difference:.1e}")
+    print(f"transformers loads the export strictly; largest difference of the logits: {difference:.1e}")
     if not difference <= BOUND:
         raise SystemExit(f"check_export: the logits differ by {difference}, more than {BOUND}")
 

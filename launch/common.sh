@@ -1,12 +1,12 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # some variables are set here for the launchers, some there for this file
-# Sourced by the launchers tpu.sh, gke.sh, slurm.sh and local.sh, which set `launcher`, their own name, first:
-# the command line, the settings file, dry runs, checks, and names in the bucket.
-# Exit status: 0 the stage is trained, 1 something has to be mended (one line tells what), 2 wrong usage.
+# What the launchers tpu.sh, gke.sh, slurm.sh and local.sh share: the command line, the settings file, dry runs, checks,
+# and paths in the bucket. They set `launcher` to their own name, then source this file.
+# Exit status: 0 the stage is trained, 1 there is something to fix (one line says what), 2 wrong usage.
 
 fail() { echo "$launcher: $*" >&2; exit 1; }
 misuse() { echo "$launcher: $*" >&2; exit 2; }
 
-# Reads "$@" into settings, dry_run, config, workdir and train_args, the flags that go on to `fastvlm train`.
+# Reads "$@" into settings, dry_run, config, workdir and train_args (the flags for `fastvlm train`).
 parse_arguments() {
   [ "${BASH_VERSINFO[0]}" -ge 5 ] || misuse "bash 5 or newer is needed, this is $BASH_VERSION"
   settings='' dry_run=no config='' workdir='' train_args=()
@@ -21,7 +21,7 @@ parse_arguments() {
       --config=*) config=${1#*=} ;;
       --workdir=*) workdir=${1#*=} ;;
       --*=*) train_args+=("$1") ;;
-      *) misuse "unexpected $1: flags of fastvlm train are written --name=value, those of this script are --settings FILE, --config FILE.py:SIZE, --workdir DIR and --dry_run" ;;
+      *) misuse "unexpected $1: flags of fastvlm train are written --name=value; flags of this script are --settings FILE, --config FILE.py:SIZE, --workdir DIR and --dry_run" ;;
     esac
     shift
   done
@@ -29,14 +29,14 @@ parse_arguments() {
   for name in settings config workdir; do
     [ -n "${!name}" ] || misuse "--$name is missing: bash launch/$launcher.sh --settings FILE --config FILE.py:SIZE --workdir DIR [--dry_run] [--config.KEY=VALUE ...]"
   done
-  exec 3>&1 # dry runs show commands whose output is taken
+  exec 3>&1 # for dry runs: shows a command where its output is captured
   scratch=
   [ "$dry_run" = yes ] || scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT
 }
 
-# read_settings "REQUIRED ..." "OPTIONAL=default" ...: sets the variables that the settings file names.
-# The file is KEY=value lines and comments; it is not run.
+# read_settings "REQUIRED ..." "OPTIONAL=default" ...: sets a variable for each key of the settings file.
+# The file holds KEY=value lines and comments. It is read as text and never run.
 read_settings() {
   local required=$1 known=" $1" seen=' ' number=0 line key value
   for line in "${@:2}"; do
@@ -47,22 +47,22 @@ read_settings() {
   [ -f "$settings" ] || fail "there is no settings file $settings; copy launch/settings/$launcher.env and fill it in"
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))
-    line=${line%"${line##*[![:space:]]}"} # without spaces and carriage returns at its end
+    line=${line%"${line##*[![:space:]]}"} # strips spaces and carriage returns at the end
     case $line in '' | '#'*) continue ;; esac
     [[ $line =~ ^([A-Z_]+)=(.*)$ ]] || fail "$settings:$number: '$line' is not KEY=value"
     key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
-    case "$known " in *" $key "*) ;; *) fail "$settings:$number: unknown key $key; it knows$known" ;; esac
-    case $seen in *" $key "*) fail "$settings:$number: $key stands there twice" ;; esac
+    case "$known " in *" $key "*) ;; *) fail "$settings:$number: unknown key $key; the keys are$known" ;; esac
+    case $seen in *" $key "*) fail "$settings:$number: $key is set twice" ;; esac
     [[ $value =~ ^[A-Za-z0-9_@%+=:,./-]*$ ]] || fail "$settings:$number: $key: write the value alone, without quotes, spaces, variables or a comment"
     seen+="$key "
     printf -v "$key" %s "$value"
   done <"$settings"
   for key in $required; do
-    [ -n "${!key}" ] || fail "$settings: $key is missing; launch/settings/$launcher.env tells what it is"
+    [ -n "${!key}" ] || fail "$settings: $key is missing; launch/settings/$launcher.env explains it"
   done
 }
 
-# whole KEY ...: refuses settings that are not whole numbers from 1 (MAX_RESTARTS from 0).
+# whole KEY ...: refuses values that are not whole numbers of at least 1 (MAX_RESTARTS: at least 0).
 whole() {
   local key
   for key in "$@"; do
@@ -71,16 +71,17 @@ whole() {
   done
 }
 
-# one_of KEY VALUE ...
+# one_of KEY VALUE ...: refuses a setting that is none of these values.
 one_of() {
   local value
   for value in "${@:2}"; do [ "${!1}" != "$value" ] || return 0; done
   fail "$settings: $1=${!1} must be one of: ${*:2}"
 }
 
+# say TEXT: a line about progress; in a dry run a comment.
 say() { if [ "$dry_run" = yes ]; then echo "# $*"; else echo "$launcher: $*"; fi; }
 
-# show COMMAND ...: the command as one would type it. printf's %q would hide what is inside behind backslashes.
+# show COMMAND ...: prints the command as one would type it; printf's %q would fill it with backslashes.
 show() {
   local word line=
   for word in "$@"; do
@@ -90,10 +91,10 @@ show() {
   printf '%s\n' "${line# }"
 }
 
-# run COMMAND ...: runs it, or shows it in a dry run.
+# run COMMAND ...: runs the command; in a dry run, prints it.
 run() { if [ "$dry_run" = yes ]; then show "$@" >&3; else "$@"; fi; }
 
-# ask MEND COMMAND ...: prints what the command prints. Where it fails, MEND and the command's last line are the error.
+# ask MEND COMMAND ...: prints the output of the command. If it fails, the error is MEND and the command's last line.
 ask() {
   local mend=$1 answer
   shift
@@ -106,7 +107,7 @@ ask() {
   fi
 }
 
-# write FILE: writes standard input there, or shows it in a dry run. The file appears whole.
+# write FILE: writes standard input to the file, which appears only when it is complete; in a dry run, prints it.
 write() {
   if [ "$dry_run" = yes ]; then
     echo "write $1:"
@@ -118,17 +119,17 @@ write() {
   fi
 }
 
-# installed PROGRAM MEND
+# installed PROGRAM MEND: refuses to go on without the program.
 installed() { [ "$dry_run" = yes ] || command -v "$1" >/dev/null || fail "$1 is not installed: $2"; }
 
-# Where the machines are not this one, the workdir has to be in the bucket: their own disks are lost with them.
+# On machines other than this one the workdir must be in the bucket: their own disks are lost with them.
 workdir_in_bucket() {
   [[ $workdir =~ ^gs://[A-Za-z0-9._/-]+$ ]] ||
-    fail "--workdir $workdir must be gs://$BUCKET/FOLDER, of letters, digits and . _ - (BUCKET of $settings)"
+    fail "--workdir $workdir must be gs://$BUCKET/FOLDER, with letters, digits and . _ - only (BUCKET of $settings)"
 }
 
-# Sets run_workdir and replaces config.parent in train_args: gs://BUCKET/... is the folder MOUNT/... to the trainer,
-# which reads data from a bucket but writes its workdir to a file system. MOUNT is where the machines mount BUCKET.
+# Sets run_workdir to workdir, and in it and in config.parent of train_args replaces gs://BUCKET/ by MOUNT/, the folder
+# where the machines mount BUCKET: the trainer reads data from a bucket, but its workdir and parent from a file system.
 mount_names() {
   local i
   run_workdir=$(mounted "$workdir")
@@ -137,6 +138,7 @@ mount_names() {
   done
 }
 
+# mounted PATH: prints PATH with gs://BUCKET/ replaced by MOUNT/.
 mounted() {
   local path=$1
   [ -z "$BUCKET" ] || path=${path//"gs://$BUCKET/"/"$MOUNT/"}
@@ -146,24 +148,24 @@ mounted() {
   printf '%s\n' "$path"
 }
 
-# What every launcher on Google Cloud needs: an account, the project, a bucket that renames folders at once and can be
-# written, and the image.
+# Checks what both launchers on Google Cloud need: an account, the project, the image, and a bucket that can be written
+# and that renames a folder in one operation.
 check_google_cloud() {
   local account hierarchical
   installed gcloud "https://cloud.google.com/sdk/docs/install"
-  account=$(ask "cannot ask gcloud who is logged in" gcloud auth list --filter=status:ACTIVE "--format=value(account)")
+  account=$(ask "gcloud cannot list the accounts that are logged in" gcloud auth list --filter=status:ACTIVE "--format=value(account)")
   [ "$dry_run" = yes ] || [ -n "$account" ] || fail "gcloud is not logged in: run gcloud auth login"
   ask "PROJECT=$PROJECT cannot be seen: correct $settings, or have its owner add you" \
     gcloud projects describe "$PROJECT" "--format=value(projectId)" >/dev/null
-  hierarchical=$(ask "bucket gs://$BUCKET cannot be seen: make it as docs/tpu.md tells" \
+  hierarchical=$(ask "bucket gs://$BUCKET cannot be seen: create it, see docs/tpu.md, step 4" \
     gcloud storage buckets describe "gs://$BUCKET" --raw "--format=value(hierarchicalNamespace.enabled)")
-  # Without it a checkpoint is renamed file by file, and one that is cut off looks finished.
+  # Without such a namespace a checkpoint is renamed file by file, and an interrupted one looks finished.
   [ "$dry_run" = yes ] || [ "$hierarchical" = True ] ||
-    fail "bucket gs://$BUCKET has no hierarchical namespace, which checkpoints need: make another as docs/tpu.md tells"
+    fail "bucket gs://$BUCKET has no hierarchical namespace, which checkpoints need: create another bucket, see docs/tpu.md, step 4"
   ask "bucket gs://$BUCKET cannot be written: ask for the role roles/storage.objectUser on it" \
     gcloud storage cp --no-user-output-enabled "$here/common.sh" "gs://$BUCKET/.fastvlm_write_check" >/dev/null
-  ask "bucket gs://$BUCKET: what was written cannot be removed: ask for the role roles/storage.objectUser on it" \
+  ask "bucket gs://$BUCKET: a file that was written cannot be removed: ask for the role roles/storage.objectUser on it" \
     gcloud storage rm --no-user-output-enabled "gs://$BUCKET/.fastvlm_write_check" >/dev/null
-  ask "there is no image $IMAGE: build and push it as docs/tpu.md tells" \
+  ask "there is no image $IMAGE: build it, see docs/tpu.md, step 5" \
     gcloud artifacts docker images describe "$IMAGE" "--format=value(image_summary.digest)" >/dev/null
 }

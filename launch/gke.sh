@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains one stage on Google Kubernetes Engine: a JobSet of one Job a TPU slice, which starts all of it again when a pod
-# is lost or fails. The run goes on from its last checkpoint.
+# Trains one stage on Google Kubernetes Engine (GKE), as a JobSet with one Job per TPU slice. If a pod is lost or fails,
+# the JobSet starts all pods again, and the run resumes from its last checkpoint.
 #   bash launch/gke.sh --settings FILE --config configs/stage1_align.py:0.5b --workdir gs://BUCKET/DIR [--dry_run] [--config.KEY=VALUE ...]
-# Interrupted here, the run goes on there; the same command follows it again. docs/tpu.md tells all of it.
+# Ctrl-C ends this script, not the run; the same command follows the run again. docs/tpu.md explains every step.
 set -euo pipefail
 launcher=gke here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/common.sh"
@@ -12,12 +12,12 @@ read_settings "PROJECT LOCATION CLUSTER NAME BUCKET IMAGE ACCELERATOR TOPOLOGY M
 whole NUM_SLICES MAX_RESTARTS POLL_SECONDS
 one_of SPOT yes no
 [[ $NAME =~ ^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$ ]] ||
-  fail "$settings: NAME=$NAME must be small letters, digits and hyphens, at most 32, as names of pods are made from it"
+  fail "$settings: NAME=$NAME must be lower-case letters, digits and hyphens, at most 32 characters: the names of pods are made from it"
 [[ $TOPOLOGY =~ ^[0-9]+x[0-9]+(x[0-9]+)?$ ]] || fail "$settings: TOPOLOGY=$TOPOLOGY must be like 4x4 or 2x2x4"
-[[ $MACHINE_TYPE =~ -([0-9]+)t$ ]] || fail "$settings: MACHINE_TYPE=$MACHINE_TYPE must end in its chips, as ct5lp-hightpu-4t"
+[[ $MACHINE_TYPE =~ -([0-9]+)t$ ]] || fail "$settings: MACHINE_TYPE=$MACHINE_TYPE must end in its number of chips, like ct5lp-hightpu-4t"
 chips_per_vm=${BASH_REMATCH[1]} chips=$((${TOPOLOGY//x/*}))
 [ $((chips % chips_per_vm)) = 0 ] ||
-  fail "$settings: TOPOLOGY=$TOPOLOGY has $chips chips, which machines of $chips_per_vm do not make up; see MACHINE_TYPE"
+  fail "$settings: TOPOLOGY=$TOPOLOGY has $chips chips, which is not a multiple of the $chips_per_vm chips of MACHINE_TYPE=$MACHINE_TYPE"
 vms=$((chips / chips_per_vm))
 MOUNT=/gcs/$BUCKET
 workdir_in_bucket
@@ -36,18 +36,18 @@ check() {
   pools=$(ask "the node pools of $CLUSTER cannot be listed" \
     gcloud container node-pools list --cluster="$CLUSTER" --location="$LOCATION" --project="$PROJECT" \
     "--filter=config.machineType=$MACHINE_TYPE" "--format=value(name)")
-  # One pool is one slice. Its topology is not listed where it has one machine only.
+  # One node pool is one slice. The topology is not compared: a pool of a single machine does not list it.
   [ "$dry_run" = yes ] || [ "$(wc -w <<<"$pools")" -ge "$NUM_SLICES" ] ||
-    fail "CLUSTER=$CLUSTER has $(wc -w <<<"$pools") node pools of $MACHINE_TYPE and NUM_SLICES=$NUM_SLICES: make them as docs/tpu.md tells"
+    fail "CLUSTER=$CLUSTER has $(wc -w <<<"$pools") node pools of $MACHINE_TYPE and NUM_SLICES=$NUM_SLICES: create them, see docs/tpu.md, GKE"
   ask "kubectl has no context of $CLUSTER: gcloud container clusters get-credentials $CLUSTER --location=$LOCATION --project=$PROJECT" \
     "${kubectl[@]}" get namespace "$NAMESPACE" --output=name >/dev/null
-  ask "CLUSTER=$CLUSTER has no JobSets: install them as docs/tpu.md tells" \
+  ask "CLUSTER=$CLUSTER has no JobSets: install them, see docs/tpu.md, GKE" \
     "${kubectl[@]}" get crd jobsets.jobset.x-k8s.io --output=name >/dev/null
-  ask "there is no SERVICE_ACCOUNT=$SERVICE_ACCOUNT in NAMESPACE=$NAMESPACE: make it as docs/tpu.md tells" \
+  ask "there is no SERVICE_ACCOUNT=$SERVICE_ACCOUNT in NAMESPACE=$NAMESPACE: create it, see docs/tpu.md, GKE" \
     "${kubectl[@]}" get serviceaccount "$SERVICE_ACCOUNT" --output=name >/dev/null
 }
 
-# A YAML string, which a JSON string is.
+# quoted TEXT: prints TEXT as a JSON string, which is also a YAML string.
 quoted() {
   local text=${1//\\/\\\\}
   printf '"%s"' "${text//\"/\\\"}"
@@ -60,8 +60,9 @@ command_yaml() {
   done
 }
 
-# Restarting cannot mend wrong flags (exit status 2): the JobSet then fails at once. All else counts towards maxRestarts.
-# GKE tells the processes of each other through the environment; 8471 and 8080 are what TPU hosts and slices talk on.
+# Prints the JobSet. Wrong flags (exit status 2) make it fail at once, because a restart cannot fix them; every other
+# failure counts towards maxRestarts. The processes find each other through environment variables that GKE sets; TPU
+# hosts and slices communicate on ports 8471 and 8080.
 jobset() {
   local spot=
   [ "$SPOT" = no ] || spot='
@@ -132,13 +133,13 @@ $(command_yaml | sed 's/^/    /')
 END
 }
 
-# field PATH: of the JobSet; nothing where there is none.
+# field PATH: prints this field of the JobSet, or nothing if there is no JobSet.
 field() {
   ask "the JobSet $NAME cannot be looked up" \
     "${kubectl[@]}" get jobset "$NAME" --ignore-not-found --output="jsonpath={$1}"
 }
 
-# Applies the JobSet unless it is at work already; one of a run that has ended is removed.
+# Applies the JobSet unless it is running already. The JobSet of a run that has ended is removed first.
 start() {
   local there finished
   there=$(field '.metadata.annotations.fastvlm/workdir')
@@ -154,7 +155,7 @@ start() {
   run "${kubectl[@]}" apply --filename="$file"
 }
 
-# Waits for the end; what cannot be asked now is asked again.
+# Waits for the end of the JobSet. A question that gets no answer is asked again.
 follow() {
   local finished restarts before=
   if [ "$dry_run" = yes ]; then
@@ -177,7 +178,7 @@ follow() {
 
 say "checks"
 check
-trap 'say "the run goes on; the same command follows it again, docs/tpu.md tells how to stop it"; exit 130' INT TERM
+trap 'say "the run goes on; the same command follows it again; docs/tpu.md, GKE, says how to stop it"; exit 130' INT TERM
 say "the JobSet, unless it is at work already"
 start
 say "its output: ${kubectl[*]} logs --follow --selector=jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0 --container=fastvlm"

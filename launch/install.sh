@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv beside the repository's files and installs the pins once per change of them.
-#   install EXTRA     EXTRA is an extra of pyproject.toml: demo or test
+# Defines `install` for the other scripts, which source this file from the repository's root folder.
+#   install EXTRA     makes .venv and installs the pinned packages and an extra of pyproject.toml, such as demo or test;
+#                     does nothing if requirements.txt and pyproject.toml have not changed since
 install() {
   local extra=$1 python=${PYTHON:-python3}
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

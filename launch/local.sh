@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains one stage on this machine, with one or several processes. A run that dies is started again, as often as the
-# settings allow, and goes on from its last checkpoint. Ctrl-C saves and ends.
+# Trains one stage on this machine, with one or several processes. A run that fails is started again, as often as the
+# settings allow, and resumes from its last checkpoint. On Ctrl-C the run saves and ends.
 #   bash launch/local.sh --settings FILE --config configs/stage1_align.py:0.5b --workdir DIR [--dry_run] [--config.KEY=VALUE ...]
 set -euo pipefail
 launcher=local here=$(dirname "${BASH_SOURCE[0]}")
@@ -18,15 +18,15 @@ check() {
   [ "$dry_run" = yes ] && return
   [ -x "$VENV/bin/fastvlm" ] ||
     fail "there is no $VENV/bin/fastvlm: python3 -m venv $VENV && $VENV/bin/pip install -c requirements.txt -e ."
-  mkdir -p "$run_workdir" 2>"$scratch/errors" || fail "cannot be made: $(tail -n 1 "$scratch/errors")"
+  mkdir -p "$run_workdir" 2>"$scratch/errors" || fail "--workdir $workdir cannot be made: $(tail -n 1 "$scratch/errors")"
 }
 
-# Sets `process`: the command of process number $1, with what it needs in its environment.
+# make_process NUMBER: sets `process` to the command of this process, with its environment variables.
 make_process() {
   local first=$(($1 * DEVICES_PER_PROCESS)) devices=() device
   for ((device = first; device < first + DEVICES_PER_PROCESS; device++)); do devices+=("$device"); done
   case $PLATFORM in
-    # NPROC: of XLA's threads a collective takes one of each device until all have come; too few stop for ever
+    # NPROC: a collective blocks one XLA thread per device until all devices arrive; with too few threads it hangs
     cpu) process=(env JAX_PLATFORMS=cpu NPROC=16 JAX_NUM_CPU_DEVICES="$DEVICES_PER_PROCESS") ;;
     gpu) process=(env JAX_PLATFORMS=cuda CUDA_VISIBLE_DEVICES="$(IFS=,; echo "${devices[*]}")") ;;
     tpu) process=(env JAX_PLATFORMS=tpu) ;;
@@ -36,12 +36,12 @@ make_process() {
     process+=(--coordinator_address="127.0.0.1:$PORT" --num_processes="$NUM_PROCESSES" --process_id="$1")
 }
 
-# Runs all processes to their end. `status`: 0 all done, 2 wrong usage, else that of one that failed.
+# Runs all processes to their end. Sets `status`: 0 if all succeeded, 2 for wrong usage, else the status of a failure.
 run_all() {
   local i ended pids=()
   for ((i = 0; i < NUM_PROCESSES; i++)); do
     make_process "$i"
-    set -m # in a group of its own: Ctrl-C reaches it through the trap alone, as a second signal kills
+    set -m # a process group of its own: Ctrl-C reaches it only through the trap, because a second signal kills
     "${process[@]}" &
     set +m
     pids+=($!)
@@ -51,7 +51,7 @@ run_all() {
   for i in "${!pids[@]}"; do
     ended=0
     wait "${pids[i]}" || ended=$?
-    while kill -0 "${pids[i]}" 2>/dev/null; do # a trap ends a wait
+    while kill -0 "${pids[i]}" 2>/dev/null; do # a trap interrupts a wait
       ended=0
       wait "${pids[i]}" || ended=$?
     done
@@ -76,7 +76,7 @@ while :; do
   run_all
   [ "$status" != 0 ] || break
   if [ "$stopped" = yes ]; then say "stopped; the same command goes on"; exit 130; fi
-  [ "$status" != 2 ] || fail "fastvlm train does not understand its flags, see above"
+  [ "$status" != 2 ] || fail "fastvlm train does not understand its flags (see above)"
   [ "$restarts" -lt "$MAX_RESTARTS" ] || fail "fastvlm train ended with status $status, after $MAX_RESTARTS restarts (MAX_RESTARTS)"
   restarts=$((restarts + 1))
   say "fastvlm train ended with status $status: restart $restarts of $MAX_RESTARTS"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# From a clone to a trained, evaluated, used and exported FastVLM on a plain two-core machine.
+# The quickstart: trains, evaluates, uses and exports a tiny FastVLM on an ordinary two-core machine. docs/quickstart.md
+# shows and explains its results.
 #   bash launch/quickstart.sh [--steps N] [--questions N] [--output DIR]
-# --steps N        N steps a stage, without validation (default: the real run)
-# --questions N    at most N test questions (default: all 9,673)
-# --output DIR     where everything goes (default: runs/quickstart)
-# Interrupted, the same command goes on where it stopped. A finished run is kept: it is renamed, and a new one starts.
+# --steps N        trains each stage for N steps, without validation (default: the full stages)
+# --questions N    evaluates on at most N test questions (default: all 9,673)
+# --output DIR     folder for all results (default: runs/quickstart)
+# After an interruption, the same command resumes the run. A finished run is kept: it is renamed, and a new one starts.
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,7 +26,7 @@ case "$steps$questions" in *[!0-9]*) echo "quickstart: --steps and --questions t
 source launch/install.sh
 install demo
 export PATH="$PWD/.venv/bin:$PATH"
-# XLA takes and gives back one large buffer a step; in huge pages that costs a tenth of the time less.
+# XLA allocates and frees one large buffer per step; with huge pages a step takes a tenth less time.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 if [ -e "$output/summary.json" ]; then
@@ -34,7 +35,7 @@ if [ -e "$output/summary.json" ]; then
   echo "quickstart: the finished run is kept as $kept"
 fi
 mkdir -p "$output"
-# The seconds of interrupted runs count too.
+# SECONDS includes the time before an interruption.
 SECONDS=$(cat "$output/seconds" 2>/dev/null || echo 0)
 trap 'echo "$SECONDS" >"$output/seconds"' EXIT
 

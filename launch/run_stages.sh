@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# The whole recipe of FastVLM, one stage after the other; each starts from the weights of the one before.
+# Trains all stages of FastVLM's recipe, one after the other. Each stage starts from the weights of the stage before it.
 #   bash launch/run_stages.sh --size 0.5b --parent vision=DIR,llm=DIR --workdir DIR [--launcher tpu --settings FILE] [--dry_run]
 # --size SIZE         0.5b, 1.5b or 7b, or another size of the configs, with an encoder behind a comma if not FastViTHD
-# --parent MODEL      what the first stage starts from: an encoder and a language model, or a model that has both
-# --workdir DIR       each stage gets a folder in it, local or gs://BUCKET/...
-# --launcher NAME     local (the default), tpu, gke or slurm; --settings FILE is its settings file
-# --stages "A B"      only these, in the order below: --parent is then what the first of them starts from
-# --data_stage2 SET   665k, 1.1m (the default), 6.5m, 11.9m or 12.5m: conversations of stage 2
-# --config.KEY=VALUE  goes to every stage, as --config.data.root=gs://BUCKET/data
-# Stopped, the same command goes on where it was: finished stages are left out, an unfinished one starts from its last checkpoint.
-# Hours, chip-hours and memory of each stage on TPU slices, as estimated by the TPU compiler, stand in docs/preflight.md.
+# --parent MODEL      weights that the first stage starts from: an encoder and a language model, or a model with both
+# --workdir DIR       folder with a subfolder for each stage, local or gs://BUCKET/...
+# --launcher NAME     local (the default), tpu, gke or slurm
+# --settings FILE     settings file of the launcher
+# --stages "A B"      trains only these, in the order below; the first of them starts from --parent
+# --data_stage2 SET   conversations of stage 2: 665k, 1.1m (the default), 6.5m, 11.9m or 12.5m
+# --config.KEY=VALUE  goes to every stage, for example --config.data.root=gs://BUCKET/data
+# --dry_run           prints every command and every file, and runs and writes nothing
+# After a stop, the same command resumes: it skips finished stages, and an unfinished one resumes from its checkpoint.
+# docs/preflight.md has the TPU compiler's estimates of each stage's hours, chip-hours and memory on TPU slices.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 all="stage1_align stage15_pretrain stage2_instruct stage3_reason"
@@ -23,16 +25,17 @@ while [ $# -gt 0 ]; do
       printf -v "${1#--}" %s "$2"
       shift ;;
     --config.*=*) overrides+=("$1") ;;
-    *) misuse "unexpected $1; the first lines of $0 tell what there is" ;;
+    *) misuse "unexpected $1; the first lines of $0 list the flags" ;;
   esac
   shift
 done
 for name in size parent workdir; do [ -n "${!name}" ] || misuse "--$name is missing"; done
-for name in $stages; do case " $all " in *" $name "*) ;; *) misuse "unknown stage $name: choose of $all" ;; esac; done
+for name in $stages; do case " $all " in *" $name "*) ;; *) misuse "unknown stage $name: choose from $all" ;; esac; done
 case $launcher in local | tpu | gke | slurm) ;; *) misuse "unknown launcher $launcher: choose local, tpu, gke or slurm" ;; esac
 [ -n "$settings" ] || [ "$launcher" = local ] || misuse "--settings is missing: copy launch/settings/$launcher.env and fill it in"
 
-# A file beside the checkpoints says that a stage is finished. Without it nothing is lost: the trainer finds that all steps are done.
+# A stage is finished if its folder holds the file `finished`. Without that file nothing is lost: the trainer sees
+# that all steps are done.
 finished() {
   case $1 in
     gs://*) gcloud storage ls "$1/finished" >/dev/null 2>&1 ;;
@@ -47,7 +50,7 @@ finish() {
   esac
 }
 
-# stage NAME ARGUMENT: trains configs/NAME.py:ARGUMENT from $parent, and is the next one's parent.
+# stage NAME ARGUMENT: trains configs/NAME.py:ARGUMENT from $parent; its workdir becomes the parent of the next stage.
 stage() {
   case " $stages " in *" $1 "*) ;; *) return 0 ;; esac
   echo "== $1"
@@ -61,21 +64,22 @@ stage() {
   parent=$workdir/$1
 }
 
-# Stage 1: the projector alone learns, to put image features where the language model understands them.
-# 558K captions of LLaVA-1.5 at 256 px, 256 a step: about 2,200 steps at a rate of 1e-3, the shortest stage by far.
+# Stage 1 trains only the projector, so that it maps image features to where the language model understands them.
+# 558K captions of LLaVA-1.5 at 256 px, batch size 256: about 2,200 steps at a learning rate of 1e-3, the shortest stage
+# by far.
 stage stage1_align "$size"
 
-# Stage 1.5: all of it learns to read at 1024 px, the encoder's first time at this resolution.
-# 15M dense captions (CC3M and CC12M), 128 a step: about 117,000 steps at 2e-5, the longest stage. The paper also has the
-# shorter recipe of its Table 8: --stages "stage1_align stage2_instruct" --data_stage2 665k.
+# Stage 1.5 trains the whole model at 1024 px; the encoder sees this resolution for the first time.
+# 15M dense captions (CC3M and CC12M), batch size 128: about 117,000 steps at 2e-5, the longest stage. The paper's Table
+# 8 has a shorter recipe without it: --stages "stage1_align stage2_instruct" --data_stage2 665k.
 stage stage15_pretrain "$size"
 
-# Stage 2: all of it learns to follow instructions: questions about images, documents and charts.
-# 1.1M conversations by default, 128 a step: about 8,600 steps at 2e-5; 12.5M are about 98,000.
+# Stage 2 trains the whole model to follow instructions: questions about images, documents and charts.
+# 1.1M conversations by default, batch size 128: about 8,600 steps at 2e-5; 12.5M conversations are about 98,000 steps.
 stage stage2_instruct "$size/$data_stage2"
 
-# Stage 3: all of it learns to reason at length, as the released models do.
-# 10.6M conversations of MAmmoTH-VL with long answers, 128 a step: about 83,000 steps at 2e-5.
+# Stage 3 trains the whole model to reason at length, as the released models do.
+# 10.6M conversations of MAmmoTH-VL with long answers, batch size 128: about 83,000 steps at 2e-5.
 stage stage3_reason "$size"
 
 echo "== the model"

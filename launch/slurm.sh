@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains one stage on a Slurm cluster of NVIDIA GPUs, one process a GPU. Before the time limit, and when a node is lost, the
-# job goes back into the queue; it goes on from its last checkpoint.
+# Trains one stage on a Slurm cluster of NVIDIA GPUs, with one process per GPU. Before the time limit, and when a node
+# is lost, the job goes back into the queue; the run resumes from its last checkpoint.
 #   bash launch/slurm.sh --settings FILE --config configs/stage1_align.py:0.5b --workdir DIR [--dry_run] [--config.KEY=VALUE ...]
-# Interrupted here, the job goes on there; the same command follows it again. Stop it with scancel: it saves first.
+# Ctrl-C ends this script, not the job; the same command follows the job again. scancel stops the job: it saves first.
 set -euo pipefail
 launcher=slurm here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/common.sh"
@@ -25,11 +25,11 @@ check() {
   [ "$dry_run" = yes ] || [ -x "$VENV/bin/fastvlm" ] ||
     fail "there is no $VENV/bin/fastvlm: python3 -m venv $VENV && $VENV/bin/pip install -c requirements.txt -e '.[gpu]'"
   [ "$dry_run" = yes ] || mkdir -p "$run_workdir" "$LOG_DIR" 2>"$scratch/errors" ||
-    fail "cannot be made: $(tail -n 1 "$scratch/errors")"
+    fail "--workdir $workdir or LOG_DIR=$LOG_DIR cannot be made: $(tail -n 1 "$scratch/errors")"
 }
 
-# The batch script. USR1 comes two minutes before the time limit; the run is then asked to save, with the TERM that
-# scancel and preemption send too, and ends with status 130.
+# Prints the batch script. Slurm sends USR1 two minutes before the time limit. The script then sends TERM to the run, as
+# scancel and preemption do; the run saves and ends with status 130.
 batch() {
   cat <<END
 #!/usr/bin/env bash
@@ -71,6 +71,7 @@ exit \$status
 END
 }
 
+# Prints the ids of this run's jobs in the queue.
 queued() { squeue --me --noheader --name="$NAME" --format=%i; }
 
 say "checks"

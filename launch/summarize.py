@@ -7,8 +7,8 @@ from absl import app, flags
 
 from fastvlm_jax.metrics.writer import read_metrics
 
-RUN = flags.DEFINE_string("run", None, "folder of the run", required=True)
-TOTAL = flags.DEFINE_integer("seconds", None, "wall time of the whole run", required=True)
+RUN = flags.DEFINE_string("run", None, "folder of the quickstart run", required=True)
+TOTAL = flags.DEFINE_integer("seconds", None, "wall time of the whole run, seconds", required=True)
 
 
 def main(_):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains one stage on Cloud TPU: asks for slices as a queued resource, starts the run on every VM over ssh, follows it,
-# and gets new slices when these are lost. The run goes on from its last checkpoint.
+# Trains one stage on Cloud TPU: asks for slices as a queued resource, starts the run on every VM over ssh and follows
+# it. If slices are lost, it asks for new ones, and the run resumes from its last checkpoint.
 #   bash launch/tpu.sh --settings FILE --config configs/stage1_align.py:0.5b --workdir gs://BUCKET/DIR [--dry_run] [--config.KEY=VALUE ...]
-# Interrupted here, the run goes on there; the same command follows it again. docs/tpu.md tells all of it.
+# Ctrl-C ends this script, not the run; the same command follows the run again. docs/tpu.md explains every step.
 set -euo pipefail
 launcher=tpu here=$(dirname "${BASH_SOURCE[0]}")
 source "$here/common.sh"
@@ -34,7 +34,8 @@ check() {
   [ -z "$QUOTA" ] || check_quota
 }
 
-# Lines of ZONE,VALUE; the line without a zone is for all others. Counted as in the name of the accelerator type.
+# Compares the quota with the slices. gcloud prints lines of ZONE,VALUE; the line without a zone is for all other zones.
+# The quota counts chips or cores as the name of the accelerator type does.
 check_quota() {
   local wanted=$((${ACCELERATOR_TYPE##*-} * NUM_SLICES)) granted
   granted=$(ask "QUOTA=$QUOTA cannot be read: gcloud beta quotas info list --service=tpu.googleapis.com --project=$PROJECT" \
@@ -46,7 +47,7 @@ check_quota() {
     fail "quota $QUOTA in $ZONE is $granted and $NUM_SLICES x $ACCELERATOR_TYPE needs $wanted: ask for more at https://console.cloud.google.com/iam-admin/quotas?project=$PROJECT"
 }
 
-# The state of the queued resource: ACTIVE, SUSPENDED ...; NONE where there is none, UNKNOWN where nobody answers.
+# Prints the state of the queued resource: ACTIVE, SUSPENDED ...; NONE if there is none, UNKNOWN if gcloud fails.
 state() {
   if gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" "--format=value(state.state)" 2>"$scratch/errors"; then
     return
@@ -63,13 +64,13 @@ create() {
   [ "$SPOT" = no ] || options+=(--spot)
   [ -z "$SERVICE_ACCOUNT" ] || options+=(--service-account="$SERVICE_ACCOUNT")
   [ -z "$NETWORK" ] || options+=(--network="$NETWORK")
-  ask "the slices cannot be asked for" gcloud compute tpus queued-resources create "$NAME" "${where[@]}" "${shape[@]}" \
+  ask "the slices cannot be requested" gcloud compute tpus queued-resources create "$NAME" "${where[@]}" "${shape[@]}" \
     --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" "${options[@]}"
 }
 
 delete() { run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet; }
 
-# Returns when the slices are there: asks for them, waits, and asks again when they were lost.
+# Returns when the slices are ready: requests them, waits, and requests them again if they are lost.
 get_slices() {
   local now
   if [ "$dry_run" = yes ]; then
@@ -90,17 +91,18 @@ get_slices() {
   done
 }
 
+# count_restart REASON: counts one more restart; fails if that exceeds MAX_RESTARTS.
 count_restart() {
   restarts=$((restarts + 1))
   [ "$restarts" -le "$MAX_RESTARTS" ] ||
-    fail "$1, after $MAX_RESTARTS restarts (MAX_RESTARTS); slices that are left cost: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force"
+    fail "$1, after $MAX_RESTARTS restarts (MAX_RESTARTS); slices that still exist cost money, delete them: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force"
   say "$1: restart $restarts of $MAX_RESTARTS"
 }
 
-# ssh NODE WORKERS COMMAND
+# ssh_to NODE WORKERS COMMAND: runs a command on these VMs of a slice.
 ssh_to() { run gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" --worker="$2" --command="$3"; }
 
-# What every VM runs: the container, unless it is at work already.
+# Prints the script that every VM runs: it starts the container unless this run is in progress there.
 start_script() {
   cat <<END
 #!/usr/bin/env bash
@@ -120,6 +122,7 @@ sudo docker run --detach --name=fastvlm --init --privileged --net=host --stop-ti
 END
 }
 
+# Copies the script to every VM and runs it.
 start() {
   local node file=${scratch:-SCRATCH}/fastvlm_start.sh
   start_script | write "$file"
@@ -129,7 +132,7 @@ start() {
   done
 }
 
-# Shows the first VM's output until the run ends; sets `status`, empty where the VM cannot be reached.
+# Shows the output of the first VM until the run ends. Sets `status`: the exit status; empty if the VM is unreachable.
 follow() {
   ssh_to "${nodes[0]}" 0 "sudo docker logs --follow --tail=20 fastvlm" || true
   status=$(ssh_to "${nodes[0]}" 0 "sudo docker wait fastvlm" | tail -n 1) || true
@@ -144,7 +147,7 @@ stop_all() {
 
 say "checks"
 check
-trap 'say "the run goes on; the same command follows it again, docs/tpu.md tells how to stop it"; exit 130' INT TERM
+trap 'say "the run goes on; the same command follows it again; docs/tpu.md, step 7, says how to stop it"; exit 130' INT TERM
 restarts=0
 while :; do
   say "slices"
@@ -159,8 +162,8 @@ while :; do
   follow
   case $status in
     0) break ;;
-    2) stop_all; fail "fastvlm train does not understand its flags (see above); slices that are left cost: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force" ;;
-    '') say "the connection is lost"; sleep "$POLL_SECONDS" ;; # a preempted VM, or this machine's network
+    2) stop_all; fail "fastvlm train does not understand its flags (see above); slices that still exist cost money, delete them: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force" ;;
+    '') say "the connection is lost"; sleep "$POLL_SECONDS" ;; # the VM was preempted, or this machine is offline
     *) count_restart "fastvlm train ended with status $status"; stop_all ;;
   esac
 done

@@ -1,3 +1,5 @@
+"""Generation: KV-cache decoding equals the full forward pass, prompts that do not fit are refused, and sampling."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ QUESTIONS = ["what color is the shape?", "is there a red triangle in the image o
 def model_and_rest(easy_vqa):
     model = fastvlm.build(**small_config(easy_vqa).model.to_dict())
     variables = jax.jit(lambda: nn.unbox(fastvlm.init_variables(model, jax.random.key(3))))()
-    # Sharp attention and strong mixing: at the initial scale a position off by one would not change any answer.
+    # Larger weights make attention sharp: at the initial scale a position off by one would not change any answer.
     layers = variables["params"]["llm"]["layers"]
     for name, factor in (("q", 5), ("k", 5), ("v", 3), ("o", 3)):
         layers[name]["kernel"] *= factor
@@ -30,7 +32,7 @@ def images(count):
 
 
 def test_cached_decoding_equals_the_full_forward_at_every_step(model_and_rest):
-    """Rows of different lengths, each continued greedily by running the whole row again for every new token."""
+    """The reference continues each row greedily by running the whole row again for every new token."""
     model, variables, processor = model_and_rest
     batch = processor(images(3), QUESTIONS)
     got = np.asarray(generate_tokens(model, variables, batch, jax.random.key(0), max_tokens=6, end=511))
@@ -87,7 +89,7 @@ def test_temperature_zero_takes_the_most_likely_token():
 
 
 def test_top_p_draws_only_from_the_smallest_set_of_that_probability():
-    """Probabilities 0.5, 0.3, 0.15, 0.05: 0.7 needs the first two, 0.8 exactly those, 0.81 a third."""
+    """Of probabilities 0.5, 0.3, 0.15, 0.05, top_p=0.7 needs the first two, 0.8 exactly these two, 0.81 a third."""
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     keys = jax.random.split(jax.random.key(0), 2000)
     assert set(np.asarray(jax.vmap(lambda key: sample(logits, key, 1.0, 0.7)[0])(keys)).tolist()) == {0, 1}
@@ -95,7 +97,7 @@ def test_top_p_draws_only_from_the_smallest_set_of_that_probability():
 
 
 def test_temperature_sharpens_the_distribution():
-    """At temperature 0.5 the odds of 0.6 : 0.4 become 0.36 : 0.16, so 69.2 % of the draws are the first."""
+    """At temperature 0.5 the odds 0.6 : 0.4 become 0.36 : 0.16, so 69.2 % of the samples are the first token."""
     logits = jnp.log(jnp.array([[0.6, 0.4]]))
     keys = jax.random.split(jax.random.key(1), 4000)
     share = np.mean(np.asarray(jax.vmap(lambda key: sample(logits, key, 0.5, 1.0)[0])(keys)) == 0)

@@ -1,4 +1,4 @@
-"""Models put together from parts, and weights read by slices."""
+"""Tests of models assembled from parts, and of weights read in slices."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from fastvlm_jax.train_state import state_of
 
 
 class Recorded:
-    """A stored matrix that remembers how many of its rows and columns were asked for at a time."""
+    """Holds a stored matrix and records the shape of each part that is read."""
 
     def __init__(self, array):
         self.array, self.asked = array, []
@@ -35,7 +35,7 @@ class Recorded:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(config, model, its random variables, folder of its tower, folder of a language model of transformers)."""
+    """(config, model, its random variables, native folder of its tower, transformers folder of its language model)."""
     root = tmp_path_factory.mktemp("parts")
     config = small_config("unused", model__vision__batch_norm="frozen")
     config.model.llm.vocab_size = 320
@@ -72,7 +72,7 @@ def test_stage_starts_from_parts_and_initializes_the_projector(whole, mesh_shape
     config, model, variables, tower, language_model = whole
     state, abstract = state_from(config, model, f"vision={tower},llm={language_model}", mesh_shape)
     for part in ("vision", "llm"):
-        dtype = np.float32 if part == "vision" else ml_dtypes.bfloat16  # as each was stored
+        dtype = np.float32 if part == "vision" else ml_dtypes.bfloat16  # the stored dtype of each part
         expected = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype).astype(np.float32), variables["params"][part])
         jax.tree.map(np.testing.assert_array_equal, state.params[part], expected)
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats["vision"], variables["batch_stats"]["vision"])
@@ -109,7 +109,7 @@ def test_wrong_parts_are_named(whole, source, message):
 
 
 def test_each_device_reads_its_part_of_a_stored_matrix():
-    """Stored [O, I] = [48, 64], ours [64, 48] in 8 shards of 8 rows: 8 of the 64 stored columns at a time."""
+    """Stored as [O, I] = [48, 64], ours is [64, 48] in 8 shards of 8 rows: each reads 8 of the 64 stored columns."""
     stored = Recorded(np.random.default_rng(0).standard_normal((48, 64)).astype(ml_dtypes.bfloat16))
     leaf = Leaf((stored,), LINEAR, (64, 48), np.dtype(ml_dtypes.bfloat16), stacked=False)
     mesh = sharding.make_mesh((1, 1, 8, 1))
@@ -119,7 +119,7 @@ def test_each_device_reads_its_part_of_a_stored_matrix():
 
 
 def test_each_device_reads_its_layers_of_a_stack():
-    """Four stacked layers in two shards: no device asks for the other's layers."""
+    """Four stacked layers in two shards: a device does not read the layers of the other."""
     layers = tuple(Recorded(np.full((3, 5), i, np.float32)) for i in range(4))
     leaf = Leaf(layers, LINEAR, (4, 5, 3), np.dtype(np.float32), stacked=True)
     part = leaf[2:4, 1:3]
@@ -128,7 +128,7 @@ def test_each_device_reads_its_layers_of_a_stack():
 
 
 def test_what_an_earlier_run_recomputed_is_not_of_the_model(whole, tmp_path):
-    """Runs used to say true or false where a policy's name stands now."""
+    """Older runs stored true or false under `remat`, which now holds the name of a policy."""
     shutil.copytree(whole[3], tmp_path / "tower")
     file = tmp_path / "tower/config.json"
     settings = json.loads(file.read_text())

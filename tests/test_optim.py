@@ -28,7 +28,7 @@ def test_a_parameter_without_a_pattern_is_an_error():
 
 
 def test_a_pattern_without_a_parameter_is_an_error():
-    with pytest.raises(ValueError, match=r"pattern 'projector/\.\*' takes no parameter"):
+    with pytest.raises(ValueError, match=r"pattern 'projector/\.\*' matches no parameter"):
         optim.assign(PARAMS, (("projector/.*", 1e-3, 0.0), (".*", 1e-3, 0.0)))
 
 

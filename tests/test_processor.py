@@ -94,7 +94,7 @@ def test_unknown_template_is_refused(processor):
         Processor(processor.tokenizer, "v1", 64, 1)
 
 
-# Each template with a tokenizer that has its marks.
+# Each template with a tokenizer that has its special tokens.
 PAIRS = [
     ("qwen_2", "sentencepiece_file"),
     ("qwen_2", "json_file"),
@@ -132,7 +132,7 @@ def test_the_id_that_ends_an_answer(sentencepiece_file, llama_file):
 
 
 def test_a_model_of_text_alone_refuses_images(sentencepiece_file):
-    with pytest.raises(ValueError, match="this model reads text alone"):
+    with pytest.raises(ValueError, match="this model is text-only but was given an image"):
         Processor(load_tokenizer(sentencepiece_file), "chatml", 0, 0)(photo(9, 9), "no")
 
 
@@ -172,7 +172,7 @@ def test_tokens_of_an_image_come_from_the_caller_where_given(processor, tmp_path
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_folder_as_transformers_publishes_fastvlm(json_file, nested, tmp_path):
-    """Its conversion script: CLIPImageProcessor, LlavaProcessor with patch_size 64, a chat template of its own."""
+    """As its conversion script writes it: CLIPImageProcessor, LlavaProcessor with patch_size 64, its chat template."""
     load_tokenizer(json_file).save(tmp_path)
     side = {"height": 256, "width": 256}
     image = CLIPImageProcessorPil(

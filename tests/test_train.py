@@ -197,7 +197,7 @@ def test_a_run_goes_on_where_its_folders_are_mounted_elsewhere(tmp_path):
         (dict(data__path=""), "data.path is empty"),
         (dict(data__image_size=20), "data.image_size=20: image size 20x20 must be a multiple of 8"),
         (dict(groups=(("llm/.*", 1e-3, 0.0),)), "no pattern matches parameter"),
-        (dict(groups=((".*", 1e-3, 0.0), ("lmm/.*", 1e-3, 0.0))), "'lmm/.*' takes no parameter"),
+        (dict(groups=((".*", 1e-3, 0.0), ("lmm/.*", 1e-3, 0.0))), "'lmm/.*' matches no parameter"),
         (
             dict(groups=(("vision/.*", 0.0, 0.0), (".*", 1e-3, 0.0))),
             "groups freeze the encoder, but its statistics move",

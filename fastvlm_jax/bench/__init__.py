@@ -1,0 +1,1 @@
+"""Benchmarks: the training input against PyTorch, loading of weights, and the depthwise convolution."""

@@ -1,4 +1,4 @@
-"""The PyTorch contestants of input.py: dataloader_torch.py in processes of their own."""
+"""Starts the PyTorch contestants of input.py: dataloader_torch.py, in separate processes."""
 
 import contextlib
 import importlib.util
@@ -16,8 +16,8 @@ from fastvlm_jax.images.header import read_header
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.conversation import TEMPLATES
 
-_BATCH = 8
-_NEEDS = {
+_BATCH = 8  # records per batch
+_REQUIRED = {  # packages that each contestant imports
     "dataloader_pillow": ("torch", "transformers"),
     "dataloader_torchvision": ("torch", "transformers", "torchvision"),
 }
@@ -26,29 +26,35 @@ _NEEDS = {
 def start_dataloaders(
     stack: contextlib.ExitStack, build: BatchBuilder, records: Sequence[Record], workers: int
 ) -> tuple[dict[str, Callable[[float], float]], dict[str, str]]:
-    """Starts what can be compared on the files of `records`; `stack` ends it.
+    """Starts the contestants that can be compared on the images of `records`.
+
+    Args:
+      stack: exit stack that ends the processes.
+      build: builder of the pipeline's batches, whose processor and sizes the contestants share.
+      records: records to write as files for the contestants.
+      workers: worker processes of each DataLoader.
 
     Returns:
-      name -> a function that runs a DataLoader for some seconds and returns its images/s (ValueError if it fails), and
-      name -> why there is none.
+      Two dictionaries by name of the contestant. The first holds functions that run a DataLoader for some seconds and
+      return its images/s; they raise ValueError if it fails. The second holds the reason why a contestant is left out.
     """
     found, left_out = {}, {}
-    for name, needed in _NEEDS.items():
+    for name, needed in _REQUIRED.items():
         missing = [package for package in needed if importlib.util.find_spec(package) is None]
         if build.processor.grids or len(build.schedule.settings.buckets) > 1:
-            left_out[name] = "it makes images of one size, a view each"
+            left_out[name] = "it supports only one image size and no tiles"
         elif missing:
             left_out[name] = f"{missing[0]} is not installed"
-    if len(left_out) < len(_NEEDS):
+    if len(left_out) < len(_REQUIRED):
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastvlm-bench-")))
         _write_llava(folder, records, build.processor)
-        for name in (name for name in _NEEDS if name not in left_out):
+        for name in (name for name in _REQUIRED if name not in left_out):
             found[name] = _start(stack, folder, name.removeprefix("dataloader_"), build.processor, workers)
     return found, left_out
 
 
 def _write_llava(folder: pathlib.Path, records: Sequence[Record], processor: Processor) -> None:
-    """Records as files: images, train.json, the tokenizer and the template."""
+    """Writes records as files in LLaVA's format: images, train.json, the tokenizer and the template."""
     (folder / "images").mkdir()
     entries, template = [], TEMPLATES[processor.template]
     roles = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -69,6 +75,7 @@ def _write_llava(folder: pathlib.Path, records: Sequence[Record], processor: Pro
 
 
 def _start(stack, folder: pathlib.Path, backend: str, processor: Processor, workers: int) -> Callable[[float], float]:
+    """Starts the process of one contestant; returns the function that runs it for some seconds."""
     log = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
     flags = {
         "folder": folder, "backend": backend, "size": processor.image_size, "fit": processor.fit,

@@ -1,11 +1,11 @@
-"""The PyTorch side of `fastvlm bench input`: LLaVA's training data code with a DataLoader, in a process of its own.
+"""Runs the PyTorch side of `fastvlm bench input`: a DataLoader that processes data as LLaVA does, in its own process.
 
     python -m fastvlm_jax.bench.dataloader_torch --folder DIR --backend pillow|torchvision --size 1024 --workers 2
 
-DIR holds train.json (LLaVA's), images/, tokenizer/ and template.json. Each line on stdin, a number of seconds, is
-answered by a line of JSON: the images that came out and the seconds that it took. As LLaVA does it, an image is read
-with Pillow, padded to a square of the mean colour and given to CLIPImageProcessor, which makes float32 tensors; a
-conversation is tokenized whole, and once more in parts to find what is learnt.
+DIR holds train.json (in LLaVA's format), images/, tokenizer/ and template.json. Each line on stdin is a number of
+seconds to run; the answer is one line of JSON with the number of images and the seconds they took. As in LLaVA, an
+image is read with Pillow, padded to a square with the mean colour and passed to CLIPImageProcessor, which makes float32
+tensors. A conversation is tokenized as a whole, then again in parts to find the supervised tokens.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import time
 
 from PIL import Image
 
-IMAGE, IGNORE = -200, -100  # LLaVA's numbers for an image's place and for what is not learnt
+IMAGE, IGNORE = -200, -100  # LLaVA's ids of an image's place and of an unsupervised token
 MARK = "<image>"
 
 
 class Conversations:
-    """The entries of a LLaVA file, as tensors."""
+    """Holds the entries of a LLaVA file; each item is a dictionary of tensors."""
 
     def __init__(self, folder: pathlib.Path, processor, fit: str):
         import transformers
@@ -43,11 +43,13 @@ class Conversations:
         return {"images": torch.stack(images), "tokens": tokens, "labels": labels}
 
     def pixels(self, image: Image.Image):
+        """Returns an image as a float32 tensor [3, H, W], padded to a square if `fit` is "pad"."""
         if self.fit == "pad":
             image = expand2square(image, tuple(int(mean * 255) for mean in self.processor.image_mean))
         return self.processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
     def text(self, turns: list[dict[str, str]]) -> tuple:
+        """Returns the tokens of a conversation and its labels, which are IGNORE outside the answers."""
         import torch
 
         roles = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -66,6 +68,7 @@ class Conversations:
         return torch.tensor(tokens), torch.tensor(labels[: len(tokens)])
 
     def tokenize(self, text: str) -> list[int]:
+        """Returns the token ids of a text, with IMAGE for each "<image>"."""
         ids = []
         for i, part in enumerate(text.split(MARK)):
             ids += [IMAGE] * (i > 0) + self.tokenizer(part, add_special_tokens=False).input_ids
@@ -73,6 +76,7 @@ class Conversations:
 
 
 def expand2square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Pads an image on both sides to a square of `color`."""
     width, height = image.size
     if width == height:
         return image
@@ -83,6 +87,7 @@ def expand2square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 
 def collate(items: list[dict]) -> dict:
+    """Joins items to a batch: images are concatenated, tokens and labels padded on the right."""
     import torch
 
     pad = torch.nn.utils.rnn.pad_sequence
@@ -94,7 +99,7 @@ def collate(items: list[dict]) -> dict:
 
 
 def run(dataset: Conversations, batch: int, workers: int, seconds: float) -> dict[str, float]:
-    """Counts what comes out in `seconds` or a little more, after the first batches."""
+    """Runs the DataLoader for `seconds` or a little more, after two batches per worker; returns images and seconds."""
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
     sampler = RandomSampler(dataset, replacement=True, num_samples=1 << 30)
@@ -110,10 +115,10 @@ def run(dataset: Conversations, batch: int, workers: int, seconds: float) -> dic
 
 
 def register_missing_operators():
-    """Defines two operators that nothing here calls, where torchvision was built for another torch and lacks them.
+    """Defines two operators that a torchvision built for another torch needs when it is imported; nothing calls them.
 
     Returns:
-      The library that holds them, which has to be kept, or None.
+      The library that holds the operators, which the caller must keep alive, or None if they are not needed.
     """
     import torch
 

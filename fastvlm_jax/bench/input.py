@@ -1,12 +1,14 @@
-"""How fast the input is, and against what: `fastvlm bench input`.
+"""Times the training input and compares it with other ways to read the same images: `fastvlm bench input`.
 
-The contestants take turns, round after round, so that whatever else the machine does hits all of them:
+The contestants take turns, round after round, so that other work on the machine slows all of them:
 
     pipeline                 the Loader that training uses, up to batches on the devices
-    raw_files                reading, decoding and resizing of the same images as files, in as many bare threads
-    raw                      decoding and resizing of the same images alone, from memory, in as many bare threads
-    dataloader_pillow        a PyTorch DataLoader with LLaVA's processing of the same files, by Pillow
-    dataloader_torchvision   the same, by torchvision
+    raw_files                bare threads that read the same images as files, decode and resize them
+    raw                      bare threads that decode and resize the same images from memory
+    dataloader_pillow        a PyTorch DataLoader that processes the same files as LLaVA does, with Pillow
+    dataloader_torchvision   the same, with torchvision
+
+All of them use as many threads, or worker processes, as the Loader has threads.
 """
 
 import contextlib
@@ -46,13 +48,13 @@ NAMES = {
     "dataloader_pillow": "PyTorch DataLoader, Pillow processor",
     "dataloader_torchvision": "PyTorch DataLoader, torchvision processor",
 }
-_RAW_BYTES = 512 << 20  # encoded images held in memory for the other contestants
-_PATIENCE = 60  # seconds for a thread to end
-_AHEAD = 3  # batches that a Loader takes before it gives out the first
+_RAW_BYTES = 512 << 20  # bytes of encoded images held in memory for the other contestants
+_JOIN_SECONDS = 60  # timeout for a thread to end
+_AHEAD = 3  # batches that a Loader builds before it gives out the first
 
 
 class _Image(NamedTuple):
-    """An encoded image or the file that holds it, and the views that the model sees of it."""
+    """Holds an encoded image, or the file that contains it, and the size and tiles in which the model sees it."""
 
     data: bytes | pathlib.Path
     grid: Grid
@@ -65,25 +67,28 @@ def bench_input(
     """Times the training input of a config; see the module's docstring.
 
     Args:
-      config: a training config; `data.*` and `seed` count.
-      sharding: of the groups of a batch.
-      seconds: that each contestant is timed for, over all rounds and without its warm-up.
+      config: training config, of which `data.*` and `seed` count.
+      processor: processor of images and text.
+      sharding: sharding of the groups of a batch.
+      seconds: how long each contestant is timed over all rounds, without its warm-up.
 
     Returns:
-      `ratios` of the pipeline's images/s to the others' and `rates` (images/s), each with "median", "min", "max" over
-      the rounds; `tokens_per_second` of the pipeline; `parts`, ms of one thread for an image, with their "total";
-      `left_out`, name to reason; and what was timed: `data`, `image_size`, `groups`, `threads`, `rounds`, `seconds`.
+      A dictionary, JSON-ready: `rates` (images/s) and `ratios` of the pipeline's rate to the others', by contestant,
+      each with "median", "min" and "max" over the rounds; `tokens_per_second` of the pipeline, likewise; `parts`, the
+      milliseconds of one thread per image for each part, with their "total"; `left_out`, the reason by contestant; and
+      the setup: `data`, `image_size`, `groups`, `threads`, `cores`, `rounds`, `seconds`.
 
     Raises:
-      FileNotFoundError, ValueError: see `make_loader`; a split without images.
+      FileNotFoundError: there is no data; see `make_builder`.
+      ValueError: the config does not fit the data (see `make_builder`), or the first batches hold no image.
     """
     build, threads = make_builder(config.data, processor, "train", config.seed), max(config.data.num_threads, 1)
-    build = dataclasses.replace(build, cache=None)  # what fills it is timed
+    build = dataclasses.replace(build, cache=None)  # a cache would skip the decoding, which is timed here
     if not any(build.schedule.counts(build.schedule.batch(k))["images"] for k in range(threads)):
         raise ValueError("the first batches hold no image: there is no input to time")
     first, took = _AHEAD + threads, _run_pipeline(build, config, sharding, _AHEAD + threads, threads)
     blocks = max(1, round(seconds / ROUNDS / (took[2] or 1e-9)))
-    count = blocks * threads  # threads finish about together: whole rounds of them are counted
+    count = blocks * threads  # threads finish at about the same time: count batches of all of them
     images, records = _gather(build, range(first, first + count))
     rates: dict[str, list[float]] = {"pipeline": [], "raw_files": [], "raw": []}
     tokens = []
@@ -127,7 +132,7 @@ def bench_input(
 
 
 def describe(found: dict[str, Any]) -> str:
-    """Returns the result as a table, ratios first."""
+    """Formats the result as a table, ratios first."""
 
     def numbers(spread: dict[str, float], digits: int) -> str:
         median, low, high = (f"{spread[key]:.{digits}f}" for key in ("median", "min", "max"))
@@ -135,7 +140,7 @@ def describe(found: dict[str, Any]) -> str:
 
     lines = [
         f"{found['data']}, {found['image_size']} px, batches of {found['groups']} groups, {found['threads']} threads "
-        f"on {found['cores']} cores; medians of {found['rounds']} rounds, with the least and the most",
+        f"on {found['cores']} cores; medians of {found['rounds']} rounds (minimum to maximum)",
         "",
         f"{'':42}{'ratio':24}images/s",
     ]
@@ -149,7 +154,7 @@ def describe(found: dict[str, Any]) -> str:
             *lines,
             "",
             f"tokens/s: {numbers(found['tokens_per_second'], 0)}",
-            f"ms of one thread for an image: {parts}; in all {found['parts']['total']:.2f}",
+            f"milliseconds of one thread per image: {parts}; total {found['parts']['total']:.2f}",
         ]
     )
 
@@ -157,7 +162,7 @@ def describe(found: dict[str, Any]) -> str:
 def time_parts(
     build: BatchBuilder, config, sharding: jax.sharding.Sharding, batches: Sequence[int]
 ) -> dict[str, float]:
-    """Returns what one thread spends on each of PARTS, and in all, ms for an image: the builder's own code, timed."""
+    """Times the builder's own code in one thread; returns the ms per image for each of PARTS, and their "total"."""
     spent = dict.fromkeys(PARTS, 0.0)
     groups, images = list(range(config.data.groups)), 0
     loader = _open_loader(build, config, sharding, stop=0)
@@ -187,7 +192,7 @@ def time_parts(
 
 @contextlib.contextmanager
 def _timed(owner: Any, attribute: str, spent: dict[str, float], part: str) -> Iterator[None]:
-    """Adds what calls of a function take to `spent[part]`, by putting one with a clock in its place."""
+    """Adds the time of a function's calls to `spent[part]`, by replacing it with a timed version within the block."""
     function = getattr(owner, attribute)
 
     def with_clock(*args, **kwargs):
@@ -205,8 +210,8 @@ def _timed(owner: Any, attribute: str, spent: dict[str, float], part: str) -> It
 
 
 def _run_pipeline(build: BatchBuilder, config, sharding, first: int, count: int) -> tuple[int, int, float]:
-    """Images and tokens of the batches `first` to `first + count`, and the seconds that they took to come."""
-    processor_lib._segment.cache_clear()  # in training a text comes once an epoch
+    """Skips `first` batches; returns the images and tokens of the next `count`, and the seconds they took to arrive."""
+    processor_lib._segment.cache_clear()  # in training a text is tokenized once an epoch
     before = set(threading.enumerate())
     loader = _open_loader(build, config, sharding)
     try:
@@ -220,8 +225,8 @@ def _run_pipeline(build: BatchBuilder, config, sharding, first: int, count: int)
         flow = loader.flow()
     finally:
         loader.close()
-        for thread in set(threading.enumerate()) - before:  # they end what they have begun
-            thread.join(_PATIENCE)
+        for thread in set(threading.enumerate()) - before:  # they first finish the batches that they have begun
+            thread.join(_JOIN_SECONDS)
     return flow.images, flow.tokens, seconds
 
 
@@ -234,7 +239,7 @@ def _open_loader(build: BatchBuilder, config, sharding, stop: int | None = None)
 
 
 def _gather(build: BatchBuilder, batches: Sequence[int]) -> tuple[list[_Image], list[Record]]:
-    """The encoded images of batches, and their records, up to _RAW_BYTES."""
+    """Collects the encoded images of batches, and their records, up to _RAW_BYTES."""
     schedule, processor, images, records, held = build.schedule, build.processor, [], [], 0
     for k in batches:
         plan = schedule.batch(k)
@@ -259,7 +264,7 @@ def _as_files(images: Sequence[_Image], folder: pathlib.Path) -> list[_Image]:
 
 
 def _run_raw(build: BatchBuilder, images: Sequence[_Image], count: int) -> float:
-    """Images/s of `count` threads that do nothing but decode images and resize them, into memory of their own."""
+    """Returns the images/s of `count` threads that only read, decode and resize images, each into its own memory."""
     processor = build.processor
     shapes = [(slots_of(image.grid), image.size.height, image.size.width, 3) for image in images]
     memory = [np.zeros(max(map(np.prod, shapes)), np.uint8) for _ in range(count)]

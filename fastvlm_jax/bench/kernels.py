@@ -1,7 +1,7 @@
-"""Time both forms of the depthwise convolution on this machine: python -m fastvlm_jax.bench.kernels
+"""Times both forms of the depthwise convolution on this machine: python -m fastvlm_jax.bench.kernels
 
 Prints a markdown table of milliseconds: XLA's convolution against `depthwise_conv`, which on a CPU is the shifted form.
-The forms take turns call by call, so that other work on the machine slows both, and the median is shown.
+The forms take turns, call by call, so that other work on the machine slows both. Each time is a median.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 
 from fastvlm_jax.kernels import depthwise
 
-# (B, H, W, C), kernel size, stride, outputs a channel. The tiny tower at 64 px, then its larger maps at 128 px, then
+# (B, H, W, C), kernel size, stride, outputs per channel: the tiny tower at 64 px, then its larger maps at 128 px, then
 # maps of larger towers.
 SHAPES = [
     ((32, 32, 32, 16), 3, 2, 1),
@@ -37,12 +37,13 @@ SHAPES = [
 
 
 def forward_and_backward(conv, x, kernel, dy):
+    """Returns the output of `conv` and the gradients of its input and kernel."""
     y, vjp = jax.vjp(conv, x, kernel)
     return y, vjp(dy)
 
 
 def milliseconds(shape, k, stride, multiplier, rounds=9):
-    """Median ms of [convolution forward, depthwise_conv forward, convolution both, depthwise_conv both]."""
+    """Returns the median ms of [conv forward, depthwise_conv forward, conv both passes, depthwise_conv both passes]."""
     convs = [
         functools.partial(depthwise._conv, stride=stride, padding=((k // 2, k // 2),) * 2),
         functools.partial(depthwise.depthwise_conv, stride=stride),
@@ -55,7 +56,7 @@ def milliseconds(shape, k, stride, multiplier, rounds=9):
     calls = [functools.partial(jax.jit(conv), x, kernel) for conv in convs]
     calls += [functools.partial(jax.jit(conv), x, kernel, dy) for conv in both]
     times = [[] for _ in calls]
-    for _ in range(rounds + 1):  # the first compiles
+    for _ in range(rounds + 1):  # the first round compiles
         for call, seconds in zip(calls, times, strict=True):
             start = time.perf_counter()
             jax.block_until_ready(call())

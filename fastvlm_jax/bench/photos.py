@@ -1,11 +1,11 @@
-"""A data set to time the input with: JPEGs of 2048x1536, 1024x768 and 640x480 in equal parts, with conversations.
+"""Makes a data set for timing the input: JPEGs of 2048x1536, 1024x768 and 640x480 in equal parts, with conversations.
 
     python -m fastvlm_jax.bench.photos --output DIR [--count 1000] [--photos FOLDER ...]
 
-Each image is a mosaic of cut-outs, 512 pixels wide, of real photos: so large ones hold as much detail a pixel as small
-ones. The photos are those of scikit-image and scikit-learn, from wherever they are installed (`pip install --target
-FOLDER scikit-image scikit-learn` keeps them out of this environment: then pass --photos FOLDER). The conversations have
-the lengths of LLaVA's. DIR gets photos/, train.json (as LLaVA's are) and shards/.
+Each image is a mosaic of cut-outs from real photos, 512 pixels wide, so that large images have as much detail per pixel
+as small ones. The photos come with scikit-image and scikit-learn, wherever they are installed. To keep these packages
+out of this environment, use `pip install --target FOLDER scikit-image scikit-learn` and pass --photos FOLDER. The
+conversations are as long as LLaVA's. DIR gets photos/, train.json (in LLaVA's format) and shards/.
 """
 
 import importlib.util
@@ -20,15 +20,17 @@ from absl import app, flags
 from fastvlm_jax.data import write
 from fastvlm_jax.data.readers import Options
 
-OUTPUT = flags.DEFINE_string("output", None, "folder to make", required=True)
-COUNT = flags.DEFINE_integer("count", 1000, "images", lower_bound=1)
-PHOTOS = flags.DEFINE_multi_string("photos", [], "folder searched for photos; repeat it for several")
-DIVIDE = flags.DEFINE_integer("divide", 1, "sides of the images are divided by this, for quick tries", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "folder to write", required=True)
+COUNT = flags.DEFINE_integer("count", 1000, "number of images", lower_bound=1)
+PHOTOS = flags.DEFINE_multi_string(
+    "photos", [], "folder to search for photos, once per folder; by default the installed packages"
+)
+DIVIDE = flags.DEFINE_integer("divide", 1, "divisor of the image sides, for quick trials", lower_bound=1)
 
 SIZES = ((2048, 1536), (1024, 768), (640, 480))
 PIECE = 512, 384
 QUALITY = 90
-# Photos among the packages' pictures.
+# The packages' pictures that are photos.
 NAMES = (
     "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
     "motorcycle_right.png", "retina.jpg", "rocket.jpg", "china.jpg", "flower.jpg",
@@ -43,10 +45,10 @@ WORDS = re.findall(
 
 
 def find_photos(folders: list[str]) -> list[PIL.Image.Image]:
-    """The photos in folders, by default those of the installed packages.
+    """Reads the photos in folders, by default those of the installed packages.
 
     Raises:
-      FileNotFoundError: there are none.
+      FileNotFoundError: there is no photo; the message says how to get some.
     """
     if not folders:
         found = [importlib.util.find_spec(name) for name in ("skimage", "sklearn")]
@@ -54,20 +56,20 @@ def find_photos(folders: list[str]) -> list[PIL.Image.Image]:
     paths = sorted(path for folder in folders for path in pathlib.Path(folder).rglob("*") if path.name in NAMES)
     if not paths:
         raise FileNotFoundError(
-            "no photos: `pip install --target FOLDER scikit-image scikit-learn`, then pass --photos FOLDER"
+            "found no photos: run `pip install --target FOLDER scikit-image scikit-learn`, then pass --photos FOLDER"
         )
     photos = [PIL.Image.open(path).convert("RGB") for path in paths]
     return [grown(photo) for photo in photos]
 
 
 def grown(photo: PIL.Image.Image) -> PIL.Image.Image:
-    """The photo, enlarged if a cut-out would not fit."""
+    """Returns the photo, enlarged if a cut-out would not fit into it."""
     scale = max(1.0, PIECE[0] / photo.width, PIECE[1] / photo.height)
     return photo.resize((round(photo.width * scale), round(photo.height * scale)), PIL.Image.Resampling.BICUBIC)
 
 
 def mosaic(photos: list[PIL.Image.Image], size: tuple[int, int], draw: random.Random) -> PIL.Image.Image:
-    """An image of `size`, (width, height), of cut-outs."""
+    """Returns an image of `size` (width, height), composed of random cut-outs."""
     image = PIL.Image.new("RGB", size)
     for top in range(0, size[1], PIECE[1]):
         for left in range(0, size[0], PIECE[0]):
@@ -78,7 +80,7 @@ def mosaic(photos: list[PIL.Image.Image], size: tuple[int, int], draw: random.Ra
 
 
 def conversation(draw: random.Random) -> list[dict[str, str]]:
-    """Some questions with short and long answers."""
+    """Returns turns in LLaVA's format: one to eight questions, with short and long answers."""
     turns = []
     for i in range(draw.choice((1, 1, 3, 5, 8))):
         question = " ".join(draw.choices(WORDS, k=draw.randint(5, 12))).capitalize() + "?"

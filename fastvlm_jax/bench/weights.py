@@ -1,9 +1,9 @@
-"""Time to read Qwen2-0.5B (random weights, stored in bfloat16, wanted in float32), ours and that of transformers.
+"""Times how long this package and transformers take to read Qwen2-0.5B: random bfloat16 weights, read as float32.
 
     python -m fastvlm_jax.bench.weights [--rounds 5] [--folder DIR]
 
-Both read the same file, warm in the page cache, in processes of their own and in turn; every element is touched. The
-clock starts when the libraries are imported.
+Both read the same file, warm in the page cache, each in a process of its own, and take turns; every element is touched.
+The clock starts after the libraries are imported.
 """
 
 import json
@@ -14,8 +14,8 @@ import tempfile
 
 from absl import app, flags
 
-ROUNDS = flags.DEFINE_integer("rounds", 5, "of each, in turn; medians are printed", lower_bound=1)
-FOLDER = flags.DEFINE_string("folder", None, "model directory to read; by default one is made and removed")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "runs of each, which take turns; medians are printed", lower_bound=1)
+FOLDER = flags.DEFINE_string("folder", None, "model directory to read; by default one is made, then removed")
 
 OURS = """
 import time, jax, jax.numpy as jnp
@@ -28,7 +28,7 @@ variables = jax.block_until_ready(read_tree(variables, put=jax.device_put))
 seconds = time.perf_counter() - start
 assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
 """
-# torchvision may be built for another torch: transformers only looks for these names.
+# A torchvision built for another torch lacks these operators; transformers only needs their names.
 IMPORTS = """
 import torch
 library = torch.library.Library("torchvision", "DEF")
@@ -55,7 +55,7 @@ seconds = 0
 
 
 def seconds(code: str, folder: str) -> float:
-    """Runs a snippet in a fresh process."""
+    """Runs a snippet in a new process and returns the seconds that it measured."""
     program = f"FOLDER = {folder!r}\n{code}\nprint('seconds', seconds)"
     out = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(out.split()[-1])

@@ -1,4 +1,4 @@
-"""The commands of `fastvlm`: flags in, one call, exit status out. One file a family of commands."""
+"""Runs the commands of `fastvlm`: flags in, one call, exit status out. Each family of commands has a file."""
 
 import logging
 import os
@@ -24,10 +24,14 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the command; what a user can cause ends in one line on stderr and exit status 1 (2 for wrong usage)."""
+    """Runs the command of the command line.
+
+    An error that a user can cause ends in one line on stderr and exit status 1 (2 for wrong usage); FASTVLM_TRACEBACK=1
+    shows where it arose. Ctrl-C ends in exit status 130.
+    """
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.WARNING)
-    flags.FLAGS.mark_as_parsed()  # the commands parse their own; absl's would make every log begin with a warning
+    flags.FLAGS.mark_as_parsed()  # each command parses its own; absl would warn about its unparsed ones in every log
     logging.getLogger("jax").setLevel(logging.ERROR)
     xla_flags.silence_libtpu()
     argv = sys.argv[1:]
@@ -46,12 +50,12 @@ def main() -> None:
         if os.environ.get("FASTVLM_TRACEBACK"):
             raise
         message = str(error).strip()
-        if "Traceback" in message:  # an error in a config file, which the flag library quotes whole
+        if "Traceback" in message:  # the flag library quotes the whole traceback of an error in a config file
             message = message.splitlines()[-1]
         if full:
             message = (
-                f"a device's memory is too small ({message.splitlines()[0][:200]}); a larger accumulate, remat, or a "
-                "slice with more chips: fastvlm preflight tells what fits"
+                f"a device's memory is too small ({message.splitlines()[0][:200]}): raise accumulate, choose another "
+                "remat, or take a slice with more chips; fastvlm preflight estimates what fits"
             )
         print(f"fastvlm {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, flags.Error) else 1) from None

@@ -1,4 +1,4 @@
-"""What the commands share: the usage, flags parsed, JSON written."""
+"""Holds what the commands share: the usage text, the parsing of flags, the writing of JSON."""
 
 import json
 import pathlib
@@ -24,13 +24,22 @@ GGUF file, or parts of a model from several places: vision=DIR,llm=DIR[,projecto
 
 
 def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (), positional: str = "") -> list[str]:
-    """Parses the flags of a command and returns its positional arguments."""
+    """Parses the flags of a command into `fv` and returns its positional arguments; --help prints them and exits.
+
+    Args:
+      argv: the command's name, then its arguments.
+      required: flags that must be given.
+      positional: name of the positional arguments; "" refuses any.
+
+    Raises:
+      ValueError, flags.Error: an unknown, missing or malformed argument; the message names it.
+    """
     if {"--help", "-h"} & set(argv):
         print(f"{USAGE}\n\nflags:{fv.get_help()}")
         raise SystemExit(0)
     try:
         rest = fv(argv)[1:]
-    except (AttributeError, KeyError, TypeError) as error:  # a key that the config does not have, or of another type
+    except (AttributeError, KeyError, TypeError) as error:  # the config lacks the key, or its value has another type
         raise ValueError(f"--config: {str(error).strip().splitlines()[0]}") from error
     if rest and not positional:
         raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
@@ -52,7 +61,10 @@ def to_json(content: dict, path: str | None) -> str:
 
 
 def define_config(fv: flags.FlagValues, argv: list[str], help: str = "config file, FILE.py or FILE.py:ARG") -> None:
-    """The flag --config, and --config.KEY for what it overrides; it imports the file, which may import jax."""
+    """Defines the flag --config and, for the keys it overrides, --config.KEY.
+
+    Parsing it imports the config file, which may import jax: set XLA's environment before.
+    """
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, help, flag_values=fv, sys_argv=argv)

@@ -1,4 +1,4 @@
-"""`fastvlm bench`: benchmarks of this machine."""
+"""Runs `fastvlm bench`: benchmarks of this machine."""
 
 from absl import flags
 
@@ -6,7 +6,7 @@ from fastvlm_jax.cli.arguments import USAGE, define_config, parse, to_json
 
 
 def bench(argv: list[str]) -> None:
-    """fastvlm bench"""
+    """Times the training input of a config against other ways to read the same images."""
     if len(argv) < 2 or argv[1] != "input":
         if {"--help", "-h"} & set(argv):
             print(USAGE)
@@ -14,7 +14,7 @@ def bench(argv: list[str]) -> None:
         raise ValueError(f"unknown command {(argv[1] if len(argv) > 1 else '')!r}: `fastvlm bench` has input")
     fv, argv = flags.FlagValues(), argv[1:]
     define_config(fv, argv)
-    flags.DEFINE_float("seconds", 20.0, "that each contestant is timed for", lower_bound=0.1, flag_values=fv)
+    flags.DEFINE_float("seconds", 20.0, "time that each contestant runs for, s", lower_bound=0.1, flag_values=fv)
     flags.DEFINE_string("output", None, "JSON file for the result", flag_values=fv)
     parse(fv, argv, required=("config",))
     from fastvlm_jax import sharding

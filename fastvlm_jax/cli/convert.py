@@ -1,4 +1,4 @@
-"""`fastvlm convert`: a model from one layout to another."""
+"""Runs `fastvlm convert`: a model goes from one layout to another."""
 
 import pathlib
 
@@ -8,9 +8,9 @@ from fastvlm_jax.cli.arguments import parse
 
 
 def convert(argv: list[str]) -> None:
-    """fastvlm convert"""
+    """Writes a model, or one put together from parts, in another layout."""
     fv = flags.FlagValues()
-    flags.DEFINE_string("source", None, "model to convert, or parts of it; layouts are recognised", flag_values=fv)
+    flags.DEFINE_string("source", None, "model to convert, or its parts; the layout is recognised", flag_values=fv)
     flags.DEFINE_string("target", None, "folder to write", flag_values=fv)
     flags.DEFINE_enum(
         "layout", "native", ["native", "hf", "llava", "timm", "openclip"], "layout to write", flag_values=fv
@@ -19,11 +19,11 @@ def convert(argv: list[str]) -> None:
         "dtype",
         None,
         ["float32", "bfloat16", "float16"],
-        "of the stored weights; as they are by default",
+        "dtype of the stored weights; default: as in the source",
         flag_values=fv,
     )
     flags.DEFINE_bool("fold", False, "fold the encoder's training form (hf and llava always do)", flag_values=fv)
-    flags.DEFINE_bool("overwrite", False, "replace a model that is there", flag_values=fv)
+    flags.DEFINE_bool("overwrite", False, "replace the model at the target", flag_values=fv)
     parse(fv, argv, required=("source", "target"))
     from fastvlm_jax import convert, model_io
 

@@ -1,4 +1,4 @@
-"""`fastvlm data`: data sets written, inspected, made."""
+"""Runs `fastvlm data`: data sets are written, inspected and fetched."""
 
 from absl import flags
 
@@ -6,7 +6,7 @@ from fastvlm_jax.cli.arguments import USAGE, define_config, parse
 
 
 def data(argv: list[str]) -> None:
-    """fastvlm data"""
+    """Runs the command behind `fastvlm data`."""
     commands = {"write": write_data, "inspect": inspect_data, "easy-vqa": easy_vqa_data}
     if len(argv) < 2 or argv[1] not in commands:
         if {"--help", "-h"} & set(argv):
@@ -18,25 +18,37 @@ def data(argv: list[str]) -> None:
 
 
 def write_data(argv: list[str]) -> None:
-    """fastvlm data write"""
+    """Writes a source of any format as shards, and prints how many records and rejected entries there are."""
     from fastvlm_jax.data import readers
 
     fv = flags.FlagValues()
     flags.DEFINE_string("source", None, "file or folder to read, local or gs://", flag_values=fv)
     flags.DEFINE_string("output", None, "folder for the shards", flag_values=fv)
-    flags.DEFINE_enum("format", "auto", ["auto", *readers.READERS], "of the source", flag_values=fv)
-    flags.DEFINE_string("images", "", "folder that image names in the source start from", flag_values=fv)
-    flags.DEFINE_string("questions", None, "text file, a question a line: asked about captions", flag_values=fv)
-    flags.DEFINE_string("split", "train", "that the records go to", flag_values=fv)
-    flags.DEFINE_string("source_split", None, "of a source that has several; --split by default", flag_values=fv)
-    flags.DEFINE_float("validation_share", 0.0, "of the records, to the split validation", flag_values=fv)
-    flags.DEFINE_integer("max_side", 0, "shrink larger images to this side, pixels; 0 = none", flag_values=fv)
-    flags.DEFINE_integer("quality", 92, "of JPEGs that are shrunk", flag_values=fv)
-    flags.DEFINE_integer("shard_mb", 256, "size of a shard, MB", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("workers", 0, "processes; 0 = one a core", lower_bound=0, flag_values=fv)
+    flags.DEFINE_enum(
+        "format", "auto", ["auto", *readers.READERS], "format of the source; auto recognises it", flag_values=fv
+    )
+    flags.DEFINE_string(
+        "images", "", "folder that image names in the source are relative to; default: the source's own", flag_values=fv
+    )
+    flags.DEFINE_string(
+        "questions", None, "text file with a question a line; one is asked about each caption", flag_values=fv
+    )
+    flags.DEFINE_string("split", "train", "split that the records are written to", flag_values=fv)
+    flags.DEFINE_string(
+        "source_split", None, "split to read of a source that has several; default: --split", flag_values=fv
+    )
+    flags.DEFINE_float(
+        "validation_share", 0.0, "fraction of the records that go to the split validation instead", flag_values=fv
+    )
+    flags.DEFINE_integer(
+        "max_side", 0, "longest side of an image, pixels; larger images are shrunk to it; 0 = no limit", flag_values=fv
+    )
+    flags.DEFINE_integer("quality", 92, "JPEG quality of images that are shrunk", flag_values=fv)
+    flags.DEFINE_integer("shard_mb", 256, "size at which a shard ends, MB", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("workers", 0, "worker processes; 0 = one a core", lower_bound=0, flag_values=fv)
     define_tokenizer(fv)
     flags.DEFINE_bool("verify", False, "decode every image in full", flag_values=fv)
-    flags.DEFINE_bool("overwrite", False, "replace what is there of another source or settings", flag_values=fv)
+    flags.DEFINE_bool("overwrite", False, "replace a split of another source or other settings", flag_values=fv)
     parse(fv, argv, required=("source", "output"))
     from fastvlm_jax.data import write
     from fastvlm_jax.data.write import progress
@@ -57,17 +69,20 @@ def write_data(argv: list[str]) -> None:
 
 
 def inspect_data(argv: list[str]) -> None:
-    """fastvlm data inspect"""
+    """Prints the contents of a data set, and with a config what its run makes of them."""
     fv = flags.FlagValues()
-    flags.DEFINE_string("data", None, "folder of shards; with a config, in the place of its data", flag_values=fv)
-    define_config(fv, argv, "of a run: tells what it makes of the data")
-    flags.DEFINE_string("split", "train", "to look at", flag_values=fv)
+    flags.DEFINE_string("data", None, "folder of shards; with --config it replaces the config's data", flag_values=fv)
+    define_config(fv, argv, "config of a run, FILE.py or FILE.py:ARG: its batches are measured too")
+    flags.DEFINE_string("split", "train", "split to look at", flag_values=fv)
     flags.DEFINE_bool("verify", False, "compare the checksums of all shards", flag_values=fv)
     flags.DEFINE_string("output", "", "HTML file with samples as the model sees them", flag_values=fv)
-    flags.DEFINE_integer("samples", 16, "shown in the HTML file", lower_bound=0, flag_values=fv)
-    flags.DEFINE_string("json", "", "file for all numbers", flag_values=fv)
+    flags.DEFINE_integer("samples", 16, "number of samples in the HTML file", lower_bound=0, flag_values=fv)
+    flags.DEFINE_string("json", "", "JSON file for all numbers", flag_values=fv)
     flags.DEFINE_string(
-        "list_unusable", "", "file for the records that the run cannot use; beside the HTML file", flag_values=fv
+        "list_unusable",
+        "",
+        "file that lists the records that the run cannot use; default: beside the HTML file",
+        flag_values=fv,
     )
     parse(fv, argv)
     if not fv.config and not fv.data:
@@ -87,7 +102,7 @@ def inspect_data(argv: list[str]) -> None:
 
 
 def easy_vqa_data(argv: list[str]) -> None:
-    """fastvlm data easy-vqa"""
+    """Writes easy-VQA as shards."""
     fv = flags.FlagValues()
     flags.DEFINE_string("output", None, "folder for the shards", flag_values=fv)
     parse(fv, argv, required=("output",))
@@ -97,7 +112,9 @@ def easy_vqa_data(argv: list[str]) -> None:
 
 
 def define_tokenizer(fv: flags.FlagValues) -> None:
-    """The flags that tell how texts become tokens."""
-    flags.DEFINE_string("tokenizer", "", "file or folder; with it tokens are counted for the index", flag_values=fv)
-    flags.DEFINE_string("template", "qwen_2", "of conversations, as data.template in configs", flag_values=fv)
+    """Defines the flags that choose how texts become tokens."""
+    flags.DEFINE_string(
+        "tokenizer", "", "tokenizer file or folder; with it tokens are counted for the index", flag_values=fv
+    )
+    flags.DEFINE_string("template", "qwen_2", "conversation template, as data.template in configs", flag_values=fv)
     flags.DEFINE_string("turns", "conversation", "conversation or separate, as data.turns", flag_values=fv)

@@ -1,4 +1,4 @@
-"""`fastvlm evaluate`: the score of a model on a benchmark."""
+"""Runs `fastvlm evaluate`: a model is scored on a benchmark."""
 
 import sys
 
@@ -8,13 +8,13 @@ from fastvlm_jax.cli.arguments import parse, to_json
 
 
 def evaluate(argv: list[str]) -> None:
-    """fastvlm evaluate"""
+    """Prints the summary of a model's answers as JSON."""
     fv = flags.FlagValues()
     flags.DEFINE_string("model", None, "model to score", flag_values=fv)
-    flags.DEFINE_enum("benchmark", "easy-vqa", ["easy-vqa"], "what to score it on", flag_values=fv)
-    flags.DEFINE_string("data", None, "folder of the benchmark", flag_values=fv)
-    flags.DEFINE_integer("limit", None, "questions to ask; all by default", lower_bound=1, flag_values=fv)
-    flags.DEFINE_string("output", None, "JSON file for the summary", flag_values=fv)
+    flags.DEFINE_enum("benchmark", "easy-vqa", ["easy-vqa"], "benchmark to score it on", flag_values=fv)
+    flags.DEFINE_string("data", None, "folder of the benchmark's data", flag_values=fv)
+    flags.DEFINE_integer("limit", None, "number of questions to ask; default: all", lower_bound=1, flag_values=fv)
+    flags.DEFINE_string("output", None, "JSON file that the summary is also written to", flag_values=fv)
     parse(fv, argv, required=("model", "data"))
     import tqdm
 

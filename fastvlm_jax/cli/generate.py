@@ -1,4 +1,4 @@
-"""`fastvlm generate`: answers of a model to prompts."""
+"""Runs `fastvlm generate`: a model answers prompts."""
 
 from absl import flags
 
@@ -6,21 +6,28 @@ from fastvlm_jax.cli.arguments import parse
 
 
 def generate(argv: list[str]) -> None:
-    """fastvlm generate"""
+    """Prints the answer to each prompt on a line of its own."""
     fv = flags.FlagValues()
-    flags.DEFINE_string("model", None, "model to ask", flag_values=fv)
+    flags.DEFINE_string("model", None, "model that answers", flag_values=fv)
     flags.DEFINE_multi_string("image", [], "image file; repeat it for several", flag_values=fv)
     flags.DEFINE_multi_string(
-        "prompt", None, "question; repeat it for several, each about its image or the one image", flag_values=fv
+        "prompt",
+        None,
+        "question; repeat it for several, prompt i about image i or all about the one image",
+        flag_values=fv,
     )
-    flags.DEFINE_integer("max_tokens", 256, "longest answer, tokens", flag_values=fv)
-    flags.DEFINE_float("temperature", 0.0, "0 = greedy", flag_values=fv)
-    flags.DEFINE_float("top_p", 1.0, "probability mass to draw from", flag_values=fv)
-    flags.DEFINE_integer("seed", 0, "of the draws", flag_values=fv)
+    flags.DEFINE_integer("max_tokens", 256, "length of the longest answer, tokens", flag_values=fv)
+    flags.DEFINE_float("temperature", 0.0, "sampling temperature; 0 = greedy decoding", flag_values=fv)
+    flags.DEFINE_float("top_p", 1.0, "probability mass of the likeliest tokens to sample from", flag_values=fv)
+    flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=fv)
     flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16", "float16"], "of parameters and computation", flag_values=fv
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "dtype of parameters and computation; default: float32 parameters, the model's computation",
+        flag_values=fv,
     )
-    flags.DEFINE_integer("max_length", 8192, "context: tokens of prompt, image and answer", flag_values=fv)
+    flags.DEFINE_integer("max_length", 8192, "context length: tokens of prompt, images and answer", flag_values=fv)
     parse(fv, argv, required=("model", "prompt"))
     import fastvlm_jax
     from fastvlm_jax.generate import generate

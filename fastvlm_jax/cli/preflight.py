@@ -1,4 +1,4 @@
-"""`fastvlm preflight`: a config compiled for a TPU slice."""
+"""Runs `fastvlm preflight`: a config is compiled for a TPU slice."""
 
 from absl import flags
 
@@ -6,20 +6,24 @@ from fastvlm_jax.cli.arguments import define_config, parse, to_json
 
 
 def preflight(argv: list[str]) -> None:
-    """fastvlm preflight"""
+    """Prints the TPU compiler's estimates for a config on a slice; exit status 1 if it does not fit."""
     from fastvlm_jax.preflight import topology
 
     topology.set_environment()  # before the config file, which may touch devices
     fv = flags.FlagValues()
     define_config(fv, argv)
-    flags.DEFINE_string("topology", None, "slices, as v5e:4x4, v5p:4x4x4 or, two of them, v5e:16x16*2", flag_values=fv)
-    flags.DEFINE_enum("mode", "train", ["train", "encoder", "generate"], "what to compile", flag_values=fv)
+    flags.DEFINE_string("topology", None, "TPU slice, as v5e:4x4 or v5p:4x4x4; two slices: v5e:16x16*2", flag_values=fv)
+    flags.DEFINE_enum("mode", "train", ["train", "encoder", "generate"], "program to compile", flag_values=fv)
     flags.DEFINE_bool("search", False, "rank meshes, remat, groups and accumulation; compile the best", flag_values=fv)
-    flags.DEFINE_integer("records", None, "of the stage's data, for its hours", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("top", 10, "costly operations to list", lower_bound=0, flag_values=fv)
-    flags.DEFINE_integer("rows", 1, "of generation and encoder: images at a time", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("prompt_tokens", 64, "of generation: tokens of text", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("max_tokens", 256, "of generation: tokens to write", lower_bound=2, flag_values=fv)
+    flags.DEFINE_integer(
+        "records", None, "records in the stage's data, to estimate its hours", lower_bound=1, flag_values=fv
+    )
+    flags.DEFINE_integer("top", 10, "number of costly operations to list", lower_bound=0, flag_values=fv)
+    flags.DEFINE_integer("rows", 1, "images at a time, in modes generate and encoder", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer(
+        "prompt_tokens", 64, "text tokens of a prompt, in mode generate", lower_bound=1, flag_values=fv
+    )
+    flags.DEFINE_integer("max_tokens", 256, "tokens to generate, in mode generate", lower_bound=2, flag_values=fv)
     flags.DEFINE_string("output", None, "JSON file for all numbers", flag_values=fv)
     parse(fv, argv, required=("config", "topology"))
     from fastvlm_jax.preflight import run

@@ -1,4 +1,4 @@
-"""Models in and out: one mapping table a published layout, read forwards to import, backwards to export."""
+"""Imports and exports models: each layout has one mapping table, read forwards to import and backwards to export."""
 
 import os
 import pathlib
@@ -30,11 +30,15 @@ READERS = {
     "timm": timm.read,
     "openclip": openclip.read,
 }
-LAYOUTS = ("native", "hf", "llava", "timm", "openclip")  # that can be written
+LAYOUTS = ("native", "hf", "llava", "timm", "openclip")  # layouts that `write` knows
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """(model_config, variables as Leaves) of a model of any layout; raises what `recognise` and the readers do."""
+    """Opens a model directory or GGUF file of any layout: (model_config, variables as Leaves).
+
+    Raises:
+      FileNotFoundError, ValueError: see `recognise` and the `read` of the layout.
+    """
     return READERS[recognise(path)](path)
 
 
@@ -50,21 +54,23 @@ def write(
     fold: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model directory, whole or not at all.
+    """Writes a model directory, completely or not at all.
 
     Args:
       target: a folder that does not exist or is empty; with `overwrite`, a model directory to replace.
-      layout: one of LAYOUTS. "hf" is FastVLM for a whole model, and the plain language model or ViT for a part;
-        "timm" and "openclip" take the encoder of any model.
-      variables: of `fastvlm.build(**model_config)`; arrays, boxed or not, or Leaves.
+      layout: one of LAYOUTS. "hf" writes a whole model as FastVLM, a part as a plain language model or ViT; "timm" and
+        "openclip" write the encoder of any model.
+      variables: variables of `fastvlm.build(**model_config)`: arrays, boxed or not, or Leaves.
       model_config: {"vision": ..., "llm": ..., "dtype": ...}; an absent part is None or left out.
-      processor: None for an encoder alone.
-      lineage: kept by the native layout.
-      dtype: of the stored weights; None leaves each as it is.
-      fold: fold a branched encoder; "hf" and "llava" do it for whole models anyway.
+      processor: tokenizer, template and image settings; None for an encoder alone.
+      lineage: JSON values that say where the weights come from; only the native layout stores them.
+      dtype: dtype of the stored weights, "float32", "bfloat16" or "float16"; None keeps each tensor's own.
+      fold: whether to fold a branched encoder; "hf" and "llava" always fold whole models.
+      overwrite: whether a model at `target` may be replaced.
 
     Raises:
-      ValueError: a layout that cannot hold the model, a size that it cannot express, an occupied target.
+      ValueError: the layout cannot hold the model or one of its sizes, a tokenizer or projector is missing, or the
+        target is occupied.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
@@ -117,7 +123,7 @@ def _write(folder: pathlib.Path, layout, parts, variables, model_config, process
 
 
 def _tower(model_config: Mapping[str, Any], variables: dict) -> tuple[dict[str, Any], dict]:
-    """The encoder of a model alone; counters, which are no part of any, stay."""
+    """Returns the config and variables of a model's encoder alone; counters belong to no part and are kept."""
     kept = {
         name: tree if name == "counters" else {"vision": tree["vision"]}
         for name, tree in variables.items()
@@ -127,6 +133,6 @@ def _tower(model_config: Mapping[str, Any], variables: dict) -> tuple[dict[str, 
 
 
 def _common_dtype(variables: dict) -> str | None:
-    """The dtype of all floating variables, if they have one in common."""
+    """Returns the name of the dtype that all floating variables share, or None."""
     found = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(variables)} & set(DTYPES.values())
     return next(name for name, dtype in DTYPES.items() if dtype in found) if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""A model directory that is written whole or not at all."""
+"""Creates a model directory that appears under its name only when it is complete."""
 
 import contextlib
 import os
@@ -8,19 +8,20 @@ from collections.abc import Iterator
 
 from fastvlm_jax.convert.recognise import recognise
 
-MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")  # what a model written here consists of
+MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")  # suffixes of the files in a written model
 
 
 @contextlib.contextmanager
 def new_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Yields an empty folder beside `target` that takes its place when the block ends well, and is removed otherwise.
+    """Yields an empty folder beside `target` that replaces it when the block succeeds, and is removed when it fails.
 
     Raises:
-      ValueError: `target` is a file or a folder with something in it; with `overwrite`, something other than a model.
+      ValueError: `target` is a file or a folder that is not empty; with `overwrite`, a folder that holds anything
+        other than a model.
     """
     target = pathlib.Path(target).expanduser().resolve()
     partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
-    if old.is_dir() and not target.exists():  # killed between the two renames below
+    if old.is_dir() and not target.exists():  # an earlier run was killed between the two renames below
         old.rename(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: name a folder")
@@ -30,10 +31,12 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[p
         try:
             recognise(target)
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{target} holds other things than a model: name another folder") from error
+            raise ValueError(f"{target} holds something other than a model: name another folder") from error
         if others := sorted(x.name for x in target.iterdir() if not x.is_file() or x.suffix not in MODEL_FILES):
-            raise ValueError(f"{target} holds {others[0]} beside a model, and would lose it: name another folder")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+            raise ValueError(
+                f"{target} holds {others[0]} beside a model, --overwrite would delete it: name another folder"
+            )
+    shutil.rmtree(partial, ignore_errors=True)  # leftover of a run that was killed
     partial.mkdir(parents=True)
     try:
         yield partial

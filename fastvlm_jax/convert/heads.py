@@ -1,4 +1,4 @@
-"""CLIP projections added to, changed on or taken off an encoder, as a layout asks for them."""
+"""Adapts an encoder's CLIP projection to a layout: adds a bias, or removes the projection."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,11 @@ import numpy as np
 
 
 def with_head_bias(model_config: Mapping[str, Any], variables: dict) -> tuple[Mapping[str, Any], dict]:
-    """A FastViT whose CLIP projection has the bias that timm's has, zeros where Apple's has none."""
+    """Adds a bias of zeros to a FastViT's CLIP projection if it has none: timm's has a bias, Apple's does not.
+
+    Returns:
+      (model_config, variables); the given ones where there is nothing to add.
+    """
     vision = model_config["vision"]
     if not vision.get("head_features") or vision.get("head_bias"):
         return model_config, variables
@@ -18,7 +22,11 @@ def with_head_bias(model_config: Mapping[str, Any], variables: dict) -> tuple[Ma
 
 
 def without_projection(model_config: Mapping[str, Any], variables: dict) -> tuple[Mapping[str, Any], dict]:
-    """A ConvNeXt without open_clip's projection, whose last layer has no bias, which timm's head has to have."""
+    """Removes a ConvNeXt's CLIP projection if its last layer has no bias, as open_clip's: timm's head requires one.
+
+    Returns:
+      (model_config, variables) of the encoder alone; the given ones where there is nothing to remove.
+    """
     vision = model_config["vision"]
     if not vision.get("projection") or vision.get("projection_bias"):
         return model_config, variables
@@ -28,7 +36,11 @@ def without_projection(model_config: Mapping[str, Any], variables: dict) -> tupl
 
 
 def without_head(model_config: Mapping[str, Any], variables: dict) -> tuple[Mapping[str, Any], dict]:
-    """The model without the CLIP projection of its encoder, which a VLM does not compute."""
+    """Removes the CLIP projection of a model's FastViT, which a VLM does not compute.
+
+    Returns:
+      (model_config, variables); the given ones where there is nothing to remove.
+    """
     vision = dict(model_config["vision"])
     if not vision.get("head_features"):
         return model_config, variables

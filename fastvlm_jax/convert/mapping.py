@@ -1,13 +1,13 @@
-"""Weight names and layouts of PyTorch and of this package, in rows that are read both ways.
+"""Maps weights between PyTorch's layouts and this package's, with tables of rows that are read in both directions.
 
     torch name                                   path                              transform   depth
     model.layers.{i}.self_attn.q_proj.weight     params/llm/layers/q/kernel        LINEAR      24      stacked
     stem.0.reparam_conv.weight                   params/vision/stem_0/folded/...   CONV        None    one tensor
     stem.2.identity.num_batches_tracked          None                              SAME        None    a counter
 
-A layout is a list of such rows, made for the sizes of a model. Reading one gives Leaves, which know their shape and
-read from the files what they are asked for: a process touches only what its devices hold, and a model is converted a
-tensor at a time.
+A layout is a list of such rows, made for the sizes of a model. Importing one gives Leaves, which know their shape and
+read only the requested part of the files: a process touches only what its devices hold, and a model is converted one
+shard at a time.
 """
 
 import concurrent.futures
@@ -28,29 +28,34 @@ from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-COUNTERS = "counters"  # the collection of what computes nothing, by torch name
-MAX_LAYERS = 1000  # beyond any model there is
-_ROWS = 128  # of a stored tensor that are read and turned at a time: three times faster than all at once
+COUNTERS = "counters"  # collection of the counters (num_batches_tracked), by torch name
+MAX_LAYERS = 1000  # layers a stack may have: beyond any real model
+_ROWS = 128  # rows of a stored tensor read and transposed at a time: three times faster than all at once
 
 
 class Transform(NamedTuple):
-    """How dimensions change places: torch's without its `ones` trailing 1s, in the order `axes`, are ours."""
+    """Describes how torch's dimensions become ours: drop trailing ones, then transpose.
 
-    axes: tuple[int, ...] | None = None  # None: the same order
+    Attributes:
+      axes: torch's dimensions in our order; None keeps their order.
+      ones: number of torch's trailing dimensions of size 1, which we do not have.
+    """
+
+    axes: tuple[int, ...] | None = None
     ones: int = 0
 
     def to_jax(self, x: np.ndarray) -> np.ndarray:
-        """A view of torch's array in our layout."""
+        """Returns a view of torch's array in our layout."""
         x = x[(..., *[0] * self.ones)]
         return x if self.axes is None else x.transpose(self.axes)
 
     def to_torch(self, x: np.ndarray) -> np.ndarray:
-        """A view of our array in torch's layout."""
+        """Returns a view of our array in torch's layout."""
         x = x if self.axes is None else x.transpose(np.argsort(self.axes))
         return x[(..., *[None] * self.ones)]
 
     def torch_order(self, x: Sequence) -> tuple:
-        """What belongs to our dimensions (sizes, slices) in the order of torch's, without the trailing ones."""
+        """Reorders one item per dimension (sizes or slices) from our order to torch's, without the trailing ones."""
         return tuple(x) if self.axes is None else tuple(x[i] for i in np.argsort(self.axes))
 
 
@@ -62,13 +67,13 @@ CHANNELS = Transform(ones=2)  # [C, 1, 1] <-> [C]
 
 
 class Row(NamedTuple):
-    """One line of a layout.
+    """Describes one row of a layout: a variable and the tensors that store it, or a counter.
 
     Attributes:
-      torch: tensor name; `{i}` numbers the layers that are scanned.
-      path: '/'-joined path in the variables; None for a counter that computes nothing.
-      transform: of one layer's tensor.
-      depth: number of scanned layers, stacked along a leading axis; None where nothing is scanned.
+      torch: tensor name; `{i}` stands for the number of a scanned layer.
+      path: '/'-joined path in the variables; None for a counter, which the model does not use.
+      transform: change of dimensions of one layer's tensor.
+      depth: number of scanned layers, stacked along a leading axis; None for a single tensor.
     """
 
     torch: str
@@ -77,12 +82,12 @@ class Row(NamedTuple):
     depth: int | None = None
 
     def names(self) -> list[str]:
-        """The torch names of this row, a layer each."""
+        """Returns the torch names of this row, one per layer."""
         return [self.torch] if self.depth is None else [self.torch.format(i=i) for i in range(self.depth)]
 
 
 class Tensor(Protocol):
-    """What import needs of a stored tensor: nothing is read before it is indexed (safetensors' get_slice)."""
+    """Describes a stored tensor that is read only when it is indexed, such as a slice of a safetensors file."""
 
     def get_shape(self) -> list[int]: ...
 
@@ -93,12 +98,14 @@ class Tensor(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Leaf:
-    """A variable that lies in files: `leaf[index]` reads that part of it, `np.asarray(leaf)` all.
+    """Describes a variable that is stored in files: `leaf[index]` reads a part of it, `np.asarray(leaf)` all of it.
 
     Attributes:
-      tensors: one, or those of the scanned layers, which are stacked.
-      transform: of one layer's tensor.
-      shape, dtype: of the variable; the dtype is the stored one.
+      tensors: the stored tensor, or one per scanned layer.
+      transform: change of dimensions of one layer's tensor.
+      shape: shape of the variable, in our layout.
+      dtype: dtype that indexing returns: the stored one, or float32 if the layers' dtypes differ.
+      stacked: whether `tensors` are stacked along a leading axis.
     """
 
     tensors: tuple[Tensor, ...]
@@ -114,7 +121,7 @@ class Leaf:
         return self.read((), dtype or self.dtype)
 
     def read(self, index, dtype) -> np.ndarray:
-        """The part `index` (slices) of the variable as a new array of `dtype`."""
+        """Reads the part `index` (slices) of the variable into a new array of `dtype`."""
         index = index if isinstance(index, tuple) else (index,)
         ranges = [range(*i.indices(n)) for i, n in zip(index, self.shape, strict=False)]
         ranges += [range(n) for n in self.shape[len(index) :]]
@@ -126,7 +133,7 @@ class Leaf:
         return out
 
     def _copy(self, tensor: Tensor, inner: tuple[slice, ...], target: np.ndarray) -> None:
-        """target[...] = the part `inner` of a tensor, some rows at a time: what is in the cache is turned fast."""
+        """Copies the part `inner` of a tensor into `target`, _ROWS rows at a time to transpose within the cache."""
         if not inner:
             target[...] = tensor[...]
             return
@@ -143,9 +150,9 @@ class Leaf:
 
 
 def _zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """np.zeros in pages of its own: on the boundary at which a CPU device takes an array over without a copy.
+    """Allocates zeros on pages of their own, aligned so that a CPU device takes the array over without a copy.
 
-    numpy asks for huge pages, which cost a second per half a gigabyte where the memory is full of cached files.
+    np.zeros asks for huge pages, which cost a second per half a gigabyte when the memory is full of cached files.
     """
     size = math.prod(shape) * dtype.itemsize
     buffer = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -153,11 +160,12 @@ def _zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def read_tree(tree: Any, dtype=np.float32, put: Callable[[np.ndarray], Any] = lambda x: x) -> Any:
-    """Reads all Leaves of a tree on two threads and `put`s each; other leaves are cast.
+    """Reads all Leaves of a tree on two threads and passes each array to `put`; arrays in the tree are cast.
 
     Args:
-      dtype: of floating leaves; None keeps the stored one.
-      put: what happens to each array, `jax.device_put` for one.
+      tree: a tree of Leaves and arrays.
+      dtype: dtype of floating leaves; None keeps the stored one.
+      put: function of each array whose result takes the leaf's place, such as `jax.device_put`.
     """
 
     def read(leaf):
@@ -171,16 +179,20 @@ def read_tree(tree: Any, dtype=np.float32, put: Callable[[np.ndarray], Any] = la
 
 @functools.lru_cache(maxsize=16)
 def shapes_of(model: FastVLM) -> dict[str, tuple[int, ...]]:
-    """'/'-joined path -> shape of all variables of `model`; nothing is computed."""
+    """Returns '/'-joined path -> shape of all variables of `model`; nothing is computed."""
     tree = nn.unbox(fastvlm.boxed_variables(model))
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 
 def described(model_config: Mapping, file) -> tuple[FastVLM, dict[str, tuple[int, ...]]]:
-    """The model that the config read from `file` describes, and the shapes of its variables.
+    """Builds the model that a config describes: (model, shapes of its variables).
+
+    Args:
+      model_config: arguments of `fastvlm.build`.
+      file: where the config comes from, for messages.
 
     Raises:
-      ValueError: naming the file, where no model can be built from it.
+      ValueError: no model can be built from the config; the message names the file.
     """
     try:
         model = fastvlm.build(**model_config)
@@ -191,7 +203,7 @@ def described(model_config: Mapping, file) -> tuple[FastVLM, dict[str, tuple[int
 
 
 def _check_depth(model: FastVLM) -> None:
-    """Refuses numbers of layers beyond any model, before anything is made of that length."""
+    """Raises ValueError for more layers than any real model has, before anything of that length is allocated."""
     for args in (model.vision_args or {}, model.llm_args or {}):
         for key in ("layers", "num_layers"):
             depths = args.get(key, ())
@@ -201,22 +213,24 @@ def _check_depth(model: FastVLM) -> None:
 
 
 def to_jax(rows: Iterable[Row], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where) -> dict:
-    """Reads a layout forwards: stored tensors to variables, as Leaves; counters above 0 go to their own collection.
+    """Reads a layout forwards: turns stored tensors into variables, as Leaves.
+
+    Counters other than int64 zeros go to the collection COUNTERS.
 
     Args:
       rows: the layout, for the sizes that gave `shapes`.
-      tensors: everything the checkpoint holds, by name; float32, bfloat16 or float16.
-      shapes: of all variables wanted, from `shapes_of`.
+      tensors: all tensors of the checkpoint by name; weights are float32, bfloat16 or float16.
+      shapes: shapes of all variables of the model, from `shapes_of`.
       where: the checkpoint, for messages.
 
     Raises:
-      ValueError: naming the tensor, where one is missing, unknown, or of another shape or dtype.
+      ValueError: a tensor is missing, unknown, or of another shape or dtype; the message names it.
     """
     rows = list(rows)
     _check_paths(rows, shapes)
     known = {name for row in rows for name in row.names()}
     if unknown := sorted(set(tensors) - known):
-        raise ValueError(f"{where}: tensor {unknown[0]} is none of this model's ({len(unknown)} are not)")
+        raise ValueError(f"{where}: tensor {unknown[0]} is not part of this model ({len(unknown)} such tensors)")
     flat, counters = {}, {}
     for row in rows:
         if row.path is None:
@@ -229,7 +243,7 @@ def to_jax(rows: Iterable[Row], tensors: Mapping[str, Tensor], shapes: Mapping[s
             raise ValueError(f"the mapping table gives {row.path} {row.depth} layers, the model {shape[0]}")
         for name in row.names():
             if name not in tensors:
-                raise ValueError(f"{where}: tensor {name} is missing: is config.json another model's?")
+                raise ValueError(f"{where}: tensor {name} is missing: is config.json from another model?")
             if (found := tuple(tensors[name].get_shape())) != expected:
                 raise ValueError(f"{where}: tensor {name} has shape {found}, the model asks for {expected}")
             if tensors[name].get_dtype() not in FLOATS:
@@ -244,7 +258,7 @@ def to_jax(rows: Iterable[Row], tensors: Mapping[str, Tensor], shapes: Mapping[s
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outgoing:
-    """A tensor to be written: its torch shape and stored dtype; `read()` or `np.asarray` gives it."""
+    """Describes a tensor to be written: torch shape and stored dtype; `read()` or `np.asarray` returns its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -255,12 +269,17 @@ class Outgoing:
 
 
 def to_torch(rows: Iterable[Row], variables: dict, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Outgoing]:
-    """Reads a layout backwards: variables (arrays or Leaves) to tensors by torch name; nothing is read yet.
+    """Reads a layout backwards: turns variables (arrays or Leaves) into tensors by torch name; no values are read yet.
 
-    Counters are the ones that were read from this layout, else int64 zeros.
+    Counters keep the values that `to_jax` read from this layout; all others are int64 zeros.
+
+    Args:
+      rows: the layout, for the sizes that gave `shapes`.
+      variables: the model's variables, with or without the collection COUNTERS.
+      shapes: shapes of all variables of the model, from `shapes_of`.
 
     Raises:
-      ValueError: naming the variable, where one is missing, unknown, or of another shape than in `shapes`.
+      ValueError: a variable is missing, unknown, or of another shape than in `shapes`; the message names it.
     """
     rows = list(rows)
     variables = dict(variables)
@@ -268,8 +287,10 @@ def to_torch(rows: Iterable[Row], variables: dict, shapes: Mapping[str, tuple[in
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     _check_paths(rows, shapes)
     if differing := sorted(set(flat) ^ set(shapes)):
-        state = "is none of this model's" if differing[0] in flat else "is missing"
-        raise ValueError(f"variable {differing[0]} {state} ({len(differing)} differ): is the model config another's?")
+        state = "is not part of this model" if differing[0] in flat else "is missing"
+        raise ValueError(
+            f"variable {differing[0]} {state} ({len(differing)} differ): is the model config from another model?"
+        )
     tensors = {}
     for row in rows:
         if row.path is None:
@@ -286,6 +307,7 @@ def to_torch(rows: Iterable[Row], variables: dict, shapes: Mapping[str, tuple[in
 
 
 def _outgoing(leaf, row: Row, i: int) -> Outgoing:
+    """Describes the tensor of a row's layer `i`."""
     inner = leaf.shape[row.depth is not None :]
 
     def read() -> np.ndarray:
@@ -297,7 +319,7 @@ def _outgoing(leaf, row: Row, i: int) -> Outgoing:
 
 
 def _check_paths(rows: list[Row], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """A table that does not cover the model is a mistake in this package, not in anybody's files."""
+    """Raises ValueError unless the rows cover each variable once; a gap is an error of this package, not of a file."""
     paths = [row.path for row in rows if row.path is not None]
     if len(set(paths)) != len(paths) or set(paths) != set(shapes):
         wrong = sorted(set(paths) ^ set(shapes)) or sorted(path for path in paths if paths.count(path) > 1)

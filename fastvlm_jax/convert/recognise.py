@@ -1,11 +1,11 @@
-"""Tells the layout of a model by its files."""
+"""Recognises the layout of a model by its files."""
 
 import os
 import pathlib
 
 from fastvlm_jax.convert.weight_files import CONFIG, OPEN_CLIP_CONFIG, PICKLES, check_weights, pickle_message, read_json
 
-# What config.json calls itself (`format`, or else `model_type`), and the layout that it is of.
+# `format` in config.json, or `model_type` if it has none -> layout.
 KINDS = {
     "fastvlm_jax": "native",
     "fast_vlm": "fastvlm",
@@ -18,17 +18,19 @@ KINDS = {
     "siglip": "vit",
     "siglip_vision_model": "vit",
 }
-STEMS = {"openclip": "open_clip_model"}  # of the weight files; "model" elsewhere
+STEMS = {"openclip": "open_clip_model"}  # layout -> stem of its weight files; "model" in all others
 
 
 def recognise(path: str | os.PathLike) -> str:
-    """The layout of a model: a key of convert.READERS.
+    """Returns the layout of a model, a key of convert.READERS.
 
-    "native" is ours, "fastvlm", "decoder" and "vit" are transformers', "llava" is ml-fastvlm's.
+    "native" is this package's own; "fastvlm", "decoder" and "vit" are transformers'; "llava" is ml-fastvlm's; "timm",
+    "openclip" and "gguf" are named after theirs.
 
     Raises:
-      FileNotFoundError: no such folder, no config.json, no weights.
-      ValueError: a file that is no model, a pickle, an unreadable config.json, or one of another kind of model.
+      FileNotFoundError: the folder, its config.json or its weights do not exist.
+      ValueError: the path is a file other than a GGUF file, the weights are a pickle, or config.json is unreadable or
+        describes another kind of model.
     """
     path = pathlib.Path(path).expanduser()
     if path.is_file():
@@ -36,7 +38,7 @@ def recognise(path: str | os.PathLike) -> str:
             return "gguf"
         if path.suffix in PICKLES:
             raise ValueError(pickle_message(path))
-        raise ValueError(f"{path} is a file: give the model directory that it lies in")
+        raise ValueError(f"{path} is a file: give the model directory that contains it")
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist: give a model directory")
     if (path / OPEN_CLIP_CONFIG).is_file():
@@ -58,6 +60,6 @@ def recognise(path: str | os.PathLike) -> str:
 
 
 def gguf_file(path: str | os.PathLike) -> pathlib.Path:
-    """The file of a model that `recognise` called "gguf": the path itself, or the one GGUF file in that folder."""
+    """Returns the file of a model in the layout "gguf": `path` itself, or the one GGUF file in that folder."""
     path = pathlib.Path(path).expanduser()
     return path if path.is_file() else next(path.glob("*.gguf"))

@@ -1,4 +1,4 @@
-"""Special tokens and rows of the vocabulary, as PyTorch's layouts want them."""
+"""Adapts vocabulary and special tokens to PyTorch's layouts: a row for `<image>`, tied heads, ids in config.json."""
 
 import dataclasses
 import pathlib
@@ -15,15 +15,24 @@ from fastvlm_jax.processor import Processor
 def with_image_token(
     processor: Processor, model_config: Mapping[str, Any], variables: dict
 ) -> tuple[Processor, Mapping[str, Any], dict]:
-    """A processor whose tokenizer has `<image>`, on the next free id if need be, and a model with room for it."""
+    """Adds `<image>` to the tokenizer, on the next free id, unless it has one, and a row for it to the model.
+
+    Returns:
+      (processor, model_config, variables).
+    """
     processor = dataclasses.replace(processor, tokenizer=processor.tokenizer.with_image())
     return processor, *with_room_for(processor.tokenizer.image_id, model_config, variables)
 
 
 def with_room_for(token: int, model_config: Mapping[str, Any], variables: dict) -> tuple[Mapping[str, Any], dict]:
-    """A model whose vocabulary holds `token`: up to 64 rows are added, copies of row 0, which is never the likeliest.
+    """Enlarges the vocabulary until it holds the id `token`: rows are added in multiples of 64.
 
-    Vicuna's 32,000 words have no `<image>`; the published conversions add rows to the embedding and the head too.
+    The added rows of the embedding and columns of the head are copies of the first one: an added id has the same logit
+    as id 0 and is never the likeliest alone. Vicuna's vocabulary of 32,000 has no `<image>`; the published conversions
+    add rows to the embedding and the head too.
+
+    Returns:
+      (model_config, variables); the given ones if the vocabulary is large enough.
     """
     llm = dict(model_config["llm"])
     missing = token + 1 - llm["vocab_size"]
@@ -41,18 +50,32 @@ def with_room_for(token: int, model_config: Mapping[str, Any], variables: dict) 
 
 
 def drop_tied_head(llm: Decoder, tensors: dict[str, Tensor], embedding: str, source: pathlib.Path) -> None:
-    """Takes out an lm_head.weight that only repeats the tied embedding; ValueError where it does not repeat it."""
+    """Removes lm_head.weight from `tensors` if the head is tied to the embedding.
+
+    Args:
+      llm: the language model; nothing is removed unless its embeddings are tied.
+      tensors: the checkpoint's tensors by name, changed in place.
+      embedding: name of the embedding among them.
+      source: the checkpoint, for messages.
+
+    Raises:
+      ValueError: lm_head.weight differs from the embedding that it is tied to.
+    """
     if not llm.tie_embeddings or (head := tensors.pop("lm_head.weight", None)) is None:
         return
     tied = tensors.get(embedding)
     if tied is None or head.get_dtype() != tied.get_dtype() or head[...].tobytes() != tied[...].tobytes():
         raise ValueError(
-            f"{source}: config.json ties lm_head.weight to the embedding, but they differ: set tie_word_embeddings"
+            f"{source}: config.json ties lm_head.weight to the embedding, but they differ: "
+            "set tie_word_embeddings to false in it"
         )
 
 
 def special_ids(processor: Processor) -> dict[str, int]:
-    """bos, eos and pad as config.json names them; Qwen2 has no bos of its own, Llama pads with its unknown token."""
+    """Returns the ids of bos, eos and pad under config.json's keys.
+
+    Qwen2 has no bos of its own: its pad id stands in. Llama pads with its unknown token.
+    """
     tokenizer = processor.tokenizer
     pad = tokenizer.special_id(tokenizer.pad)
     return {

@@ -1,4 +1,4 @@
-"""The files of a model directory: config.json, and weights that are read lazily from safetensors."""
+"""Reads and writes the files of a model directory: JSON files, and weights in safetensors, which are read lazily."""
 
 import json
 import pathlib
@@ -12,16 +12,17 @@ from fastvlm_jax.convert.mapping import FLOATS, Outgoing, Tensor
 from fastvlm_jax.files import read_object
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of PyTorch's pickled checkpoints
 DTYPES = {"float32": FLOATS["F32"], "bfloat16": FLOATS["BF16"], "float16": FLOATS["F16"]}
 MAX_SHARD_BYTES = 4_000_000_000
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """The JSON object in `path`.
+    """Reads the JSON object in `path`.
 
     Raises:
-      FileNotFoundError, ValueError: no such file; not a JSON object.
+      FileNotFoundError: there is no such file.
+      ValueError: the file holds something else; the message names it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give a model directory with a config.json")
@@ -29,12 +30,17 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def write_json(path: pathlib.Path, content: Mapping) -> None:
-    """Writes `content` with sorted keys."""
+    """Writes `content` as JSON with sorted keys and an indent of 2."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def check_weights(folder: pathlib.Path, stem: str = "model") -> None:
-    """Raises FileNotFoundError (ValueError for pickles) unless STEM.safetensors or the index of its shards is there."""
+    """Raises an error unless the folder holds STEM.safetensors or the index of its shards.
+
+    Raises:
+      FileNotFoundError: it holds neither.
+      ValueError: it holds neither, but a pickle.
+    """
     weights, index = _names(stem)
     if (folder / weights).is_file() or (folder / index).is_file():
         return
@@ -48,6 +54,7 @@ def _names(stem: str) -> tuple[str, str]:
 
 
 def pickle_message(file: pathlib.Path) -> str:
+    """Returns the error message that refuses a pickle and says how to convert it."""
     return (
         f"{file} is a pickle, which can run any code when it is loaded: convert it to safetensors first, with "
         "`save_pretrained(folder)` in transformers or safetensors.torch.save_file"
@@ -55,10 +62,11 @@ def pickle_message(file: pathlib.Path) -> str:
 
 
 def open_weights(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]:
-    """All tensors of STEM.safetensors, or of the shards that its index names; each is read when it is indexed.
+    """Opens STEM.safetensors or the shards that its index names: tensors by name, each read when it is indexed.
 
     Raises:
-      FileNotFoundError, ValueError: no weights, a pickle, a missing shard, a truncated or lying file.
+      FileNotFoundError: the weights or one of their shards are missing.
+      ValueError: the weights are a pickle, a file is truncated or damaged, or index and shards disagree.
     """
     check_weights(folder, stem)
     weights, index = _names(stem)
@@ -70,7 +78,7 @@ def open_weights(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
         if pathlib.PurePath(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{folder / index} names the shard {shard!r}, which is no safetensors file beside it")
+            raise ValueError(f"{folder / index} names the shard {shard!r}, which is not a safetensors file beside it")
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{folder / shard} is missing: {index} names it, copy the model directory again")
         tensors |= {name: x for name, x in _open(folder / shard).items() if weight_map.get(name, shard) == shard}
@@ -90,17 +98,22 @@ def _open(file: pathlib.Path) -> dict[str, Tensor]:
 def save_weights(
     folder: pathlib.Path, tensors: Mapping[str, Outgoing], dtype: str | None = None, stem: str = "model"
 ) -> str:
-    """Writes STEM.safetensors, or shards of at most MAX_SHARD_BYTES and their index, a shard in memory at a time.
+    """Writes STEM.safetensors, or shards of at most MAX_SHARD_BYTES and their index, one shard in memory at a time.
+
+    A tensor larger than MAX_SHARD_BYTES gets a shard of its own.
 
     Args:
-      tensors: what `to_torch` gave.
-      dtype: of floating tensors, "float32" | "bfloat16" | "float16"; None leaves each as it is stored.
+      folder: an existing folder.
+      tensors: result of `to_torch`.
+      dtype: dtype of floating tensors, "float32", "bfloat16" or "float16"; None keeps the stored one of each.
+      stem: the file name without its suffix.
 
     Returns:
-      The dtype that most of the floating values have.
+      The name of the floating dtype that takes up most bytes.
 
     Raises:
-      ValueError: another dtype.
+      ValueError: `dtype` is unknown, or a value exceeds float16's range.
+      OSError: a file cannot be written.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
@@ -120,10 +133,10 @@ def save_weights(
     for i, names in enumerate(shards):
         file = _names(stem)[0] if len(shards) == 1 else f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
         files |= dict.fromkeys(names, file)
-        # safetensors writes the memory behind an array as it lies: views must be copied first.
-        content = {name: np.array(_as(name, tensors[name], targets[name]), order="C", copy=None) for name in names}
+        # safetensors writes the memory behind an array in its own order, so transposed views are copied first.
+        content = {name: np.array(_cast(name, tensors[name], targets[name]), order="C", copy=None) for name in names}
         (folder / file).touch()
-        mode = (folder / file).stat().st_mode  # safetensors would leave the file to its owner alone
+        mode = (folder / file).stat().st_mode  # safetensors would make the file readable by its owner alone
         try:
             save_file(content, folder / file, {"format": "pt"})
         except SafetensorError as error:
@@ -135,7 +148,8 @@ def save_weights(
     return max(floats, key=lambda kind: sum(size for n, size in sizes.items() if targets[n] == floats[kind]))
 
 
-def _as(name: str, tensor: Outgoing, dtype: np.dtype) -> np.ndarray:
+def _cast(name: str, tensor: Outgoing, dtype: np.dtype) -> np.ndarray:
+    """Reads a tensor as `dtype`; raises ValueError if a finite value overflows float16."""
     x = tensor.read()
     with np.errstate(over="ignore"):
         y = x.astype(dtype, copy=False)

@@ -1,9 +1,9 @@
-"""What the schedule knows of records without reading them: sizes of images and lengths of texts.
+"""The index of a data set: image sizes and text lengths, so that the schedule need not read the records.
 
-Beside the shards of a data set lie two small files for each, made when it is written or when it is first used:
+Each shard has two small index files beside it, written with the data set or when it is first used:
 
     index/train-00000-of-00004.sizes.npz             images of each record, width and height of each image
-    index/train-00000-of-00004.tokens-1f0c9a33.npz   tokens of each text, for one tokenizer, template and way of turns
+    index/train-00000-of-00004.tokens-1f0c9a33.npz   tokens of each text, for one tokenizer, template and `turns`
 """
 
 import collections
@@ -33,8 +33,8 @@ from fastvlm_jax.text.tokenizer import Tokenizer
 
 TURNS = ("separate", "conversation")
 FOLDER = "index"
-_VERSION = 1  # of the files, and of what they count
-_ALONE = 4096  # records that are counted without starting other processes
+_VERSION = 1  # version of the index files and of how tokens are counted
+_ALONE = 4096  # most records that are counted without starting other processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Counter:
     """Counts the tokens of a record's texts.
 
     Attributes:
-      tokenizer: see text/tokenizer.py.
-      template: a name in conversation.TEMPLATES.
-      turns: "separate" or "conversation", see `talks_of`.
+      tokenizer: tokenizer of the texts, see text/tokenizer.py.
+      template: name of a template in conversation.TEMPLATES.
+      turns: "separate" (a segment for each question) or "conversation" (one for each record), see `talks_of`.
     """
 
     tokenizer: Tokenizer
@@ -59,17 +59,17 @@ class Counter:
 
     @functools.cached_property
     def id(self) -> str:
-        """Eight hexadecimal digits that stand for the tokenizer's contents, the template and the way of turns."""
+        """Returns eight hexadecimal digits that identify the tokenizer's files, the template and `turns`."""
         digest = hashlib.sha256(f"{_VERSION} {TEMPLATES[self.template]} {self.turns}".encode())
         for file in self.tokenizer.files:
             digest.update(file.read_bytes())
         return digest.hexdigest()[:8]
 
     def count(self, record: Record) -> list[tuple[int, int, tuple[int, ...]]]:
-        """Returns (tokens of text, those of its newest question and answer alone, images named) of each segment.
+        """Returns (text tokens, text tokens of the newest question and answer alone, images named) of each segment.
 
         Raises:
-          ValueError: nothing can be learnt from the record, and why.
+          ValueError: the record cannot be used for training; the message says why.
         """
         counted = []
         for talk in talks_of(record, self.turns):
@@ -80,15 +80,15 @@ class Counter:
     def _length(self, talk: tuple[Turn, ...]) -> int:
         segment = render(talk, self.tokenizer, TEMPLATES[self.template], 0)
         if not segment.loss_mask[1:].any():
-            raise ValueError("no token of it is supervised")
+            raise ValueError("none of its tokens is supervised")
         return len(segment.tokens)
 
 
 def talks_of(record: Record, turns: str) -> list[tuple[Turn, ...]]:
-    """Returns the conversations that become segments: each question alone ("separate"), or all in one.
+    """Returns the conversations that become segments: each question alone ("separate"), or all turns together.
 
     Raises:
-      ValueError: nothing can be learnt from the record, and why.
+      ValueError: the record cannot be used for training; the message says why.
     """
     if reason := check(record):
         raise ValueError(reason)
@@ -96,24 +96,28 @@ def talks_of(record: Record, turns: str) -> list[tuple[Turn, ...]]:
 
 
 def images_named(talk: tuple[Turn, ...]) -> list[int]:
-    """Returns the images that a conversation names, in order, as often as it does."""
+    """Returns the images that a conversation names, in order and with repeats."""
     return [part for _, content in talk for part in content if isinstance(part, int)]
 
 
 def newest(talk: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """Returns a conversation without all but its newest question and answer."""
+    """Returns a conversation reduced to its newest question and answer, with the images of the dropped questions."""
     return collections.deque(itertools.chain([talk], shortened(talk)), maxlen=1)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordIndex:
-    """RecordLengths of M records with I images and S segments, which name images R times in all.
+    """Holds the image sizes and text lengths of M records with I images and S segments, which name images R times.
 
     Attributes:
-      num_images: int [M]. width, height: uint16 [I], pixels, upright; record after record.
-      num_segments: int [M]. text, shortest: int32 [S], tokens of text, of a whole segment and of its newest question.
-      num_refs: int [S]. refs: uint16 [R]; which images of its record a segment names, in order.
-      unusable: record number -> why nothing can be learnt from it; such a record has no segments.
+      num_images: int [M], images of each record.
+      width, height: uint16 [I], size of each image after EXIF rotation, pixels; record after record.
+      num_segments: int [M], segments of each record.
+      text: int32 [S], text tokens of each segment.
+      shortest: int32 [S], text tokens of the newest question and answer of each segment.
+      num_refs: int [S], images that each segment names, repeats included.
+      refs: uint16 [R], index of each named image in its record; segment after segment.
+      unusable: record number -> why the record cannot be used; such a record has no segments.
     """
 
     num_images: np.ndarray
@@ -137,9 +141,9 @@ _TOKENS = {
 
 
 class ShardIndex:
-    """Collects the facts of one shard's records, in order, and writes its two files.
+    """Collects the image sizes and text lengths of one shard's records, in order, and writes its two index files.
 
-    Without a counter only the sizes are collected.
+    Without a counter it collects the image sizes only.
     """
 
     def __init__(self, counter: Counter | None = None):
@@ -148,7 +152,7 @@ class ShardIndex:
         self._unusable: dict[int, str] = {}
 
     def add(self, record: Record, sizes: Sequence[tuple[int, int]] | None = None) -> None:
-        """Adds the next record; `sizes` are the (width, height) of its images where the caller has read them."""
+        """Adds the next record; `sizes` are the (width, height) of its images, if the caller knows them already."""
         columns, number = self._columns, len(self._columns["num_images"])
         counted, reason = [], None
         try:
@@ -172,13 +176,13 @@ class ShardIndex:
             self._unusable[number] = reason[:200]
 
     def add_unusable(self, reason: str) -> None:
-        """Adds the next record as one that cannot be read at all."""
+        """Adds the next record as one that cannot be read; `reason` says why."""
         self._unusable[len(self._columns["num_images"])] = reason[:200]
         for name in ("num_images", "num_segments"):
             self._columns[name].append(0)
 
     def save(self, shard: os.PathLike, folder: os.PathLike | None = None) -> None:
-        """Writes the files of `shard` to `folder`, by default the folder `index` beside it; each appears whole."""
+        """Writes the index files of `shard`, each atomically, to `folder` (default: the folder `index` beside it)."""
         shard = pathlib.Path(shard)
         folder = shard.parent / FOLDER if folder is None else pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,9 +197,9 @@ class ShardIndex:
 
 
 def load_index(source: RecordSource, counter: Counter) -> RecordIndex:
-    """Returns the index of a split; what is not there yet is counted now, by all cores, and kept.
+    """Returns the index of a split; missing index files are first computed, on all cores, and saved.
 
-    It is kept beside the shards, or in the user's cache folder where those cannot be written to.
+    They are saved beside the shards, or in the user's cache folder if the data set's folder is not writable.
 
     Raises:
       ValueError: a shard or an index file is damaged.
@@ -214,7 +218,7 @@ def load_index(source: RecordSource, counter: Counter) -> RecordIndex:
 
 
 def names_in(folder) -> set[str]:
-    """The names in a folder; none where there is no folder."""
+    """Returns the names of the files in a folder, or none if there is no such folder."""
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
@@ -271,7 +275,7 @@ def _join(sizes: list[epath.Path], tokens: list[epath.Path], source: RecordSourc
             reasons = zip(arrays["unusable"].tolist(), arrays["reasons"].tolist(), strict=True)
             unusable |= {first + number: reason for number, reason in reasons}
         if not fits:
-            raise ValueError(f"{token_file} does not fit its shard: delete the folder {token_file.parent}")
+            raise ValueError(f"{token_file} does not match its shard: delete the folder {token_file.parent}")
         first += records
     joined = {name: np.concatenate(found.pop(name) or [np.zeros(0, np.int32)]) for name in (*_SIZES, *_TOKENS)}
     return RecordIndex(**joined, unusable=unusable)
@@ -279,14 +283,14 @@ def _join(sizes: list[epath.Path], tokens: list[epath.Path], source: RecordSourc
 
 @contextlib.contextmanager
 def _opened(path: epath.Path, columns: dict[str, type]):
-    """The arrays of an index file, checked for names and types."""
+    """Yields the arrays of an index file after checking their names and types."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         if any(arrays[name].dtype != dtype or arrays[name].ndim != 1 for name, dtype in columns.items()):
-            raise ValueError("a column has another type")
+            raise ValueError("a column has the wrong type")
         if columns is _TOKENS and (arrays["unusable"].dtype != np.int64 or arrays["reasons"].dtype.kind != "U"):
-            raise ValueError("a column has another type")
-    except Exception as error:  # of numpy, zipfile and zlib, of many kinds
+            raise ValueError("a column has the wrong type")
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds
         raise ValueError(f"{path} is damaged ({error}): delete the folder {path.parent}") from error
     yield arrays

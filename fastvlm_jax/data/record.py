@@ -1,4 +1,4 @@
-"""What a data set consists of: images and the conversation about them."""
+"""The record, the unit of a data set: encoded images and the conversation about them."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -7,19 +7,19 @@ import msgpack
 
 from fastvlm_jax.text.conversation import Turn, split_system
 
-# Far more than data sets have; the index counts to 65,535, and what is done about long texts is not for longer ones.
+# Far above real data sets: the index counts to 65,535, and truncation is not made for longer conversations.
 MAX_IMAGES, MAX_TURNS = 1_000, 4_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Encoded images and the conversation about them.
+    """Holds encoded images and the conversation about them.
 
     Attributes:
-      key: names the record in messages, such as "train/17".
-      images: encoded files (JPEG, PNG ...), untouched.
-      turns: (role, content) in order; content holds texts, and ints that number `images`.
-      extra: what else a source holds of it (synthetic captions, teacher embeddings ...), of types that msgpack knows.
+      key: name of the record in messages, such as "train/17".
+      images: encoded files (JPEG, PNG ...), unchanged.
+      turns: (role, content) pairs in order; content holds texts, and ints that are indices into `images`.
+      extra: further data of the source (synthetic captions, teacher embeddings ...), of types that msgpack supports.
     """
 
     key: str
@@ -29,7 +29,7 @@ class Record:
 
 
 class Rejected(NamedTuple):
-    """An entry of a source that cannot become a record, and why, in one short line."""
+    """Describes a source entry that cannot become a record; `reason` is one short line."""
 
     file: str
     key: str
@@ -37,13 +37,17 @@ class Rejected(NamedTuple):
 
 
 def pack(record: Record) -> bytes:
-    """Returns the bytes of `record` as a shard holds them (msgpack)."""
+    """Returns the bytes of `record` as a shard stores them (msgpack)."""
     raw = {"key": record.key, "images": record.images, "turns": record.turns}
     return msgpack.packb(raw | ({"extra": record.extra} if record.extra else {}))
 
 
 def unpack(data: bytes) -> Record:
-    """The inverse of `pack`; raises ValueError for anything that is not a record."""
+    """Returns the record that `pack` turned into `data`.
+
+    Raises:
+      ValueError: `data` is not a record, or holds more than MAX_IMAGES images.
+    """
     try:
         raw = msgpack.unpackb(data)
         turns = tuple((str(role), tuple(content)) for role, content in raw["turns"])
@@ -61,7 +65,7 @@ def unpack(data: bytes) -> Record:
 
 
 def check(record: Record) -> str | None:
-    """Returns why nothing can be learnt from a record, in a short line; None if it is fine."""
+    """Returns why a record cannot be used for training, in one short line; None if it can."""
     named = [part for _, content in record.turns for part in content if not isinstance(part, str)]
     if len(record.turns) > MAX_TURNS or max(len(record.images), len(named)) > MAX_IMAGES:
         return f"it has more than {MAX_TURNS:,} turns or {MAX_IMAGES:,} images"
@@ -81,5 +85,5 @@ def check(record: Record) -> str | None:
         if not any(isinstance(part, str) and part.strip() for part in content):
             return "an answer is empty"
     if missing := sorted(set(named) - set(range(len(record.images)))):
-        return f"the conversation names image {missing[0]} of {len(record.images)}"
+        return f"the conversation names image {missing[0]} (counted from 0), the record holds {len(record.images)}"
     return None

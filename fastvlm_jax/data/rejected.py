@@ -1,4 +1,4 @@
-"""The entries of a source that became no record: OUTPUT/rejected.jsonl, and their reasons summed up."""
+"""Reads OUTPUT/rejected.jsonl, the source entries that became no record, and summarizes the reasons."""
 
 import collections
 import json
@@ -8,22 +8,22 @@ from collections.abc import Iterable
 
 from etils import epath
 
-FILE = "rejected.jsonl"  # {"split", "file", "key", "reason"} a line
-SHOWN = 10  # reasons
+FILE = "rejected.jsonl"  # each line: {"split", "file", "key", "reason"}
+SHOWN = 10  # kinds of reasons that a summary holds
 
-Reasons = tuple[tuple[int, str], ...]  # how many, and one of them; the most frequent first
+Reasons = tuple[tuple[int, str], ...]  # (count, example) of each kind, the most frequent first
 
 
 def split_of(line: str) -> str:
-    """Returns the split that a line of rejected.jsonl is about, "" for another line."""
+    """Returns the split that a line of rejected.jsonl belongs to, "" for any other text."""
     try:
         return json.loads(line)["split"]
-    except (ValueError, KeyError, TypeError):  # not a line of ours
+    except (ValueError, KeyError, TypeError):  # not a line of rejected.jsonl
         return ""
 
 
 def read_reasons(folder: str | os.PathLike, split: str) -> tuple[int, Reasons]:
-    """Returns how many entries of a split were rejected, and the most frequent reasons."""
+    """Returns the number of rejected entries of a split, and the most frequent reasons."""
     path = epath.Path(folder) / FILE
     if not path.is_file():
         return 0, ()
@@ -33,7 +33,10 @@ def read_reasons(folder: str | os.PathLike, split: str) -> tuple[int, Reasons]:
 
 
 def most_frequent(reasons: Iterable[str]) -> tuple[int, Reasons]:
-    """Returns how many reasons there are, and of those that differ by numbers and quoted names only, one each."""
+    """Returns the number of reasons, and the most frequent kinds of them, each with its count and one example.
+
+    Reasons that differ only in numbers and quoted names are of one kind.
+    """
     counts, examples = collections.Counter(), {}
     for reason in reasons:
         kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*[\d/]\S*", "*", reason)

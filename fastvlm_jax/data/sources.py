@@ -1,7 +1,7 @@
-"""Records on disk, read in any order.
+"""Opens the shards of a data set and reads their records in any order.
 
 A data set is a folder, local or gs://: shards `SPLIT-00000-of-00004.array_record`, a `manifest.json` and a folder
-`index`, all made by write.py.
+`index`, all written by data/write/.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 
 class _Shard(NamedTuple):
-    """A whole shard in ArrayRecord's words, so that it need not be opened to be counted."""
+    """Describes a whole shard in ArrayRecord's terms, so that its records are counted without opening it."""
 
     filename: str
     skip: int
@@ -30,12 +30,13 @@ class _Shard(NamedTuple):
 
 
 class RecordSource:
-    """The records of one split: `len(source)`, `source[i] -> Record`; safe to read from several threads.
+    """Reads the records of one split: `len(source)`, `source[i] -> Record`; safe to use from several threads.
 
     Attributes:
-      folder, split: of the data set.
-      shards: the shards' paths with their numbers of records, in order.
-      fingerprint: sha256 over the whole dataset's contents, hexadecimal.
+      folder: folder of the data set.
+      split: name of the split.
+      shards: number of records of each shard, by path, in order.
+      fingerprint: SHA-256 over the contents of the whole data set, hexadecimal.
     """
 
     def __init__(self, folder: epath.Path, split: str, shards: dict[epath.Path, int], fingerprint: str):
@@ -48,16 +49,23 @@ class RecordSource:
         return len(self._raw)
 
     def __getitem__(self, index: int) -> Record:
-        """Raises ValueError, naming shard and record, where the record is damaged."""
+        """Returns record `index`.
+
+        Raises:
+          IndexError: there is no such record.
+          ValueError: the record is damaged; the message names the shard and the record.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
             return unpack(self._raw[index])
-        except Exception as error:  # the reader raises bare RuntimeErrors of many lines
-            raise ValueError(f"{self.where(index)} is damaged ({_first_line(error)}): write it again") from error
+        except Exception as error:  # ArrayRecord raises plain RuntimeErrors of many lines
+            raise ValueError(
+                f"{self.where(index)} is damaged ({_first_line(error)}): write the data set again"
+            ) from error
 
     def where(self, index: int) -> str:
-        """Returns where record `index` lies, for messages: "FOLDER/train-00000-of-00002.array_record record 7"."""
+        """Returns where record `index` is stored, for messages: "FOLDER/train-00000-of-00002.array_record record 7"."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         number = index - int(self._ends[shard] - list(self.shards.values())[shard])
         return f"{list(self.shards)[shard]} record {number}"
@@ -68,10 +76,10 @@ def _first_line(error: Exception) -> str:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """Returns the manifest of a dataset folder, or an empty one where there is none yet.
+    """Returns the manifest of a data set folder, or an empty one if the folder has none.
 
     Raises:
-      ValueError: the file is not one that write.py made.
+      ValueError: the file is damaged or of another format; the message names it.
     """
     path = epath.Path(folder) / MANIFEST
     if not path.is_file():
@@ -90,7 +98,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def incomplete_shards(folder: str | os.PathLike, manifest: dict[str, Any], split: str) -> list[str]:
-    """Returns the shards of `split` that are missing or not of the size the manifest gives."""
+    """Returns the names of the shards of `split` that are missing or whose size differs from the manifest's."""
     sizes = {name: shard["bytes"] for name, shard in manifest["splits"][split]["shards"].items()}
 
     def whole(name: str) -> bool:
@@ -99,16 +107,16 @@ def incomplete_shards(folder: str | os.PathLike, manifest: dict[str, Any], split
         except OSError:
             return False
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each is a round trip to a bucket
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each shard is a round trip to a bucket
         return [name for name, fine in zip(sizes, pool.map(whole, sizes), strict=True) if not fine]
 
 
 def read_shards(folder: str | os.PathLike, split: str, only: str | None = None) -> RecordSource:
-    """Opens one split of a dataset folder, or the shard named `only` of it.
+    """Opens one split of a data set folder, or only its shard named `only`.
 
     Raises:
-      FileNotFoundError: no such folder, or it holds no complete dataset.
-      ValueError: no such split, or shards that do not fit the manifest.
+      FileNotFoundError: there is no such folder, or it holds no complete data set.
+      ValueError: the folder has no such split, or a shard does not match the manifest.
     """
     folder = epath.Path(folder).expanduser()
     manifest = read_manifest(folder)
@@ -125,7 +133,7 @@ def read_shards(folder: str | os.PathLike, split: str, only: str | None = None) 
 
 
 def fingerprint(sources: Sequence[RecordSource]) -> str:
-    """Returns that of the data set, or one for several together."""
+    """Returns the fingerprint of one data set, or a combined one for several."""
     if len(sources) == 1:
         return sources[0].fingerprint
     return hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()

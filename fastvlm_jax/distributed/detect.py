@@ -1,4 +1,4 @@
-"""Which process of how many this one is: from flags, the environment or the platform."""
+"""Finds out how many processes there are and which one this is: from flags, environment variables or the platform."""
 
 import os
 import warnings
@@ -16,10 +16,13 @@ def find_settings(
     heartbeat_seconds: float | None = None,
     initialization_seconds: float | None = None,
 ) -> Settings | None:
-    """What flags, environment and platform say (see above); None for one process alone.
+    """Returns how this process meets the others, or None for a single process.
+
+    Each argument is the value of the flag of that name. Where it is None, the environment variable counts, then the
+    platform (see the docstring of the package).
 
     Raises:
-      ValueError: they say only a part, or what cannot be.
+      ValueError: the settings are incomplete or impossible; the message names the flag or the variable.
     """
     seconds = {
         "heartbeat_seconds": _number("heartbeat_seconds", heartbeat_seconds, float, 30.0),
@@ -41,19 +44,19 @@ def find_settings(
         if missing:
             raise ValueError(
                 f"{' and '.join(missing)} missing: --{', --'.join(NAMES)} (or FASTVLM_{NAMES[0].upper()} and so on) go "
-                "together, unless the platform is one that tells them"
+                "together, unless the platform provides them"
             )
         address, count, process = found
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65535:
-        raise ValueError(f"--coordinator_address={address} must be HOST:PORT, of process 0")
+        raise ValueError(f"--coordinator_address={address} must be HOST:PORT, where process 0 listens")
     if not 0 <= process < count:
         raise ValueError(f"--process_id={process} must be from 0 to {count - 1}: --num_processes is {count}")
     return Settings(address, count, process, **seconds)
 
 
 def _variable(name: str) -> tuple[str, str | None]:
-    """The environment variable that sets a flag, and its value."""
+    """Returns the environment variable that sets a flag, and its value; ("", None) if none is set."""
     for prefix in ("FASTVLM", "JAX"):
         if value := os.environ.get(f"{prefix}_{name.upper()}"):
             return f"{prefix}_{name.upper()}", value
@@ -61,6 +64,7 @@ def _variable(name: str) -> tuple[str, str | None]:
 
 
 def _number(name: str, value: Any, kind: type, default: Any = None) -> Any:
+    """Returns the value of a flag; if that is None, of its environment variable; if none is set, the default."""
     variable, text = _variable(name)
     if value is not None or text is None:
         return default if value is None else value
@@ -71,15 +75,15 @@ def _number(name: str, value: Any, kind: type, default: Any = None) -> Any:
 
 
 def _detect(*given) -> tuple[str | None, int | None, int | None]:
-    """(address, number, id) with what the platform tells in the place of what is None."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; public is only the whole
+    """Returns (address, number, id); values given as None are filled in by the platform."""
+    from jax._src.clusters import ClusterEnv  # no public function of jax detects without initializing
 
     *known, seconds = given
     try:
-        with warnings.catch_warnings(action="ignore"):  # that the package `kubernetes` is missing
+        with warnings.catch_warnings(action="ignore"):  # about the missing package `kubernetes`
             return ClusterEnv.auto_detect_unset_distributed_params(*known, None, None, int(seconds))[:3]
     except Exception as error:
         raise ValueError(
-            f"the platform does not tell which process of how many this is ({' '.join(str(error).split())}): give "
+            f"cannot detect the number of processes and the id of this one ({' '.join(str(error).split())}): give "
             f"--{', --'.join(NAMES)}, or --num_processes=1"
         ) from error

@@ -1,11 +1,12 @@
-"""What the processes of one run know of each other: who died or froze, what all say, when all stop.
+"""Keeps the processes of one run in touch: it notices lost ones, exchanges values, and agrees on when to stop.
 
     process 1 ──┐
-    process 2 ──┼── process 0       a connection each, one JSON object a line
+    process 2 ──┼── process 0       one connection each, one JSON object per line
     process 3 ──┘
 
-JAX's own service finds a dead process late, and then ends the others with a stack dump that names nobody. Here the
-kernel closes the connection of a process that dies, at once; one that freezes, or whose machine is gone, falls silent.
+JAX's own service finds a dead process late, and then ends the others with a stack dump that names nobody. Here, the
+kernel closes the connection of a dead process at once. A process that freezes, or whose machine fails, is found by its
+silence: heartbeats are missing.
 """
 
 import contextlib
@@ -19,73 +20,80 @@ from typing import Any
 from fastvlm_jax.distributed.rendezvous import Settings, meet, readable, send
 
 AGAIN = "start all processes again: they go on from the last checkpoint"
-END = "the end of the run"  # the last exchange; after it a connection may close
+END = "the end of the run"  # name of the last exchange; after it a connection may close
 
 
 class Peers:
-    """The other processes of a run, which are met when this is made.
+    """Holds the connections to the other processes of a run. Creating it waits until all processes have met.
 
     Args:
-      greeting: what process 0 tells the others.
-      on_loss: called once, in the thread that watches, when a process is gone: with a line that names it.
+      settings: address, number of processes and id of this one.
+      greeting: JSON object that process 0 sends to the others.
+      on_loss: function called once, in the watching thread, when a process is lost; its argument is a line that names
+        the process.
 
     Attributes:
-      greeting: process 0's.
+      greeting: the greeting of process 0.
 
     Raises:
-      TimeoutError, ConnectionError: see rendezvous.meet.
+      TimeoutError, ConnectionError: the processes did not all meet; see rendezvous.meet.
     """
 
     def __init__(self, settings: Settings, greeting: dict[str, Any], on_loss: Callable[[str], None]):
         self.settings, self._on_loss = settings, on_loss
         self._sockets, self._hosts, self.greeting = meet(settings, greeting)
         self._buffers = dict.fromkeys(self._sockets, b"")
-        self._heard = dict.fromkeys(self._sockets, time.monotonic())
-        self._changed = threading.Condition(threading.RLock())  # guards all that follows
-        self._over = False  # the run has ended, or this process has told why it must
-        self._lost = ""  # the line about the first process that is gone
-        self._answers: dict[str, dict[str, Any]] = {}  # what exchanges ended with
+        self._last_heard = dict.fromkeys(self._sockets, time.monotonic())
+        self._changed = threading.Condition(threading.RLock())  # guards all attributes below
+        self._ended = False  # the run has ended, or this process has reported why it fails
+        self._lost = ""  # the line that names the first lost process
+        self._answers: dict[str, dict[str, Any]] = {}  # results of exchanges, by name
         self._step, self._halted, self._stop_at = -1, False, None
-        # Only process 0 uses these: what came for exchanges so far, until when, and how far all are.
+        # Used only by process 0: values received for open exchanges, their deadlines, the last step of each process.
         self._values: dict[str, dict[int, Any]] = {}
         self._deadlines: dict[str, float] = {}
         self._steps: dict[int, int] = {}
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def who(self, process: int) -> str:
-        """A process in words."""
+        """Returns the number and host of a process, in words."""
         return f"process {process} on {self._hosts[process]}"
 
     def exchange(self, name: str, value: Any = None, seconds: float = 600.0) -> list[Any]:
-        """What every process gives under `name`, by process; all must call it, and none goes on before the last.
+        """Exchanges values: returns the value of every process, in the order of their ids.
+
+        All processes must call it with the same `name`; none continues before the last one has called.
 
         Args:
-          name: used once a run. value: JSON.
+          name: name of the exchange, used once per run.
+          value: JSON-ready value of this process.
+          seconds: how long to wait for all processes, from the first call.
 
         Raises:
-          TimeoutError: after `seconds`, naming the processes that have not come.
-          ConnectionError: a process is gone.
+          TimeoutError: not all called within `seconds`; the message names the missing processes.
+          ConnectionError: a process was lost; the message names it.
         """
         with self._changed:
-            self._tell({"kind": "value", "name": name, "value": value, "seconds": seconds})
+            self._send_to_first({"kind": "value", "name": name, "value": value, "seconds": seconds})
             self._changed.wait_for(lambda: name in self._answers or self._lost)
             if name not in self._answers:
                 raise ConnectionError(self._lost)
             answer = self._answers.pop(name)
         if "late" in answer:
             late = ", ".join(self.who(process) for process in answer["late"])
-            raise TimeoutError(f"{late} did not come to {name!r} within {seconds:g} s: see its output")
+            raise TimeoutError(f"{late} did not join {name!r} within {seconds:g} s: see its output")
         return answer["values"]
 
     def ask_stop(self) -> None:
-        """Asks all processes to stop after the same step. For signal handlers: it waits for nothing."""
-        threading.Thread(target=self._tell, args=({"kind": "stop"},), daemon=True).start()
+        """Asks all processes to stop after the same step. It does not block, so signal handlers may call it."""
+        threading.Thread(target=self._send_to_first, args=({"kind": "stop"},), daemon=True).start()
 
     def stop_reached(self, step: int) -> bool:
-        """Whether all processes stop after `step`; asked after every step. Until one asks to stop it costs a lock.
+        """Returns whether all processes stop after `step`. Call it after every step.
 
-        Steps are handed to the devices ahead of time, not equally far in all processes: so all halt, say how far they
-        are, and go on to the step after the furthest. Only threads talk: a process may be at its collectives meanwhile.
+        Until a process asks to stop, a call costs no more than a lock. Steps are dispatched ahead of the devices, and
+        some processes are further ahead than others. So all pause, report their step, and continue to the step after
+        the furthest one. Background threads exchange the messages: a process may be inside a collective meanwhile.
 
             process 0   ... 41 42       -> 44
             process 1   ... 41 42 43    -> 44     no process has asked about step 44 yet
@@ -96,11 +104,11 @@ class Peers:
             return self._stop_at is not None and step >= self._stop_at
 
     def end(self) -> None:
-        """Waits until all processes have done their work; closes the connections."""
+        """Waits until all processes have finished their work, then closes the connections."""
         self.exchange(END)
         for connection in self._sockets.values():
             if self.settings.process_id == 0:
-                # The others close first: what process 0 still had to read would make the kernel drop what it sent.
+                # The others close first: closing with unread input would make the kernel drop what process 0 has sent.
                 connection.settimeout(2)
                 with contextlib.suppress(OSError):
                     while connection.recv(1 << 16):
@@ -108,113 +116,115 @@ class Peers:
             connection.close()
 
     def fail(self, why: str) -> None:
-        """Tells the others that this process cannot go on, which stops them."""
+        """Reports to the others why this process cannot continue, which stops them."""
         with self._changed:
-            self._over = True
+            self._ended = True
             if self.settings.process_id == 0:
                 self._send_all({"kind": "lost", "process": 0, "why": why})
             else:
-                self._tell({"kind": "failed", "why": why})
-        time.sleep(0.5)  # so that it is read before this process, and with it the connection, ends
+                self._send_to_first({"kind": "failed", "why": why})
+        time.sleep(0.5)  # the others read it before this process ends and its connection closes
 
     def wait_for_loss(self, seconds: float) -> bool:
-        """Whether a process turns out to be gone within `seconds`."""
+        """Waits up to `seconds` for a process to be lost, and returns whether one is."""
         with self._changed:
             return bool(self._changed.wait_for(lambda: self._lost, seconds))
 
     def _watch(self) -> None:
-        """The thread: reads what comes, sends heartbeats, notices silence and exchanges that last too long."""
+        """Runs in the watching thread: reads messages, sends heartbeats, notices silence and overdue exchanges."""
         period, beat = self.settings.heartbeat_seconds / 5, 0.0
         processes = {connection: process for process, connection in self._sockets.items()}
-        while not (self._over or self._lost):
+        while not (self._ended or self._lost):
             before = time.monotonic()
             ready = readable(processes, min(period, 1.0))
             now = time.monotonic()
             with self._changed:
-                if now - before > 2 * period + 1:  # this process itself stood still: silence says nothing
-                    self._heard = dict.fromkeys(self._heard, now)
+                if now - before > 2 * period + 1:  # this process itself stood still, so silence proves nothing
+                    self._last_heard = dict.fromkeys(self._last_heard, now)
                 for connection in ready:
                     self._read(processes[connection], connection)
                 if now - beat >= period:
                     beat = now
                     self._send_all({"kind": "beat"})
-                for process, heard in self._heard.items():
+                for process, heard in self._last_heard.items():
                     if now - heard > self.settings.heartbeat_seconds:
-                        self._lose(
+                        self._record_loss(
                             process, f"is frozen or cut off, silent for {self.settings.heartbeat_seconds:g} s; {AGAIN}"
                         )
                 for name in [name for name, deadline in self._deadlines.items() if now > deadline]:
                     self._answer(name, {"late": sorted(set(self._hosts) - set(self._values[name]))})
-        if self._lost and not self._over:
+        if self._lost and not self._ended:
             if self.settings.process_id == 0:
-                time.sleep(0.5)  # so that the others read who is gone before their connections close
+                time.sleep(0.5)  # the others read which process is lost before their connections close
             self._on_loss(self._lost)
 
     def _read(self, process: int, connection: socket.socket) -> None:
-        if self._over:
+        """Reads what has arrived from `process` and handles the complete lines; a closed connection is a loss."""
+        if self._ended:
             return
         try:
             data = connection.recv(1 << 16)
         except OSError:
             data = b""
         if not data:
-            self._lose(process, f"died; {AGAIN}")
+            self._record_loss(process, f"died; {AGAIN}")
             return
-        self._heard[process] = time.monotonic()
+        self._last_heard[process] = time.monotonic()
         *lines, self._buffers[process] = (self._buffers[process] + data).split(b"\n")
         for line in lines:
             self._handle(process, json.loads(line))
 
     def _handle(self, process: int, message: dict[str, Any]) -> None:
-        """Acts on a message of `process`, which may be this one."""
+        """Acts on a message from `process`, which may be this process itself."""
         match message["kind"]:
-            case "value":  # of one process
+            case "value":  # the value of one process, sent to process 0
                 name = message["name"]
                 values = self._values.setdefault(name, {})
                 values[process] = message["value"]
                 self._deadlines.setdefault(name, time.monotonic() + message["seconds"])
                 if len(values) == self.settings.num_processes:
                     self._answer(name, {"values": [value for _, value in sorted(values.items())]})
-            case "answer":  # the values of all
+            case "answer":  # the result of an exchange, sent by process 0
                 self._answers[message["name"]] = message["answer"]
-                self._over |= message["name"] == END and "values" in message["answer"]
+                self._ended |= message["name"] == END and "values" in message["answer"]
             case "stop" if not self._halted:
                 self._send_all({"kind": "halt"})
                 self._handle(0, {"kind": "halt"})
             case "halt":
                 self._halted = True
-                self._tell({"kind": "at", "step": self._step})
+                self._send_to_first({"kind": "at", "step": self._step})
             case "at":
                 self._steps[process] = message["step"]
                 if len(self._steps) == self.settings.num_processes:
-                    go_on = {"kind": "stop_at", "step": max(self._steps.values()) + 1}
-                    self._send_all(go_on)
-                    self._handle(0, go_on)
+                    decision = {"kind": "stop_at", "step": max(self._steps.values()) + 1}
+                    self._send_all(decision)
+                    self._handle(0, decision)
             case "stop_at":
                 self._stop_at = message["step"]
             case "failed":
-                self._lose(process, message["why"])
+                self._record_loss(process, message["why"])
             case "lost":
-                self._lose(message["process"], message["why"])
+                self._record_loss(message["process"], message["why"])
         self._changed.notify_all()
 
     def _answer(self, name: str, answer: dict[str, Any]) -> None:
-        """Process 0: ends an exchange."""
+        """Ends an exchange (process 0 only): sends its result to all."""
         del self._values[name], self._deadlines[name]
         message = {"kind": "answer", "name": name, "answer": answer}
         self._send_all(message)
         self._handle(0, message)
 
-    def _lose(self, process: int, why: str) -> None:
-        if self._lost or self._over:
+    def _record_loss(self, process: int, why: str) -> None:
+        """Records the first lost process, and why it is lost; process 0 passes it on to the others."""
+        if self._lost or self._ended:
             return
         self._lost = f"{self.who(process)} {why}"
         if self.settings.process_id == 0:
             self._send_all({"kind": "lost", "process": process, "why": why})
         self._changed.notify_all()
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        """Gives process 0 a message."""
+    def _send_to_first(self, message: dict[str, Any]) -> None:
+        """Sends a message to process 0, which may be this process itself."""
         with self._changed:
             if self.settings.process_id == 0:
                 self._handle(0, message)

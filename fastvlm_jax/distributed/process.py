@@ -1,4 +1,4 @@
-"""One process of a job: its start, what it exchanges with the others, its end."""
+"""Starts and ends one process of a job, and lets it exchange values with the others."""
 
 import atexit
 import contextlib
@@ -18,37 +18,37 @@ from fastvlm_jax.distributed.peers import Peers
 from fastvlm_jax.distributed.rendezvous import Settings
 from fastvlm_jax.files import json_digest
 
-START_SECONDS = 4 * 3600.0  # for what hosts do at their start, each at its own pace, as counting the tokens of the data
+START_SECONDS = 4 * 3600.0  # timeout for start-up work of unequal length, such as counting tokens of the data
 
-_peers: Peers | None = None  # of this process; None when it is alone, as jax.distributed has it
+_peers: Peers | None = None  # connections of this process; None when it runs alone. A global, as in jax.distributed
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; what it had done is saved."""
+    """Raised when the run was asked to stop, after its work is saved."""
 
 
 @contextlib.contextmanager
 def started(settings: Settings | None) -> Iterator[None]:
-    """One of several processes from its start to its end; `settings` None is one alone. Before JAX has any device.
+    """Runs the block as one process of the job, or alone if `settings` is None. Enter it before JAX touches a device.
 
-    When another process is gone this one prints who, and ends with status 1, whatever it is at. When it fails itself
-    it tells the others, and leaves without the meeting that JAX holds at the end, to which they would not come.
+    If another process is lost, this one prints which and exits with status 1, whatever it is doing. If this process
+    fails, it reports why to the others and exits without JAX's shutdown barrier, which the others would never reach.
 
     Raises:
-      TimeoutError, ConnectionError: see rendezvous.meet.
+      TimeoutError, ConnectionError: the processes did not all meet; see rendezvous.meet.
     """
     global _peers
     if settings is None:
         yield
         return
     greeting = {"jax_port": _free_port(settings.host_and_port[1] + 1)} if settings.process_id == 0 else {}
-    _peers = Peers(settings, greeting, _stop_too)
+    _peers = Peers(settings, greeting, _exit_on_loss)
     try:
         _initialize_jax(settings, _peers.greeting["jax_port"])
         yield
     except BaseException as error:
         if not isinstance(error, Interrupted):
-            _give_up(error)
+            _report_failure(error)
             raise
         _end()
         raise
@@ -62,12 +62,12 @@ def _end() -> None:
     _peers = None
 
 
-def _give_up(error: BaseException) -> None:
-    """Tells the others of an error of this process, unless it is the consequence of one elsewhere; no way back."""
-    # A collective fails when a process dies, perhaps before it is known which.
+def _report_failure(error: BaseException) -> None:
+    """Reports an error to the others, unless a lost process caused it, and makes this process skip JAX's shutdown."""
+    # A collective fails when a process dies, perhaps before `peers` knows which one died.
     collective = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
     if _peers.wait_for_loss(_peers.settings.heartbeat_seconds + 2 if collective else 1):
-        threading.Event().wait()  # _stop_too ends this process
+        threading.Event().wait()  # _exit_on_loss ends this process
     text = " ".join(str(error).split())[:500] or type(error).__name__
     _peers.fail(f"stopped: {text}")
     status = 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -77,27 +77,28 @@ def _give_up(error: BaseException) -> None:
         sys.stderr.flush()
         os._exit(status)
 
-    atexit.register(leave)  # called first, after the error is printed
+    atexit.register(leave)  # runs after the error is printed, before all other exit handlers
 
 
-def _stop_too(lost: str) -> None:
+def _exit_on_loss(lost: str) -> None:
+    """Prints which process was lost and ends this process with status 1."""
     print(f"fastvlm: {lost}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def _free_port(wanted: int) -> int:
-    """`wanted`, or another port that nobody listens on."""
+    """Returns `wanted` if that port is free, else another free port."""
     for port in (wanted, 0):
         with contextlib.suppress(OSError), socket.create_server(("", port)) as server:
             return server.getsockname()[1]
-    raise ConnectionError("process 0 finds no free port")
+    raise ConnectionError("process 0 found no free port for JAX")
 
 
 def _initialize_jax(settings: Settings, port: int) -> None:
-    # JAX would take SIGTERM from us; its way of finding lost processes comes after ours.
+    # JAX's preemption service would take over SIGTERM. Its heartbeat is longer than ours: `peers` reports first.
     jax.config.update("jax_enable_preemption_service", False)
     host = settings.coordinator_address.rpartition(":")[0]
-    address = f"{host}:{port}" if settings.process_id == 0 else f"127.0.0.1:{_lasting(settings.host_and_port[0], port)}"
+    address = f"{host}:{port}" if settings.process_id == 0 else f"127.0.0.1:{_relay(settings.host_and_port[0], port)}"
     jax.distributed.initialize(
         address,
         settings.num_processes,
@@ -108,11 +109,11 @@ def _initialize_jax(settings: Settings, port: int) -> None:
     )
 
 
-def _lasting(host: str, port: int) -> int:
-    """A port of this machine that leads to another's and whose connections do not end when those do.
+def _relay(host: str, port: int) -> int:
+    """Opens a local port that forwards to HOST:PORT and keeps its connections open when the far end closes.
 
-    JAX's client ends its process with a stack dump the moment that the connection to process 0 closes: before
-    `peers` can say that it died.
+    JAX's client ends its process with a stack dump as soon as the connection to process 0 closes, before `peers` can
+    report that process 0 died.
     """
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -139,16 +140,27 @@ def _lasting(host: str, port: int) -> int:
 
 
 def exchange(name: str, value: Any = None, seconds: float = 600.0) -> list[Any]:
-    """What each process gives under `name` (see Peers.exchange); [value] for one alone."""
+    """Exchanges a value with all processes: see Peers.exchange. A single process gets [value].
+
+    Raises:
+      ValueError: JAX has several processes, but this one is not inside `started`.
+      TimeoutError, ConnectionError: not all processes called it; the message names those at fault.
+    """
     if _peers is not None:
         return _peers.exchange(name, value, seconds)
     if jax.process_count() > 1:
-        raise ValueError("several processes need fastvlm_jax.distributed.started, as `fastvlm train` has it")
+        raise ValueError(
+            "several processes must run inside `with fastvlm_jax.distributed.started(...)`, as `fastvlm train` does"
+        )
     return [value]
 
 
 def check_same(facts: dict[str, Any]) -> None:
-    """Raises ValueError, naming the process and the key, where `facts` (JSON) are not the same in all processes."""
+    """Checks that `facts` (JSON-ready) are the same in all processes.
+
+    Raises:
+      ValueError: they differ; the message names the first process and key that do.
+    """
     own = json_digest(facts)
     if len(set(exchange("digest of the settings", own, START_SECONDS))) == 1:
         return
@@ -163,7 +175,10 @@ def check_same(facts: dict[str, Any]) -> None:
 
 
 class StopRequest:
-    """Within its context, the first SIGINT or SIGTERM to any process asks for a stop; a second one kills."""
+    """Handles signals within its context: the first SIGINT or SIGTERM to any process asks all processes to stop.
+
+    A second signal of the same kind kills the process that gets it.
+    """
 
     def __init__(self):
         self._requested = False
@@ -177,7 +192,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def reached(self, step: int) -> bool:
-        """Whether the run stops after `step`, the same in all processes; to be asked after every step."""
+        """Returns whether the run stops after `step`, the same in all processes. Call it after every step."""
         return self._requested if _peers is None else _peers.stop_reached(step)
 
     def _ask(self, number, frame):

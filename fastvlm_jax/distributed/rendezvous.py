@@ -1,4 +1,4 @@
-"""How the processes of one run meet: all others connect to process 0, which greets them when the last is there."""
+"""Lets the processes of one run meet: all others connect to process 0, which greets them once all have connected."""
 
 import contextlib
 import dataclasses
@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Where the processes meet.
+    """Describes where the processes of a run meet, and which one this is.
 
     Attributes:
-      coordinator_address: HOST:PORT that process 0 listens on.
-      heartbeat_seconds: of silence after which a process counts as frozen.
-      initialization_seconds: that all processes are waited for at the start.
+      coordinator_address: HOST:PORT on which process 0 listens.
+      num_processes: number of processes in the run.
+      process_id: number of this process, from 0.
+      heartbeat_seconds: seconds of silence after which a process counts as frozen.
+      initialization_seconds: seconds to wait at the start until all processes have connected.
     """
 
     coordinator_address: str
@@ -33,12 +35,12 @@ class Settings:
 
 
 class Met(NamedTuple):
-    """What a process has when all are there.
+    """Holds the connections of a process once all processes have met.
 
     Attributes:
-      sockets: to all others in process 0, to process 0 in all others.
-      hosts: the host of each process.
-      greeting: process 0's.
+      sockets: connections by process id: process 0 has one to every other, the others have one to process 0.
+      hosts: host name of each process, by process id.
+      greeting: the greeting of process 0.
     """
 
     sockets: dict[int, socket.socket]
@@ -47,10 +49,11 @@ class Met(NamedTuple):
 
 
 def meet(settings: Settings, greeting: dict[str, Any]) -> Met:
-    """Waits for all processes; process 0 tells the others its `greeting`.
+    """Waits until all processes have connected; process 0 then sends the others its `greeting`.
 
     Raises:
-      TimeoutError, ConnectionError, ValueError: not all came in time, or they do not fit; the message names them.
+      TimeoutError: a process is missing after initialization_seconds; the message names it.
+      ConnectionError: process 0 cannot listen, ended early, or refused this process; the message says why.
     """
     met = _welcome_all(settings, greeting) if settings.process_id == 0 else _join(settings)
     for connection in met.sockets.values():
@@ -76,7 +79,7 @@ def _welcome_all(settings: Settings, greeting: dict[str, Any]) -> Met:
                 raise TimeoutError(why)
             ready = readable([server, *met.sockets.values()], left)
             for process, connection in list(met.sockets.items()):
-                if connection in ready:  # it has nothing to say yet: it ended, and may be started again
+                if connection in ready:  # nothing is due yet: it ended, and may be started again
                     met.sockets.pop(process).close()
             if server in ready:
                 _admit(server.accept()[0], met, settings)
@@ -100,7 +103,7 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 def _admit(connection: socket.socket, met: Met, settings: Settings) -> None:
-    """Takes a process in by its first line; what is none, or does not fit, is sent away."""
+    """Admits a connection whose first line introduces a process of this run; refuses or closes all others."""
     connection.settimeout(5)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         hello = read_line(connection)
@@ -114,7 +117,10 @@ def _admit(connection: socket.socket, met: Met, settings: Settings) -> None:
         else:
             met.sockets[process], met.hosts[process] = connection, host
             return
-        send(connection, {"kind": "refused", "why": f"{wrong}: give each process of the run its own, from 0 on"})
+        send(
+            connection,
+            {"kind": "refused", "why": f"{wrong}: give all processes one --num_processes, each its own --process_id"},
+        )
     connection.close()
 
 
@@ -125,7 +131,7 @@ def _join(settings: Settings) -> Met:
         try:
             connection = socket.create_connection(settings.host_and_port, timeout=10)
             break
-        except OSError as error:  # it has not started yet, or its name is not known yet
+        except OSError as error:  # it has not started, or its host name does not resolve yet
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"process 0 did not answer at {address} within {seconds:g} s ({error.strerror or error}): is it "
@@ -133,7 +139,7 @@ def _join(settings: Settings) -> Met:
                 ) from error
             time.sleep(0.2)
     send(connection, {"process": settings.process_id, "of": settings.num_processes, "host": socket.gethostname()})
-    connection.settimeout(seconds + 30)  # process 0 waits as long for the others, and then tells who is missing
+    connection.settimeout(seconds + 30)  # process 0 waits as long for the others, then reports who is missing
     try:
         welcome = read_line(connection)
         if welcome["kind"] == "refused":
@@ -144,31 +150,35 @@ def _join(settings: Settings) -> Met:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConnectionError(
-            f"process 0 at {address} ended before all {settings.num_processes} processes were there, or is none of "
-            f"this program: {error}"
+            f"process 0 at {address} ended before all {settings.num_processes} processes were connected, or another "
+            f"program listens there: {error}"
         ) from error
 
 
 def readable(connections: Iterable[socket.socket], seconds: float) -> list[socket.socket]:
-    """Those with something to read, or that are closed, after at most `seconds`."""
-    with selectors.DefaultSelector() as selector:  # select.select ends at 1,024 open files
+    """Returns the connections that have something to read or are closed; waits at most `seconds` for one."""
+    with selectors.DefaultSelector() as selector:  # select.select fails beyond 1,024 open files
         for connection in connections:
             selector.register(connection, selectors.EVENT_READ)
         return [key.fileobj for key, _ in selector.select(seconds)]
 
 
 def read_line(connection: socket.socket) -> dict[str, Any]:
-    """The next message, and nothing of what follows it (ValueError where it is none, or the end)."""
+    """Reads the next message from a connection, and not a byte beyond it.
+
+    Raises:
+      ValueError: the line is not JSON, is longer than 1 MiB, or the connection is closed.
+    """
     line = b""
     while not line.endswith(b"\n"):
         byte = connection.recv(1)
         if not byte or len(line) > 1 << 20:
-            raise ValueError("it closed the connection")
+            raise ValueError("the connection was closed")
         line += byte
     return json.loads(line)
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:
-    """Sends a message; that a connection is closed is noticed where it is read."""
+    """Sends a message; a closed connection is ignored here, for its reader notices."""
     with contextlib.suppress(OSError):
         connection.sendall(json.dumps(message).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Answers the questions of a record set by greedy decoding, and scores the answers."""
+"""Answers the questions in a source of records by greedy decoding, and scores the answers."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,15 @@ ROWS_PER_BATCH = 192
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One question of a record with the true and the given answer."""
+    """Holds one question, its reference answer and the model's answer.
+
+    Attributes:
+      key: key of the record.
+      image: encoded image that the question is about.
+      question: text of the question.
+      truth: reference answer.
+      answer: the model's answer.
+    """
 
     key: str
     image: bytes
@@ -37,20 +45,28 @@ def answer_records(
     max_tokens: int = 16,
     progress=None,
 ) -> list[Result]:
-    """Asks every question of the records alone, in order; each image is encoded once a batch.
+    """Asks the model each question of the records by itself, without earlier turns, and returns the results in order.
 
-    All batches have one shape, so that the decoder is compiled once; `progress` is called with the questions done.
+    All batches have the same shape, so that the decoder is compiled once. A batch encodes each of its images once.
+
+    Args:
+      limit: number of questions to ask; None asks all.
+      max_tokens: longest answer in tokens.
+      progress: function that is called after each batch with the number of questions in it.
+
+    Raises:
+      ValueError: a record's turns do not alternate between user and assistant, or it has no image or several.
     """
     asked = list(ask(records, limit))
-    longest = max((prompt_length(processor, image, talk) for _, image, talk, _ in asked), default=1)
+    longest = max((prompt_length(processor, image, turns) for _, image, turns, _ in asked), default=1)
     length = -(-longest // 8) * 8
-    # Images that take tiles, or sizes by their shape, do not share a batch of one shape.
+    # With AnyRes tiles or aspect buckets the shape of a batch depends on its images: one image per batch.
     images_per_batch = 1 if processor.grids or processor.sizes else IMAGES_PER_BATCH
     results: list[Result] = []
     for batch in batched(asked, images_per_batch):
         images = list(dict.fromkeys(key for key, *_ in batch))
         pictures = {key: image for key, image, *_ in batch}
-        texts = [question_text(talk) for _, _, talk, _ in batch]
+        texts = [question_text(turns) for _, _, turns, _ in batch]
         image_of = [images.index(key) for key, *_ in batch]
         padding = ROWS_PER_BATCH - len(batch)
         answers = generate(
@@ -73,28 +89,34 @@ def answer_records(
 
 
 def ask(records: RecordSource, limit: int | None) -> Iterator[tuple[str, bytes, tuple, str]]:
-    """(record key, image, the user's turn, true answer) of the first `limit` questions that are about one image."""
+    """Yields (record key, image, turns of the question, reference answer) for the first `limit` questions.
+
+    Raises:
+      ValueError: a record's turns do not alternate between user and assistant, or it has no image or several.
+    """
     count = 0
     for i in range(len(records)):
         record = records[i]
-        for talk in questions(record.turns):
+        for turns in questions(record.turns):
             if count == limit:
                 return
-            (role, _), (_, answer) = talk[-2:]
+            (role, _), (_, answer) = turns[-2:]
             if role != "user" or len(record.images) != 1:
-                raise ValueError(f"record {record.key} is not questions about one image: it cannot be scored")
-            yield record.key, record.images[0], talk[:-1], "".join(answer)
+                raise ValueError(
+                    f"record {record.key} cannot be scored: it must hold user questions about exactly one image"
+                )
+            yield record.key, record.images[0], turns[:-1], "".join(answer)
             count += 1
 
 
-def prompt_length(processor: Processor, image: bytes, talk: tuple) -> int:
-    """Tokens of a question with its image."""
+def prompt_length(processor: Processor, image: bytes, turns: tuple) -> int:
+    """Returns the number of tokens in a question, including the placeholders of its image and the generation prompt."""
     size, grids = processor.layout([size_of(image)])
-    return len(processor.segment(talk, True, tuple(map(slots_of, grids)), size.tokens).tokens)
+    return len(processor.segment(turns, True, tuple(map(slots_of, grids)), size.tokens).tokens)
 
 
 def batched(asked: Sequence[tuple], images_per_batch: int) -> Iterator[list[tuple]]:
-    """Runs of questions about at most `images_per_batch` images and of at most ROWS_PER_BATCH rows."""
+    """Yields consecutive questions in batches of at most `images_per_batch` images and ROWS_PER_BATCH questions."""
     batch: list[tuple] = []
     for item in asked:
         images = {key for key, *_ in batch} | {item[0]}
@@ -106,11 +128,11 @@ def batched(asked: Sequence[tuple], images_per_batch: int) -> Iterator[list[tupl
         yield batch
 
 
-def question_text(talk: tuple) -> str:
-    """The text of the last user turn."""
-    return "".join(part for part in talk[-1][1] if isinstance(part, str))
+def question_text(turns: tuple) -> str:
+    """Returns the text of the last turn, without its images."""
+    return "".join(part for part in turns[-1][1] if isinstance(part, str))
 
 
 def accuracy(results: Sequence[Result]) -> float:
-    """Share of answers equal to the truth."""
+    """Returns the fraction of answers that equal the reference answer; 0 without results."""
     return sum(r.answer == r.truth for r in results) / max(len(results), 1)

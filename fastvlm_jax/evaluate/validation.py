@@ -1,4 +1,4 @@
-"""Validation inside training: the loss of the held-out split, and questions answered by greedy decoding."""
+"""Validation during training: the loss on the held-out split, and the accuracy of answers to its questions."""
 
 from functools import partial
 
@@ -14,9 +14,14 @@ from fastvlm_jax.train_step import eval_step
 
 
 def make_validation(config, model: FastVLM, processor: Processor, batches):
-    """A function from the state to {"validation/loss", "validation/accuracy"}, on the held-out split.
+    """Returns a function that computes {"validation/loss", "validation/accuracy"} of a train state.
 
-    The loss is over all data sets that have one, questions are asked of the first; without any there is no validation.
+    The loss is the mean over supervised tokens of all data sets with a held-out split. The questions, answered by
+    greedy decoding, come from the first such data set. Without a held-out split the result is empty.
+
+    Args:
+      config: config of the run; eval_batches and eval_questions say how much to evaluate, 0 skips the metric.
+      batches: sharding of the batches.
     """
     held_out = open_sources(config.data, "validation")
     everywhere = jax.sharding.NamedSharding(batches.mesh, sharding.spec(()))

@@ -1,0 +1,1 @@
+"""Image headers, decoding, resizing, augmentation, and the sizes that images are resized to."""

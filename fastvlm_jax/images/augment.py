@@ -1,6 +1,6 @@
-"""RandomResizedCrop and RandAugment in two halves: parameters from (seed, epoch, record), and their application.
+"""Samples the parameters of RandomResizedCrop and RandAugment from (seed, epoch, record), and applies them.
 
-Parameters that a teacher's embeddings were made with (DataCompDR's paug.json) replay to the pixels that it saw.
+The parameters stored with a teacher's embeddings (DataCompDR's paug.json) reproduce the pixels that the teacher saw.
 """
 
 import math
@@ -14,17 +14,17 @@ import PIL.ImageOps
 
 from fastvlm_jax.images.resize import fit_into
 
-# Their order is the number of each in paug.json.
+# The index of each operation is its number in paug.json.
 OPS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast"),
     *("Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
 )
-_STEPS = 30  # magnitudes go from 0, which does least, to this
-_SIGNED = {  # at the highest magnitude; of half the samples the sign is turned
+_STEPS = 30  # highest magnitude; 0 is the weakest
+_SIGNED = {  # values at the highest magnitude; half of the samples get the opposite sign
     "ShearX": 0.3,
     "ShearY": 0.3,
-    "TranslateX": 150 / 331,  # of the width
-    "TranslateY": 150 / 331,  # of the height
+    "TranslateX": 150 / 331,  # fraction of the width
+    "TranslateY": 150 / 331,  # fraction of the height
     "Rotate": 30.0,  # degrees
     "Brightness": 0.9,
     "Color": 0.9,
@@ -42,7 +42,7 @@ Op = tuple[str, float]  # a name in OPS and its magnitude
 
 
 class Crop(NamedTuple):
-    """A rectangle of an image, in its pixels."""
+    """Describes a rectangle of an image, in the image's pixels."""
 
     top: int
     left: int
@@ -51,13 +51,13 @@ class Crop(NamedTuple):
 
 
 def uniform(seed: int, epoch: int, record: int, count: int) -> np.ndarray:
-    """Returns float64 [count] in [0, 1): the random numbers of one record in one epoch.
+    """Returns the random numbers of one record in one epoch, float64 [count] in [0, 1).
 
-    These are raw words of Philox4x64-10 under the key (seed, epoch) from the counter (0, record, 0, 0) on. NumPy keeps
-    raw words the same in all its versions; it does not promise that of its Generator's methods.
+    They are the upper 53 bits of raw Philox4x64-10 words with the key (seed, epoch), from the counter (0, record, 0, 0)
+    on. NumPy keeps raw words the same in all its versions, but does not promise the same for its Generator's methods.
 
     Raises:
-      ValueError: a number that is negative or takes more than 64 bits.
+      ValueError: a number is negative or takes more than 64 bits.
     """
     if not all(0 <= number < 2**64 for number in (seed, epoch, record)):
         raise ValueError(f"seed, epoch and record must be 0 to 2^64 - 1: {seed}, {epoch}, {record}")
@@ -75,12 +75,12 @@ def sample(
     num_ops: int = 2,
     magnitude: int = 9,
 ) -> tuple[Crop, tuple[Op, ...]]:
-    """Chooses the crop and the operations of one record in one epoch: the same whenever and wherever it is asked.
+    """Samples the crop and the operations of one record in one epoch; equal arguments always give the same result.
 
     Args:
       seed, epoch, record: see `uniform`.
-      size: (height, width) of the image.
-      out_size: (height, width) that the crop is resized to.
+      size: (height, width) of the image, pixels.
+      out_size: (height, width) that the crop is resized to, pixels.
       num_ops, magnitude: see `sample_ops`.
     """
     numbers = uniform(seed, epoch, record, 40 + 2 * num_ops)
@@ -93,15 +93,16 @@ def sample_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Crop:
-    """Chooses a crop by the rule of torchvision's RandomResizedCrop.
+    """Samples a crop by the rule of torchvision's RandomResizedCrop.
 
-    Ten times a share of the area (uniform in `scale`) and an aspect (log-uniform in `ratio`, width / height) are drawn;
-    the first that fits is placed anywhere in the image. If none does, it is the centre, as large as `ratio` allows.
+    Ten candidates are drawn, each with a fraction of the area (uniform in `scale`) and an aspect (log-uniform in
+    `ratio`). The first that fits is placed anywhere in the image. If none fits, the crop is the centre of the image, as
+    large as `ratio` allows.
 
     Args:
-      numbers: float64 [40] in [0, 1).
-      size: (height, width) of the image.
-      scale: lowest and highest share of the image's area.
+      numbers: random numbers, float64 [40] in [0, 1).
+      size: (height, width) of the image, pixels.
+      scale: lowest and highest fraction of the image's area.
       ratio: lowest and highest width / height.
     """
     height, width = size
@@ -121,13 +122,16 @@ def sample_crop(
 
 
 def sample_ops(numbers: np.ndarray, size: tuple[int, int], num_ops: int = 2, magnitude: int = 9) -> tuple[Op, ...]:
-    """Chooses operations by the rule of torchvision's RandAugment with 31 magnitudes: 0, the weakest, to 30.
+    """Samples operations by the rule of torchvision's RandAugment with 31 magnitudes: 0, the weakest, to 30.
 
     Args:
-      numbers: float64 [2 * num_ops] in [0, 1).
-      size: (height, width) of the image that the operations are applied to, which is what the crop is resized to.
-      num_ops: how many follow one another.
-      magnitude: the same for all.
+      numbers: random numbers, float64 [2 * num_ops] in [0, 1).
+      size: (height, width) of the resized crop, to which the operations are applied, pixels.
+      num_ops: number of operations, applied one after another.
+      magnitude: magnitude of every operation, 0 to 30.
+
+    Raises:
+      ValueError: the magnitude is out of range.
     """
     if not 0 <= magnitude <= _STEPS:
         raise ValueError(f"the magnitude of RandAugment must be 0 to {_STEPS}, not {magnitude}")
@@ -139,9 +143,9 @@ def sample_ops(numbers: np.ndarray, size: tuple[int, int], num_ops: int = 2, mag
             length = {"TranslateX": size[1], "TranslateY": size[0]}.get(name, 1)
             value = _SIGNED[name] * length * strength * (1 if sign < 0.5 else -1)
         elif name == "Posterize":
-            value = 8.0 - round(4 * strength)  # bits
+            value = 8.0 - round(4 * strength)  # bits kept per channel
         elif name == "Solarize":
-            value = 255 * (1 - strength)  # the brightness from which it inverts
+            value = 255 * (1 - strength)  # brightness from which values are inverted
         ops.append((name, value))
     return tuple(ops)
 
@@ -149,10 +153,10 @@ def sample_ops(numbers: np.ndarray, size: tuple[int, int], num_ops: int = 2, mag
 def read_params(entry: Any) -> tuple[Crop | None, tuple[Op, ...]]:
     """Reads one entry of `param_aug` in DataCompDR's paug.json: [[top, left, height, width], [[op, magnitude], ...]].
 
-    Either may be null: it was not applied.
+    Either part may be null, which means that it was not applied: the crop is then None, the operations ().
 
     Raises:
-      ValueError: an entry of another shape, an unknown operation, or a number that no sampling gives.
+      ValueError: the entry has another shape, an unknown operation, or a number that sampling never gives.
     """
     try:
         crop, ops = entry
@@ -172,17 +176,18 @@ def read_params(entry: Any) -> tuple[Crop | None, tuple[Op, ...]]:
 def augment_into(
     image: np.ndarray, out: np.ndarray, crop: Crop | None, ops: Sequence[Op] = (), exact: bool = False
 ) -> None:
-    """Writes a crop of an image, resized and then changed by operations.
+    """Crops an image, resizes the crop into `out` and applies operations to it.
 
     Args:
-      image: uint8 [h, w, 3], as large as it was when `crop` was chosen.
-      out: uint8 [H, W, 3].
-      crop: what to show; None for the whole image.
-      ops: applied in turn; black comes in at edges.
-      exact: the pixels of torchvision's and ml-mobileclip's transforms (Pillow's bicubic), not `fit_into`'s fast path.
+      image: uint8 [h, w, 3], of the size for which `crop` was sampled.
+      out: uint8 [H, W, 3], overwritten.
+      crop: part of the image to use; None for the whole image.
+      ops: operations, applied in this order; areas without a source pixel become black.
+      exact: whether to give the pixels of torchvision's and ml-mobileclip's transforms (Pillow's bicubic) instead of
+        those of `fit_into`'s fast path.
 
     Raises:
-      ValueError: a crop that is not inside the image.
+      ValueError: the crop is not inside the image.
     """
     height, width = image.shape[:2]
     top, left, rows, columns = crop or (0, 0, height, width)
@@ -211,9 +216,9 @@ def _apply(image: PIL.Image.Image, name: str, magnitude: float) -> PIL.Image.Ima
         return PIL.ImageOps.autocontrast(image)
     if name == "Equalize":
         return PIL.ImageOps.equalize(image)
-    # torchvision takes the angle through degrees: the last bit decides which pixel is nearest.
+    # torchvision converts the angle to degrees and back, and its last bit decides which pixel is nearest.
     angle = math.radians(math.degrees(math.atan(magnitude)))
-    inverse = {  # from a point of the result to one of the image
+    inverse = {  # map from a point of the result to a point of the image
         "ShearX": (1, math.tan(angle), 0, 0, 1, 0),
         "ShearY": (1, 0, 0, math.sin(angle) / math.cos(angle), 1, 0),
         "TranslateX": (1, 0, -int(magnitude), 0, 1, 0),

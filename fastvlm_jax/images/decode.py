@@ -1,4 +1,4 @@
-"""Encoded images to uint8 arrays: what a header says, decoding, and the views of an image that a model sees."""
+"""Decodes images to uint8 arrays and to the views that a model sees, and re-encodes large images smaller."""
 
 import io
 import re
@@ -13,9 +13,10 @@ from fastvlm_jax.images.resize import crop_scaled, fit_into, pad_scaled, resize,
 
 __all__ = ["MAX_SIDE", "decode", "fit_into", "shrink", "size_of", "views_into"]
 
-# Each scan of a progressive JPEG passes over every pixel, and an empty one takes 10 bytes. Encoders write about 10.
+# Decoding a scan of a progressive JPEG visits every pixel, even if the scan is an empty one of 10 bytes. Encoders write
+# about 10 scans.
 MAX_SCANS = 100
-# What a JPEG decoder may warn of though every pixel is there: odd bytes between the segments before the pixels.
+# Warnings of the JPEG decoder that lose no pixel: odd bytes between the segments before the pixels.
 _HARMLESS = re.compile(r"extraneous bytes before marker 0x(e.|db|fe|c[012])|JFIF revision|Adobe color transform")
 
 
@@ -23,7 +24,7 @@ def size_of(data: bytes) -> tuple[int, int]:
     """Returns (width, height) of an encoded image after EXIF rotation, from its header alone.
 
     Raises:
-      ValueError: empty, of an unknown format, with a broken header, or larger than MAX_PIXELS or MAX_SIDE.
+      ValueError: the image is empty, of an unknown format, larger than MAX_PIXELS or MAX_SIDE, or its header is broken.
     """
     height, width = read_header(data).upright
     return width, height
@@ -32,16 +33,16 @@ def size_of(data: bytes) -> tuple[int, int]:
 def decode(data: bytes, at_least: tuple[int, int] | None = None) -> np.ndarray:
     """Decodes an encoded image (JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF) to uint8 [H, W, 3].
 
-    EXIF rotation is applied, transparency is shown over black, 16-bit channels keep their high byte, an animation or
-    a TIFF of several pages gives the first.
+    EXIF rotation is applied, transparency is shown over black, 16-bit channels keep their high byte, and an animation
+    or a TIFF of several pages gives the first frame or page.
 
     Args:
-      data: the file's bytes.
-      at_least: (height, width) that are enough. A JPEG is then decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 that
-        is no smaller, which skips the work for the rest.
+      data: bytes of the file.
+      at_least: smallest sufficient (height, width), pixels. A JPEG is then decoded at the smallest of the scales 1/1,
+        1/2, 1/4 and 1/8 that is no smaller, which saves time. None decodes at full size.
 
     Raises:
-      ValueError: empty, of an unknown format, cut short, damaged, or larger than MAX_PIXELS or MAX_SIDE.
+      ValueError: the image is empty, of an unknown format, truncated, damaged, or larger than MAX_PIXELS or MAX_SIDE.
     """
     header = read_header(data)
     try:
@@ -53,7 +54,7 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> np.ndarray:
                 raise ValueError("its header and its pixels disagree about its size")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on bad bytes
         raise unreadable(error) from error
-    return _turn(image, header.orientation)
+    return _make_upright(image, header.orientation)
 
 
 def views_into(
@@ -68,20 +69,20 @@ def views_into(
 
     For a 2 x 2 grid, `out` holds five views of the same H x W:
 
-        out[0]  the whole image, as `fit_into` makes it
+        out[0]  the whole image, fitted by `fit_into`
         out[1]  out[2]     the image padded to 2H x 2W, cut into tiles
         out[3]  out[4]
 
     Args:
-      data: the file's bytes.
+      data: bytes of the file.
       out: uint8 [1 + rows * columns, H, W, 3], or [1, H, W, 3] for the grid (1, 1). Every pixel is written.
-      grid: (rows, columns) of tiles; (1, 1) is the overview alone.
-      mode: of the overview: pad, crop or stretch, see `fit_into`. LLaVA and FastVLM stretch it for AnyRes.
-      background: the colour around the overview and the tiles.
-      exact: the pixels of LLaVA's and FastVLM's `process_anyres_image`, instead of the fast path.
+      grid: (rows, columns) of tiles; (1, 1) gives the overview alone.
+      mode: how the overview is fitted: pad, crop or stretch, see `fit_into`. LLaVA and FastVLM stretch it for AnyRes.
+      background: RGB colour around the overview and the tiles.
+      exact: whether to give the pixels of LLaVA's and FastVLM's `process_anyres_image` instead of the fast path's.
 
     Raises:
-      ValueError: as `decode`, or an `out` of another number of views.
+      ValueError: as for `decode`, or `out` has another number of views.
     """
     rows, columns = grid
     views = 1 if grid == (1, 1) else 1 + rows * columns
@@ -99,7 +100,7 @@ def views_into(
 
 
 def enough(data: bytes, box: tuple[int, int], grid: tuple[int, int], mode: str) -> tuple[int, int]:
-    """Returns the (height, width) that an image needs to be decoded at for its views in a box of (height, width)."""
+    """Returns the smallest (height, width) at which to decode an image for its views, each of size `box`, in pixels."""
     size, (height, width), (rows, columns) = read_header(data).upright, box, grid
     wanted = crop_scaled(size, box) if mode == "crop" else pad_scaled(size, box)
     wanted = box if mode == "stretch" else wanted
@@ -108,13 +109,13 @@ def enough(data: bytes, box: tuple[int, int], grid: tuple[int, int], mode: str) 
 
 
 def shrink(data: bytes, max_side: int, quality: int = 92) -> bytes:
-    """Returns an image re-encoded with its longer side at `max_side`, or `data` itself where that is no longer.
+    """Re-encodes an image with a longer side of `max_side` pixels; returns `data` itself if its sides are no longer.
 
-    JPEG, AVIF and lossy WebP become JPEG (4:4:4) without EXIF, upright; the rest become PNG, transparency over black as
-    `decode` shows it.
+    JPEG, AVIF and lossy WebP become upright JPEG (4:4:4) without EXIF. Other formats become PNG, with transparency over
+    black as in `decode`.
 
     Raises:
-      ValueError: as `decode`.
+      ValueError: as for `decode`.
     """
     header = read_header(data)
     size = header.upright
@@ -139,20 +140,20 @@ def _decode_jpeg(data: bytes, header: Header, at_least: tuple[int, int] | None) 
     color = "CMYK" if header.color in ("CMYK", "YCCK") else "RGB"
     limits = {} if at_least is None else _scale(header, at_least)
     try:
-        # strict: a damaged file raises instead of ending in grey.
+        # simplejpeg is strict by default: a damaged file raises instead of ending in grey.
         image = simplejpeg.decode_jpeg(data, color, **limits)
     except ValueError as error:
         if not _HARMLESS.search(str(error)):
             raise
-        return _to_rgb(open_with_pillow(data, "JPEG"))  # which raises if the file is cut short
-    if color == "CMYK":  # inverted, as all CMYK JPEGs are
+        return _to_rgb(open_with_pillow(data, "JPEG"))  # raises if the file is truncated
+    if color == "CMYK":  # stored inverted, like all CMYK JPEGs
         size = image.shape[1::-1]
         return np.asarray(PIL.Image.frombytes("CMYK", size, (255 - image).tobytes()).convert("RGB"))
     return image
 
 
 def _decode_into(data: bytes, at_least: tuple[int, int], out: np.ndarray, background: tuple[int, int, int]) -> bool:
-    """Decodes a JPEG that needs no resizing straight into `out`; False where it does, or is not a plain one."""
+    """Decodes a plain JPEG that needs no resizing straight into `out`; returns False for any other image."""
     header = read_header(data)
     if header.kind != "JPEG" or header.orientation != 1 or header.color in ("CMYK", "YCCK"):
         return False
@@ -162,13 +163,13 @@ def _decode_into(data: bytes, at_least: tuple[int, int], out: np.ndarray, backgr
         return False
     try:
         simplejpeg.decode_jpeg(data, "RGB", buffer=room.reshape(-1), **limits)
-    except ValueError:  # `decode` tells whether it is worth a word
+    except ValueError:  # `decode` finds out whether the file is damaged
         return False
     return True
 
 
 def _scale(header: Header, at_least: tuple[int, int]) -> dict[str, int]:
-    """What to ask of simplejpeg for the smallest size that is enough: exactly the size that it then gives."""
+    """Returns simplejpeg's arguments for the smallest sufficient size, which is exactly the size that it gives."""
     height, width = at_least[::-1] if header.orientation > 4 else at_least
     for factor in (8, 4, 2, 1):  # only these scales have fast code in libjpeg-turbo
         size = {"min_height": -(-header.height // factor), "min_width": -(-header.width // factor)}
@@ -178,7 +179,7 @@ def _scale(header: Header, at_least: tuple[int, int]) -> dict[str, int]:
 
 
 def _count_scans(data: bytes) -> int:
-    """Start-of-scan marks, FF DA, at even and at odd places; 5 times as fast as `bytes.count`, and without the GIL."""
+    """Counts start-of-scan marks, FF DA, at even and odd offsets: 5 times as fast as `bytes.count`, without the GIL."""
     places = (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
     return sum(int(np.count_nonzero(pairs == 0xDAFF)) for pairs in places)
 
@@ -194,8 +195,8 @@ def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Applies an EXIF orientation."""
+def _make_upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Applies an EXIF orientation, 1 to 8."""
     if orientation in (5, 7):
         image = cv2.transpose(image)
     elif orientation in (6, 8):

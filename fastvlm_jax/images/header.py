@@ -1,4 +1,4 @@
-"""What the header of an encoded image says: its format, size and orientation, without decoding."""
+"""Reads the format, size and orientation of an encoded image from its header, without decoding it."""
 
 import contextlib
 import ctypes
@@ -12,12 +12,12 @@ import PIL.features
 import PIL.Image
 import simplejpeg
 
-# Twice a 50-megapixel camera. A few kilobytes can claim any size, so the header is read first.
+# Twice a 50-megapixel camera. A file of a few kilobytes can claim any size, so the header is checked first.
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768
-_MAX_CHUNKS = 100_000  # of a PNG or WebP: 800 MB of them as encoders write them, 5 seconds if they are empty
-_MAX_RUN_LENGTH_BMP = 8_000_000  # bytes: Pillow decodes these in Python, at 5 MB a second
-_ORIENTATION = 0x0112  # the EXIF tag
+_MAX_CHUNKS = 100_000  # per PNG or WebP: 800 MB as encoders write them, 5 seconds if empty
+_MAX_RUN_LENGTH_BMP = 8_000_000  # bytes: Pillow decodes such a BMP in Python, at 5 MB a second
+_ORIENTATION = 0x0112  # EXIF tag
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -31,34 +31,42 @@ _MAGIC = (
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
-# A damaged file can make Pillow warn thousands of times; what cannot be decoded raises.
+# A damaged file can make Pillow warn thousands of times, and one that cannot be decoded raises anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-with contextlib.suppress(AttributeError, OSError):  # its libtiff prints to stderr
+with contextlib.suppress(AttributeError, OSError):  # Pillow's libtiff prints to stderr
     _library = ctypes.CDLL(PIL.Image.core.__file__)
     _library.TIFFSetErrorHandler(None)
     _library.TIFFSetWarningHandler(None)
 
 
 class Header(NamedTuple):
-    """`height` and `width` are as stored; an `orientation` of 5 to 8 (EXIF) exchanges them."""
+    """Holds the header of an encoded image.
+
+    Attributes:
+      kind: format, such as "JPEG" or "WEBP".
+      height, width: pixels before the rotation by `orientation`.
+      orientation: EXIF orientation, 1 to 8; 5 to 8 exchange height and width.
+      color: colour space of a JPEG in simplejpeg's spelling; "" for other formats.
+    """
 
     kind: str
     height: int
     width: int
     orientation: int = 1
-    color: str = ""  # JPEG only
+    color: str = ""
 
     @property
     def upright(self) -> tuple[int, int]:
+        """Returns (height, width) after EXIF rotation."""
         return (self.width, self.height) if self.orientation > 4 else (self.height, self.width)
 
 
 def read_header(data: bytes) -> Header:
-    """Returns what the header says.
+    """Reads the header of an encoded image.
 
     Raises:
-      ValueError: empty, of an unknown format, with a broken header, or larger than MAX_PIXELS or MAX_SIDE.
+      ValueError: the image is empty, of an unknown format, larger than MAX_PIXELS or MAX_SIDE, or its header is broken.
     """
     if not data:
         raise ValueError("the image is empty (0 bytes)")
@@ -76,7 +84,7 @@ def read_header(data: bytes) -> Header:
 
 
 def _kind(data: bytes) -> str:
-    """The format by its first bytes; ValueError names what is not read."""
+    """Returns the format by the first bytes; a ValueError names a format that cannot be read."""
     for magic, kind in _MAGIC:
         if data.startswith(magic):
             return kind
@@ -103,7 +111,7 @@ def _read(data: bytes, kind: str) -> Header:
             raise ValueError("its header is broken")
         width, height = struct.unpack_from(">II", data, 16)
         return Header(kind, height, width, _orientation(chunk(data, 8, ">I4s", b"eXIf")))
-    if kind == "WEBP":  # Pillow's reader allocates what the header claims
+    if kind == "WEBP":  # Pillow's reader would allocate the size that the header claims
         width, height = _webp_size(data)
         exif = chunk(data, 12, "<4sI", b"EXIF") if data[12:16] == b"VP8X" else b""
         return Header(kind, height, width, _orientation(exif.removeprefix(b"Exif\0\0")))
@@ -113,19 +121,19 @@ def _read(data: bytes, kind: str) -> Header:
         )
     image = open_with_pillow(data, kind)
     width, height = image.size
-    orientation = image.getexif().get(_ORIENTATION, 1) if kind == "AVIF" else 1  # Pillow itself turns a TIFF
+    orientation = image.getexif().get(_ORIENTATION, 1) if kind == "AVIF" else 1  # Pillow itself rotates a TIFF
     return Header(kind, height, width, orientation if orientation in range(1, 9) else 1)
 
 
 def open_with_pillow(data: bytes, kind: str) -> PIL.Image.Image:
-    """Opens an image of a known format; nothing else is tried, least of all Ghostscript."""
+    """Opens an image as the format `kind`; Pillow tries no other format and so never runs Ghostscript."""
     return PIL.Image.open(io.BytesIO(data), formats=(kind,))
 
 
 def _jpeg_exif(data: bytes) -> bytes:
-    """The TIFF inside the Exif segment of a JPEG; empty if there is none."""
+    """Returns the TIFF structure in the Exif segment of a JPEG; empty if there is none."""
     at = 2
-    for _ in range(1000):  # segments
+    for _ in range(1000):  # most segments to search
         marker = data[at : at + 2]
         if len(marker) < 2 or marker[0] != 0xFF or marker[1] in (0xD9, 0xDA):  # the end, or the pixels
             break
@@ -140,7 +148,17 @@ def _jpeg_exif(data: bytes) -> bytes:
 
 
 def chunk(data: bytes, at: int, form: str, name: bytes) -> bytes:
-    """The body of a PNG's (">I4s") or WebP's ("<4sI") chunk `name`; empty if there is none."""
+    """Returns the body of the chunk `name` of a PNG or WebP; empty if there is none.
+
+    Args:
+      data: bytes of the file.
+      at: offset of the first chunk, bytes.
+      form: struct format of a chunk's head: ">I4s" for PNG, "<4sI" for WebP.
+      name: name of the chunk, 4 bytes.
+
+    Raises:
+      ValueError: the file has too many chunks.
+    """
     for _ in range(_MAX_CHUNKS):
         if at + 8 > len(data):
             return b""
@@ -166,7 +184,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _orientation(exif: bytes) -> int:
-    """Orientation, 1 to 8, of a TIFF structure; 1 for anything odd."""
+    """Returns the orientation in a TIFF structure, 1 to 8; 1 if it is missing or malformed."""
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
         return 1
@@ -185,7 +203,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def unreadable(error: Exception) -> ValueError:
-    """Returns the one line that tells a user why."""
+    """Returns a ValueError whose message says in one line why an image cannot be read."""
     reason = str(error) or type(error).__name__
     if isinstance(error, PIL.UnidentifiedImageError):
         reason = "its header is broken"

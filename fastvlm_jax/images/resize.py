@@ -1,4 +1,4 @@
-"""uint8 images resized into place: padded, cropped, stretched or cut into tiles; Pillow's pixels or OpenCV's speed."""
+"""Resizes uint8 images into given arrays: padded, cropped, stretched or tiled; Pillow's pixels or OpenCV's speed."""
 
 import math
 from collections.abc import Sequence
@@ -7,31 +7,32 @@ import cv2
 import numpy as np
 import PIL.Image
 
-cv2.setNumThreads(1)  # the pipeline's own threads use the cores
+cv2.setNumThreads(1)  # the data pipeline's threads already use the cores
 
 Background = tuple[int, int, int]
-_ROWS = 256  # rows resized at a time: a 500 x 30,000 image is never held as a 30,000 x 30,000 one
+_ROWS = 256  # rows resized at a time, so that a 500 x 30,000 image is never padded to 30,000 x 30,000 in memory
 
 
 def fit_into(
     image: np.ndarray, out: np.ndarray, mode: str = "pad", background: Background = (0, 0, 0), exact: bool = False
 ) -> None:
-    """Resizes an image into `out`, every pixel of which is written.
+    """Resizes an image into `out` and writes every pixel of it.
 
         pad      the whole image, its aspect kept, centred on `background` (LLaVA's `expand2square` for a square)
-        crop     the image covers `out`, its aspect kept, its centre shown (CLIP's shortest edge and centre crop)
-        stretch  the whole image fills `out`, its aspect lost (LLaVA's overview for AnyRes)
+        crop     the centre of the image, its aspect kept, covers `out` (CLIP's shortest edge and centre crop)
+        stretch  the whole image fills `out`, its aspect not kept (LLaVA's overview for AnyRes)
 
     Args:
       image: uint8 [h, w, 3].
-      out: uint8 [H, W, 3], may be a view with whole pixels in rows.
+      out: uint8 [H, W, 3]; may be a view if the pixels of each row are contiguous.
       mode: pad, crop or stretch.
-      background: RGB.
-      exact: Pillow's bicubic, the pixels of transformers' CLIPImageProcessor. Otherwise OpenCV's: means of areas where
-        the image gets smaller, cubic where it grows, placed within half a pixel of the exact ones.
+      background: RGB colour around a padded image.
+      exact: whether to use Pillow's bicubic, which gives the pixels of transformers' CLIPImageProcessor. Otherwise
+        OpenCV is used: area means where the image shrinks, cubic where it grows, within half a pixel of the exact
+        position.
 
     Raises:
-      ValueError: an unknown mode.
+      ValueError: the mode is unknown.
     """
     if mode == "stretch":
         (_resize_exactly if exact else resize)(image, out)
@@ -46,16 +47,16 @@ def fit_into(
 def tiles_into(
     image: np.ndarray, out: np.ndarray, grid: tuple[int, int], background: Background = (0, 0, 0), exact: bool = False
 ) -> None:
-    """Pads an image to rows * H x columns * W and writes its tiles, row by row.
+    """Resizes and pads an image to rows * H x columns * W and writes its tiles, row by row.
 
-    Exact tiles equal those of LLaVA and FastVLM (`resize_and_pad_image`, `divide_to_patches`), whose background is
-    black.
+    Exact tiles on a black background equal the ones of LLaVA and FastVLM (`resize_and_pad_image`,
+    `divide_to_patches`).
 
     Args:
       image: uint8 [h, w, 3].
-      out: uint8 [rows * columns, H, W, 3].
-      grid: (rows, columns).
-      background: RGB.
+      out: uint8 [rows * columns, H, W, 3], overwritten.
+      grid: (rows, columns) of tiles.
+      background: RGB colour around the image.
       exact: see `fit_into`.
     """
     rows, columns = grid
@@ -72,10 +73,10 @@ def resize(image: np.ndarray, out: np.ndarray) -> None:
     if (height, width) == (new_height, new_width):
         out[:] = image
         return
-    # Against Pillow's bicubic on photos: means of areas come nearest (43 to 46 dB) from a factor of 1.2 on, where cubic
-    # aliases; below it and where the image grows cubic does (47 to 49 dB).
+    # On photos, area means are nearest to Pillow's bicubic (43 to 46 dB) from a factor of 1.2 on, where cubic aliases;
+    # below that factor, and where the image grows, cubic is nearest (47 to 49 dB).
     smaller = max(height / new_height, width / new_width) > 1.2
-    if smaller and (height < new_height or width < new_width):  # one side each way: one after the other
+    if smaller and (height < new_height or width < new_width):  # one side shrinks, the other grows: shrink first
         middle = np.empty((min(height, new_height), min(width, new_width), 3), np.uint8)
         resize(image, middle)
         image, smaller = middle, False
@@ -83,29 +84,29 @@ def resize(image: np.ndarray, out: np.ndarray) -> None:
 
 
 def pad_scaled(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) at which an image fits a box."""
+    """Returns the (height, width) to which an image of `size` is resized to fit inside a box."""
     (top, bottom), (left, right) = _placed(size, box)
     return bottom - top, right - left
 
 
 def crop_scaled(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) at which an image covers a box."""
+    """Returns the (height, width) to which an image of `size` is resized to cover a box."""
     scale = max(box[0] / size[0], box[1] / size[1])
     return max(box[0], int(size[0] * scale)), max(box[1], int(size[1] * scale))
 
 
 def _centred(length: float, whole: int) -> int:
-    """The integer nearest to `length` that leaves an even rest of `whole`: no half pixel of shift."""
+    """Returns the integer nearest to `length` that leaves an even rest of `whole`: centring shifts by whole pixels."""
     return min(whole, max(whole - 2 * round((whole - length) / 2), 1 + (whole + 1) % 2))
 
 
 def _canvas(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """The (rows, columns) that have the aspect of `box` and as few pixels around the image as that allows."""
+    """Returns the (rows, columns) of the smallest canvas that holds the image and has the aspect of `box`."""
     return max(size[0], round(size[1] * box[0] / box[1])), max(size[1], round(size[0] * box[1] / box[0]))
 
 
 def _placed(size: tuple[int, int], box: tuple[int, int]) -> list[tuple[int, int]]:
-    """Where in a box the image ends up if its canvas is resized to it: (top, bottom), (left, right), whole pixels."""
+    """Returns where the image lies in a box to which its canvas is resized: (top, bottom), (left, right), pixels."""
     edges = []
     for length, canvas, new in zip(size, _canvas(size, box), box, strict=True):
         before = (canvas - length) // 2
@@ -115,18 +116,18 @@ def _placed(size: tuple[int, int], box: tuple[int, int]) -> list[tuple[int, int]
 
 
 def _letterbox(out: np.ndarray, edges: Sequence[tuple[int, int]], background: Background) -> np.ndarray:
-    """Paints what is outside of (top, bottom), (left, right) and returns what is inside, a view."""
+    """Paints the area outside (top, bottom), (left, right) and returns a view of the inside."""
     (top, bottom), (left, right) = edges
     for border in (out[:top], out[bottom:], out[top:bottom, :left], out[top:bottom, right:]):
-        if border.size:  # 40 times faster than numpy
+        if border.size:  # OpenCV paints 40 times faster than numpy
             cv2.rectangle(border, (0, 0), border.shape[1::-1], background, cv2.FILLED)
     return out[top:bottom, left:right]
 
 
 def room_for(out: np.ndarray, size: tuple[int, int], background: Background) -> np.ndarray | None:
-    """Returns the part of `out` that an image of that size fills unresized, its borders painted; None if it does not.
+    """Returns the part of `out` that an image of `size` fills without resizing, after painting the borders; else None.
 
-    It is one piece of memory: an image that is as wide as `out`.
+    The part is contiguous in memory, so the image must be as wide as `out`.
     """
     (top, bottom), (left, right) = edges = _placed(size, out.shape[:2])
     if (bottom - top, right - left) != size or right - left != out.shape[1] or not out.flags.c_contiguous:
@@ -150,7 +151,8 @@ def _pad_exactly(image: np.ndarray, out: np.ndarray, background: Background) -> 
     (height, width), new_width = image.shape[:2], out.shape[1]
     rows, columns = _canvas(image.shape[:2], out.shape[:2])
     top, left = (rows - height) // 2, (columns - width) // 2
-    # Pillow resizes along rows first and then along columns, rounding between: so may we; one-coloured rows stay.
+    # Pillow resizes along rows, rounds, then resizes along columns, so two passes give the same pixels; rows of
+    # background alone do not change in the first pass.
     narrow = np.full((rows, new_width, 3), background, np.uint8)
     padded = np.full((min(height, _ROWS), columns, 3), background, np.uint8)
     for row in range(0, height, _ROWS):
@@ -171,7 +173,7 @@ def _crop_exactly(image: np.ndarray, out: np.ndarray) -> None:
         full = PIL.Image.fromarray(image).resize((full_width, full_height), PIL.Image.Resampling.BICUBIC)
         out[:] = np.asarray(full)[top : top + new_height, left : left + new_width]
         return
-    # A long strip: the same pixels but for single steps, without resizing what is cut off.
+    # A long strip: resizing only the visible part gives the same pixels, except that some differ by one level.
     x, y = width / full_width, height / full_height
     box = (left * x, top * y, (left + new_width) * x, (top + new_height) * y)
     strip = PIL.Image.fromarray(image).resize((new_width, new_height), PIL.Image.Resampling.BICUBIC, box)
@@ -179,7 +181,7 @@ def _crop_exactly(image: np.ndarray, out: np.ndarray) -> None:
 
 
 def tiled_scaled(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) that LLaVA's AnyRes gives an image inside a box: rounded up."""
+    """Returns the (height, width) to which LLaVA's AnyRes resizes an image of `size` inside a box: rounded up."""
     y, x = box[0] / size[0], box[1] / size[1]
     if x < y:
         return min(math.ceil(size[0] * x), box[0]), box[1]
@@ -187,7 +189,7 @@ def tiled_scaled(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]
 
 
 def _tiled(size: tuple[int, int], box: tuple[int, int]) -> list[tuple[int, int]]:
-    """Where that is: (top, bottom), (left, right)."""
+    """Returns where the image of `tiled_scaled` lies in the box, centred: (top, bottom), (left, right), pixels."""
     scaled = tiled_scaled(size, box)
     return [((whole - part) // 2, (whole - part) // 2 + part) for whole, part in zip(box, scaled, strict=True)]
 

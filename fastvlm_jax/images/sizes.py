@@ -1,6 +1,6 @@
-"""Which sizes images are brought to: squares, aspect buckets, and AnyRes tiles.
+"""Computes the sizes that images are resized to: squares, aspect buckets, and AnyRes tiles.
 
-fixed           one square a batch                       1600 x 900  ->  1024 x 1024, padded
+fixed           one square size for all batches          1600 x 900  ->  1024 x 1024, padded
 resolutions     the side is drawn for each batch                     ->  512 x 512 or 1024 x 1024
 aspects         the bucket nearest to the image's shape              ->  1344 x 768 of ((1, 1), (16, 9), (9, 16))
 grids           an overview and tiles (paper, section 4.3: 2 x 2)    ->  5 x 1024 x 1024: whole image, 4 tiles
@@ -17,12 +17,12 @@ Grid = tuple[int, int]  # rows, columns
 
 
 class Size(NamedTuple):
-    """One shape of the images of a batch.
+    """Describes the size of the images of a batch.
 
     Attributes:
-      side: of the resolution that it belongs to, pixels; height * width is at most its square.
-      height, width: pixels.
-      tokens: features that the model makes of such an image.
+      side: side of the square that names the resolution, pixels; height * width is at most side^2.
+      height, width: size of each image, pixels.
+      tokens: feature vectors that the model makes of one image.
     """
 
     side: int
@@ -34,14 +34,19 @@ class Size(NamedTuple):
 def make_sizes(
     side: int, aspects: Sequence[tuple[int, int]], multiple: int, tokens: Callable[[int, int], int]
 ) -> tuple[Size, ...]:
-    """Returns the sizes of one resolution: its square, or one for each aspect (width, height), as (16, 9).
+    """Returns the sizes of one resolution: its square, or one bucket for each aspect (width, height), such as (16, 9).
 
-    The sides of a bucket are multiples of `multiple`, the encoder's stride, and its area is at most side^2: of the
-    roundings the one nearest to the aspect; aspects that fall together are one bucket. `tokens(height, width)` counts
-    features.
+    Both sides of a bucket are multiples of `multiple`, and its area is at most side^2; of the possible roundings, the
+    one nearest to the aspect is taken. Aspects that round to the same size share one bucket.
+
+    Args:
+      side: side of the square, pixels.
+      aspects: aspects of the buckets; none for the square alone.
+      multiple: stride of the encoder, pixels.
+      tokens: function from (height, width) to the number of feature vectors.
 
     Raises:
-      ValueError: an aspect is not two positive numbers, or leaves a side of nothing.
+      ValueError: an aspect is not two positive numbers, or makes a side shorter than `multiple`.
     """
     if not aspects:
         return (Size(side, side, side, tokens(side, side)),)
@@ -50,28 +55,31 @@ def make_sizes(
         if len(aspect) != 2 or min(aspect) <= 0:
             raise ValueError(f"data.aspects: {aspect} must be two positive numbers, width and height")
         ratio = aspect[0] / aspect[1]
-        wide, tall = side * ratio**0.5 / multiple, side / ratio**0.5 / multiple  # of exactly this shape and area
+        wide, tall = side * ratio**0.5 / multiple, side / ratio**0.5 / multiple  # exact sides, in units of `multiple`
         options = []
         for width, height in itertools.product((int(wide), math.ceil(wide)), (int(tall), math.ceil(tall))):
             if 0 < width * height <= (side / multiple) ** 2:
                 options.append((abs(math.log(width / height / ratio)), -width * height, height, width))
         if not options:
-            raise ValueError(f"data.aspects: {aspect} at {side} px leaves a side below {multiple} pixels: leave it out")
+            raise ValueError(
+                f"data.aspects: {aspect} at {side} px makes a side shorter than {multiple} pixels: leave it out"
+            )
         _, _, height, width = min(options)
         sizes.append(Size(side, height * multiple, width * multiple, tokens(height * multiple, width * multiple)))
     return tuple(dict.fromkeys(sizes))
 
 
 def nearest(aspect: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
-    """Returns for each aspect (width / height) the number of the size of the nearest shape, by ratio."""
+    """Returns, for each aspect (width / height), the index of the size whose aspect is nearest, compared by ratio."""
     shapes = np.log([size.width / size.height for size in sizes])
     return np.abs(np.log(np.asarray(aspect, np.float32))[..., None] - shapes.astype(np.float32)).argmin(-1)
 
 
 def best_grid(widths: np.ndarray, heights: np.ndarray, grids: Sequence[Grid], side: int) -> np.ndarray:
-    """Returns for each image the number of the grid of tiles of side x side that keeps most of it.
+    """Returns, for each image, the index of the grid of side x side tiles that keeps the most of it.
 
-    LLaVA's rule: the largest number of pixels kept, never more than the image has; then the fewest pixels of padding.
+    LLaVA's rule: the grid that keeps the most pixels, counted up to the number that the image has; of equal grids, the
+    one with the least padding.
     """
     widths, heights = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
     kept, padding = [], []
@@ -86,6 +94,6 @@ def best_grid(widths: np.ndarray, heights: np.ndarray, grids: Sequence[Grid], si
 
 
 def slots_of(grid: Grid) -> int:
-    """Returns how many image slots an image takes: itself, and its tiles where there is more than one."""
+    """Returns the number of image slots of an image: one for the overview, and one per tile if there are several."""
     rows, columns = grid
     return 1 if rows * columns == 1 else 1 + rows * columns

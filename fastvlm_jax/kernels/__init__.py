@@ -1,0 +1,1 @@
+"""Fast implementations of attention, cross-entropy, depthwise convolution and embedding lookup."""

@@ -1,14 +1,15 @@
-"""Causal grouped-query attention over packed rows and over a key-value cache: one function, a form for each platform.
+"""Causal grouped-query attention over packed rows and over a KV cache: one function, an implementation per platform.
 
-| platform | form | why |
+| platform | implementation | reason |
 |---|---|---|
 | TPU | `kernels.splash` | see the table there |
 | CUDA, 16-bit | cuDNN's flash attention | the [T, S] scores are never stored |
-| CPU, the rest | `plain` | nothing better is at hand |
+| CPU, all others | `plain` | nothing faster is available |
 | any, below 256 keys or one query | `plain` | short rows leave a kernel idle; one query stores few scores |
 
-The platform is the one being lowered for, not the one running: a program for TPU can be compiled on a CPU machine.
-cuDNN is the exception, JAX asks the GPU of the running process what it supports: without one, `plain` is lowered.
+The platform is the target of the compilation, not the machine that compiles: a program for TPU can be compiled on a CPU
+machine. cuDNN is the exception: JAX asks the GPU of the running process what it supports, and without a GPU the program
+uses `plain`.
 """
 
 from functools import partial
@@ -21,36 +22,36 @@ from fastvlm_jax.kernels.splash import splash_attention
 from fastvlm_jax.sharding import batch_shards, on_shards
 
 Array = jax.Array
-MIN_KERNEL_KEYS = 256  # below, `plain` takes fewer estimated cycles on TPU
+MIN_KERNEL_KEYS = 256  # keys; with fewer, `plain` takes fewer estimated cycles on TPU
 
 
 def attention(
     q_BTKGE: Array, k_BSKE: Array, v_BSKE: Array, q_segments_BT: Array, kv_segments_BS: Array, offset=0
 ) -> Array:
-    """Attends from query slot offset + t to the key slots s <= offset + t of the same segment.
+    """Computes attention from query slot offset + t to the key slots s <= offset + t of the same segment.
 
         segments 1 1 2 2 0      k: 1 1 2 2 0
                          q: 1      x . . . .
                             1      x x . . .
                             2      . . x . .
                             2      . . x x .
-                            0      . . . . x   (padding: finite, its result is unused)
+                            0      . . . . x   (padding: the result is finite and unused)
+
+    Inside `jax.set_mesh` each device runs the kernels on its own rows and key-value heads.
 
     Args:
-      q_BTKGE: queries; K key-value heads, G queries a head, E head dim.
+      q_BTKGE: queries; K key-value heads, G query heads per key-value head, E head dim.
       k_BSKE, v_BSKE: keys and values; S = T without a cache.
-      q_segments_BT, kv_segments_BS: int32; 0 is padding.
-      offset: slot of the first query among the keys; may be traced. Where S = T it is 0.
+      q_segments_BT, kv_segments_BS: int32 segment ids; 0 is padding.
+      offset: slot of the first query among the keys; may be traced. It must be 0 if S = T.
 
     Returns:
-      [B, T, K, G, E] in the queries' dtype; the softmax is computed in float32. What a checkpoint policy may save of it
-      is named "attention" (of cuDNN nothing: its backward pass needs more than the result).
-
-    Inside `jax.set_mesh` the kernels run on each device's rows and key-value heads.
+      [B, T, K, G, E] in the dtype of the queries; the softmax is computed in float32. Checkpoint policies can save
+      activations under the name "attention", except with cuDNN, whose backward pass needs more than the result.
     """
     T, S = q_BTKGE.shape[1], k_BSKE.shape[1]
     args = (q_BTKGE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS)
-    if S != T:  # else the kernels know the causal mask when they are built
+    if S != T:  # otherwise the causal mask is a constant of the kernels
         args += (offset,)
     if T == 1 or S < MIN_KERNEL_KEYS:
         return checkpoint_name(plain(*args), "attention")
@@ -58,12 +59,12 @@ def attention(
     if cudnn_supports(q_BTKGE, k_BSKE):
         forms["cuda"] = cudnn_attention
     kernels = {platform: partial(_on_shards, form) for platform, form in forms.items()}
-    # What any form keeps for its backward pass, all of them keep, as zeros: so `plain` keeps nothing but its arguments.
+    # Every branch stores the residuals of all branches (zeros where it has none), so `plain` may store only its inputs.
     return jax.lax.platform_dependent(*args, **kernels, default=jax.checkpoint(plain))
 
 
 def plain(q_BTKGE: Array, k_BSKE: Array, v_BSKE: Array, q_segments_BT: Array, kv_segments_BS: Array, offset=0) -> Array:
-    """`attention` in plain JAX: stores the scores [B, K, G, T, S] in float32."""
+    """Computes `attention` in plain JAX, which stores the scores [B, K, G, T, S] in float32."""
     T, S, E = q_BTKGE.shape[1], k_BSKE.shape[1], q_BTKGE.shape[-1]
     scores = jnp.einsum("btkge,bske->bkgts", q_BTKGE * E**-0.5, k_BSKE, preferred_element_type=jnp.float32)
     mask_BTS = _causal(T, S, offset) & (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])
@@ -82,14 +83,14 @@ def cudnn_attention(
     *,
     implementation: str = "cudnn",
 ) -> Array:
-    """`plain` by jax.nn.dot_product_attention, whose cuDNN form takes segments as a mask [B, 1, T, S].
+    """Computes the same as `plain` with jax.nn.dot_product_attention; cuDNN gets the segments as a mask [B, 1, T, S].
 
-    Its packed form (offsets of each segment) would need the most segments a row may hold, and a Hopper GPU.
+    cuDNN's packed layout (offsets of each segment) needs the maximum number of segments in a row and a Hopper GPU.
     """
     B, T, K, G, E = q_BTKGE.shape
     S = k_BSKE.shape[1]
     mask_BTS = q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]
-    # Told that the mask is causal, cuDNN skips half of the scores; it counts queries from slot 0.
+    # With is_causal=True cuDNN skips half of the scores, but it counts queries from slot 0.
     from_start = isinstance(offset, int) and offset == 0
     if not from_start:
         mask_BTS &= _causal(T, S, offset)
@@ -105,7 +106,7 @@ def cudnn_attention(
 
 
 def cudnn_supports(q_BTKGE: Array, k_BSKE: Array) -> bool:
-    """Whether this process has a GPU whose cuDNN computes such an attention, forward and backward."""
+    """Returns whether this process has a GPU whose cuDNN supports these shapes and dtypes, forward and backward."""
     T, E, S = q_BTKGE.shape[1], q_BTKGE.shape[-1], k_BSKE.shape[1]
     if q_BTKGE.dtype != k_BSKE.dtype or q_BTKGE.dtype not in (jnp.bfloat16, jnp.float16):
         return False
@@ -123,9 +124,9 @@ def _causal(T: int, S: int, offset) -> Array:
 
 
 def _on_shards(form, *args):
-    """`form` of each device's rows and heads: the partitioner cannot see into a kernel and would gather its arguments.
+    """Runs `form` on each device's own rows and heads: XLA cannot partition a kernel and would gather its arguments.
 
-    Rows that do not divide over the devices are computed by all.
+    If the number of rows does not divide over the devices, every device computes all rows.
     """
     rows = "batch" if len(args[0]) % batch_shards() == 0 else None
     heads = (rows, None, "kv_heads")

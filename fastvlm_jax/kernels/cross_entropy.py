@@ -1,12 +1,14 @@
-"""Cross-entropy over a large vocabulary without its logits: they are computed in chunks of words, twice, never stored.
+"""Cross-entropy over a large vocabulary that never stores the logits: it computes them in chunks of words, twice.
 
-For 4,096 tokens and 151,936 words, float32 logits take 2.5 GB, and their gradient as much again. Here a chunk's logits
-live while they are added to each token's log-sum-exp, and are computed again in the backward pass:
+For 4,096 tokens and 151,936 words (vocabulary entries), float32 logits take 2.5 GB and their gradient as much again.
+Here the logits of a chunk exist only while they are added to each token's log-sum-exp. The backward pass recomputes
+them:
 
     words   0 ........ c ........ 2c ........ V       forward:   running maximum and sum of every token
     tokens  [ chunk 0 ][ chunk 1 ][ chunk 2 ]         backward:  softmax - onehot, for a chunk's rows of dtable and
                                                                  its part of dx
-Chunks of words, not of tokens: the gradient of the table is then written once, and what accumulates is the small dx.
+The chunks split the words and not the tokens, so that the gradient of the table is written once and only the small dx
+is accumulated.
 
 Legend: B rows, T positions, D width, V words, N tokens (B * T of this device).
 """
@@ -18,21 +20,22 @@ import jax.numpy as jnp
 
 from fastvlm_jax.sharding import first_word, max_words, on_shards, reduce_words, sum_words, table_axes
 
-MAX_LOGITS = 2**26  # elements of a chunk: 256 MB in float32
+MAX_LOGITS = 2**26  # elements in the logits of a chunk: 256 MB in float32
 _ROWS, _WORDS, _TOKENS = ("batch", None, None), ("words", None), ("batch", None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def cross_entropy(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, max_logits: int = MAX_LOGITS):
-    """-log softmax(x @ table.T)[target] of every token, float32 [B, T]; softmax and sums in float32.
+    """Computes -log softmax(x @ table.T)[target] of every token, float32 [B, T]; softmax and sums are in float32.
 
-    Inside `jax.set_mesh` rows are split over the batch axes and words over `tensor`. The table is gathered along fsdp
-    in the dtype of x, and its gradient is reduced once over all rows, in float32, into the shards that it is kept in.
+    Inside `jax.set_mesh` rows are sharded over the batch axes and words over `tensor`. The table is gathered along fsdp
+    in the dtype of x. Its gradient is reduced once over all rows, in float32, into the shards of the parameter.
 
     Args:
-      x_BTD: last hidden states. table_VD: the words' vectors, as the parameter is kept.
+      x_BTD: last hidden states.
+      table_VD: output embeddings of the words, in the dtype of the parameter.
       targets_BT: int32 in [0, V).
-      max_logits: elements of logits that may exist at a time.
+      max_logits: limit on the elements of logits that exist at a time.
     """
     return _cross_entropy_forward(x_BTD, table_VD, targets_BT, max_logits)[0]
 
@@ -56,9 +59,10 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def num_chunks(words: int, tokens: int, max_logits: int) -> int:
-    """The fewest equal chunks of words that keep tokens * chunk within max_logits.
+    """Returns the smallest number of equal chunks of words for which tokens * words / chunks <= max_logits.
 
-    Among divisors of twice that few, those that cut at a multiple of 128 are preferred: such chunks lie whole in tiles.
+    Up to twice that number, it prefers chunks of a multiple of 128 words, which fill whole tiles. If `max_logits` is
+    below the number of tokens, each chunk is one word.
     """
     divisors = [n for n in range(1, words + 1) if words % n == 0 and tokens * (words // n) <= max_logits] or [words]
     aligned = [n for n in divisors if words // n % 128 == 0 and n <= 2 * divisors[0]]
@@ -66,7 +70,7 @@ def num_chunks(words: int, tokens: int, max_logits: int) -> int:
 
 
 def _chunks(table, tokens, max_logits):
-    """The table as [n, V/n, D] and the first word of each chunk."""
+    """Returns the table as [n, V/n, D] and the first word of each of the n chunks."""
     n = num_chunks(len(table), tokens, max_logits)
     return table.reshape(n, -1, table.shape[1]), jnp.arange(n) * (len(table) // n)
 
@@ -76,7 +80,7 @@ def _logits(x_ND, chunk_CD):
 
 
 def _forward(x, table, targets, max_logits):
-    """(losses, log-sum-exp), both float32 [B, T]."""
+    """Returns (losses, log-sum-exp), both float32 [B, T]."""
     x_ND, targets_N = x.reshape(-1, x.shape[-1]), targets.reshape(-1) - first_word(len(table))
     N = len(x_ND)
 
@@ -97,7 +101,7 @@ def _forward(x, table, targets, max_logits):
 
 
 def _backward(x, table, targets, lse, dlosses, max_logits):
-    """(dx, dtable), both float32."""
+    """Returns (dx, dtable), both float32."""
     x_ND, targets_N = x.reshape(-1, x.shape[-1]), targets.reshape(-1) - first_word(len(table))
     lse_N, scale_N = lse.reshape(-1), dlosses.reshape(-1)
 

@@ -1,12 +1,13 @@
-"""Depthwise convolution: one signature, and under it the form that each platform runs fastest.
+"""Depthwise convolution: one function, with the implementation that is fastest on each platform.
 
-| platform | form | why |
+| platform | implementation | reason |
 |---|---|---|
 | TPU, GPU | XLA's convolution, one for each output of a channel | on TPU shifted adds are 2 to 3 times slower |
-| CPU | shifted multiply-adds with a written backward | XLA's convolution is 10 to 50 times slower there |
-| CPU, small maps | one matrix product a channel | a third of the time of the shifts at 4x4 |
+| CPU | shifted multiply-adds with a hand-written backward pass | XLA's convolution is 10 to 50 times slower there |
+| CPU, small maps | one matrix product per channel | takes a third of the time of the shifts at 4x4 |
 
-The platform is the one being lowered for, not the one running: a program for TPU can be compiled on a CPU machine.
+The platform is the target of the compilation, not the machine that compiles: a program for TPU can be compiled on a CPU
+machine.
 """
 
 import functools
@@ -18,20 +19,20 @@ from jax import lax
 
 
 def depthwise_conv(x, kernel, *, stride=1):
-    """Depthwise convolution, zeros around: torch's Conv2d(C, C*m, k, stride, padding=k//2, groups=C, bias=False).
+    """Applies a zero-padded depthwise convolution: torch's Conv2d(C, C*m, k, stride, k//2, groups=C, bias=False).
+
+    Only first derivatives with respect to x and kernel are supported.
 
     Args:
-      x: [B, H, W, C], float32 or bfloat16. Any H and W, odd ones and ones smaller than the kernel included.
-      kernel: [k, k, 1, C*m] with k odd. Output channel o reads input channel o // m. May be float32 under a bfloat16 x.
+      x: [B, H, W, C], float32 or bfloat16, of any H and W, also odd ones and ones smaller than the kernel.
+      kernel: [k, k, 1, C*m] with k odd. Output channel o reads input channel o // m. May be float32 if x is bfloat16.
       stride: 1 or 2.
 
     Returns:
       [B, ceil(H / stride), ceil(W / stride), C*m] in x.dtype, accumulated in float32.
 
     Raises:
-      ValueError: a rank, kernel size, channel count or stride other than these.
-
-    Differentiable once, in x and kernel.
+      ValueError: the rank, kernel size, number of channels or stride is not one of these.
     """
     if x.ndim != 4:
         raise ValueError(f"x must be [B, H, W, C], got shape {x.shape}")
@@ -46,7 +47,7 @@ def depthwise_conv(x, kernel, *, stride=1):
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}")
 
-    # Taps that meet only padding are dropped: a 7x7 kernel on a 2x2 map has 9 live taps of 49, on a 1x1 map one.
+    # Removes the taps that only ever see padding: of a 7x7 kernel's 49 taps, 9 remain on a 2x2 map, one on a 1x1 map.
     top, bottom = _live_taps(k, height, stride)
     left, right = _live_taps(k, width, stride)
     kernel = kernel[k // 2 - top : k // 2 + bottom + 1, k // 2 - left : k // 2 + right + 1]
@@ -54,7 +55,10 @@ def depthwise_conv(x, kernel, *, stride=1):
 
 
 def _live_taps(k, size, stride):
-    """Taps before and after the centre that meet a real row; as padding they leave ceil(size / stride) outputs."""
+    """Returns how many taps before and after the centre ever see a real row or column.
+
+    As padding, these two numbers give ceil(size / stride) outputs.
+    """
     last_output = (size - 1) // stride * stride
     return min(k // 2, last_output), min(k // 2, size - 1)
 
@@ -78,8 +82,8 @@ _depthwise.defvjp(_forward, _backward)
 
 
 def _conv(x, kernel, stride, padding):
-    # m depthwise convolutions, interleaved: one convolution with m outputs a channel is the same function, but its
-    # backward pass on TPU is 120 times slower and takes 100 times the memory.
+    # Interleaves the outputs of m depthwise convolutions. One convolution with m outputs per channel is the same
+    # function, but its backward pass on TPU is 120 times slower and takes 100 times the memory.
     channels = x.shape[3]
     multiplier = kernel.shape[3] // channels
     outputs = [
@@ -101,7 +105,7 @@ def _conv_vjp(x, kernel, dy, stride, padding):
     return jax.vjp(functools.partial(_conv, stride=stride, padding=padding), x, kernel)[1](dy)
 
 
-# The CPU forms, in float32 throughout.
+# The CPU implementations compute in float32.
 
 
 def _cpu(x, kernel, stride, padding):
@@ -119,15 +123,19 @@ def _cpu_vjp(x, kernel, dy, stride, padding):
 
 
 def _is_small(x, kernel):
-    # A product makes H*W multiply-adds an output, the shifts one a tap, and the batch has to pay for building the
-    # matrices. At 2x2 and 1x1 few taps are left: the shifts take 0.2 ms more at most, and a third of the compile time.
+    # The matrix product takes H*W multiply-adds per output, the shifts one per tap, and only a large batch repays
+    # building the matrices. At 2x2 and 1x1 few taps remain: the shifts take at most 0.2 ms more, and a third of the
+    # compile time.
     batch, height, width, _ = x.shape
     taps = kernel.shape[0] * kernel.shape[1]
     return 4 < height * width <= min(1.5 * taps, 2 * batch)
 
 
 def _matmul(x, kernel, stride, padding):
-    """Each channel's flat map times its [H*W, Ho*Wo*m] matrix, which holds tap (i, j) wherever i and j lead."""
+    """Multiplies each channel's flattened map by a [H*W, Ho*Wo*m] matrix.
+
+    The matrix holds, for each pair of an input and an output pixel, the kernel tap that connects them, or 0.
+    """
     rows, cols = (
         (r == o * stride + tap - before).astype(np.float32)
         for size, (before, after) in zip(x.shape[1:3], padding, strict=True)
@@ -141,13 +149,13 @@ def _matmul(x, kernel, stride, padding):
 
 
 def _shift(x, kernel, stride, padding):
-    """One multiply-add a tap, fused by XLA into one loop that LLVM vectorizes over the channels."""
+    """Does one multiply-add per tap; XLA fuses them into one loop, which LLVM vectorizes over the channels."""
     windows, taps = _windows(x, kernel, stride, padding), kernel.reshape(-1, kernel.shape[3])
     return sum(window * tap for window, tap in zip(windows, taps, strict=True))
 
 
 def _windows(x, kernel, stride, padding):
-    """The [B, Ho, Wo, C*m] inputs that each tap meets, row by row of the kernel."""
+    """Returns the inputs [B, Ho, Wo, C*m] that each tap multiplies, in row-major order of the taps."""
     _, height, width, channels = x.shape
     rows, cols = (stride * ((size - 1) // stride) + 1 for size in (height, width))
     x = jnp.pad(jnp.repeat(x, kernel.shape[3] // channels, axis=3), ((0, 0), *padding, (0, 0)))
@@ -159,9 +167,9 @@ def _windows(x, kernel, stride, padding):
 
 
 def _shift_dkernel(x, kernel, dy, stride, padding):
-    # One reduction of many arrays reads dy once for all its taps: at 7x7 it is 2 to 6 times faster than a reduction a
-    # tap, and compiles 4 times faster. Groups of 25, fewer than a core's 32 vector registers, are up to 1.5 times
-    # faster than one of 49. The batch, which may be sharded, is left to the plain sum at the end.
+    # One reduction of many arrays reads dy once for all its taps: at 7x7 it is 2 to 6 times faster than a reduction for
+    # each tap, and compiles 4 times faster. Groups of 25, fewer than a core's 32 vector registers, are up to 1.5 times
+    # faster than one of 49. The batch axis, which may be sharded, is summed separately at the end.
     products = [window * dy for window in _windows(x, kernel, stride, padding)]
     sums = []
     for start in range(0, len(products), 25):
@@ -171,10 +179,11 @@ def _shift_dkernel(x, kernel, dy, stride, padding):
 
 
 def _shift_dx(x, kernel, dy, stride, padding):
-    """Input row stride*q + phase gets, through tap i, output row q + (phase + top - i) / stride where that is whole.
+    """Computes dx by shifting dy.
 
-    So each of the stride*stride phases of dx is a sum of shifted dy. Spreading dy with zeros between its rows instead
-    makes four times the multiply-adds: 3 to 5 times slower at 7x7.
+    Input row stride*q + phase receives, through tap i, output row q + (phase + top - i) / stride if that is an integer.
+    Each of the stride*stride phases of dx is therefore a sum of shifted dy. The alternative, dy with zeros between its
+    rows, takes four times the multiply-adds and is 3 to 5 times slower at 7x7.
     """
     batch, height, width, channels = x.shape
     _, rows, cols, _ = dy.shape
@@ -185,7 +194,7 @@ def _shift_dx(x, kernel, dy, stride, padding):
     kernel = kernel.reshape(*kernel.shape[:2], channels, -1)
 
     def phase(a, b):
-        dx = jnp.zeros((batch, rows, cols, channels), jnp.float32)  # all of it where no tap fits, as at k=1, stride=2
+        dx = jnp.zeros((batch, rows, cols, channels), jnp.float32)  # remains where no tap fits, as with k=1, stride=2
         for tap_i in range((a + top) % stride, kernel.shape[0], stride):
             for tap_j in range((b + left) % stride, kernel.shape[1], stride):
                 i, j = before[0] + (a + top - tap_i) // stride, before[1] + (b + left - tap_j) // stride

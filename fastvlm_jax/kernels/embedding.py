@@ -1,4 +1,4 @@
-"""Lookup in an embedding table whose words are split over devices, with a gradient that is summed in float32."""
+"""Lookup in an embedding table whose words are sharded over devices, with a gradient that is summed in float32."""
 
 import functools
 
@@ -12,10 +12,10 @@ _ROWS, _WORDS, _TOKENS = ("batch", None, None), ("words", None), ("batch", None)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
-    """The words' vectors [B, T, D] in `dtype`.
+    """Looks up the embeddings of tokens [B, T] in a table [V, D]; returns [B, T, D] in `dtype`.
 
-    Inside `jax.set_mesh` rows are split over the batch axes and words over `tensor`; the table is gathered along fsdp
-    in `dtype`. Frequent words get thousands of small gradients: they are summed in float32 and reduced once.
+    Inside `jax.set_mesh` rows are sharded over the batch axes and words over `tensor`; the table is gathered along fsdp
+    in `dtype`. Because a frequent word gets thousands of small gradients, they are summed in float32 and reduced once.
     """
     return on_shards(_embed, (_WORDS, _TOKENS), (_ROWS,))(table_VD.astype(dtype), tokens_BT)[0]
 
@@ -36,7 +36,7 @@ def _backward(dtype, residuals, dx):
 
     def add(tokens, dx):
         index = tokens - first_word(count)
-        index = jnp.where(index >= 0, index, count)  # what lies outside is dropped
+        index = jnp.where(index >= 0, index, count)  # drops the words of other devices
         dtable = jnp.zeros((count, dx.shape[-1]), jnp.float32).at[index].add(dx.astype(jnp.float32), mode="drop")
         return (reduce_words(dtable),)
 

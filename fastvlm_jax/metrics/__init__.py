@@ -1,0 +1,1 @@
+"""What a run logs: rates, MFU, memory, traces, Weights & Biases."""

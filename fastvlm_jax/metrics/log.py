@@ -1,4 +1,4 @@
-"""What is logged of a training step: its outputs, and what the run did since the step logged before."""
+"""Builds what is logged of a training step: its outputs, and the rates of the steps since the last log."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -15,13 +15,13 @@ from fastvlm_jax.models.fastvlm import FastVLM
 
 
 class StepRecord(NamedTuple):
-    """What the training loop knows of a step.
+    """Holds what the training loop knows of a step.
 
     Attributes:
       step: its number, from 1.
       outputs: the metrics that train_step returned, on the devices.
       flow: what went through the loader since the last record.
-      substituted: records that are known to be unusable by now.
+      substituted: number of records that are known to be unusable by now.
     """
 
     step: int
@@ -60,11 +60,11 @@ class StepLog:
         self.restart_clock(start)
 
     def restart_clock(self, step: int) -> None:
-        """Begins a new interval behind `step`, so that what came before it counts in no rate."""
+        """Begins a new interval behind `step`; nothing before it counts in a rate."""
         self._since, self._last = self._writer.seconds(), step
 
     def write(self, record: StepRecord) -> None:
-        """Writes what is logged of a step; its outputs are waited for."""
+        """Writes a step's scalars; waits for its outputs."""
         outputs = dict(record.outputs)
         by_source = outputs.pop("loss_by_source", None)
         scalars = {key: float(value) for key, value in outputs.items()}
@@ -73,7 +73,7 @@ class StepLog:
         self.restart_clock(record.step)
         scalars |= self._rates(record, seconds)
         scalars |= memory_scalars(self._devices)
-        # The slowest input holds all processes up.
+        # The process with the slowest input holds up all others.
         scalars["input_bound"] = max(distributed.exchange(f"input {record.step}", scalars["input_bound"]))
         if by_source is not None:
             losses = zip(self._names, by_source.tolist(), strict=True)

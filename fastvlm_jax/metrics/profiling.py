@@ -1,4 +1,4 @@
-"""Traces of chosen steps, for xprof or TensorBoard: `fastvlm train --profile=FIRST:LAST`."""
+"""Traces chosen steps for xprof or TensorBoard: `fastvlm train --profile=FIRST:LAST`."""
 
 import pathlib
 import re
@@ -8,10 +8,10 @@ import jax
 
 
 def parse_steps(text: str, steps: int) -> tuple[int, int]:
-    """(first, last) of "10:13", (10, 10) of "10"; (0, 0), no step, of "".
+    """Parses steps to trace: "10:13" -> (10, 13), "10" -> (10, 10), "" -> (0, 0), which is no step.
 
     Raises:
-      ValueError: anything else, or a run of `steps` steps ends before the first.
+      ValueError: the text has another form, or a run of `steps` steps ends before the first.
     """
     if not text:
         return 0, 0
@@ -25,7 +25,7 @@ def parse_steps(text: str, steps: int) -> tuple[int, int]:
 
 
 class Trace:
-    """Traces the steps `chosen` (first, last) of a run of steps start + 1 ... steps, as far as it makes them.
+    """Traces the steps `chosen` (first, last) of a run of steps start + 1 to steps, as far as the run makes them.
 
     Every process writes WORKDIR/profile/plugins/profile/steps_FIRST_LAST/HOST.xplane.pb: xprof shows them together. The
     devices are waited for before the first and after the last of these steps, and at no other time.
@@ -38,25 +38,25 @@ class Trace:
             print(f"--profile: the run goes on after step {start}, nothing is left to trace", file=sys.stderr)
 
     def begin(self, step: int, state) -> jax.profiler.StepTraceAnnotation:
-        """The marker of a step, to be entered around it; before the first chosen one the trace starts."""
+        """Returns the marker to enter around a step; before the first chosen step it starts the trace."""
         if self._first == step <= self._last:
             jax.block_until_ready(state)
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every call of every thread: it hides the rest and slows the step
+            options.python_tracer_level = 0  # Python calls of every thread would hide the rest and slow the step
             options.session_id = f"steps_{self._first}_{self._last}"  # the same on all hosts
             jax.profiler.start_trace(self._folder, profiler_options=options)
             self._running = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def end(self, step: int, state) -> None:
-        """After the last chosen step the trace is written."""
+        """Writes the trace after the last chosen step."""
         if self._running and step >= self._last:
             jax.block_until_ready(state)
             self.close()
             print(f"steps {self._first} to {self._last} are traced: {self._folder}", file=sys.stderr)
 
     def close(self) -> None:
-        """Writes what is traced of a run that stops early."""
+        """Writes the trace so far, of a run that stops early."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

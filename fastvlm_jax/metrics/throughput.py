@@ -1,4 +1,4 @@
-"""How fast a run is and what it takes: rates, model FLOPs utilization, memory of the devices."""
+"""Measures how well a run uses its chips: model FLOPs utilization and memory of the devices."""
 
 from collections.abc import Collection, Sequence
 
@@ -11,11 +11,11 @@ from fastvlm_jax.models.fastvlm import FastVLM
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """Peak bf16 FLOP/s of all chips that `devices` are of; None where it is not known, as on a CPU."""
+    """Returns the peak bf16 FLOP/s of the chips of all `devices`; None where it is unknown, as on a CPU."""
     known = [kind for kind in PEAK_FLOPS if devices[0].device_kind.startswith(kind)]
     if not known:
         return None
-    # A chip of v7x, and of v4 without megacore, is two devices.
+    # JAX shows a chip of v7x, and of v4 without megacore, as two devices.
     chips = {(getattr(d, "slice_index", 0), *getattr(d, "coords", (d.id,))) for d in devices}
     return len(chips) * PEAK_FLOPS[max(known, key=len)]
 
@@ -23,10 +23,16 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 def mfu_scalars(
     model: FastVLM, trainable: Collection[str], flow: Flow, seconds: float, *, row_length: int, peak: float | None
 ) -> dict[str, float]:
-    """Model FLOPs utilization: what `seconds` of steps had to compute, over what the chips could; {} without a peak.
+    """Returns model FLOPs utilization: FLOPs the steps required / FLOPs the chips can do in `seconds`.
 
-    "mfu" is the sum of the encoder's "mfu/vision", of "mfu/llm", which holds the loss, and of the projector's: all are
-    shares of the whole step, not of the time that each part takes.
+    "mfu" is the sum over encoder ("mfu/vision"), language model with loss ("mfu/llm") and projector. All are fractions
+    of the whole step's time, not of the time that each part takes.
+
+    Args:
+      trainable: paths of the parameters that learn.
+      flow: images and tokens of these steps.
+      row_length: tokens in a row.
+      peak: FLOP/s of all chips; None gives {}.
     """
     if peak is None:
         return {}
@@ -36,7 +42,7 @@ def mfu_scalars(
 
 
 def memory_scalars(devices: Sequence[jax.Device]) -> dict[str, float]:
-    """Memory in use, now and at most so far, in 10**9 bytes, of this process's fullest device; {} where none tells."""
+    """Returns the fullest local device's memory, now and at its peak, in 10**9 bytes; {} if no device reports it."""
     known = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
     known = [found for found in known if found]
     names = {"hbm_gb": "bytes_in_use", "hbm_peak_gb": "peak_bytes_in_use"}

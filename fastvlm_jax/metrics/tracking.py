@@ -1,4 +1,4 @@
-"""Weights & Biases beside the files that every run writes: config key `wandb`. The package is imported for it alone."""
+"""Sends a run's scalars to Weights & Biases too; wandb is imported only if the config key `wandb` names a project."""
 
 import os
 import pathlib
@@ -10,12 +10,12 @@ import jax
 
 from fastvlm_jax import distributed
 
-ID = "wandb_id"  # the file of a workdir that keeps the id of its run
+ID = "wandb_id"  # file in a workdir that keeps the id of its run
 MINUTE = 60.0
 
 
 def check(project: str) -> None:
-    """Raises ValueError, with the mend, where runs cannot be written to `project`; "" is none. Process 0 looks."""
+    """Raises ValueError, with the mend, unless process 0 can write runs to `project`; "" is no project."""
     if not project:
         return
     problems = distributed.exchange("wandb", _problem() if jax.process_index() == 0 else None)
@@ -34,15 +34,15 @@ def _problem() -> str | None:
 
 
 def open_run(project: str, workdir: pathlib.Path, name: str, config: dict[str, Any]) -> "Tracker | None":
-    """The run of a workdir in process 0; None in the others, and of no project."""
+    """Opens the run of a workdir in process 0; returns None in the others, and for the project ""."""
     return Tracker(project, workdir, name, config) if project and jax.process_index() == 0 else None
 
 
 class Tracker:
-    """A run of Weights & Biases, the same one whenever its workdir goes on. Process 0 alone has one.
+    """Writes to a run of Weights & Biases, the same one whenever its workdir goes on. Only process 0 has one.
 
-    A network that fails never stops the training: a run that cannot be begun online is written offline, into the
-    workdir, and what cannot be sent stays there too, both for `wandb sync`.
+    A network that fails never stops the training. A run that cannot start online is written offline into the workdir;
+    scalars that cannot be sent stay there too. `wandb sync` sends both later.
     """
 
     def __init__(self, project: str, workdir: pathlib.Path, name: str, config: dict[str, Any]):
@@ -61,17 +61,17 @@ class Tracker:
             self._run = wandb.init(**arguments, settings=settings)
         except Exception as error:
             print(f"wandb: {str(error).splitlines()[0]}; written offline, see `wandb sync`", file=sys.stderr)
-            wandb.teardown()  # its service holds the id of the run that failed
+            wandb.teardown()  # wandb's service still holds the id of the failed run
             self._run = wandb.init(**arguments, settings=settings, mode="offline")
-        # A resumed run repeats the steps since its checkpoint: they would be dropped on W&B's own axis.
+        # A resumed run repeats the steps since its checkpoint; W&B's own step axis would drop them.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Hands the scalars of `step` over; they are sent by another process."""
+        """Hands over the scalars of `step`; wandb's own process sends them."""
         self._guarded(lambda run: run.log({"step": step, **scalars}))
 
     def close(self) -> None:
-        """Waits for what is not sent yet, a minute at most."""
+        """Waits, for a minute at most, until everything is sent."""
         self._guarded(lambda run: run.finish())
 
     def _guarded(self, act) -> None:
@@ -79,6 +79,6 @@ class Tracker:
             return
         try:
             act(self._run)
-        except Exception as error:  # of any kind: the training is worth more than its picture
+        except Exception as error:  # whatever it is, the training is worth more than its picture
             print(f"wandb: {str(error).splitlines()[0]}; no longer written to", file=sys.stderr)
             self._run = None

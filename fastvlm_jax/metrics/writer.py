@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl and TensorBoard files."""
+"""Writes a run's scalars: a progress bar or plain lines, metrics.jsonl and TensorBoard files."""
 
 import json
 import pathlib
@@ -13,11 +13,11 @@ from fastvlm_jax.metrics.tracking import Tracker
 
 
 class MetricsWriter:
-    """Writes scalars by step. Times are seconds of training in this process and before it was resumed.
+    """Writes scalars by step, to the workdir and to a tracker, and keeps the time of the run.
 
-    metrics.jsonl holds one JSON object a line with "step", "seconds" and the scalars; a resumed run drops the lines
-    after the step that it resumes from, so that every step stands there once. Of several processes only the first
-    writes and shows anything; the others keep the time. A `tracker` is written to as well.
+    metrics.jsonl holds a JSON object a line with "step", "seconds" and the scalars; seconds count the training before a
+    resume too. A resumed run drops the lines behind the step it resumes from, so that every step stands there once.
+    Only process 0 writes and shows anything; the others keep the time.
     """
 
     def __init__(self, workdir: pathlib.Path, name: str, step: int, steps: int, tracker: Tracker | None = None):
@@ -36,11 +36,11 @@ class MetricsWriter:
         self._start = time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds of training so far, those before a resume included."""
+        """Returns the seconds of training so far, including those before a resume."""
         return self._before + time.monotonic() - self._start
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes the scalars of `step` to both files and shows those that a person follows."""
+        """Writes the scalars of `step` to all files and prints those that a person follows."""
         if not self._writes:
             return
         scalars = {key: float(value) for key, value in scalars.items()}
@@ -58,8 +58,8 @@ class MetricsWriter:
         else:
             done = max(step - self._first, 1)
             left = (time.monotonic() - self._start) / done * (self._steps - step)
-            facts = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"{self._name} step {step}/{self._steps}  {facts}  {left:.0f} s left", file=sys.stderr, flush=True)
+            shown = "  ".join(f"{key} {value}" for key, value in shown.items())
+            print(f"{self._name} step {step}/{self._steps}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -71,7 +71,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, none where there is no such file; a line cut by a crash is left out."""
+    """Reads the rows of metrics.jsonl: none without that file, and not a line that a crash has cut."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:

@@ -1,0 +1,1 @@
+"""The model as Flax modules: encoders, projector, decoder, their sizes by name, folding and FLOP counts."""

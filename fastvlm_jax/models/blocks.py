@@ -1,10 +1,10 @@
-"""Building blocks of the FastViT family, in training form ("branched") and released form ("folded").
+"""Building blocks of the FastViT family in training form ("branched") and released form ("folded").
 
 Legend: B images, H W rows and columns, C channels, N positions (H*W). Images are channels-last.
 
     branched (training)                         folded (inference, after models/fold.py)
     MobileOne   BN(conv) + BN(1x1) + BN(x)      one convolution with bias
-    RepMixer    x + ls * (MobileOne - BN(x))    one depthwise 3x3 that replaces x
+    RepMixer    x + ls * (MobileOne - BN(x))    one depthwise 3x3, the skip included
     ConvFFN     BN(7x7) -> 1x1 -> GELU -> 1x1   the same: its BatchNorm stays, as in the released weights
 
 Source: FastVLM (arXiv 2412.13303) section 3, FastViT (arXiv 2303.14189), MobileOne (arXiv 2206.04040).
@@ -31,15 +31,17 @@ from fastvlm_jax.models.layers import (
 Array = jax.Array
 FORMS = ("branched", "folded")
 small_init = nn.initializers.truncated_normal(0.02)
-# Attention takes so few heads at a time that an image has at most as many scores, or one head: on TPU they then stay in
-# on-chip memory, forward and backward (at 32x32 a third of the estimated cycles of all heads at once).
+# Attention scores of one image that may exist at a time: attention processes groups of as many heads as fit, at least
+# one. On TPU these scores stay in on-chip memory, forward and backward (at 32x32 a third of the estimated cycles of all
+# heads at once).
 SCORES_AT_ONCE = 2**20
 
 
 class MobileOne(nn.Module):
-    """Convolution over-parameterised by BatchNormed branches that fold into one (MobileOne, Figure 3).
+    """Applies a sum of convolution branches with BatchNorm, which fold into one convolution (MobileOne, Figure 3).
 
-    The skip branch exists where input and output shapes agree, the 1x1 scale branch where the kernel is larger than 1.
+    There is a skip branch if the input and output shapes agree, and with `use_scale` a 1x1 branch if the kernel is
+    larger than 1. Squeeze-excite (`use_se`) and `activation` follow the sum.
     """
 
     features: int
@@ -73,7 +75,7 @@ class MobileOne(nn.Module):
 class PatchEmbed(nn.Module):
     """Halves the grid: depthwise 7x7 stride 2 (+ 3x3 branch), [squeeze-excite], GELU, then MobileOne 1x1.
 
-    `features` is a multiple of the input channels (twice them in every published size).
+    `features` must be a multiple of the number of input channels; in every published size it is twice that number.
     """
 
     features: int
@@ -97,7 +99,10 @@ class PatchEmbed(nn.Module):
 
 
 class ConditionalPositions(nn.Module):
-    """Conditional positional encoding: x + depthwise 7x7 of x (arXiv 2102.10882); folded, the kernel holds the skip."""
+    """Adds a conditional positional encoding: x + depthwise 7x7 of x (arXiv 2102.10882).
+
+    In folded form the kernel includes the skip connection.
+    """
 
     form: str = "branched"
 
@@ -110,7 +115,7 @@ class ConditionalPositions(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Depthwise 7x7 -> BatchNorm -> 1x1 (C * ratio) -> GELU -> 1x1, times `scale` [C]; no skip inside."""
+    """Computes depthwise 7x7 -> BatchNorm -> 1x1 (C * ratio) -> GELU -> 1x1, times `scale` [C], without a skip."""
 
     ratio: float = 4.0
     batch_stats: bool = False
@@ -127,7 +132,7 @@ class ConvFFN(nn.Module):
 
 
 class RepMixer(nn.Module):
-    """Token mixer x + ls * (MobileOne 3x3 - BN(x)); folded, one depthwise 3x3 that replaces x."""
+    """Mixes tokens: x + ls * (MobileOne 3x3 - BN(x)); in folded form one depthwise 3x3 that includes the skip."""
 
     layer_scale_init: float = 1e-5
     form: str = "branched"
@@ -145,14 +150,17 @@ class RepMixer(nn.Module):
 
 
 def attend(q_BNhE: Array, k_BNhE: Array, v_BNhE: Array) -> Array:
-    """softmax(q k / sqrt(E)) v over all positions, [B, N, h, E]; scores and softmax in float32."""
+    """Computes softmax(q k / sqrt(E)) v over all positions, [B, N, h, E], with scores and softmax in float32."""
     scores_BhNN = jnp.einsum("bnhe,bmhe->bhnm", q_BNhE, k_BNhE, preferred_element_type=jnp.float32)
     weights_BhNN = jax.nn.softmax(scores_BhNN * q_BNhE.shape[-1] ** -0.5).astype(q_BNhE.dtype)
     return jnp.einsum("bhnm,bmhe->bnhe", weights_BhNN, v_BNhE)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over all positions of an image, times `scale` [C]; 32 channels a head, qkv without bias."""
+    """Applies multi-head attention over all positions of an image, times `scale` [C].
+
+    A head has `head_dim` channels, 32 in every published size; qkv has no bias.
+    """
 
     head_dim: int = 32
     init_std: float = 0.02
@@ -164,7 +172,7 @@ class SelfAttention(nn.Module):
         qkv = Dense(3 * C, use_bias=False, init_std=self.init_std, name="qkv")(x_BHWC.reshape(B, N, C))
         at_once = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * N * N <= SCORES_AT_ONCE))
         qkv = qkv.reshape(B, N, 3, heads // at_once, at_once, self.head_dim)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 1))  # each [groups of heads, B, N, heads of a group, head_dim]
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 1))  # each [groups of heads, B, N, heads in a group, head_dim]
         if at_once == heads:
             mixed = attend(q[0], k[0], v[0])
         else:
@@ -175,12 +183,12 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One encoder block; RepMixerBlock or AttentionBlock by `mixer` ("repmixer" | "attention").
+    """Applies one encoder block: a RepMixer block or an attention block, as `mixer` says ("repmixer" | "attention").
 
     repmixer:   x = RepMixer(x);                       x = x + ls * ConvFFN(x)
     attention:  x = x + ls1 * SelfAttention(norm(x));  x = x + ls2 * ConvFFN(x)     (no norm before the FFN)
 
-    `attention_norm` is "layer" (over the channels of a position) or "batch".
+    `attention_norm` is "layer" (LayerNorm over the channels of a position) or "batch" (BatchNorm).
     """
 
     mixer: str

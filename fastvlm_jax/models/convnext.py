@@ -1,11 +1,11 @@
-"""ConvNeXt-L and ConvNeXt-XXL, the image towers of CLIP models that the paper compares with (Tables 3 and 4).
+"""ConvNeXt-L and ConvNeXt-XXL, image towers of CLIP models and baselines of the paper (Tables 3 and 4).
 
     stem 4x4 stride 4, LN -> stage 0 -> [LN, conv 2x2 stride 2 -> stage] x 3
     grid H/4                H/4          H/8 ... H/32
     block: x + ls * fc2(GELU(fc1(LN(depthwise 7x7(x)))))
 
 Legend: B images, H W rows and columns, C channels.
-Sources: ConvNeXt (arXiv 2201.03545); timm's convnext_large and convnext_xxlarge, which open_clip's towers are made of.
+Sources: ConvNeXt (arXiv 2201.03545); timm's convnext_large and convnext_xxlarge, which open_clip's towers use.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ Array = jax.Array
 
 
 class Block(nn.Module):
-    """Depthwise 7x7 -> LN -> 1x1 (4 C) -> GELU -> 1x1, scaled, around a skip."""
+    """Computes x + ls * (depthwise 7x7 -> LN -> 1x1 (4 C) -> GELU -> 1x1)(x)."""
 
     epsilon: float
     layer_scale_init: float
@@ -41,10 +41,10 @@ class Block(nn.Module):
 
 
 class Unused(nn.Module):
-    """Declares what stands after the feature map in a CLIP tower: mean over positions, norm, projection.
+    """Declares the weights that follow the feature map in a CLIP tower: the norm of its mean, and the projection.
 
-    Called at initialization only. The weights are kept so that a tower can be given back whole; under one name, so
-    that one pattern freezes them all.
+    It is called only at initialization. The weights are kept so that the complete tower can be exported; they share one
+    name, so that one pattern freezes them all.
     """
 
     projection: Sequence[int]
@@ -63,24 +63,25 @@ class Unused(nn.Module):
 class ConvNeXt(nn.Module):
     """Encodes normalised images [B, H, W, 3] to feature maps [B, H/32, W/32, embed_dims[-1]].
 
-    The map is timm's `forward_features`: the last stage's output. No norm follows it, because CLIP's stands after the
-    pooling. The paper does not say which it takes.
+    The map is the output of the last stage, timm's `forward_features`. No norm follows it, because CLIP's norm comes
+    after the pooling. The paper does not say which features it uses.
 
     Attributes:
-      layers, embed_dims: blocks and channels of each stage.
-      epsilon: of every LayerNorm; 1e-5 in ConvNeXt-XXL.
+      layers: number of blocks in each stage.
+      embed_dims: channels of each stage.
+      epsilon: epsilon of every LayerNorm; 1e-5 in ConvNeXt-XXL.
       layer_scale_init: initial factor of every residual branch.
-      projection: widths of the CLIP projection, which is among the (unused) weights: (hidden, output) for an MLP,
-        (output,) for a matrix, () for none.
-      projection_bias: its last layer has a bias, as timm's has; open_clip's has none.
-      image_mean, image_std: a channel each, in [0, 1]; the caller normalises.
-      init_std: of the initial weights.
-      remat: what the backward pass recomputes, a policy of models/remat.py.
+      projection: widths of the CLIP projection, one of the (unused) weights: (hidden, output) for an MLP, (output,) for
+        a matrix, () for none.
+      projection_bias: whether the last layer of the projection has a bias: True in timm, False in open_clip.
+      image_mean, image_std: mean and standard deviation of each colour, for images in [0, 1]; the caller normalises.
+      init_std: standard deviation of the initial weights.
+      remat: policy of models/remat.py that says what the backward pass recomputes.
 
-    Weights that the map does not depend on lie under `unused/`; nothing is computed with them, their gradient is 0.
+    Weights that do not affect the map are under `unused/`: no computation uses them and their gradient is 0.
 
     Raises:
-      ValueError: an image size that the strides do not divide.
+      ValueError: the image size is not a multiple of the stride.
     """
 
     layers: Sequence[int] = (3, 3, 27, 3)
@@ -103,7 +104,11 @@ class ConvNeXt(nn.Module):
         return self.embed_dims[-1]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the feature map of an image (ValueError where the strides do not divide it)."""
+        """Returns the (rows, columns) of the feature map of an image of this size in pixels.
+
+        Raises:
+          ValueError: the size is not a multiple of the stride.
+        """
         if height % self.stride or width % self.stride or not height * width:
             raise ValueError(f"image size {height}x{width} must be a multiple of {self.stride} in both directions")
         return height // self.stride, width // self.stride

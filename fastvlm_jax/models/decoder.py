@@ -1,6 +1,6 @@
-"""Qwen2 and Llama decoders: RMSNorm, rotary grouped-query attention, SwiGLU, scanned over layers, KV cache.
+"""Qwen2 and Llama decoders: RMSNorm, rotary grouped-query attention, SwiGLU, a scan over the layers, a KV cache.
 
-Legend: B rows, T query slots, S key slots, D width, K key-value heads, G queries a key-value head, E head dim,
+Legend: B rows, T query slots, S key slots, D width, K key-value heads, G query heads per key-value head, E head dim,
 F MLP width, V vocabulary, L layers.
 """
 
@@ -22,16 +22,16 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the slots filled so far. `length` is the next free slot, the same for all rows."""
+    """Holds the keys and values of the slots filled so far. `length` is the first free slot, the same in all rows."""
 
     keys: Array  # [L, B, S, K, E]
     values: Array  # [L, B, S, K, E]
-    segment_ids: Array  # int32 [B, S]; 0 where nothing may be attended to
+    segment_ids: Array  # int32 [B, S]; 0 in slots that no query may attend to
     length: Array  # int32 []
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, computed in float32."""
+    """Divides x by its root mean square, in float32, then multiplies by a learned scale in the dtype of x."""
 
     epsilon: float = 1e-6
 
@@ -44,12 +44,15 @@ class RMSNorm(nn.Module):
 
 
 def matmul(x: Array, kernel: Array) -> Array:
-    """x [..., D] @ kernel [D, F] over flattened leading axes: XLA's CPU backend runs the 3-D gradient half as fast."""
+    """Computes x [..., D] @ kernel [D, F] with the leading axes flattened.
+
+    Without the flattening, XLA's CPU backend computes the gradient of a 3-D x at half the speed.
+    """
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nn.Module):
-    """x @ kernel with logical axes on both dimensions, optional bias."""
+    """Computes x @ kernel, plus a bias if `use_bias`; `axes` are the logical axes of the kernel's two dimensions."""
 
     features: int
     axes: tuple[str | None, str | None]
@@ -68,7 +71,7 @@ class Linear(nn.Module):
 
 
 def rotary(x_BTHE: Array, positions_BT: Array, theta: float) -> Array:
-    """Rotates the two halves of each head by position (RoFormer, in the half-split layout of Llama and Qwen2)."""
+    """Applies rotary position embeddings (RoFormer) to the two halves of each head, the layout of Llama and Qwen2."""
     E = x_BTHE.shape[-1]
     frequencies = theta ** -(jnp.arange(0, E, 2, dtype=jnp.float32) / E)
     angles_BT1e = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
@@ -78,7 +81,10 @@ def rotary(x_BTHE: Array, positions_BT: Array, theta: float) -> Array:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU MLP. With a cache, keys and values are written at `offset` and attended to."""
+    """Applies pre-norm attention and a pre-norm SwiGLU MLP, each around a skip connection.
+
+    With a cache `kv`, writes the new keys and values at slot `offset` and attends to all of the cache.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -113,14 +119,24 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model over embeddings.
+    """Maps embeddings to logits or losses: a causal language model.
 
     Attributes:
-      vocab_size, width, num_layers, num_heads, num_kv_heads, mlp_dim: sizes; head_dim defaults to width / num_heads.
-      rope_theta, epsilon, qkv_bias, tie_embeddings: Qwen2 has qkv biases, Llama none.
-      init_std: of the initial weights; narrow models learn much sooner with 1 / sqrt(width) than with 0.02.
-      context_length: positions the weights were made for; kept for exports, nothing is computed from it.
-      remat: what the backward pass recomputes, a policy of models/remat.py.
+      vocab_size: rows of the embedding table.
+      width: channels of the residual stream.
+      num_layers: number of layers.
+      num_heads: query heads of a layer.
+      num_kv_heads: key-value heads of a layer; each serves num_heads / num_kv_heads query heads.
+      mlp_dim: hidden width of the SwiGLU.
+      head_dim: channels of a head; None means width / num_heads.
+      rope_theta: base of the rotary frequencies.
+      epsilon: term that keeps RMSNorm from dividing by zero.
+      qkv_bias: whether the query, key and value layers have a bias: True for Qwen2, False for Llama.
+      tie_embeddings: whether the logits reuse the embedding table instead of a separate `lm_head`.
+      init_std: standard deviation of the initial weights; narrow models learn much sooner with 1 / sqrt(width) than
+        with 0.02.
+      context_length: number of positions the weights were trained for; exports record it, no computation uses it.
+      remat: policy of models/remat.py that says what the backward pass recomputes.
     """
 
     vocab_size: int
@@ -171,23 +187,26 @@ class Decoder(nn.Module):
             self.lm_head = Linear(self.vocab_size, (None, "vocab"), init_std=self.init_std)
 
     def embed(self, tokens_BT: Array, dtype=jnp.float32) -> Array:
-        """Token embeddings [B, T, D]."""
-        if len(tokens_BT) % batch_shards():  # few rows, as in generation, which every device computes
+        """Looks up the token embeddings, [B, T, D] in `dtype`."""
+        if len(tokens_BT) % batch_shards():  # rows that do not divide, as in generation: every device computes all
             return self.embedding.astype(dtype)[tokens_BT]
         return embed(self.embedding, tokens_BT, dtype)
 
     def __call__(
         self, x_BTD: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None = None, targets_BT=None
     ):
-        """Hidden states to logits, or to losses.
+        """Computes the logits, or with targets the losses, of a batch of embeddings.
 
         Args:
-          x_BTD: embeddings. positions_BT, segments_BT: int32, positions inside a segment, 0 = padding segment.
-          cache: filled slots to attend to; the T new slots are appended to it.
-          targets_BT: int32; with them the loss of every token takes the place of its logits, which are never stored.
+          x_BTD: embeddings.
+          positions_BT: int32 positions inside the segment.
+          segments_BT: int32 segment ids; 0 is padding.
+          cache: KV cache of earlier tokens to attend to; the T new slots are appended to it.
+          targets_BT: int32; if given, the loss of each token is returned and the logits are never stored.
 
         Returns:
-          (logits [B, T, V] in the dtype of x, or losses [B, T] in float32; the new cache or None).
+          (logits [B, T, V] in the dtype of x, the extended cache or None), or with targets (losses [B, T] in float32,
+          None).
         """
         offset, kv, kv_segments_BS = 0, None, segments_BT
         if cache is not None:
@@ -204,7 +223,7 @@ class Decoder(nn.Module):
         return logits_BTV, cache
 
     def empty_cache(self, rows: int, slots: int, dtype=jnp.float32) -> Cache:
-        """A cache of `slots` free slots for `rows` rows."""
+        """Returns a cache of `slots` free slots for each of `rows` rows."""
         shape = (self.num_layers, rows, slots, self.num_kv_heads, self.size_of_head)
         zeros = jnp.zeros(shape, dtype)
         return Cache(zeros, zeros, jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32))

@@ -3,7 +3,7 @@
 stem /4 -> stage 0 -> [patch embed -> (positions) -> stage] x 4 -> 3x3 expansion C -> 2C with squeeze-excite
 grid   H/4        H/4                H/8 ... H/64                 H/64
 
-Five stages are FastViTHD (MCi3) and MCi4; MCi0 to MCi2 have four and end at H/32. The sizes are in sizes.VISION_SIZES.
+FastViTHD (MCi3) and MCi4 have five stages; MCi0 to MCi2 have four and end at H/32. The sizes: sizes.VISION_SIZES.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,10 @@ CHOICES = {
 
 
 class GridPool(nn.Module):
-    """Pools [B, h*k, w*k, C] to [B, h, w, C], k = `ratio`: each k x k window's mean, or its learned sum, a channel.
+    """Pools [B, h*k, w*k, C] to [B, h, w, C], k = `ratio`, by the mean of each k x k window or a learned weighted sum.
 
-    The learned kernel [k, k, 1, C] starts as the mean. It has no bias: the projector that follows has one.
+    The learned kernel [k, k, 1, C] has one weight per tap and channel and starts as the mean. It has no bias, because
+    the projector that follows has one.
     """
 
     ratio: int
@@ -47,7 +48,7 @@ class GridPool(nn.Module):
 
 
 def _stem(tower: "FastViT", x_BHWC: Array, mask_B: Array | None, *, dim: int, settings: dict) -> Array:
-    """Images [B, H, W, 3] to [B, H/4, W/4, dim], by modules of `tower`."""
+    """Maps images [B, H, W, 3] to [B, H/4, W/4, dim] with submodules of `tower`."""
     x = MobileOne(dim, 3, 2, **settings, name="stem_0")(x_BHWC, mask_B)
     x = MobileOne(dim, 3, 2, depthwise=True, **settings, name="stem_1")(x, mask_B)
     return MobileOne(dim, 1, **settings, name="stem_2")(x, mask_B)
@@ -56,33 +57,38 @@ def _stem(tower: "FastViT", x_BHWC: Array, mask_B: Array | None, *, dim: int, se
 class FastViT(nn.Module):
     """Encodes normalised images [B, H, W, 3] to feature maps [B, H/s, W/s, features], s = 64 for FastViTHD.
 
-    `features` is 2 * embed_dims[-1], plus the stages that `multiscale` adds. With embed=True a call returns the CLIP
-    embedding [B, head_features] instead: the mean of the map over its positions, projected.
+    `features` is 2 * embed_dims[-1], plus the channels that `multiscale` adds. With embed=True a call returns the CLIP
+    embedding [B, head_features] instead: the mean of the final features over all positions, projected.
 
     Attributes:
-      layers, embed_dims: blocks and channels of each stage.
-      mixers: "repmixer" or "attention", a stage.
-      mlp_ratio: width of the ConvFFN over its channels.
+      layers: number of blocks in each stage.
+      embed_dims: channels of each stage.
+      mixers: token mixer of each stage, "repmixer" or "attention".
+      mlp_ratio: hidden width of the ConvFFN / its channels.
       layer_scale_init: initial factor of every residual branch.
-      init_std: of the initial weights of the 1x1 and linear layers; narrow towers need more than the published 0.02.
-      drop_path: rate of the last block; it grows linearly from 0 and acts only with a `drop_path` rng.
+      init_std: standard deviation of the initial weights of 1x1 and linear layers; narrow towers need more than the
+        published 0.02.
+      drop_path: drop rate of the last block; the rate grows linearly from 0 at the first block and applies only to
+        calls with a `drop_path` rng.
       form: "branched" (training) or "folded" (released weights).
-      batch_norm: "train" or "frozen"; with "train", a call with train=True updates the statistics.
-      remat: what the backward pass recomputes, a policy of models/remat.py.
-      stem_scale: the stem's 3x3 convolutions have a 1x1 branch in training form (MCi0 to MCi2).
+      batch_norm: "train" or "frozen"; with "train", calls with train=True use and update batch statistics.
+      remat: policy of models/remat.py that says what the backward pass recomputes.
+      stem_scale: whether the stem's 3x3 convolutions have a 1x1 branch in training form, as in MCi0 to MCi2.
       se_stages: stages whose patch embed has squeeze-excite; (2, 3) in MCi0 to MCi2.
       attention_norm: norm before self-attention, "batch" (MCi0 to MCi2) or "layer".
-      head_features: width of the CLIP projection; 0 = none. Its parameters exist, unused, without embed=True too.
-      head_bias: the projection has a bias, as timm's has; Apple's has none.
-      multiscale: stages, counted from 0 and without the last, whose outputs are pooled to the last grid and put
-        before the final features, in stage order, along the channels. The paper draws this (Figure 2; Table 2: Avg-5
-        +0.1 with average pooling, +0.3 with depthwise); its released checkpoints do not use it. It leaves open which
-        stages it takes, the learned kernels' size, bias and start, and which of its results used it.
-      multiscale_pool: "average", or "depthwise": a learned k x k convolution of stride k a stage, k = the grids' ratio.
-      image_mean, image_std: what the caller normalises images in [0, 1] with, a colour.
+      head_features: width of the CLIP projection; 0 means none. Its parameters exist, unused, without embed=True too.
+      head_bias: whether the projection has a bias: True in timm, False in Apple's weights.
+      multiscale: stages, counted from 0 and without the last, whose outputs are pooled to the last grid and
+        concatenated, in stage order, before the channels of the final features. The paper shows this (Figure 2;
+        Table 2: Avg-5 +0.1 with average pooling, +0.3 with depthwise), but its released checkpoints do not use it. It
+        does not say which stages it pools, the size, bias and initialization of the learned kernels, or which of its
+        results used them.
+      multiscale_pool: "average", or "depthwise": for each stage a learned k x k convolution of stride k, where k is the
+        ratio of the grids.
+      image_mean, image_std: mean and standard deviation of each colour, for images in [0, 1]; the caller normalises.
 
     Raises:
-      ValueError: an unknown choice or stage, or an image size that the strides do not divide.
+      ValueError: a choice or stage is unknown, or the image size is not a multiple of the stride.
     """
 
     layers: Sequence[int] = (2, 12, 24, 4, 2)
@@ -114,7 +120,11 @@ class FastViT(nn.Module):
         return sum(self.embed_dims[i] for i in self.multiscale) + 2 * self.embed_dims[-1]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the feature map of an image (ValueError where the strides do not divide it)."""
+        """Returns the (rows, columns) of the feature map of an image of this size in pixels.
+
+        Raises:
+          ValueError: the size is not a multiple of the stride.
+        """
         if height % self.stride or width % self.stride or not height * width:
             raise ValueError(f"image size {height}x{width} must be a multiple of {self.stride} in both directions")
         return height // self.stride, width // self.stride
@@ -159,7 +169,7 @@ class FastViT(nn.Module):
         return jnp.concatenate([*pooled, x], axis=-1) if pooled else x
 
     def _check(self, embed: bool) -> None:
-        """Refuses arguments that describe no tower."""
+        """Raises ValueError if the arguments do not describe a valid tower."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {choices}")
@@ -169,4 +179,4 @@ class FastViT(nn.Module):
         if not set(self.se_stages) <= set(stages[1:]):
             raise ValueError(f"se_stages={self.se_stages} must name stages with a patch embed: {tuple(stages[1:])}")
         if embed and not self.head_features:
-            raise ValueError("embed=True needs the CLIP projection: give the tower head_features")
+            raise ValueError("embed=True needs the CLIP projection: set head_features to its width")

@@ -1,6 +1,7 @@
-"""FastVLM: FastViTHD features, projected, stand among the token embeddings of a decoder (paper, Figure 2).
+"""The FastVLM model: a decoder reads projected image features among its token embeddings (paper, Figure 2).
 
-Legend: G groups, N image slots a group, R rows a group, T text positions, L features an image, D width, V vocabulary.
+Legend: G groups, N image slots per group, R rows per group, T text positions, L features per image, D decoder width,
+C encoder channels, V vocabulary.
 """
 
 import functools
@@ -23,10 +24,14 @@ FAMILIES = {"fastvit": FastViT, "vit": ViT, "convnext": ConvNeXt}
 
 
 def make_encoder(family: str = "fastvit", **sizes) -> nn.Module:
-    """The encoder of `vision_args`: a FastViT, ViT or ConvNeXt of these sizes.
+    """Returns the encoder that `vision_args` describe.
+
+    Args:
+      family: a name in FAMILIES.
+      **sizes: constructor arguments of that class.
 
     Raises:
-      ValueError: another family.
+      ValueError: the family is not in FAMILIES.
     """
     if family not in FAMILIES:
         raise ValueError(f"model.vision.family={family!r} must be one of {', '.join(FAMILIES)}")
@@ -34,14 +39,14 @@ def make_encoder(family: str = "fastvit", **sizes) -> nn.Module:
 
 
 class FastVLM(nn.Module):
-    """The whole model; parameters lie under `vision/`, `projector/` and `llm/`.
+    """Computes logits or losses of text that refers to images; parameters are under `vision/`, `projector/` and `llm/`.
 
-    Without `llm_args` it is an encoder alone (`encode`), without `vision_args` a language model alone.
+    Without `llm_args` the model is only an encoder (call `encode`), without `vision_args` only a language model.
 
     Attributes:
-      vision_args: "family" (see FAMILIES; the default is fastvit) and constructor arguments of the encoder.
+      vision_args: "family" (a name in FAMILIES; the default is fastvit) and constructor arguments of the encoder.
       llm_args: constructor arguments of Decoder.
-      dtype: dtype of the computation, whatever that of the parameters.
+      dtype: dtype of the computation, independent of the dtype of the parameters.
     """
 
     vision_args: dict | None
@@ -57,17 +62,28 @@ class FastVLM(nn.Module):
             self.projector = Projector(self.llm_args["width"], self.llm_args.get("init_std", 0.02))
 
     def tokens_per_image(self, height: int, width: int | None = None) -> int:
-        """Features (placeholders) of an image of that many pixels, a square by default; ValueError for other sizes."""
+        """Returns the number of features, and so of placeholder tokens, of one image.
+
+        Args:
+          height, width: image size in pixels; without `width` the image is square.
+
+        Raises:
+          ValueError: the encoder does not accept this image size.
+        """
         rows, columns = make_encoder(**self.vision_args, parent=None).grid(height, width or height)
         return rows * columns
 
     def __call__(
         self, images, tokens, image_index, positions, segment_ids, image_mask=None, targets=None, *, train=False
     ) -> Array:
-        """Logits [G, R, T, V] of the fields of a Batch; without the group axis, logits [R, T, V].
+        """Returns logits [G, R, T, V] from the fields of a Batch, which batch.py describes.
 
-        With `targets` the loss of every token instead, float32 [G, R, T]; logits are then never stored. Images are
-        uint8, or float already in [0, 1]. `train` uses and updates batch statistics if the encoder says so.
+        Inputs without the group axis count as one group and give logits [R, T, V].
+
+        Args:
+          images: uint8, or floats that are already in [0, 1].
+          targets: if given, the result is the loss of each token, float32 [G, R, T], and the logits are never stored.
+          train: whether BatchNorm uses and updates batch statistics, in an encoder with batch_norm="train".
         """
         if tokens.ndim == 2:
             mask = None if image_mask is None else image_mask[None]
@@ -79,9 +95,9 @@ class FastVLM(nn.Module):
         return out.reshape(G, R, T, *out.shape[2:])
 
     def encode(self, images: Array, image_mask: Array | None = None, *, train: bool = False) -> Array:
-        """Image features as the decoder reads them: images [G, N, H, W, 3] -> [G, N * L, D].
+        """Encodes images [G, N, H, W, 3] to the features that the decoder reads, [G, N * L, D].
 
-        Of an encoder alone, its own features [G, N * L, C].
+        Without a language model, returns the encoder's own features [G, N * L, C].
         """
         G, N, H, W, _ = images.shape
         dtype = jnp.dtype(self.dtype)
@@ -99,9 +115,16 @@ class FastVLM(nn.Module):
     def decode(
         self, features, tokens, image_index, positions, segment_ids, cache: Cache | None = None, targets=None
     ) -> tuple[Array, Cache | None]:
-        """Logits [G * R, T, V] of rows [G, R, T] that read `features` where image_index >= 0, and the grown cache.
+        """Runs the decoder on rows [G, R, T], with a feature in place of the embedding where image_index >= 0.
 
-        With `targets` [G, R, T], losses [G * R, T].
+        Args:
+          features: image features [G, N * L, D], or None for text only.
+          tokens, image_index, positions, segment_ids: fields of a Batch, [G, R, T].
+          cache: KV cache of the earlier tokens, to which these T are appended.
+          targets: int32 [G, R, T]; if given, losses are returned instead of logits.
+
+        Returns:
+          (logits [G * R, T, V] or losses [G * R, T], the extended cache or None).
         """
         G, R, T = tokens.shape
         x = self.llm.embed(tokens, jnp.dtype(self.dtype))
@@ -114,12 +137,12 @@ class FastVLM(nn.Module):
         return self.llm(x, positions.reshape(G * R, T), segment_ids.reshape(G * R, T), cache, targets)
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
-        """A key-value cache for `rows` rows of `slots` slots, in the dtype of the computation."""
+        """Returns an empty KV cache for `rows` rows of `slots` tokens each, in the dtype of the computation."""
         return self.llm.empty_cache(rows, slots, jnp.dtype(self.dtype))
 
 
 def build(vision: dict | None = None, llm: dict | None = None, dtype: str = "float32") -> FastVLM:
-    """The model of a config: `build(**config.model)`. Sequences become tuples, so that modules can be hashed."""
+    """Builds the model of a config: `build(**config.model)`. Lists become tuples, so that the modules can be hashed."""
 
     def frozen(args: dict) -> dict:
         return {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in dict(args).items()}
@@ -129,7 +152,7 @@ def build(vision: dict | None = None, llm: dict | None = None, dtype: str = "flo
 
 
 def init_variables(model: FastVLM, rng: Array) -> dict[str, Any]:
-    """Random variables, boxed with their logical axes; the shapes do not depend on the batch."""
+    """Returns randomly initialized variables, boxed with their logical axes; no shape depends on the batch."""
     images = None
     if model.vision_args is not None:
         vision = make_encoder(**model.vision_args)
@@ -143,5 +166,8 @@ def init_variables(model: FastVLM, rng: Array) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def boxed_variables(model: FastVLM) -> dict[str, Any]:
-    """Shapes and dtypes of the variables, boxed with their logical axes; nothing is computed. Not to be changed."""
+    """Returns shapes and dtypes of the variables, boxed with their logical axes, without computing anything.
+
+    The result is cached: do not modify it.
+    """
     return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))}

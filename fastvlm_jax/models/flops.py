@@ -1,15 +1,18 @@
-"""Floating-point operations of a model, counted from its sizes: forward, of a training step, and as a chip runs it.
+"""Counts a model's floating-point operations (FLOPs) from its sizes: forward, per training step, and as chips run it.
 
-Counted are matrix products and convolutions, a multiply-add as 2; not what is linear in the activations (norms, GELUs,
-softmax, lookups) nor the optimizer. A convolution counts all its taps, those on the padding too, as fvcore and timm do.
+The counts include matrix products and convolutions, a multiply-add as 2. They leave out operations that are linear in
+the activations (norms, GELUs, softmax, lookups) and the optimizer. A convolution counts all its taps, including those
+on the padding, as fvcore and timm do.
 
     trained                 forward + gradient of the input + gradient of the weights           3x, the first layer 2x
-    frozen, behind it some
+    frozen, after a
     trained parameter       forward + gradient of the input                                     2x (attention 3x)
-    frozen, before them     forward                                                             1x
+    frozen, before all
+    trained parameters      forward                                                             1x
 
-The decoder's attention counts what is causally visible in a whole row, half of the square: packed segments need less,
-PaLM's convention (arXiv 2204.02311, appendix B) counts the full square. The encoder's attention sees all positions.
+The decoder's attention counts the causally visible pairs of a whole row, half of the square: packed segments need less,
+and PaLM's convention (arXiv 2204.02311, appendix B) counts the full square. The encoder's attention is over all
+positions.
 """
 
 import functools
@@ -24,7 +27,7 @@ from fastvlm_jax.models.fastvlm import FastVLM, make_encoder
 from fastvlm_jax.models.vit import ViT
 
 PARTS = ("vision", "projector", "llm", "loss")
-# Kinds of products that the backward pass computes once more, under each policy of models/remat.py.
+# Policy of models/remat.py -> kinds of products that the backward pass recomputes.
 RECOMPUTED = {
     "none": (),
     "full": ("conv", "conv7", "dot", "scores", "mixed"),
@@ -35,15 +38,16 @@ RECOMPUTED = {
 
 
 class Product(NamedTuple):
-    """Products that one weight takes part in, or two activations, over all blocks of a stage.
+    """Describes the products of activations with one weight, or with each other, summed over all blocks of a stage.
 
     Attributes:
       part: one of PARTS.
-      path: of the weight among the parameters; of two activations, of their module.
-      flops: of the forward pass.
-      kind: "conv"; "conv7", that of a ConvFFN; "dot", with a weight; "scores" and "mixed" (weights x values), of
-        attention; "last", a dot that ends a block, so that no gradient needs its result; "loss".
-      remat: policy of the scanned blocks that it lies in; None outside of any.
+      path: path of the weight among the parameters; for a product of two activations, the path of their module.
+      flops: FLOPs of the forward pass.
+      kind: "conv", a convolution; "conv7", the 7x7 convolution of a ConvFFN; "dot", a matrix product with a weight;
+        "scores" and "mixed" (weights x values), the two products of attention; "last", a dot at the end of a block,
+        whose result no gradient needs; "loss", the product with the vocabulary.
+      remat: remat policy of the scanned blocks that the product is in; None outside scanned blocks.
     """
 
     part: str
@@ -54,21 +58,26 @@ class Product(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What it lies in: "vision/stage_0", "llm/layers"."""
+        """Path of the module or stage that contains the product, as "vision/stage_0" or "llm/layers"."""
         return "/".join(self.path.split("/")[:2])
 
 
 def forward_flops(
     model: FastVLM, images: int, height: int, width: int, rows: int, row_length: int, *, causal: bool = True
 ) -> dict[str, float]:
-    """Of one forward pass, by part: {"vision", "projector", "llm", "loss"}; "loss" is the product with the vocabulary.
+    """Counts the FLOPs of one forward pass by part: {"vision", "projector", "llm", "loss"}.
+
+    "loss" is the product with the vocabulary.
 
     Args:
-      images: image slots, of height x width pixels. rows: of row_length tokens, whatever they hold.
-      causal: False counts the full square of the decoder's attention, as plain attention computes it.
+      images: number of image slots.
+      height, width: size of each image in pixels.
+      rows: number of text rows, full or not.
+      row_length: tokens per row.
+      causal: False counts the full square of the decoder's attention, which plain attention computes.
 
     Raises:
-      ValueError: an image size that the encoder does not take.
+      ValueError: the encoder does not accept this image size.
     """
     return _by_part((p, p.flops) for p in products(model, images, height, width, rows, row_length, causal))
 
@@ -84,11 +93,11 @@ def train_flops(
     *,
     causal: bool = True,
 ) -> dict[str, float]:
-    """Of one training step, by part, without any recomputation: the model FLOPs that MFU is told of.
+    """Counts the FLOPs of one training step by part, without recomputation: the model FLOPs of MFU.
 
     Args:
-      trainable: paths of the trainable parameters ("llm/layers/q/kernel"), as in `optim.split`; see forward_flops for
-        the others.
+      trainable: paths of the trainable parameters ("llm/layers/q/kernel"), as `optim.split` returns them. For the other
+        arguments see forward_flops.
     """
     counted = products(model, images, height, width, rows, row_length, causal)
     return _by_part((p, p.flops * (1 + backward)) for p, backward in _backward(counted, trainable))
@@ -97,10 +106,13 @@ def train_flops(
 def useful_flops(
     model: FastVLM, trainable: Collection[str], sizes: Mapping[tuple[int, int], int], tokens: int, row_length: int
 ) -> dict[str, float]:
-    """`train_flops` of what was really there: images, tiles and tokens, without empty slots and padding.
+    """Counts the `train_flops` of the images, tiles and tokens in a batch, without its empty slots and padding.
 
     Args:
-      sizes: images of each (height, width). tokens: placeholders of images counted; each costs the same share of a row.
+      trainable: paths of the trainable parameters.
+      sizes: (height, width) in pixels -> number of images and tiles of this size.
+      tokens: number of tokens, image placeholders included; each counts as the same share of a row.
+      row_length: tokens per row.
     """
     total = dict.fromkeys(PARTS, 0.0)
     for (height, width), images in sizes.items():
@@ -123,20 +135,22 @@ def hardware_flops(
     *,
     causal: bool = False,
 ) -> dict[str, float]:
-    """Of one training step, by part, with what the remat policies and the chunked loss compute twice.
+    """Counts the FLOPs that one training step executes, by part, with what remat and the chunked loss compute twice.
 
-    The full square of the decoder's attention is counted unless `causal`, as for kernels that skip what is masked.
+    Args:
+      causal: True counts only the visible pairs of the decoder's attention, for kernels that skip masked blocks; False
+        counts the full square. For the other arguments see train_flops.
     """
 
-    def again(product: Product) -> bool:
+    def recomputed(product: Product) -> bool:
         return product.kind == "loss" or product.kind in RECOMPUTED[product.remat or "none"]
 
     counted = _backward(products(model, images, height, width, rows, row_length, causal), trainable)
-    return _by_part((p, p.flops * (1 + backward + (again(p) and backward > 0))) for p, backward in counted)
+    return _by_part((p, p.flops * (1 + backward + (recomputed(p) and backward > 0))) for p, backward in counted)
 
 
 def _any_size(model: FastVLM) -> tuple[int, int]:
-    """Of an image that the encoder takes, for counts of no image."""
+    """Returns an image size that the encoder accepts, for counts without images."""
     encoder = make_encoder(**(model.vision_args or {}), parent=None)
     return (getattr(encoder, "image_size", None) or encoder.stride,) * 2
 
@@ -149,28 +163,28 @@ def _by_part(counts) -> dict[str, float]:
 
 
 def _backward(counted: Sequence[Product], trainable: Collection[str]) -> Iterator[tuple[Product, int]]:
-    """Each product with the number of products of its size that its gradients take.
+    """Yields each product with the number of products of the same size that its gradients take.
 
-    Gradients pass through all that stands behind a trainable parameter, in the order of the forward pass. The scan over
-    equal blocks is one loop: where one weight of a stage learns, all its blocks pass gradients on.
+    Gradients flow through everything that follows a trainable parameter in the forward pass. The scan over the equal
+    blocks of a stage is one loop: if one weight of the stage is trained, gradients flow through all its blocks.
     """
-    learning = {"/".join(path.split("/")[:2]) for path in trainable}
-    passes = False
+    trained_units = {"/".join(path.split("/")[:2]) for path in trainable}
+    gradients_flow = False
     for unit, group in itertools.groupby(counted, key=lambda product: product.unit):
         for product in group:
-            inner = passes or (product.remat is not None and unit in learning)
-            learns = product.path in trainable
-            yield product, 2 * inner if product.kind in ("scores", "mixed") else inner + learns
+            input_grad = gradients_flow or (product.remat is not None and unit in trained_units)
+            weight_grad = product.path in trainable
+            yield product, 2 * input_grad if product.kind in ("scores", "mixed") else input_grad + weight_grad
             if product.remat is None:
-                passes |= learns
-        passes |= unit in learning
+                gradients_flow |= weight_grad
+        gradients_flow |= unit in trained_units
 
 
 @functools.lru_cache(maxsize=64)
 def products(
     model: FastVLM, images: int, height: int, width: int, rows: int, row_length: int, causal: bool = True
 ) -> tuple[Product, ...]:
-    """All products of the forward pass, in its order."""
+    """Returns all products of the forward pass in the order of execution; for the arguments see forward_flops."""
     counted = []
     if model.vision_args is not None:
         encoder = make_encoder(**model.vision_args, parent=None)
@@ -185,17 +199,17 @@ def products(
 
 
 def _dot(path: str, inputs: int, outputs: int, positions: int, remat: str | None = None, kind: str = "dot") -> Product:
-    """x [positions, inputs] @ kernel [inputs, outputs]."""
+    """Describes x [positions, inputs] @ kernel [inputs, outputs]."""
     return Product(path.split("/")[0], f"{path}/kernel", 2.0 * inputs * outputs * positions, kind, remat)
 
 
 def _conv(path: str, taps: int, features: int, positions: int, remat: str | None = None, kind: str = "conv") -> Product:
-    """A convolution with `taps` products an output: k * k if depthwise, k * k * inputs otherwise."""
+    """Describes a convolution with `taps` multiply-adds per output: k * k if depthwise, k * k * inputs otherwise."""
     return Product("vision", f"{path}/kernel", 2.0 * taps * features * positions, kind, remat)
 
 
 def _attention(path: str, pairs: int, channels: int, remat: str) -> list[Product]:
-    """Scores and weighted sums over `pairs` of a query and a key."""
+    """Describes the scores and the weighted sums of attention over `pairs` of a query and a key."""
     part = path.split("/")[0]
     return [Product(part, path, 2.0 * pairs * channels, kind, remat) for kind in ("scores", "mixed")]
 
@@ -206,7 +220,7 @@ def _squeeze_excite(path: str, channels: int, reduction: int) -> list[Product]:
 
 
 def _fastvit(tower: FastViT, height: int, width: int) -> list[Product]:
-    """One image; see models/blocks.py."""
+    """Lists the products for one image; see models/blocks.py."""
     folded = tower.form == "folded"
 
     def mobile_one(path, taps, features, positions, inputs=1, scale=True, remat=None):
@@ -250,7 +264,7 @@ def _fastvit(tower: FastViT, height: int, width: int) -> list[Product]:
 
 
 def _vit(tower: ViT, height: int, width: int) -> list[Product]:
-    """One image."""
+    """Lists the products for one image."""
     h, w = tower.grid(height, width)
     C, N, path = tower.width, h * w + int(tower.cls_token), "vision/layers"
     positions = tower.used_layers * N
@@ -263,7 +277,7 @@ def _vit(tower: ViT, height: int, width: int) -> list[Product]:
 
 
 def _convnext(tower: ConvNeXt, height: int, width: int) -> list[Product]:
-    """One image."""
+    """Lists the products for one image."""
     dims, positions = tower.embed_dims, height * width // 16
     counted = [_conv("vision/stem", 16 * 3, dims[0], positions)]
     for i, (depth, C) in enumerate(zip(tower.layers, dims, strict=True)):
@@ -285,7 +299,7 @@ def _decoder(llm: Decoder, rows: int, row_length: int, causal: bool) -> list[Pro
     D, F, heads, kv_heads = llm.width, llm.mlp_dim, *(n * llm.size_of_head for n in (llm.num_heads, llm.num_kv_heads))
     tokens, path = rows * row_length * llm.num_layers, "llm/layers"
     pairs = tokens * (row_length + 1) // 2 if causal else tokens * row_length
-    table = Product("llm", "llm/embedding", 0.0, "dot")  # a lookup, which gradients go back to
+    table = Product("llm", "llm/embedding", 0.0, "dot")  # a lookup without FLOPs, to which gradients flow back
     counted = [table, _dot(f"{path}/q", D, heads, tokens, llm.remat)]
     counted += [_dot(f"{path}/{name}", D, kv_heads, tokens, llm.remat) for name in "kv"]
     counted += _attention(path, pairs, heads, llm.remat)

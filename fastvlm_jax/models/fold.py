@@ -1,13 +1,13 @@
-"""From the training form of the encoder to its released form: every multi-branch block becomes one convolution.
+"""Folds the training form of the encoder into its released form: every multi-branch block becomes one convolution.
 
     conv + BN                y = s * (kernel * x) + (b - s * mean)              s = scale / sqrt(var + epsilon)
-    scale + BN               the same, the 1x1 kernel put at the centre
-    skip BN                  the same, with the identity for a kernel
+    scale + BN               the same, with the 1x1 kernel zero-padded to k x k
+    skip BN                  the same, with the identity as kernel
     RepMixer                 x + ls * (mixer - BN(x))  ->  identity + ls * (mixer kernel - BN kernel)
     ConditionalPositions     x + conv(x)               ->  identity + conv kernel
 
-Attention and its norm, layer scales, squeeze-excite, the ConvFFN with its BatchNorm, the learned pooling and the
-head are the same in both forms.
+Both forms have the same attention and attention norm, layer scales, squeeze-excite, ConvFFN with its BatchNorm, learned
+pooling and head.
 Source: MobileOne (arXiv 2206.04040) section 3.2, FastViT (arXiv 2303.14189) section 3.2.
 """
 
@@ -15,32 +15,33 @@ import numpy as np
 
 from fastvlm_jax.models.layers import BATCH_NORM_EPSILON
 
-Kernel = tuple[np.ndarray, np.ndarray]  # float64 kernel [..., k, k, I, O] and bias [..., O]; ... is the scanned depth
+# float64 kernel [..., k, k, I, O] and bias [..., O]; ... is the depth axis of scanned blocks
+Kernel = tuple[np.ndarray, np.ndarray]
 
 
 def fold(vision: dict) -> dict:
-    """Variables of FastViT(form="branched") to those of FastViT(form="folded"), the same function in inference.
+    """Converts variables of FastViT(form="branched") to FastViT(form="folded"), the same function in inference.
 
     Args:
-      vision: {"params": {...}, "batch_stats": {...}} of the encoder alone, concrete arrays. Blocks scanned over a
-        leading depth axis keep it. A tree that is folded already comes back as it is.
+      vision: {"params": {...}, "batch_stats": {...}} of the encoder alone, as concrete arrays. Scanned blocks keep
+        their leading depth axis. An already folded tree is returned with the same contents.
 
     Returns:
-      A new tree of the structure that `init` gives with form="folded". Folded kernels are float32 numpy arrays,
-      computed in float64; all other leaves are the given ones.
+      A new tree with the structure that `init` gives for form="folded". Folded kernels and biases are float32 numpy
+      arrays, computed in float64; all other leaves are taken from `vision` unchanged.
     """
     params, stats = _fold(vision["params"], vision.get("batch_stats", {}))
     return {"params": params, "batch_stats": stats}
 
 
 def fold_variables(variables: dict) -> dict:
-    """Folds the `vision` subtree in every collection of FastVLM's variables; the rest is kept as it is."""
+    """Folds the `vision` subtree in every collection of FastVLM's variables and keeps the rest."""
     vision = fold({name: collection["vision"] for name, collection in variables.items() if "vision" in collection})
     return variables | {name: {**variables.get(name, {}), "vision": tree} for name, tree in vision.items()}
 
 
 def _fold(params: dict, stats: dict) -> tuple[dict, dict]:
-    """Folds whatever block `params` is, recognised by its parts, and all blocks inside it."""
+    """Folds the block that `params` belong to, recognised by their names, and all blocks inside it."""
     parts = set(params)
     if {"conv", "fc1", "fc2"} <= parts:  # ConvFFN
         return params, stats
@@ -102,25 +103,25 @@ def _conv_bn(params: dict, stats: dict) -> Kernel:
 
 
 def _batch_norm(params: dict, stats: dict) -> Kernel:
-    """BatchNorm on stored statistics as (factor, shift) of its channels, each [..., C]."""
+    """Returns BatchNorm with stored statistics as (factor, shift), each [..., C]."""
     mean, var = np.asarray(stats["mean"], np.float64), np.asarray(stats["var"], np.float64)
     factor = np.asarray(params["scale"], np.float64) / np.sqrt(var + BATCH_NORM_EPSILON)
     return factor, np.asarray(params["bias"], np.float64) - mean * factor
 
 
 def _channels(x: np.ndarray) -> np.ndarray:
-    """[..., O] to [..., 1, 1, 1, O], to multiply a kernel's output channels."""
+    """Reshapes [..., O] to [..., 1, 1, 1, O], which multiplies the output channels of a kernel."""
     return x[..., None, None, None, :]
 
 
 def _centred(kernel: np.ndarray, size: int) -> np.ndarray:
-    """A small kernel in the middle of a size x size one."""
+    """Pads a kernel with zeros to size x size, the kernel in the centre."""
     pad = (size - kernel.shape[-4]) // 2
     return np.pad(kernel, [(0, 0)] * (kernel.ndim - 4) + [(pad, pad)] * 2 + [(0, 0)] * 2)
 
 
 def _identity(kernel: np.ndarray) -> np.ndarray:
-    """The kernel [k, k, I, O] of the identity; I = 1 is depthwise."""
+    """Returns the kernel of the identity function in the shape of `kernel`, [..., k, k, I, O]; I = 1 is depthwise."""
     size, _, inputs, outputs = kernel.shape[-4:]
     identity = np.zeros(kernel.shape[-4:])
     identity[size // 2, size // 2] = np.ones((1, outputs)) if inputs == 1 else np.eye(outputs)

@@ -2,7 +2,8 @@
 
 Legend: B images, H W rows and columns, C channels. Images are channels-last.
 
-BatchNorm uses batch statistics and updates the stored ones where `batch_stats=True`, and the stored ones otherwise.
+With `batch_stats=True` BatchNorm uses the statistics of the batch and updates the stored ones; otherwise it uses the
+stored ones.
 """
 
 from collections.abc import Callable
@@ -23,10 +24,10 @@ torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  
 
 @jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """The exact GELU, x * (1 + erf(x / sqrt 2)) / 2, computed in float32 and returned in the dtype of x.
+    """Returns the exact GELU, x * (1 + erf(x / sqrt 2)) / 2, computed in float32, in the dtype of x.
 
-    By erf, as PyTorch does it: the erfc of `jax.nn.gelu` is two series and a choice, on TPU a pass of its own over x.
-    Its backward pass keeps x alone. Differentiable once.
+    Uses erf, as PyTorch does: the erfc in `jax.nn.gelu` consists of two series and a select, which on TPU take a
+    separate pass over x. The backward pass stores only x. Only first derivatives are supported.
     """
     x32 = x.astype(jnp.float32)
     return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * np.float32(0.5**0.5)))).astype(x.dtype)
@@ -43,7 +44,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def conv(x_BHWC: Array, kernel: Array, stride: int, depthwise: bool) -> Array:
-    """Convolution with symmetric padding k//2; kernel [k, k, C, F], or [k, k, 1, C*m] if depthwise."""
+    """Convolves x with zero padding k//2 on all sides; kernel [k, k, C, F], or [k, k, 1, C*m] if depthwise."""
     if kernel.shape == (1, 1, 1, x_BHWC.shape[-1]) and depthwise and stride == 1:
         return (x_BHWC.astype(jnp.float32) * kernel[0, 0, 0].astype(jnp.float32)).astype(x_BHWC.dtype)
     if depthwise:
@@ -57,9 +58,9 @@ def conv(x_BHWC: Array, kernel: Array, stride: int, depthwise: bool) -> Array:
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm with PyTorch's semantics: momentum 0.1, unbiased variance stored, float32 statistics.
+    """Applies BatchNorm as PyTorch does: momentum 0.1, stored variance unbiased, statistics in float32.
 
-    Images whose `mask_B` is False count in no statistic. Under `jax.jit` the statistics are those of the global batch.
+    Images with a False `mask_B` are left out of the statistics. Under `jax.jit` the statistics cover the global batch.
     """
 
     batch_stats: bool = False
@@ -71,7 +72,10 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def affine(self, x_BHWC: Array, mask_B: Array | None = None) -> tuple[Array, Array]:
-        """The normalisation of x as (factor, shift), float32 [C]; by stored statistics, of x only C is read."""
+        """Returns the normalisation as (factor, shift), each float32 [C]: it maps x to x * factor + shift.
+
+        With stored statistics the values of x are not used, only its number of channels C.
+        """
         C = x_BHWC.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
@@ -98,7 +102,11 @@ class BatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, then BatchNorm. Remat policies may keep its result under the name `keep`."""
+    """Applies a convolution without bias, then BatchNorm.
+
+    A remat policy can save the result under the checkpoint name `keep`: the convolution's output with batch statistics,
+    the normalised output with stored ones.
+    """
 
     features: int
     kernel_size: int
@@ -117,14 +125,14 @@ class ConvBN(nn.Module):
         if self.batch_stats:
             y = conv(x_BHWC, gathered(kernel, None, dtype), self.stride, self.depthwise)
             return norm(checkpoint_name(y, self.keep) if self.keep else y, mask_B)
-        # On the kernel it costs nothing, and the gradient of its scale needs no result of the convolution.
+        # Applied to the kernel, BatchNorm costs nothing and its scale's gradient needs no output of the convolution.
         factor, shift = norm.affine(kernel)
         y = conv(x_BHWC, gathered(kernel * factor, None, dtype), self.stride, self.depthwise) + shift.astype(dtype)
         return checkpoint_name(y, self.keep) if self.keep else y
 
 
 class FoldedConv(nn.Module):
-    """Convolution with bias: what a multi-branch block becomes."""
+    """Applies a convolution with bias: the folded form of a multi-branch block."""
 
     features: int
     kernel_size: int
@@ -142,10 +150,10 @@ class FoldedConv(nn.Module):
 
 
 class Dense(nn.Module):
-    """x @ kernel [C, F] + bias, computed in the dtype of x.
+    """Computes x @ kernel [C, F] + bias in the dtype of x, times `scale` [F] (float32) if it is given.
 
-    With `scale` [F], float32, the result times it. It multiplies kernel and bias, so that its gradient is a sum over
-    the kernel's: the backward pass needs no result of the product.
+    `scale` multiplies the kernel and the bias. Its gradient is then a sum over the kernel's gradient, and the backward
+    pass does not need the output of the matrix product.
     """
 
     features: int
@@ -164,7 +172,7 @@ class Dense(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales channels by a gate computed from their global mean: 1x1 (C/reduction), ReLU, 1x1, sigmoid."""
+    """Multiplies each channel by a gate computed from the global means: 1x1 (C/reduction), ReLU, 1x1, sigmoid."""
 
     reduction: int = 16
     init_std: float = 0.02
@@ -179,7 +187,12 @@ class SqueezeExcite(nn.Module):
 
 
 def drop_path(x_BHWC: Array, rate: Array, rng: Array | None) -> Array:
-    """Drops whole residual branches, an image at a time, and rescales the rest; without rng it does nothing."""
+    """Zeros the residual branch of randomly chosen images and rescales the others; without `rng` returns x unchanged.
+
+    Args:
+      x_BHWC: output of the residual branch.
+      rate: probability that an image's branch is dropped; the others are divided by 1 - rate.
+    """
     if rng is None:
         return x_BHWC
     keep_B111 = jax.random.bernoulli(rng, 1 - rate, (x_BHWC.shape[0], 1, 1, 1))
@@ -187,5 +200,5 @@ def drop_path(x_BHWC: Array, rate: Array, rng: Array | None) -> Array:
 
 
 def layer_scale(module: nn.Module, name: str, features: int, init: float) -> Array:
-    """The learned per-channel factor [features] of a residual branch, float32."""
+    """Returns the learned factor of a residual branch for each channel, float32 [features], a parameter of `module`."""
     return module.param(name, nn.initializers.constant(init), (features,), jnp.float32)

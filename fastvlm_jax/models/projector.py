@@ -1,4 +1,4 @@
-"""The connector between encoder and language model: LLaVA-1.5's two-layer perceptron."""
+"""The projector between encoder and language model: the two-layer perceptron of LLaVA-1.5."""
 
 import flax.linen as nn
 import jax

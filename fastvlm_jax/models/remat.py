@@ -1,27 +1,31 @@
-"""What the backward pass recomputes: policies by name, the same for encoder blocks and decoder layers."""
+"""Rematerialization policies by name: the activations of encoder blocks and decoder layers to save or recompute."""
 
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 
-# The input of every block is always kept. "full" keeps nothing else and computes the block again in the backward pass.
+# Every policy saves the input of each block. "full" saves nothing else: the backward pass recomputes the whole block.
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the results of all products with weights
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # the result of the attention
-    # Of an encoder block also those of the 7x7 convolution and the statistics of training BatchNorm.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of all matrix products with weights
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # output of the attention
+    # Saves also, in encoder blocks, the output of the 7x7 convolution and the batch statistics of BatchNorm.
     "depthwise": jax.checkpoint_policies.save_only_these_names("attention", "depthwise", "statistics"),
 }
 
 
 def rematted(block: Callable, policy: str, *, scanned: bool = True) -> Callable:
-    """The block's class, or function of a module, under the policy of that name; itself for "none".
+    """Returns `block` wrapped so that it recomputes activations under the named policy; for "none", `block` itself.
 
-    Outside a scan (`scanned=False`) the compiler has to be kept from seeing that the second computation is the first.
+    Args:
+      block: a module class, or a function whose first argument is a module.
+      policy: "none" or a name in POLICIES.
+      scanned: whether the block runs inside a scan. Outside one, common subexpression elimination must be prevented, or
+        the compiler would merge the recomputation with the forward pass.
 
     Raises:
-      ValueError: an unknown policy.
+      ValueError: the policy is unknown.
     """
     if policy == "none":
         return block

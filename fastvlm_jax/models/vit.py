@@ -3,7 +3,7 @@
                  CLIP ViT-L/14                         SigLIP-SO400M/14
     embeddings   patches, class token, LayerNorm       patches with bias
     MLP          x * sigmoid(1.702 x)                  GELU in its tanh form
-    features     [B, 24, 24, 1024]                     [B, 27, 27, 1152]: 384 = 27 * 14 + 6, the last 6 px are not seen
+    features     [B, 24, 24, 1024]                     [B, 27, 27, 1152]: 384 = 27 * 14 + 6, the last 6 px are ignored
 
 Legend: B images, H W rows and columns, h w patches, N tokens, C channels, m heads, e head dim.
 Sources: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343); FastVLM (arXiv 2412.13303) Tables 1 and 6.
@@ -21,7 +21,7 @@ from fastvlm_jax.models.remat import rematted
 from fastvlm_jax.sharding import gathered
 
 Array = jax.Array
-# Named as in a transformers config.json.
+# The keys are names in a transformers config.json.
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -30,7 +30,7 @@ ACTIVATIONS = {
 
 
 class PatchConv(nn.Module):
-    """Convolution of kernel and stride `size` without padding: rows and columns left over at the end are not seen."""
+    """Applies a convolution with kernel and stride `size` and no padding; leftover rows and columns are ignored."""
 
     features: int
     size: int
@@ -51,12 +51,12 @@ class PatchConv(nn.Module):
 
 
 def layer_norm(x: Array, epsilon: float, name: str) -> Array:
-    """LayerNorm over the channels with statistics in float32, as a submodule `name` of the caller."""
+    """Applies LayerNorm over the channels, with float32 statistics, as the submodule `name` of the calling module."""
     return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=x.dtype, name=name)(x)
 
 
 class Block(nn.Module):
-    """x = x + Attention(LN(x)); x = x + MLP(LN(x)). Every token attends to every one; softmax in float32."""
+    """Computes x = x + Attention(LN(x)); x = x + MLP(LN(x)). Attention is over all tokens, its softmax in float32."""
 
     num_heads: int
     mlp_dim: int
@@ -82,7 +82,7 @@ class Block(nn.Module):
 
 
 class PoolingHead(nn.Module):
-    """Declares the weights of SigLIP's attention pooling: a learned query, attention, LayerNorm, MLP."""
+    """Declares the weights of SigLIP's attention pooling: a learned query, attention, LayerNorm and MLP."""
 
     mlp_dim: int
     epsilon: float
@@ -98,10 +98,10 @@ class PoolingHead(nn.Module):
 
 
 class Unused(nn.Module):
-    """Declares what a published tower holds beyond the features: the layers after them, the final norm, the head.
+    """Declares the weights of a published tower that the features do not use: later layers, final norm and head.
 
-    Called at initialization only. The weights are kept so that a tower can be given back whole; under one name, so
-    that one pattern freezes them all.
+    It is called only at initialization. The weights are kept so that the complete tower can be exported; they share one
+    name, so that one pattern freezes them all.
     """
 
     block: dict
@@ -122,24 +122,30 @@ class ViT(nn.Module):
     """Encodes normalised images [B, image_size, image_size, 3] to feature maps [B, h, w, width].
 
     Attributes:
-      image_size, patch_size: in pixels; h = w = floor(image_size / patch_size).
-      width, num_layers, num_heads, mlp_dim: sizes.
-      activation: of the MLP, by its transformers name: "quick_gelu", "gelu_pytorch_tanh" or "gelu".
-      cls_token: a class token stands before the patches and is dropped from the features.
-      pre_norm: LayerNorm after the embeddings and no bias in the patch embedding, as in CLIP.
-      epsilon: of every LayerNorm.
-      select_layer: whose output the features are, without a final norm: transformers' hidden_states[select_layer].
-        -1 is the last layer, -2 the one before. LLaVA-1.5 takes -2 of CLIP. The paper does not say what it takes of
-        SigLIP; -2 here too: LLaVA-style models on SigLIP drop its last layer and take what is then the last output.
-      pooling_head: SigLIP's attention pooling head is among the (unused) weights.
-      image_mean, image_std: a channel each, in [0, 1]; the caller normalises.
-      init_std: of the initial weights.
-      remat: what the backward pass recomputes, a policy of models/remat.py.
+      image_size: side of the images, pixels; h = w = floor(image_size / patch_size).
+      patch_size: side of a patch, pixels.
+      width: channels of the residual stream.
+      num_layers: number of layers.
+      num_heads: attention heads of a layer.
+      mlp_dim: hidden width of the MLP.
+      activation: activation of the MLP by its transformers name: "quick_gelu", "gelu_pytorch_tanh" or "gelu".
+      cls_token: whether a class token is put before the patches; the features leave it out.
+      pre_norm: whether LayerNorm follows the embeddings and the patch embedding has no bias, as in CLIP.
+      epsilon: epsilon of every LayerNorm.
+      select_layer: layer whose output is returned as features, without a final norm: transformers'
+        hidden_states[select_layer]. -1 is the last layer, -2 the one before. LLaVA-1.5 uses -2 of CLIP. The paper does
+        not say which layer of SigLIP it uses; we use -2 too, because LLaVA-style models on SigLIP delete its last
+        layer and use the output of the new last one.
+      pooling_head: whether the (unused) weights include SigLIP's attention pooling head.
+      image_mean, image_std: mean and standard deviation of each colour, for images in [0, 1]; the caller normalises.
+      init_std: standard deviation of the initial weights.
+      remat: policy of models/remat.py that says what the backward pass recomputes.
 
-    Weights that the features do not depend on lie under `unused/`; nothing is computed with them, their gradient is 0.
+    Weights that do not affect the features are under `unused/`: no computation uses them and their gradient is 0.
 
     Raises:
-      ValueError: unknown activation, layer or head count that does not fit the sizes, or another image size.
+      ValueError: the activation is unknown; the patch size, selected layer or number of heads does not fit the other
+        sizes; or the images have another size.
     """
 
     image_size: int = 336
@@ -165,15 +171,19 @@ class ViT(nn.Module):
 
     @property
     def used_layers(self) -> int:
-        """Layers that are computed, the first ones."""
+        """Number of layers that are computed, counted from the first."""
         return self.num_layers + 1 + self.select_layer
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches (h, w) of an image; ValueError for any size but image_size x image_size."""
+        """Returns the number of patches (h, w) of an image of this size in pixels.
+
+        Raises:
+          ValueError: the size is not image_size x image_size.
+        """
         if (height, width) != (self.image_size, self.image_size):
             raise ValueError(
                 f"image size {height}x{width} must be {self.image_size}x{self.image_size}: "
-                "this vision transformer has learned positions"
+                "the learned positions of this vision transformer fit no other size"
             )
         return self.image_size // self.patch_size, self.image_size // self.patch_size
 

@@ -1,7 +1,7 @@
-"""The real train step, and generation, traced with abstract inputs and compiled for a slice; results are kept on disk.
+"""Traces the real train step, or generation, with abstract inputs and compiles it for a slice; caches results on disk.
 
-jax's own compilation cache cannot read programs for a topology back (it wants devices), so what preflight reads of a
-compiled program is kept here: its text and its memory.
+JAX's own compilation cache cannot read programs for a topology back (it needs devices). So this file caches what
+preflight needs of a compiled program: its text and its memory.
 """
 
 import dataclasses
@@ -29,20 +29,22 @@ from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.preflight.topology import Slice, compiler
 
 FOLDER = "preflight"
-_VERSION = 1  # of what is kept
-STEPS = 10_000  # of the schedule: a constant of the program, which costs the same for all
+_VERSION = 1  # version of the cached results
+STEPS = 10_000  # steps of the schedule: a constant of the program, without effect on its cost
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled program, as far as preflight reads it.
+    """Holds what preflight reads of a compiled program.
 
     Attributes:
-      text: the scheduled HLO; "" where the compiler refused it for its size.
-      memory: bytes a device: arguments, outputs, aliased, temporaries, code.
-      flops: the compiler's own count, every loop body once.
-      out_of_memory: the compiler's message, "" where the program fits.
-      trace_s, compile_s: seconds it took when it was made. cached: it was read from the cache.
+      text: scheduled HLO; "" if the compiler refused the program for its size.
+      memory: bytes per device: arguments, outputs, aliased, temporaries, code; {} if the compiler refused the program.
+      flops: the compiler's own count of FLOPs, with every loop body counted once.
+      out_of_memory: the compiler's message if it refused the program, else "".
+      trace_s: seconds that tracing took when the program was compiled.
+      compile_s: seconds that compilation took.
+      cached: whether the result was read from the cache.
     """
 
     text: str
@@ -55,8 +57,8 @@ class Compiled:
 
 
 def lower_step(config, model: FastVLM, mesh: jax.sharding.Mesh):
-    """(lowered train step, abstract state, abstract batch) of a config: what `fastvlm train` runs on that mesh."""
-    sources = 1 if config.data.path else max(1, len(config.data.mixture))  # as train.open_sources
+    """Lowers the train step that `fastvlm train` runs on the mesh: (lowered step, abstract state, abstract batch)."""
+    sources = 1 if config.data.path else max(1, len(config.data.mixture))  # as from_config.open_sources
     with jax.set_mesh(mesh):
         step = stage.make_step(config, model, mesh, steps=STEPS, num_sources=sources)
         batch = stage.abstract_batch(config, model, mesh)
@@ -64,9 +66,9 @@ def lower_step(config, model: FastVLM, mesh: jax.sharding.Mesh):
 
 
 def lower_generate(config, model: FastVLM, mesh: jax.sharding.Mesh, *, rows: int, prompt_tokens: int, max_tokens: int):
-    """(lowered `generate_tokens`, abstract variables, abstract batch): `rows` prompts, each about an image of its own.
+    """Lowers `generate_tokens` for `rows` prompts with one image each: (lowered, abstract variables, abstract batch).
 
-    Parameters are in the dtype of the computation.
+    Parameters have the dtype of the computation.
     """
     side, N = config.data.image_size, 1
     tokens = model.tokens_per_image(side) + prompt_tokens
@@ -94,15 +96,16 @@ def lower_generate(config, model: FastVLM, mesh: jax.sharding.Mesh, *, rows: int
         whole = sharding.NamedSharding(mesh, sharding.P())
         rng = jax.eval_shape(jax.random.key, 0)
         rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=whole)
-        # The end token is one that no row draws on purpose: decoding goes on to max_tokens.
+        # Any end token will do: the program is only compiled, and no row is generated.
         lowered = generate_tokens.lower(model, variables, batch, rng, max_tokens=max_tokens, end=0)
     return lowered, variables, batch
 
 
 def lower_encoder(config, mesh: jax.sharding.Mesh, *, rows: int):
-    """(lowered forward and backward pass of the encoder alone, abstract variables, abstract batch of images).
+    """Lowers the encoder's forward and backward pass alone: (lowered, abstract variables, abstract images).
 
-    `rows` images; the gradients are those of all its parameters, of a product with a given array.
+    The input is `rows` images; the loss is the sum of the output times a given array; gradients are those of all
+    parameters of the encoder.
     """
     model = fastvlm.build(vision=config.model.vision.to_dict(), dtype=config.model.dtype)
     side, layout = config.data.image_size, sharding.batch_sharding(mesh)
@@ -137,10 +140,13 @@ def lower_encoder(config, mesh: jax.sharding.Mesh, *, rows: int):
 def compile(
     lower, slices: Slice, mesh: jax.sharding.Mesh, options: dict[str, str] | None = None
 ) -> tuple[Compiled, Any, Any]:
-    """Traces with `lower()` and compiles, or reads the result of the same program from the cache.
+    """Traces a program with `lower()` and compiles it, or reads the result of the same program from the cache.
 
     Args:
-      options: of the compiler, as xla_flags.compiler_options gives them.
+      lower: function that returns (lowered program, abstract state or variables, abstract batch).
+      slices: slices to compile for.
+      mesh: mesh of the slices' devices; the order of its devices is part of the cache key.
+      options: compiler options, as xla_flags.compiler_options gives them.
 
     Returns:
       (Compiled, abstract state or variables, abstract batch).
@@ -160,7 +166,7 @@ def compile(
             dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             try:
                 compiled = lowered.compile(compiler_options={**(options or {}), **dump})
-                # Not compiled.as_text(): a jaxlib older than libtpu cannot read every program of it.
+                # Not compiled.as_text(): a jaxlib older than libtpu cannot read all of libtpu's programs.
                 (file_of_text,) = pathlib.Path(folder).glob("*.after_codegen.txt")
                 text = file_of_text.read_text()
             except jax.errors.JaxRuntimeError as error:
@@ -190,7 +196,7 @@ def _memory(stats) -> dict[str, int]:
 
 
 def _key(text: str, slices: Slice, mesh: jax.sharding.Mesh, options: dict[str, str] | None) -> str:
-    """The name of a program in the cache: all that its compilation depends on."""
+    """Returns the name of a program in the cache: a digest of all that its compilation depends on."""
     versions = [importlib.metadata.version(name) for name in ("jax", "libtpu")]
     flags = [os.environ.get("LIBTPU_INIT_ARGS", ""), options or {}]
     order = [device.id for device in mesh.devices.flat]
@@ -199,12 +205,12 @@ def _key(text: str, slices: Slice, mesh: jax.sharding.Mesh, options: dict[str, s
 
 
 def cache_folder() -> pathlib.Path:
-    """Where compiled programs are kept: $FASTVLM_CACHE/preflight, else in fastvlm_jax in the user's cache folder."""
+    """Returns the folder of cached results: $FASTVLM_CACHE/preflight, else ~/.cache/fastvlm_jax/preflight."""
     return files.cache_folder() / FOLDER
 
 
 def device_bytes(tree) -> int:
-    """Bytes of a tree of sharded arrays that lie on one device, without the compiler's padding."""
+    """Returns the bytes of a tree of sharded arrays on one device, without the compiler's padding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf.dtype) for leaf in jax.tree.leaves(tree)
     )
@@ -215,6 +221,6 @@ def _itemsize(dtype) -> int:
 
 
 def needed(message: str) -> float:
-    """Bytes that the compiler says a program needs, of its out-of-memory message; 0 where it does not say."""
+    """Returns the bytes that a program needs according to the compiler's out-of-memory message; 0 if it gives none."""
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds", message) or re.search(r"Used ([\d.]+)([KMGT])", message)
     return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else 0.0

@@ -1,4 +1,4 @@
-"""The report of preflight as aligned text, one screen."""
+"""Formats the report of preflight as aligned text that fits on one screen."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from fastvlm_jax.chips import GB, GiB
 
 
 def table(rows: list[list[str]], indent: str = "  ") -> str:
-    """Rows as columns, the first to the left and the others to the right."""
+    """Formats rows as aligned columns: the first flush left, the others flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         indent
@@ -17,7 +17,7 @@ def table(rows: list[list[str]], indent: str = "  ") -> str:
 
 
 def si(value: float) -> str:
-    """1234567 as 1.23M."""
+    """Formats a number with three digits and an SI prefix: 1234567 becomes "1.23M"."""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -33,7 +33,7 @@ def ms(value: float) -> str:
 
 
 def train_text(report: dict[str, Any]) -> str:
-    """What `fastvlm preflight` prints of a train step."""
+    """Formats the report of a train step, as `fastvlm preflight` prints it."""
     lines = [_head(report), "", _parameters(report), "", _memory(report)]
     if "time" not in report:
         return "\n".join(lines)
@@ -53,20 +53,23 @@ def train_text(report: dict[str, Any]) -> str:
             f"{stage['chip_hours']:,.0f} chip-hours"
         )
     else:
-        lines.append("estimated stage: unknown data; --records=N tells its hours and chip-hours")
+        lines.append("estimated stage: number of records unknown; --records=N gives hours and chip-hours")
     if report["operations"]:
         lines += ["", _operations(report["operations"])]
     return "\n".join(lines)
 
 
-# Words of an op_name that name what jax wraps the model's layers in.
+# Parts of an op_name that JAX adds around the model's layers.
 _WRAPPER = re.compile(
     r"(jit|jvp|transpose)\(.*|FastVLM.*|.*<lambda>|branch_\d+_fun|closed_call|body|cond|shard_map|checkpoint"
 )
 
 
 def short(path: str, width: int = 90) -> str:
-    """An op_name as pass and layer: "backward vision/stage_1/ffn/fc2/dot_general"; its end where it is long."""
+    """Shortens an op_name to pass and layer, as "backward vision/stage_1/ffn/fc2/dot_general".
+
+    Of a result longer than `width` characters, only the end is kept.
+    """
     *outer, last = path.split("/")
     words = [word for word in outer if not _WRAPPER.fullmatch(word)]
     when = "recomputed" if "rematted_computation" in words else "backward" if "transpose(jvp(" in path else ""
@@ -85,13 +88,14 @@ def _operations(found: list[dict[str, Any]]) -> str:
 def _head(report: dict[str, Any]) -> str:
     t, b, c = report["topology"], report["batch"], report["compile"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
-    what = ", ".join(f"{key} {value}" for key, value in b.items() if key != "accumulate" or value > 1)
+    sizes = ", ".join(f"{key} {value}" for key, value in b.items() if key != "accumulate" or value > 1)
     made = (
         "read from the cache" if c["cached"] else f"traced in {c['trace_s']:.0f} s, compiled in {c['compile_s']:.0f} s"
     )
     return (
-        f"{report['stage_name'] or 'train step'} on {t['name']}: {t['chips']} chips, mesh {mesh}\n{what}\n"
-        f"By the TPU compiler (libtpu {c['libtpu']}, {made}). Nothing ran on a TPU: every time below is an estimate."
+        f"{report['stage_name'] or 'train step'} on {t['name']}: {t['chips']} chips, mesh {mesh}\n{sizes}\n"
+        f"Compiled by the TPU compiler (libtpu {c['libtpu']}, {made}). "
+        "Nothing ran on a TPU: every time below is an estimate."
     )
 
 
@@ -113,19 +117,19 @@ def _flops(report: dict[str, Any]) -> str:
     rows = [["FLOPs a step, all devices", *f["model"], "all"]]
     rows += [[name, *map(si, f[name].values()), si(sum(f[name].values()))] for name in ("model", "hardware")]
     return table(rows, "") + (
-        f"\n  hardware counts recomputation; the compiled program has {si(f['compiled'])}, "
-        f"{f['compiled_over_hardware']:.3f} of it"
+        f"\n  hardware includes recomputation; the compiled program has {si(f['compiled'])}, "
+        f"{f['compiled_over_hardware']:.3f} times that"
     )
 
 
 def _time(times: dict[str, Any]) -> str:
-    rows = [["estimated step", "as scheduled", "transfers hidden", "not hidden", "computing"]]
+    rows = [["estimated step", "as scheduled", "transfers hidden", "transfers serial", "computing"]]
     rows.append(["", *(ms(times[k]) for k in ("scheduled_s", "hidden_s", "serial_s", "compute_s"))])
     parts = ", ".join(f"{name} {ms(s)}" for name, s in times["by_part"].items() if s > 0)
     bound = ", ".join(f"{name} {ms(s)}" for name, s in times["roofline"].items())
     text = f"{table(rows, '')}\n  computing: {parts}\n  roofline: {bound}\n  binding: {times['binding']}"
     if times["kernels_s"]:
-        text += f"\n  {ms(times['kernels_s'])} of it are Pallas kernels, at peak rates: the compiler tells no cycles"
+        text += f"\n  Pallas kernels: {ms(times['kernels_s'])} of computing at peak rates: the compiler gives no cycles"
     return text
 
 
@@ -139,7 +143,7 @@ def _collectives(found: list[dict[str, Any]]) -> str:
 
 
 def encoder_text(report: dict[str, Any]) -> str:
-    """What `fastvlm preflight --mode=encoder` prints."""
+    """Formats the report of the encoder alone, as `fastvlm preflight --mode=encoder` prints it."""
     lines = [_head(report), "", _memory(report)]
     if "time" in report:
         seconds, images = report["time"]["compute_s"], report["batch"]["images"]
@@ -155,7 +159,7 @@ def encoder_text(report: dict[str, Any]) -> str:
 
 
 def generate_text(report: dict[str, Any]) -> str:
-    """What `fastvlm preflight --mode=generate` prints."""
+    """Formats the report of generation, as `fastvlm preflight --mode=generate` prints it."""
     lines = [_head(report), "", _memory(report)]
     if "time" in report:
         prefill, decode = report["time"]["prefill"], report["time"].get("decode")
@@ -172,7 +176,7 @@ def generate_text(report: dict[str, Any]) -> str:
 
 
 def search_text(rows: list[dict[str, Any]]) -> str:
-    """The candidates that were compiled, side by side."""
+    """Formats the compiled candidates as a table: arithmetic beside the compiler's estimates."""
     cells = [["candidate (arithmetic | compiled, estimated)", "GiB", "step", "GiB", "step", ""]]
     for row in rows:
         step = ms(row["scheduled_s"]) if row["scheduled_s"] is not None else "-"

@@ -1,4 +1,4 @@
-"""From a compiled program to what a user asks: does it fit, how long does a step take, what binds."""
+"""Estimates from a compiled program whether it fits, how long a step takes, and what limits its speed."""
 
 import collections
 import math
@@ -15,7 +15,7 @@ from fastvlm_jax.preflight.hlo.cost import Operation, Program
 from fastvlm_jax.preflight.hlo.parse import parse
 from fastvlm_jax.preflight.topology import Slice
 
-# Records of the data sets that the stage files name (paper, Tables 8 and 9 and appendix D; 11.9M and 12.5M are sums).
+# Records in the data sets that the stage files name (paper, Tables 8 and 9, appendix D; 11.9M and 12.5M are sums).
 RECORDS = {
     "llava_558k": 558_000, "recap_cc3m": 3_000_000, "recap_cc12m": 12_000_000, "llava_665k": 665_000,
     "internvl_1.1m": 1_100_000, "cambrian_5.4m": 5_400_000, "onevision_single_image": 5_400_000,
@@ -25,7 +25,7 @@ PARTS = ("vision", "projector", "llm", "loss", "optimizer", "other")
 
 
 def part_of(path: str) -> str:
-    """The part of the model that an operation belongs to, by its op_name."""
+    """Returns the part of the model, one of PARTS, to which an operation belongs by its op_name."""
     if "FastVLM" not in path:
         return "optimizer" if path.startswith(("jit(train_step)/", "state.")) else "other"
     if "/vision" in path:
@@ -36,7 +36,11 @@ def part_of(path: str) -> str:
 
 
 def memory(compiled: Compiled, slices: Slice, state, batch) -> dict[str, Any]:
-    """Bytes of one device: state, batch, activations (all else that lives during a step), total, limit."""
+    """Estimates the bytes on one device: state, batch, activations, total, and the limit.
+
+    "activations" is the rest of the total: all else that lives during a step. "compiler" has the compiler's own figures
+    or, if it refused the program, its message.
+    """
     own, given = device_bytes(state), device_bytes(batch)
     if compiled.memory:
         m = compiled.memory
@@ -56,7 +60,7 @@ def memory(compiled: Compiled, slices: Slice, state, batch) -> dict[str, Any]:
 
 
 def parameters(params, groups: optim.Groups) -> dict[str, int]:
-    """Counts of parameters: of each module, of all, and of those that learn."""
+    """Counts the parameters: of each module, "all", and "trainable"."""
     trainable, frozen = optim.split(params, groups)
     counted = collections.Counter()
     for path, leaf in {**trainable, **frozen}.items():
@@ -66,7 +70,10 @@ def parameters(params, groups: optim.Groups) -> dict[str, int]:
 
 
 def step_flops(model, config, params) -> dict[str, dict[str, float]]:
-    """FLOPs of a step over all devices, by part: "model", of which MFU is told, and "hardware", with recomputation."""
+    """Counts the FLOPs of a step over all devices, by part.
+
+    "model" is the count that MFU is based on; "hardware" adds recomputation.
+    """
     data = config.data
     sizes = (
         data.groups * data.images_per_group, data.image_size, data.image_size, data.groups * data.rows_per_group,
@@ -80,7 +87,11 @@ def step_flops(model, config, params) -> dict[str, dict[str, float]]:
 
 
 def cycles_of(operation: Operation, slices: Slice) -> float:
-    """Cycles of all trips; Pallas kernels, which carry none, are taken at the peak of the matrix units or of HBM."""
+    """Estimates the cycles of all trips of an operation.
+
+    The compiler gives none for Pallas kernels: they are taken at the peak rate of the matrix units or of HBM, whichever
+    takes longer.
+    """
     if operation.cycles is not None:
         return float(operation.cycles * operation.trips)
     if not operation.kernel:
@@ -90,10 +101,10 @@ def cycles_of(operation: Operation, slices: Slice) -> float:
 
 
 def hbm_seconds(operation: Operation, slices: Slice) -> float:
-    """Seconds that HBM is busy with all trips of an operation, no longer than the compiler lets the operation take.
+    """Estimates how long HBM is busy with all trips of an operation, at most the operation's own time.
 
-    Transfers that run in pieces beside computations name their whole buffers in each piece, without cycles. Copies into
-    the chip's memory have none either, but run beside on purpose.
+    Transfers that run in pieces beside computations name their whole buffer in each piece. They have no cycles, so they
+    count as 0. Copies into on-chip memory ("copy-start") have no cycles either, but their traffic is real and counts.
     """
     seconds = operation.traffic * operation.trips / slices.device_bandwidth
     if operation.opcode == "copy-start":
@@ -102,13 +113,13 @@ def hbm_seconds(operation: Operation, slices: Slice) -> float:
 
 
 def timing(found: Program, slices: Slice, devices: Sequence) -> dict[str, Any]:
-    """Estimated seconds of a program on each device.
+    """Estimates the seconds of a program on each device.
 
-    In every loop, and outside of them, transfers that the schedule starts early run beside the computation there:
+    In each loop, and outside all loops, transfers that the schedule starts early run beside the computation there:
 
-        compute  ======  ======          scheduled = compute + transfers that stop it + what is left of the others
-        started    ~~~~~~~~~~~~          hidden    = max(compute, ICI, DCN): all of them could run beside it
-        others         ##      ##        serial    = the sum: none of them does
+        compute   ======  ======         scheduled = compute + blocking + max(0, early - compute)
+        early       ~~~~~~~~~~~~         hidden    = max(compute, ICI, DCN), if every transfer ran beside computation
+        blocking        ##      ##       serial    = the sum, if none did
     """
     clock, rows = slices.generation.clock, collections.defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for operation in found.operations:
@@ -136,9 +147,10 @@ def timing(found: Program, slices: Slice, devices: Sequence) -> dict[str, Any]:
 
 
 def binding(times: dict[str, Any]) -> str:
-    """What the step waits for most: a term of the roofline, or, where the computation is far above all, its vectors.
+    """Returns what limits the step: the longest term of the roofline, or the vector units.
 
-    The compiler's cycles also hold vector work, padding and copies, which no term of the roofline counts.
+    It is the vector units if the computation takes over 1.5 times as long as the longest term: the compiler's cycles
+    include vector work, padding and copies, which no term of the roofline counts.
     """
     name, most = max(times["roofline"].items(), key=lambda item: item[1])
     if times["compute_s"] > 1.5 * most:
@@ -147,7 +159,7 @@ def binding(times: dict[str, Any]) -> str:
 
 
 def by_part(found: Program, slices: Slice) -> dict[str, float]:
-    """Estimated seconds of computation by part of the model."""
+    """Estimates the seconds of computation in each part of the model."""
     seconds = dict.fromkeys(PARTS, 0.0)
     for operation in found.operations:
         seconds[part_of(operation.path)] += cycles_of(operation, slices) / slices.generation.clock
@@ -155,7 +167,7 @@ def by_part(found: Program, slices: Slice) -> dict[str, float]:
 
 
 def top_operations(found: Program, slices: Slice, count: int) -> list[dict[str, Any]]:
-    """The operations that cost most: name in the model, cycles, share of all."""
+    """Returns the `count` operations that cost most: name in the model, estimated cycles, share of all cycles."""
     cycles = collections.Counter()
     for operation in found.operations:
         cycles[operation.path or operation.opcode] += cycles_of(operation, slices)
@@ -164,7 +176,7 @@ def top_operations(found: Program, slices: Slice, count: int) -> list[dict[str, 
 
 
 def transfers(found: Program, slices: Slice, mesh: jax.sharding.Mesh) -> list[dict[str, Any]]:
-    """Collectives by kind and mesh axes: how many, bytes and estimated seconds a step; the longest first."""
+    """Returns the collectives of a step by kind and mesh axes, longest first: count, bytes and estimated seconds."""
     rows, devices = {}, list(mesh.devices.flat)
     for c in found.collectives:
         axes = "x".join(cost.axes_of(c.group, dict(mesh.shape))) if c.group else "slices (DCN)"
@@ -178,7 +190,14 @@ def transfers(found: Program, slices: Slice, mesh: jax.sharding.Mesh) -> list[di
 
 
 def records_of(config, records: int | None) -> float | None:
-    """Records that the stage trains on, all epochs; None where the config does not tell and none were given."""
+    """Returns how many records the stage trains on in all epochs.
+
+    Args:
+      records: records in one epoch; None sums the data sets of the config that RECORDS knows.
+
+    Returns:
+      The number, or None if `records` is None and RECORDS does not have all data sets of the config.
+    """
     names = [str(name).rsplit("/", 1)[-1] for name, _ in config.data.mixture]
     if records is None and not config.data.path and names and all(name in RECORDS for name in names):
         records = sum(RECORDS[name] for name in names)
@@ -186,7 +205,7 @@ def records_of(config, records: int | None) -> float | None:
 
 
 def train_report(config, model, slices: Slice, mesh, compiled: Compiled, state, batch, records, top) -> dict[str, Any]:
-    """All numbers of a compiled train step; every time is an estimate."""
+    """Returns all figures of a compiled train step, JSON-ready; every time is an estimate."""
     data = config.data
     images, rows = data.groups * data.images_per_group, data.groups * data.rows_per_group
     counts = parameters(state.params, config.groups)
@@ -226,7 +245,11 @@ def train_report(config, model, slices: Slice, mesh, compiled: Compiled, state, 
 
 
 def rates(model_flops, times, by_module, slices: Slice, images: int, tokens: int) -> dict[str, float]:
-    """Images/s, tokens/s and MFU: model FLOPs over what the matrix units could do in the step, and in a part's time."""
+    """Estimates images/s, tokens/s and MFU.
+
+    MFU is the model FLOPs / the FLOPs that the matrix units can do in the step; for the encoder and the LLM, in the
+    computing time of that part.
+    """
     peak, step = slices.generation.flops * slices.chips, times["scheduled_s"]
     llm = model_flops["llm"] + model_flops["loss"]
     return {
@@ -241,7 +264,7 @@ def rates(model_flops, times, by_module, slices: Slice, images: int, tokens: int
 def encoder_report(
     config, model, slices: Slice, mesh, compiled: Compiled, variables, batch, top: int
 ) -> dict[str, Any]:
-    """Forward and backward pass of the encoder alone."""
+    """Returns the figures of the encoder's forward and backward pass alone; every time is an estimate."""
     images, side = batch.shape[0], config.data.image_size
     counted = flops.forward_flops(model, images, side, side, 0, 0)["vision"]
     report = {
@@ -261,7 +284,11 @@ def encoder_report(
 
 
 def generate_report(config, model, slices: Slice, mesh, compiled: Compiled, variables, batch, asked) -> dict[str, Any]:
-    """Estimated time to the first token and of each further one; `asked` are rows, prompt_tokens and max_tokens."""
+    """Returns the estimated time to the first token and the time of each further one, with memory and transfers.
+
+    Args:
+      asked: {"rows", "prompt_tokens", "max_tokens"}; see run.Options.
+    """
     tokens = batch.tokens.shape[-1]
     report = {
         "batch": {**asked, "tokens_of_a_row": tokens, "image_size": config.data.image_size},

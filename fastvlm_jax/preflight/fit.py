@@ -1,4 +1,4 @@
-"""What would make a program fit: arithmetic on what the compiler said of the one that does not."""
+"""Finds settings that would make a program fit, by arithmetic on the compiler's report of one that does not."""
 
 import math
 from typing import Any
@@ -9,9 +9,17 @@ from fastvlm_jax.preflight.topology import Slice
 
 
 def regrouped(config, shards: int, accumulate: int = 1) -> dict[str, int]:
-    """The same samples in groups that `shards` divide: {"groups", "images_per_group", "row_length"}; {} if none do.
+    """Regroups the same samples so that the shards divide the groups.
 
-    A row of another number of samples keeps its text a sample, and is rounded up to a multiple of 256 tokens.
+    If the number of samples per row changes, the text tokens per sample stay the same, and the row length is rounded up
+    to a multiple of 256 tokens.
+
+    Args:
+      shards: number of data shards.
+      accumulate: number of accumulation steps, which must divide the groups of each shard.
+
+    Returns:
+      {"groups", "images_per_group", "row_length"}, or {} if no grouping works or groups have several rows or no images.
     """
     data, per_image = config.data, 0
     if data.rows_per_group != 1 or data.images_per_group < 1:
@@ -28,7 +36,10 @@ def regrouped(config, shards: int, accumulate: int = 1) -> dict[str, int]:
 
 
 def mends(config, slices: Slice, mesh, report: dict[str, Any]) -> list[str]:
-    """Settings, and slices, that would fit: each alone, by the state's shares and activations in proportion."""
+    """Lists settings and slices that would fit, each on its own, as flags with estimated memory.
+
+    The state is divided by its shards; activations are scaled with the work of a device.
+    """
     m, devices = report["memory"], mesh.devices.size
     limit, state, rest = m["limit"], m["state"], m["total"] - m["state"]
     replica, data, fsdp, tensor = mesh.devices.shape
@@ -56,7 +67,7 @@ def mends(config, slices: Slice, mesh, report: dict[str, Any]) -> list[str]:
 
 
 def _slices(config, slices: Slice, devices: int, shards: int, state: float, rest: float) -> list[str]:
-    """The smallest slice of this generation, and of those with more memory, that would hold it."""
+    """Lists the smallest slice that would hold the program, in this generation and in each with no less memory."""
     samples = config.data.groups * max(1, config.data.images_per_group)
     found = []
     for name, generation in GENERATIONS.items():
@@ -65,7 +76,7 @@ def _slices(config, slices: Slice, devices: int, shards: int, state: float, rest
         for shape in generation.shapes:
             chips = math.prod(shape)
             share = devices / (chips * generation.devices_per_chip)
-            least = shards / samples  # no shard has less than one sample
+            least = shards / samples  # a shard has at least one sample
             total = state * share + rest * max(share, least)
             own = generation is slices.generation
             if total <= generation.hbm_limit and samples % chips == 0 and (chips > slices.chips or not own):

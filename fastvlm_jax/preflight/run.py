@@ -1,4 +1,4 @@
-"""`fastvlm preflight`: builds the real program of a config for a slice, compiles it and reports what it needs."""
+"""Runs `fastvlm preflight`: builds a config's real program for a slice, compiles it and reports what it needs."""
 
 import dataclasses
 import importlib.metadata
@@ -17,13 +17,15 @@ from fastvlm_jax.preflight.compile import compile, lower_encoder, lower_generate
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is asked for beside config and topology.
+    """Describes what to compile and report, beside the config and the topology.
 
     Attributes:
-      mode: "train", "generate", or "encoder": forward and backward pass of the encoder alone, of `rows` images.
-      records: of the stage's data; None takes those of the data sets that the paper names.
-      top: costly operations to list.
-      rows, prompt_tokens, max_tokens: of generation: prompts with an image each, tokens of text, tokens to write.
+      mode: "train"; "generate"; or "encoder", the forward and backward pass of the encoder alone on `rows` images.
+      records: number of records in the stage's data; None counts those of the data sets that the paper names.
+      top: number of costly operations to list.
+      rows: prompts to generate for, with one image each; in mode "encoder", images.
+      prompt_tokens: text tokens per prompt, for generation.
+      max_tokens: tokens to generate per prompt.
     """
 
     mode: str = "train"
@@ -35,10 +37,13 @@ class Options:
 
 
 def preflight(config, name: str, options: Options = Options()) -> dict[str, Any]:
-    """The report of a config on the slices `name`, JSON-ready; `describe` makes text of it. No data or parent is read.
+    """Compiles a config for the slices `name` and returns the report, JSON-ready; `text` formats it.
+
+    Reads neither data nor a parent's weights. Every time in the report is an estimate.
 
     Raises:
-      ValueError: a topology that does not exist, no TPU compiler, a mesh, batch or heads that do not divide.
+      ValueError: the topology does not exist, the TPU compiler is missing, or the mesh does not fit the slice or divide
+        the batch or the heads.
     """
     slices = topology.parse(name)
     config_lib.validate(config)
@@ -52,7 +57,7 @@ def preflight(config, name: str, options: Options = Options()) -> dict[str, Any]
         "encoder": partial(lower_encoder, config, mesh, rows=options.rows),
         "generate": partial(lower_generate, config, model, mesh, **asked),
     }[options.mode]
-    # `fastvlm train` sets these flags, other commands none.
+    # Only `fastvlm train` sets these flags.
     options_of_compiler = xla_flags.compiler_options("tpu") if train else None
     compiled, state, batch = compile(lower, slices, mesh, options_of_compiler)
     generation = slices.generation
@@ -82,12 +87,13 @@ def preflight(config, name: str, options: Options = Options()) -> dict[str, Any]
 
 
 def search(config, name: str, options: Options = Options(), count: int = 3) -> dict[str, Any]:
-    """The report of the fastest of the best candidates of search.rank, each compiled; "search" lists them.
+    """Compiles the config as given and the `count` best candidates of search.rank; returns the report of the best.
 
-    Beside the `count` best by arithmetic, the config as it is given.
+    The best is the fastest of those that fit, or the fastest of all if none fits. Its report lists all candidates under
+    "search" and names its settings under "best".
 
     Raises:
-      ValueError: as preflight, or no mesh of the slice divides the batch.
+      ValueError: as in `preflight`; the mode is not "train"; or no mesh of the slice divides the batch.
     """
     if options.mode != "train":
         raise ValueError("--search ranks training settings: leave out --mode")
@@ -113,7 +119,15 @@ def search(config, name: str, options: Options = Options(), count: int = 3) -> d
 
 
 def check(config, mesh, slices: topology.Slice, groups: int, key: str) -> None:
-    """Refuses a batch or heads that the mesh does not divide (ValueError with the settings that it does)."""
+    """Checks that the mesh divides the batch and the key-value heads.
+
+    Args:
+      groups: number of groups, or of rows in generation, in the batch.
+      key: config key or flag that sets `groups`, for the message.
+
+    Raises:
+      ValueError: the mesh does not divide them; the message gives settings that it does.
+    """
     shards = math.prod(mesh.shape[axis] for axis in sharding.LOGICAL_AXES["batch"])
     if groups % shards and key == "data.groups" and (mended := fit.regrouped(config, shards, config.accumulate)):
         flags = " ".join(f"--config.data.{name}={value}" for name, value in mended.items())
@@ -128,12 +142,12 @@ def check(config, mesh, slices: topology.Slice, groups: int, key: str) -> None:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for a terminal."""
+    """Formats the report for a terminal."""
     made = {
         "train": describe.train_text, "encoder": describe.encoder_text, "generate": describe.generate_text,
     }[report["mode"]](report)  # fmt: skip
     if "search" in report:
-        made = f"{describe.search_text(report['search'])}\n\nthe best of them: {report['best']}\n{made}"
+        made = f"{describe.search_text(report['search'])}\n\nthe best candidate: {report['best']}\n{made}"
     if report["mends"]:
         made += "\n\nwhat would make it fit (by arithmetic, not compiled):\n" + "\n".join(
             f"  {m}" for m in report["mends"]

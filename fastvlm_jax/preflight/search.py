@@ -17,34 +17,47 @@ from fastvlm_jax.models import fastvlm, flops, remat
 from fastvlm_jax.preflight import fit
 from fastvlm_jax.preflight.topology import Slice
 
-# To rank only, of compiled programs (docs/preflight.md): shares of the peak that the FLOPs of the model take place at.
+# For ranking only: fraction of the peak at which model FLOPs run, estimated from compiled programs (docs/preflight.md).
 ENCODER, DECODER = {"v5e": 0.128, "v5p": 0.115, "v6e": 0.042}, 0.6
-OTHER_ENCODER = 0.1  # on v4 and v7x, as a guess
-# FastViTHD's backward pass, 8 images of 1024 px on a v5e chip: time by policy, and what is kept of a block, in inputs.
+OTHER_ENCODER = 0.1  # the same on v4 and v7x, a guess
+# FastViTHD's backward pass with 8 images of 1024 px on a v5e chip, by remat policy: COST is the relative time, KEPT the
+# activations kept per block, in multiples of the block's input.
 COST = {"depthwise": 1.0, "dots": 1.08, "attention": 1.11, "full": 1.12}
 KEPT = {"depthwise": 1.65, "dots": 4.85, "attention": 1.0, "full": 1.0, "none": 11.7}
-# Fewer images leave the chip's tiles of 8 x 128 half empty: time of an image on it.
+# With fewer images than 8, the chip's tiles of 8 x 128 are half empty: the relative time per image is then 2.3.
 FULL_TILES, HALF_EMPTY = 8, 2.3
-LOGITS = 2**29  # bytes of the loss's chunks of float32 logits and their gradient
+LOGITS = 2**29  # bytes of float32 logits and their gradient, in the chunks of the loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Settings by their config keys, with what arithmetic tells of them: bytes of a device, seconds of a step."""
+    """Holds settings to try, with arithmetic estimates of their cost.
+
+    Attributes:
+      settings: values by config key.
+      bytes: bytes on one device.
+      seconds: seconds per step.
+    """
 
     settings: dict[str, Any]
     bytes: float
     seconds: float
 
     def apply(self, config) -> ml_collections.ConfigDict:
-        """A copy of the config with these settings."""
+        """Returns a copy of the config with these settings."""
         changed = ml_collections.ConfigDict(config)
         changed.update_from_flattened_dict(self.settings)
         return changed
 
 
 class Shards(NamedTuple):
-    """Counts of parameters: on one device, those of them that learn, and all."""
+    """Holds counts of parameters.
+
+    Attributes:
+      own: parameters on one device.
+      learning: trainable parameters on one device.
+      all: parameters of the whole model.
+    """
 
     own: int
     learning: int
@@ -52,9 +65,9 @@ class Shards(NamedTuple):
 
 
 def rank(config, slices: Slice) -> list[Candidate]:
-    """Candidates that fit by arithmetic, the fastest first; if none fits, those that need the least memory.
+    """Returns the candidates that fit by arithmetic, fastest first; if none fits, all of them, smallest memory first.
 
-    The batch keeps its samples; they may be grouped otherwise, as the mesh needs.
+    The batch keeps its samples, but may be regrouped to suit the mesh.
 
     Raises:
       ValueError: no mesh of this slice divides the batch and the model.
@@ -70,7 +83,7 @@ def rank(config, slices: Slice) -> list[Candidate]:
         parts = config.model.to_dict()
         parts["llm"] |= {"remat": llm_remat}
         if "embed_dims" in config.model.vision:
-            parts["vision"] |= {"remat": "none"}  # COST has what is recomputed
+            parts["vision"] |= {"remat": "none"}  # COST includes the recomputation
         images = data.groups * data.images_per_group
         sizes = (images, data.image_size, data.image_size, rows, length)
         return flops.hardware_flops(fastvlm.build(**parts), trainable, *sizes)
@@ -89,9 +102,9 @@ def rank(config, slices: Slice) -> list[Candidate]:
     if not found:
         samples = data.groups * data.images_per_group
         raise ValueError(
-            f"--search cuts a batch anew for each mesh: none of {slices.name} divides one of {samples} images, in "
-            f"groups of {data.images_per_group} with {data.rows_per_group} rows (it needs images, and one row): change "
-            "--config.data.groups, or leave out --search"
+            f"--search regroups the batch for each mesh, but no mesh of {slices.name} divides {samples} images, in "
+            f"groups of {data.images_per_group} with {data.rows_per_group} rows (groups need images, and one row): "
+            "change --config.data.groups, or leave out --search"
         )
     limit = 0.95 * slices.generation.hbm_limit
     fitting = sorted((c for c in found if c.bytes <= limit), key=lambda c: (c.seconds, c.bytes))
@@ -99,9 +112,9 @@ def rank(config, slices: Slice) -> list[Candidate]:
 
 
 def _candidates(config, slices: Slice, boxed, learns: bool) -> Iterator[tuple[dict[str, Any], Shards]]:
-    """Settings, with the share of the parameters that their mesh leaves on a device.
+    """Yields settings, with the number of parameters on each device of their mesh.
 
-    An encoder that does not learn has no backward pass, and one policy.
+    A frozen encoder has no backward pass, so its remat policy is not varied.
     """
     llm, devices = config.model.llm, slices.num_devices // slices.num_slices
     policies = ("none", *remat.POLICIES)
@@ -124,7 +137,7 @@ def _candidates(config, slices: Slice, boxed, learns: bool) -> Iterator[tuple[di
 
 
 def _shards(config, boxed, mesh: tuple[int, ...]) -> Shards | None:
-    """What of the parameters lies on one device of a mesh, exact; None where the mesh does not divide one."""
+    """Counts exactly the parameters on one device of a mesh; None if the mesh does not divide one of them."""
     axes = (jax.sharding.AxisType.Auto,) * len(mesh)
     abstract = jax.sharding.AbstractMesh(mesh, sharding.MESH_AXES, axis_types=axes)
     try:
@@ -139,7 +152,7 @@ def _shards(config, boxed, mesh: tuple[int, ...]) -> Shards | None:
 
 
 def _memory(config, settings: dict[str, Any], shards: Shards, tokens: int, learns: bool) -> float:
-    """Bytes of a device: state, gradients, the loss, a layer's gathered weights, and what the backward pass needs."""
+    """Estimates the bytes on a device: state, gradients, loss, a layer's gathered weights, kept activations."""
     llm, data, tensor = config.model.llm, config.data, settings["mesh"][3]
     turns = math.prod(settings["mesh"][:3]) * settings["accumulate"]
     weight, moment = (2 if config[key] == "bfloat16" else 4 for key in ("param_dtype", "moment_dtype"))
@@ -154,28 +167,28 @@ def _memory(config, settings: dict[str, Any], shards: Shards, tokens: int, learn
 
 
 def _seconds(config, slices: Slice, settings, shards: Shards, tokens: int, work: dict[str, float]) -> float:
-    """Of a step: computation or transfers, whichever is longer, and a tenth of the other."""
+    """Estimates the seconds of a step: computation or transfers, whichever is longer, plus a tenth of the other."""
     llm, (replica, width, fsdp, tensor), parts = config.model.llm, settings["mesh"], settings["accumulate"]
     peak = slices.generation.flops * slices.chips
-    # The devices of a tensor axis share the decoder's work, but each encodes all images of its row of the mesh.
+    # Devices along the tensor axis share the decoder's work, but each encodes all images of its data shard.
     encoder = tensor * work["vision"] / peak * _encoder_cost(config, slices, settings)
     busy = encoder + (sum(work.values()) - work["vision"]) / DECODER / peak
-    # What a scan keeps is written into a stack and read again, slice by slice; compiled programs copy it in between.
-    kept = tokens / math.prod(settings["mesh"][:3]) * llm.num_layers * _kept_of_a_layer(llm, settings) / tensor
+    # A scan writes the activations it keeps into a stack and reads them slice by slice; the compiler also copies them.
+    kept = tokens / math.prod(settings["mesh"][:3]) * llm.num_layers * _layer_bytes(llm, settings) / tensor
     busy += 8 * kept / slices.generation.hbm_bandwidth
-    # Gathered in bfloat16 forward and backward, and float32 gradients reduced, in every part; over two links.
+    # Each part gathers weights in bfloat16, forward and backward, and reduces float32 gradients, over two links.
     moved = parts * (4 + 4 * shards.learning / shards.own) * shards.all / tensor * (fsdp > 1)
     moved += 8 * parts * shards.learning * (width > 1)
     moved += 16 * tokens / (replica * width * fsdp) * llm.width * llm.num_layers * (tensor > 1)
     transfers = (
         moved / (2 * slices.generation.link) + 8 * parts * shards.learning * (replica > 1) / slices.generation.dcn
     )
-    # Smaller parts fill the chip less well: of settings that cost the same, the one with fewer parts is better.
+    # Smaller parts use the chip less well: of settings with equal cost, the one with fewer parts is better.
     return (1 + 0.01 * (parts - 1)) * (max(busy, transfers) + 0.1 * min(busy, transfers))
 
 
 def _encoder_cost(config, slices: Slice, settings: dict[str, Any]) -> float:
-    """The encoder's time as a multiple of that of its FLOPs at the peak."""
+    """Returns the encoder's time as a multiple of the time that its FLOPs take at the peak."""
     if "embed_dims" not in config.model.vision:
         return 1 / DECODER
     images = config.data.groups * config.data.images_per_group
@@ -186,13 +199,13 @@ def _encoder_cost(config, slices: Slice, settings: dict[str, Any]) -> float:
 
 
 def _decoder_bytes(llm, settings: dict[str, Any]) -> float:
-    """Bytes that all layers keep of a token, and those of one layer's backward pass."""
-    whole = _kept_of_a_layer(llm, {"model.llm.remat": "none"})
-    return llm.num_layers * _kept_of_a_layer(llm, settings) + 2 * whole
+    """Returns the bytes per token that all layers keep, plus the bytes of one layer's backward pass."""
+    whole = _layer_bytes(llm, {"model.llm.remat": "none"})
+    return llm.num_layers * _layer_bytes(llm, settings) + 2 * whole
 
 
-def _kept_of_a_layer(llm, settings: dict[str, Any]) -> float:
-    """Bytes that a layer keeps of a token, in bfloat16; a rough count of its activations."""
+def _layer_bytes(llm, settings: dict[str, Any]) -> float:
+    """Returns the bytes per token that a layer keeps, in bfloat16: a rough count of its activations."""
     kv = 2 * llm.num_kv_heads * llm.width // llm.num_heads
     whole = 8 * llm.width + 2 * kv + 5 * llm.mlp_dim
     kept = {
@@ -204,7 +217,7 @@ def _kept_of_a_layer(llm, settings: dict[str, Any]) -> float:
 
 
 def _encoder_bytes(vision, policy: str, side: int) -> float:
-    """Bytes that the encoder keeps of an image, in bfloat16, with those of its largest block; see KEPT."""
+    """Returns the bytes per image that the encoder keeps, in bfloat16, plus those of its largest block; see KEPT."""
     if "embed_dims" not in vision or "remat" not in vision:
         return 2.0 * 2**20 * side
     stem = 2 * (side / 2) ** 2 * vision.embed_dims[0]
@@ -217,9 +230,14 @@ def _divisors(n: int) -> list[int]:
 
 
 def choose(candidates: list[Candidate], own: dict[str, Any], count: int) -> list[Candidate]:
-    """The config's `own` candidate, and the first others that differ in more than how a batch is cut: `count` of them.
+    """Chooses the config's own candidate and the first `count` others, of different meshes or remat policies.
 
-    The own one is left out where arithmetic has ruled it out.
+    Of candidates that differ only in grouping or accumulation, the first one counts. The config's own is missing if
+    arithmetic has ruled it out.
+
+    Args:
+      candidates: all candidates, in the order of `rank`.
+      own: the config's own settings, as `given` returns them.
     """
     chosen = {}
     for candidate in candidates:
@@ -230,7 +248,7 @@ def choose(candidates: list[Candidate], own: dict[str, Any], count: int) -> list
 
 
 def given(config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The config's own settings, of the keys that are ranked; the mesh with all its sizes."""
+    """Returns the config's own values of the ranked keys; the mesh with all its sizes."""
     keys = ("accumulate", "model.llm.remat", "model.vision.remat")
     keys += ("data.groups", "data.images_per_group", "data.row_length")
     flat = {key: functools.reduce(lambda part, name: part.get(name), key.split("."), config) for key in keys}
@@ -238,12 +256,12 @@ def given(config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def differing(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings that are not the config's own."""
+    """Returns the settings that differ from the config's own."""
     return {key: value for key, value in settings.items() if value != own[key]}
 
 
 def flags(settings: dict[str, Any], own: dict[str, Any]) -> str:
-    """The settings that differ from the config's, as they are written behind `fastvlm train`."""
+    """Returns the settings that differ from the config's own, as flags of `fastvlm train`."""
     return " ".join(
         f"--config.{key}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
         for key, value in differing(settings, own).items()

@@ -1,4 +1,4 @@
-"""TPU slices as the compiler knows them, without one at hand: published figures of chips, and devices to compile for.
+"""Describes TPU slices for the compiler, without a TPU: published figures of chips, and devices to compile for.
 
 v5e:4x4        a slice of 4 x 4 chips          v5p:4x4x4*2      two slices, joined by the data-center network
 """
@@ -15,16 +15,19 @@ import jax
 from fastvlm_jax.chips import GENERATIONS, Generation
 from fastvlm_jax.xla_flags import NO_TPU
 
-# What the TPU compiler reads when it is loaded, so that it does not look for a TPU or for another process's.
+# Environment of the TPU compiler when it is loaded: it looks neither for a TPU nor for another process that has one.
 ENVIRONMENT = {**NO_TPU, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """`num_slices` slices of one shape. Sizes of one device are those of the chip over its devices.
+    """Describes `num_slices` slices of one shape. The figures of a device are the chip's, divided by its devices.
 
     Attributes:
-      name: as it was asked for. shape: chips along each axis of a slice.
+      name: the name that was parsed.
+      generation: figures of the TPU generation.
+      shape: chips along each axis of one slice.
+      num_slices: number of slices.
     """
 
     name: str
@@ -49,22 +52,22 @@ class Slice:
         return self.generation.hbm_bandwidth / self.generation.devices_per_chip
 
     def is_ring(self, axis: int) -> bool:
-        """Whether the links of an axis close to a ring, so that both directions carry one transfer."""
+        """Returns whether the links along an axis form a ring, so that a transfer can use both directions."""
         if self.generation.ring:
             return self.shape[axis] >= self.generation.ring
         return all(size % 4 == 0 for size in self.shape)
 
 
 def parse(name: str) -> Slice:
-    """The slices that a name stands for.
+    """Parses a name such as "v5e:4x4" or, for two slices, "v5e:4x4*2".
 
     Raises:
-      ValueError: no such generation or shape; the message lists those that exist.
+      ValueError: the generation or the shape does not exist; the message lists those that do.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", name.strip())
     if not found:
         raise ValueError(
-            f"--topology={name}: write GENERATION:SHAPE, as v5e:4x4, v5p:4x4x4 or, of two slices, v5e:16x16*2"
+            f"--topology={name}: write GENERATION:SHAPE, as v5e:4x4, v5p:4x4x4 or, for two slices, v5e:16x16*2"
         )
     kind, shape, slices = found[1].removeprefix("tpu"), tuple(map(int, found[2].split("x"))), int(found[3] or 1)
     kind = {"v5litepod": "v5e", "7x": "v7x"}.get(kind, kind)
@@ -80,16 +83,16 @@ def parse(name: str) -> Slice:
 
 
 def set_environment() -> None:
-    """Prepares this process for the TPU compiler on a machine that has no TPU, or leaves its TPU alone."""
+    """Prepares this process for the TPU compiler: JAX runs on the CPU, and a TPU of this machine is left alone."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
-    jax.devices("cpu")  # reads XLA_FLAGS, which `compiler` hides
+    jax.devices("cpu")  # reads XLA_FLAGS now, for `compiler` hides them
 
 
 def devices(slices: Slice) -> list:
-    """Devices to compile for, one a chip (v7x: two); programs cannot run on them.
+    """Returns the devices to compile for, one per chip (v7x: two). Programs cannot run on them.
 
     Raises:
       ValueError: the TPU compiler is not installed, or does not know the slice.
@@ -101,7 +104,7 @@ def devices(slices: Slice) -> list:
 
     options = {"num_slices": slices.num_slices} if slices.num_slices > 1 else {}
     if slices.generation.prefix == "v4":
-        options["chip_config_name"] = "megacore"  # one device a chip, as jax shows a v4; the default is one a core
+        options["chip_config_name"] = "megacore"  # one device per chip, as JAX shows a v4; the default is one per core
     shape = "x".join(map(str, slices.shape))
     try:
         with compiler():
@@ -114,10 +117,11 @@ def devices(slices: Slice) -> list:
 
 @contextlib.contextmanager
 def compiler():
-    """Within it the TPU compiler may be called.
+    """Allows calls of the TPU compiler within the block.
 
-    XLA_FLAGS are hidden: the compiler ends the process at one that it does not know, and those of the CPU are. So is
-    jax's compilation cache: it writes programs for a topology, but fails to read them without a client.
+    The block hides XLA_FLAGS: the compiler ends the process at a flag that it does not know, such as those for CPUs.
+    It also turns off JAX's compilation cache, which writes programs for a topology but fails to read them back without
+    a client.
     """
     cached, xla_flags = jax.config.jax_enable_compilation_cache, os.environ.pop("XLA_FLAGS", None)
     jax.config.update("jax_enable_compilation_cache", False)

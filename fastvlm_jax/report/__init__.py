@@ -1,0 +1,1 @@
+"""Pages with pictures about runs, and the page of config keys."""

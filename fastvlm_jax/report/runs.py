@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss curves of its stages and a sheet of answered test questions, on one HTML page."""
+"""Draws a run on one HTML page: the loss curves of its stages and a sheet of answered test questions."""
 
 import io
 import os
@@ -49,7 +49,7 @@ def write_report(
     """Writes the page and its pictures `*_loss.png` and, with `model` and `data`, `*_samples.png` beside it.
 
     Raises:
-      ValueError: a folder that is not a workdir or has no metrics yet, or `model` without `data`.
+      ValueError: a folder is no workdir or has no metrics yet, or `model` is given without `data`.
     """
     if (model is None) != (data is None):
         raise ValueError("--model and --data belong together: the sheet of samples needs both")
@@ -76,7 +76,7 @@ def write_report(
 
 
 def table_row(stage: str, rows: Sequence[dict[str, float]]) -> dict[str, object]:
-    """The row of a stage in the table."""
+    """Returns the row of a stage in the table."""
 
     def last(key: str) -> str:
         values = [row[key] for row in rows if key in row]
@@ -93,7 +93,7 @@ def table_row(stage: str, rows: Sequence[dict[str, float]]) -> dict[str, object]
 
 
 def plot_losses(stages: Sequence[tuple[str, Sequence[dict[str, float]]]], path: pathlib.Path) -> None:
-    """Training and validation loss over the steps of all stages, one after the other, and validation accuracy."""
+    """Draws training loss, validation loss and validation accuracy over the steps of all stages in a row."""
     figure, axis = plt.subplots(figsize=(9, 4.2))
     accuracy_axis, start = axis.twinx(), 0
     for i, (name, rows) in enumerate(stages):
@@ -134,7 +134,7 @@ def answer_samples(model: str | os.PathLike, data: str | os.PathLike) -> list[Re
 
 
 def plot_samples(results: Sequence[Result], path: pathlib.Path) -> None:
-    """A sheet of images, each with its question and its answer; a wrong answer is red, with the truth beside it."""
+    """Draws a sheet of images with question and answer; a wrong answer is red, with the true one beside it."""
     figure, axes = plt.subplots(4, 4, figsize=(11, 11.5))
     for axis in axes.flat:
         axis.axis("off")

@@ -1,0 +1,1 @@
+"""Tokenizers, their training, and conversation templates with the mask of supervised tokens."""

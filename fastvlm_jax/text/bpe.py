@@ -1,4 +1,7 @@
-"""Byte-level BPE tokenizers: a Hugging Face `tokenizer.json`, Qwen's tiktoken ranks, `vocab.json` with `merges.txt`."""
+"""Reads byte-level BPE tokenizers, and writes them for transformers.
+
+The formats are a Hugging Face `tokenizer.json`, Qwen's tiktoken ranks, and `vocab.json` with `merges.txt`.
+"""
 
 import base64
 import binascii
@@ -18,51 +21,61 @@ CONFIG = "tokenizer_config.json"
 
 Offsets = list[tuple[int, int]]
 
-# Qwen2's own words: contractions, a letter run with one mark before it, single digits, marks, newlines, spaces.
+# How Qwen2 splits words: contractions, letters after at most one other character, single digits, punctuation,
+# newlines, spaces.
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 KINDS = ("qwen2", "smollm", "gpt2")
-MAX_SHORT, MAX_KEPT = 64, 1024  # characters of texts that are remembered, and how many
-MAX_TOKEN = 1024  # taking a token apart costs the square of its length; Qwen2's longest has 128 bytes
+MAX_SHORT, MAX_KEPT = 64, 1024  # longest cached text in characters, number of cached texts
+MAX_TOKEN = 1024  # bytes, as splitting a token takes time quadratic in its length; Qwen2's longest has 128
 
 
 class JsonTokenizer:
-    """A tokenizer of the `tokenizers` library, read from a `tokenizer.json` or made by `bpe_tokenizer`.
+    """Holds a tokenizer of the `tokenizers` library, read from a `tokenizer.json` or made by `bpe_tokenizer`.
 
-    A vocabulary of Qwen2's layout (special tokens behind it) without `<image>` gets it on the next free id, as
-    FastVLM's export has it; any other stays as long as it is.
+    If the special tokens follow the vocabulary, as in Qwen2, a missing `<image>` is added on the next free id, as in
+    FastVLM's export. Any other vocabulary keeps its size.
     """
 
     def __init__(self, model: tokenizers.Tokenizer, source: pathlib.Path, config: Mapping[str, Any] | None = None):
-        """Takes over `model`; `config` is what a `tokenizer_config.json` says, `source` a name for messages."""
+        """Takes ownership of `model` and changes it in place.
+
+        Args:
+          model: tokenizer of the library.
+          source: file that the tokenizer comes from; error messages name it.
+          config: contents of its `tokenizer_config.json`, if there is one.
+
+        Raises:
+          ValueError: the tokenizer has no special token that ends a turn.
+        """
         self.files = (source,)
         self._model = model
-        self._short: dict[str, tuple[list[int], Offsets]] = {}  # what templates put between texts comes again and again
+        self._short: dict[str, tuple[list[int], Offsets]] = {}  # cache: templates repeat short texts
         model.encode_special_tokens = True
         model.no_padding()
         model.no_truncation()
-        behind = model.token_to_id(END) or 0
-        if model.token_to_id(IMAGE) is None and behind >= model.get_vocab_size(with_added_tokens=False):
+        end_id = model.token_to_id(END) or 0
+        if model.token_to_id(IMAGE) is None and end_id >= model.get_vocab_size(with_added_tokens=False):
             model.add_special_tokens([IMAGE])
         tokens = model.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in tokens.items() if token.special}
         self.vocab_size = max(model.get_vocab().values(), default=-1) + 1
         if isinstance(model.post_processor, processors.ByteLevel):
-            # GPT-2's leaves the space out of the offsets of " red": its loss would be lost.
+            # GPT-2's trimmed offsets leave out the space of " red", so the space would get no loss.
             model.post_processor = processors.ByteLevel(trim_offsets=False)
         config = config or {}
         named, added = _content(config.get("bos_token")), config.get("add_bos_token")
         text = model.encode("a", add_special_tokens=False).ids
         first = model.encode("a", add_special_tokens=True).ids[:1]
-        # tokenizer_config.json says it, or else the post-processor that puts it in front.
+        # `add_bos_token` in tokenizer_config.json decides; without it, a token that the post-processor prepends is bos.
         self.bos = first[0] if first != text[:1] and added is not False else None
         if added is True and named in self._special:
             self.bos = self._special[named]
         ends = (END, _content(config.get("eos_token")), "</s>", PAD)
         self.end = next((name for name in ends if name in self._special), None)
         if self.end is None:
-            raise ValueError(f"{source} has no special token that ends a turn: {END}, an eos_token or </s>")
+            raise ValueError(f"{source} has no special token that ends a turn: it needs {END}, an eos_token or </s>")
         pads = (PAD, _content(config.get("unk_token")), "<unk>", _content(config.get("pad_token")), self.end)
         self.pad = next(name for name in pads if name in self._special)
         self.image = IMAGE if IMAGE in self._special else self.pad
@@ -74,7 +87,7 @@ class JsonTokenizer:
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         if text in self._short:
             return self._short[text]
-        text.encode()  # half a surrogate pair, which JSON may hold: a ValueError
+        text.encode()  # raises ValueError for half a surrogate pair, which JSON can hold
         encoding = self._model.encode(text, add_special_tokens=False)
         found = encoding.ids, encoding.offsets
         if len(text) <= MAX_SHORT and len(self._short) < MAX_KEPT:
@@ -112,16 +125,16 @@ def bpe_tokenizer(
     """Makes a byte-level BPE tokenizer.
 
     Args:
-      vocab: token, in GPT-2's printable spelling of bytes, to id. It may hold the special tokens.
-      merges: pairs of tokens, the first to be merged first.
-      special: added token to id; those that `vocab` lacks take the ids behind it without a gap.
-      kind: how text is cut into words: "qwen2" (with Unicode's NFC form), "smollm" (single digits) or "gpt2".
-      source: the file this comes from, for messages.
-      plain: the names in `special` that text may spell; every other one is placed by templates alone.
-      config: what a `tokenizer_config.json` says, if there is one.
+      vocab: id of each token, spelled in GPT-2's printable characters for bytes; may include the special tokens.
+      merges: pairs of tokens in merge order.
+      special: id of each added token; the tokens that `vocab` lacks must take the next ids after it, without a gap.
+      kind: how text is split into words: "qwen2" (after Unicode NFC normalisation), "smollm" (single digits) or "gpt2".
+      source: file that the tables come from; error messages name it.
+      plain: names in `special` that ordinary text can produce; only templates place the others.
+      config: contents of the `tokenizer_config.json`, if there is one.
 
     Raises:
-      ValueError: an unknown kind, or tables that do not fit together.
+      ValueError: the kind is unknown, the tables do not fit together, or no special token ends a turn.
     """
     source = pathlib.Path(source)
     if kind not in KINDS:
@@ -163,7 +176,10 @@ def read_json(path: pathlib.Path) -> JsonTokenizer:
 
 
 def read_tiktoken(path: pathlib.Path) -> JsonTokenizer:
-    """Reads Qwen's `.tiktoken` file: lines of a token's bytes in base64 and its rank; ids 151643-151645 are special."""
+    """Reads Qwen's `.tiktoken` file, each line of which holds a token's bytes in base64 and its rank.
+
+    Qwen2's three special tokens take the ids after the ranks: 151643 to 151645 in the published file.
+    """
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -194,9 +210,9 @@ def read_tiktoken(path: pathlib.Path) -> JsonTokenizer:
 
 
 def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
-    """Reads `vocab.json` with the `merges.txt` beside it: Qwen2's, or GPT-2's where tokenizer_config.json says so.
+    """Reads a `vocab.json` and the `merges.txt` beside it, as Qwen2's unless tokenizer_config.json names GPT-2.
 
-    The special tokens come from `tokenizer_config.json` or `added_tokens.json`; Qwen2's own stand in for them.
+    The special tokens come from `tokenizer_config.json`, else from `added_tokens.json`, else they are Qwen2's own.
     """
     merges_file, added_file = path.with_name("merges.txt"), path.with_name("added_tokens.json")
     if not merges_file.is_file():
@@ -209,7 +225,9 @@ def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
     name = str(config.get("tokenizer_class", "Qwen2Tokenizer")).removesuffix("Fast")
     kind = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt2"}.get(name)
     if kind is None:
-        raise ValueError(f"{path.with_name(CONFIG)}: tokenizer_class {name} has no vocab.json that is known here")
+        raise ValueError(
+            f"{path.with_name(CONFIG)}: a vocab.json of tokenizer_class {name} is not supported: give a tokenizer.json"
+        )
     entries = config.get("added_tokens_decoder") or {}
     try:
         special = {_content(entry): int(at) for at, entry in entries.items()}
@@ -224,10 +242,15 @@ def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
 
 
 def write_tokenizer(model: tokenizers.Tokenizer, names: Any, folder: pathlib.Path) -> None:
-    """Writes what transformers' AutoTokenizer needs of `model`, whose marks `names` has: bos, end, pad, image.
+    """Writes the files from which transformers' AutoTokenizer loads `model`.
 
-    That is tokenizer.json and tokenizer_config.json; for Qwen2 also vocab.json and merges.txt, which transformers 4
-    reads where it is asked for the slow tokenizer.
+    These are tokenizer.json and tokenizer_config.json; for Qwen2 also vocab.json and merges.txt, which transformers 4
+    reads when the slow tokenizer is requested.
+
+    Args:
+      model: tokenizer to write.
+      names: object with the attributes `bos`, `end`, `pad` and `image` of a `Tokenizer`.
+      folder: existing folder to write into.
     """
     is_qwen2 = _is_qwen2(model)
     model.save(str(folder / "tokenizer.json"))
@@ -236,7 +259,7 @@ def write_tokenizer(model: tokenizers.Tokenizer, names: Any, folder: pathlib.Pat
     added = model.get_added_tokens_decoder()
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     config = {
-        # Classes of other names build their own idea of the tokenizer instead of reading tokenizer.json.
+        # Other classes rebuild the tokenizer by their own rules instead of reading tokenizer.json.
         "tokenizer_class": "Qwen2Tokenizer" if is_qwen2 else "PreTrainedTokenizerFast",
         "added_tokens_decoder": {str(i): {flag: getattr(added[i], flag) for flag in flags} for i in sorted(added)},
         "add_bos_token": names.bos is not None,
@@ -252,7 +275,12 @@ def write_tokenizer(model: tokenizers.Tokenizer, names: Any, folder: pathlib.Pat
 
 
 def add_image(model: tokenizers.Tokenizer, names: Any) -> JsonTokenizer:
-    """The tokenizer of `model`, whose marks `names` has, with `<image>` on the next free id."""
+    """Adds `<image>` to `model` on the next free id and returns the tokenizer.
+
+    Args:
+      model: tokenizer of the library, changed in place.
+      names: `Tokenizer` whose `bos`, `end`, `pad` and first file the result keeps.
+    """
     model.add_special_tokens([tokenizers.AddedToken(IMAGE, normalized=False)])
     bos = None if names.bos is None else model.id_to_token(names.bos)
     config = {"add_bos_token": bos is not None, "bos_token": bos, "eos_token": names.end, "pad_token": names.pad}
@@ -260,18 +288,19 @@ def add_image(model: tokenizers.Tokenizer, names: Any) -> JsonTokenizer:
 
 
 def no_special(path: pathlib.Path, name: str) -> str:
+    """Returns the error message for a special token that the tokenizer in `path` lacks."""
     return f"{path} has no special token {name}: choose a template that the tokenizer was made for"
 
 
 def _is_qwen2(model: tokenizers.Tokenizer) -> bool:
-    """Whether transformers' Qwen2Tokenizer, which knows its words and its normal form, is the same as `model`."""
+    """Returns whether transformers' Qwen2Tokenizer, whose word splitting and NFC form are fixed, equals `model`."""
     words, form = json.loads(model.pre_tokenizer.__getstate__()) if model.pre_tokenizer else {}, model.normalizer
     patterns = [part.get("pattern") for part in words.get("pretokenizers", ())]
     return {"Regex": QWEN2_WORDS} in patterns and isinstance(form, normalizers.NFC)
 
 
 def _last_two(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that byte-pair encoding holds when only `token` itself is left to be merged."""
+    """Returns the two parts left after all merges of a rank below `rank`; None if more than two are left."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         at, best = -1, rank
@@ -286,18 +315,18 @@ def _last_two(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[byte
 
 
 def byte_spelling() -> list[str]:
-    """GPT-2's printable character of each byte: itself where it is printable Latin-1, else one from U+0100 on."""
+    """Returns GPT-2's printable character for each byte: itself if printable Latin-1, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
+    """Reads the object in a JSON file; returns an empty one if there is no such file."""
     return read_object(path) if path.is_file() else {}
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token as transformers writes it, a string or an object with its `content`; else None."""
+    """Returns the text of a token as transformers writes it, a string or an object with `content`; else None."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None

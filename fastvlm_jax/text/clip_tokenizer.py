@@ -1,4 +1,4 @@
-"""CLIP's text tokenizer: lower-cased byte-level BPE of 49,408 ids, as open_clip's SimpleTokenizer."""
+"""Provides CLIP's text tokenizer: lower-cased byte-level BPE with 49,408 ids, like open_clip's SimpleTokenizer."""
 
 import gzip
 import html
@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 from fastvlm_jax.text.bpe import byte_spelling
 
 NUM_MERGES = 48_894
-MAX_BYTES = 1 << 24  # of the merges file unpacked; CLIP's has 3 MB
+MAX_BYTES = 1 << 24  # limit of the unpacked merges file; CLIP's has 3 MB
 START, END = 49_406, 49_407
 CONTEXT_LENGTH = 77
 
@@ -24,16 +24,21 @@ _WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}
 
 
 class ClipTokenizer:
-    """Text to the ids that a CLIP text encoder reads.
+    """Holds CLIP's vocabulary and converts text to the ids that a CLIP text encoder reads.
 
-    The names of the start and end tokens typed in a text stay plain characters; open_clip makes them special.
+    The names of the start and end tokens in a text stay plain characters; open_clip turns them into special tokens.
     """
 
     vocab_size = 49_408
 
     def __init__(self, merges: Sequence[tuple[str, str]], source: pathlib.Path):
-        """Takes CLIP's merges, the first to be merged first."""
-        single = sorted(byte_spelling())  # the printable bytes first; each alone, then at the end of a word
+        """Builds the tokenizer from CLIP's merges, in merge order; error messages name the file `source`.
+
+        Raises:
+          ValueError: the merges are not CLIP's.
+        """
+        # CLIP's order of ids: bytes (printable ones sort first), bytes that end a word, merges.
+        single = sorted(byte_spelling())
         names = [*single, *(char + "</w>" for char in single), *(left + right for left, right in merges)]
         try:
             bpe = models.BPE({name: i for i, name in enumerate(names)}, list(merges), end_of_word_suffix="</w>")
@@ -43,13 +48,13 @@ class ClipTokenizer:
         self._model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without start and end, after mending its encoding, spaces and case."""
+        """Returns the ids of `text` without START and END, after repairing its encoding, spaces and case."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         words = _WORDS.findall(" ".join(text.split()).lower())
         return self._model.encode(words, is_pretokenized=True).ids
 
     def __call__(self, texts: Sequence[str] | str, context_length: int = CONTEXT_LENGTH) -> np.ndarray:
-        """Returns int32 [N, context_length]: START, the text, END and zeros; long texts are cut, END stays last."""
+        """Returns int32 [N, context_length]: START, the ids of the text, END, zeros; END is kept if a text is cut."""
         texts = [texts] if isinstance(texts, str) else texts
         ids = np.zeros((len(texts), context_length), np.int32)
         for row, text in zip(ids, texts, strict=True):
@@ -59,11 +64,11 @@ class ClipTokenizer:
 
 
 def load_clip_tokenizer(path: str | os.PathLike) -> ClipTokenizer:
-    """Reads `bpe_simple_vocab_16e6.txt.gz` as open_clip has it, or the `merges.txt` of a transformers CLIP.
+    """Reads open_clip's `bpe_simple_vocab_16e6.txt.gz`, or the `merges.txt` of a transformers CLIP or in its folder.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is damaged or another vocabulary.
+      ValueError: the file is damaged or holds another vocabulary.
     """
     path = pathlib.Path(path).expanduser()
     path = path / "merges.txt" if path.is_dir() else path
@@ -77,7 +82,7 @@ def load_clip_tokenizer(path: str | os.PathLike) -> ClipTokenizer:
         lines = data.decode("utf-8").split("\n")
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is not CLIP's vocabulary: {error}") from error
-    # The first line is a version; behind the merges that CLIP uses the file has more.
+    # The first line is a version, and the file holds more merges than CLIP uses.
     merges = [tuple(line.split()) for line in lines[1 : NUM_MERGES + 1]]
     if len(merges) < NUM_MERGES or any(len(merge) != 2 for merge in merges):
         raise ValueError(f"{path} is not CLIP's vocabulary: it needs {NUM_MERGES} lines of two tokens")

@@ -1,4 +1,4 @@
-"""Conversations to tokens: templates as plain data, and where the loss stands.
+"""Turns conversations into tokens and loss masks, by templates that are plain data.
 
 turns            ("user", (0, "what color?"))  ("assistant", ("red",))          0 is the record's image 0
 template         chatml, tokens_per_image = 2                                   S = <|im_start|>, E = <|im_end|>
@@ -19,7 +19,7 @@ import numpy as np
 
 from fastvlm_jax.text.tokenizer import Offsets, Tokenizer
 
-Content = Sequence[str | int]  # text, and images as their number in the record
+Content = Sequence[str | int]  # texts, and images by their index in the record
 Turn = tuple[str, Content]  # ("system" | "user" | "assistant", content)
 
 ROLES = ("system", "user", "assistant")
@@ -27,17 +27,17 @@ ROLES = ("system", "user", "assistant")
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns are written: `before[role]` content `after[role]`.
+    """Describes how a turn is written: `before[role]`, the content, `after[role]`.
 
-    Special tokens are spelled out in these texts, and only here do they count; `{end}` is the tokenizer's own end mark.
+    Special tokens spelled out in a template become special ids, in no other text; `{end}` is the tokenizer's end mark.
 
     Attributes:
-      before: role to the text in front of its content; a generation prompt ends with the assistant's.
-      after: role to the text behind it. The assistant's begins with the mark that ends an answer; it is learnt.
-      system: content of the system turn put first unless the conversation brings its own; None for none.
-      opening: text between the assistant's `before` and its answer; it is learnt.
-      after_image: the text after each image.
-      user_text: False leaves out all text of the user and the system: only images and answers stay.
+      before: text before the content, by role; a generation prompt ends with the assistant's.
+      after: text after the content, by role. The assistant's begins with the mark that ends an answer; supervised.
+      system: content of the system turn added to a conversation that has none; None adds no turn.
+      opening: text between the assistant's `before` and its answer; supervised.
+      after_image: text after each image.
+      user_text: whether to keep the text of the user and the system, besides images and answers.
     """
 
     before: Mapping[str, str]
@@ -53,9 +53,9 @@ CHATML = Template(
     after=dict.fromkeys(ROLES, "<|im_end|>\n"),
 )
 TEMPLATES = {
-    # FastVLM's own (Qwen2).
+    # FastVLM's template (Qwen2).
     "qwen_2": dataclasses.replace(CHATML, system="You are a helpful assistant."),
-    # LLaVA-1.5's, for Vicuna. The space before an answer belongs to its first token.
+    # LLaVA-1.5's template for Vicuna. The space before an answer belongs to the answer's first token.
     "vicuna_v1": Template(
         before={"system": "", "user": "USER: ", "assistant": "ASSISTANT:"},
         after={"system": " ", "user": " ", "assistant": "</s>"},
@@ -65,14 +65,14 @@ TEMPLATES = {
         ),
         opening=" ",
     ),
-    # Image then text (alignment), as LLaVA's `plain`; there a newline ends the text, here the tokenizer's end mark.
+    # Image, then text (alignment), like LLaVA's `plain`, but ended by the tokenizer's end mark instead of a newline.
     "plain": Template(
         before=dict.fromkeys(ROLES, ""),
         after={"system": "", "user": "", "assistant": "{end}"},
         after_image="",
         user_text=False,
     ),
-    # FastVLM's without its system turn.
+    # FastVLM's template without its system turn.
     "chatml": CHATML,
 }
 _MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>|</s>|\{end\})")
@@ -80,12 +80,12 @@ _MARKS = re.compile(r"(<\|im_start\|>|<\|im_end\|>|</s>|\{end\})")
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One tokenized conversation of L tokens.
+    """Holds one tokenized conversation of L tokens.
 
     Attributes:
-      tokens: int32 [L].
-      image_index: int32 [L]; `slot * tokens_per_image + j` for slots numbered within the record, -1 for text.
-      loss_mask: bool [L]; True on the tokens to learn: each answer, its end mark and the text after that.
+      tokens: token ids, int32 [L].
+      image_index: `slot * tokens_per_image + j` with slots numbered within the record, -1 for text; int32 [L].
+      loss_mask: True on supervised tokens: each answer with its opening, its end mark and the text after it; bool [L].
     """
 
     tokens: np.ndarray
@@ -97,7 +97,7 @@ class Segment:
 class _Part:
     kind: str  # "text", "special" or "image"
     value: str | int
-    learn: bool = False
+    supervised: bool = False
 
 
 def render(
@@ -108,40 +108,45 @@ def render(
     generation_prompt: bool = False,
     slots: Sequence[int] = (),
 ) -> Segment:
-    """Tokenizes a conversation; with `generation_prompt` it ends where the assistant's answer would begin.
+    """Tokenizes a conversation.
 
-    All text between two special tokens or images is tokenized as one run, and the answers are found in its offsets:
-    tokenizing the pieces alone gives other ids. A token that holds any character of an answer is learnt. Llama's
-    tokenizer puts a space before each run, as LLaVA's code has it.
+    All text between two special tokens or images is tokenized as one run, and its offsets show where the answers are:
+    tokenizing the pieces alone gives other ids. A token that holds any character of an answer is supervised. Llama's
+    tokenizer puts a space before each run, as in LLaVA's code.
 
     Args:
-      slots: how many image slots each image of the record takes, one after another; one each by default.
+      turns: conversation to tokenize.
+      tokenizer: tokenizer that has the special tokens of the template.
+      template: how turns are written.
+      tokens_per_image: number of tokens in an image slot.
+      generation_prompt: whether to end where the assistant's answer would begin.
+      slots: number of consecutive image slots of each image of the record; one each by default.
 
     Raises:
-      ValueError: an unknown role, or a special token that the tokenizer lacks.
+      ValueError: a role is unknown, or the tokenizer lacks a special token of the template.
     """
     first = [] if tokenizer.bos is None else [tokenizer.bos]
-    tokens, image_index, learn = [*first], [-1] * len(first), [False] * len(first)
+    tokens, image_index, supervised = [*first], [-1] * len(first), [False] * len(first)
     for kind, group in itertools.groupby(_parts(turns, template, generation_prompt), key=lambda part: part.kind):
         parts = list(group)
         if kind == "text":
             ids, offsets = tokenizer.encode_with_offsets("".join(part.value for part in parts))
             tokens += ids
             image_index += [-1] * len(ids)
-            learn += _learnt(parts, offsets)
+            supervised += _supervised(parts, offsets)
         elif kind == "special":
             names = [tokenizer.end if part.value == "{end}" else part.value for part in parts]
             tokens += [tokenizer.special_id(name) for name in names]
             image_index += [-1] * len(parts)
-            learn += [part.learn for part in parts]
+            supervised += [part.supervised for part in parts]
         else:
             for part in parts:
                 first = sum(slots[: part.value]) if slots else part.value
                 count = tokens_per_image * (slots[part.value] if slots else 1)
                 tokens += [tokenizer.image_id] * count
                 image_index += range(first * tokens_per_image, first * tokens_per_image + count)
-                learn += [False] * count
-    return Segment(np.array(tokens, np.int32), np.array(image_index, np.int32), np.array(learn, bool))
+                supervised += [False] * count
+    return Segment(np.array(tokens, np.int32), np.array(image_index, np.int32), np.array(supervised, bool))
 
 
 def end_mark(template: Template, tokenizer: Tokenizer) -> str:
@@ -151,7 +156,7 @@ def end_mark(template: Template, tokenizer: Tokenizer) -> str:
 
 
 def chat_template(template: Template, tokenizer: Tokenizer) -> str:
-    """Returns `template` in the jinja text that transformers' `apply_chat_template` reads."""
+    """Returns `template` as the Jinja text that transformers' `apply_chat_template` reads."""
     before, after = dict(template.before), dict(template.after)
     after["assistant"] = after["assistant"].replace("{end}", tokenizer.end)
     answered = {**before, "assistant": before["assistant"] + template.opening}
@@ -177,13 +182,13 @@ def chat_template(template: Template, tokenizer: Tokenizer) -> str:
 
 
 def questions(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
-    """Splits a conversation into its single question-answer conversations, each with the images of the first turn.
+    """Splits a conversation into one conversation per question, each with the images of the first turn.
 
         user(0, "what shape?") assistant("circle") user("is it red?") assistant("no")
         -> user(0, "what shape?") assistant("circle")   |   user(0, "is it red?") assistant("no")
 
     Raises:
-      ValueError: the turns, a leading system turn aside, are not user and assistant in alternation.
+      ValueError: the turns after an optional system turn do not alternate between user and assistant.
     """
     system, talk = split_system(turns)
     if not talk or [role for role, _ in talk] != ["user", "assistant"] * (len(talk) // 2):
@@ -195,10 +200,10 @@ def questions(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
 
 
 def drop_oldest(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
-    """Returns a conversation without its oldest question and answer, whose images go to the next question.
+    """Returns a conversation without its oldest question and answer; the question's images go to the next question.
 
     user(0, "what shape?") assistant("circle") user("is it red?") assistant("no")
-    -> user(0, "is it red?") assistant("no")                    None if there is but one question
+    -> user(0, "is it red?") assistant("no")                    None if there is only one question
     """
     system, talk = split_system(turns)
     if len(talk) < 4:
@@ -208,13 +213,13 @@ def drop_oldest(turns: Sequence[Turn]) -> tuple[Turn, ...] | None:
 
 
 def shortened(turns: Sequence[Turn]) -> Iterator[tuple[Turn, ...]]:
-    """Yields a conversation without its oldest question, without its two oldest, and so on; the newest stays."""
+    """Yields a conversation without its oldest question, without its two oldest, and so on; keeps the newest one."""
     while (turns := drop_oldest(turns)) is not None:
         yield turns
 
 
 def split_system(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """(a leading system turn or nothing, the other turns)."""
+    """Splits turns into (the leading system turn or nothing, the other turns)."""
     count = 1 if turns and turns[0][0] == "system" else 0
     return tuple(turns[:count]), tuple(turns[count:])
 
@@ -226,33 +231,33 @@ def _parts(turns: Sequence[Turn], template: Template, generation_prompt: bool) -
     for role, content in (*system, *talk):
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}: a turn is one of {', '.join(ROLES)}")
-        learn = role == "assistant"
-        yield from _marked(template.before[role])
-        if learn:
-            yield from _marked(template.opening, learn)
+        supervised = role == "assistant"
+        yield from _split_marks(template.before[role])
+        if supervised:
+            yield from _split_marks(template.opening, supervised)
         for part in content:
             if isinstance(part, int):
                 yield _Part("image", part)
-                yield from _marked(template.after_image)
-            elif part and (learn or template.user_text):
-                yield _Part("text", part, learn)
-        yield from _marked(template.after[role], learn)
+                yield from _split_marks(template.after_image)
+            elif part and (supervised or template.user_text):
+                yield _Part("text", part, supervised)
+        yield from _split_marks(template.after[role], supervised)
     if generation_prompt:
-        yield from _marked(template.before["assistant"])
+        yield from _split_marks(template.before["assistant"])
 
 
-def _learnt(parts: Sequence[_Part], offsets: Offsets) -> list[bool]:
-    """Whether each token of a run of texts holds a character of an answer."""
-    if not any(part.learn for part in parts):
+def _supervised(parts: Sequence[_Part], offsets: Offsets) -> list[bool]:
+    """Returns for each token of a run of texts whether it holds a supervised character."""
+    if not any(part.supervised for part in parts):
         return [False] * len(offsets)
-    owned = [learn for part in parts for learn in [part.learn] * len(part.value)]
-    before = [*itertools.accumulate(owned, initial=0)]  # characters of answers in front of each
+    characters = [supervised for part in parts for supervised in [part.supervised] * len(part.value)]
+    before = [*itertools.accumulate(characters, initial=0)]  # number of supervised characters before each position
     before.append(before[-1])
     return [before[end if end > start else start + 1] > before[start] for start, end in offsets]
 
 
 @functools.lru_cache(maxsize=256)
-def _marked(text: str, learn: bool = False) -> tuple[_Part, ...]:
-    """The text of a template, its special tokens apart."""
+def _split_marks(text: str, supervised: bool = False) -> tuple[_Part, ...]:
+    """Splits a text of a template into its special tokens and the plain text between them."""
     kinds = ((part, "special" if _MARKS.fullmatch(part) else "text") for part in _MARKS.split(text) if part)
-    return tuple(_Part(kind, part, learn) for part, kind in kinds)
+    return tuple(_Part(kind, part, supervised) for part, kind in kinds)

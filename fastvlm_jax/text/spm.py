@@ -1,4 +1,4 @@
-"""SentencePiece BPE models: Llama's and Vicuna's `tokenizer.model`, and those that this package trains."""
+"""Reads and saves SentencePiece BPE models: Llama's and Vicuna's `tokenizer.model`, and models trained here."""
 
 import contextlib
 import os
@@ -25,16 +25,16 @@ from fastvlm_jax.text.bpe import (
     write_tokenizer,
 )
 
-SPACE = "▁"  # how SentencePiece writes a space
+SPACE = "▁"  # SentencePiece's spelling of a space
 _PIECE = spm_format.ModelProto.SentencePiece
 _NORMAL, _CONTROL, _UNKNOWN, _BYTE = _PIECE.NORMAL, _PIECE.CONTROL, _PIECE.UNKNOWN, _PIECE.BYTE
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece BPE model; its special tokens are its control symbols and its unknown token.
+    """Holds a SentencePiece BPE model, whose special tokens are its control symbols and its unknown token.
 
-    Published models put a space before every text that they encode, and cannot tell a U+2581 from a space. Models
-    without that space (this package trains such) get U+2581 as its bytes: they give every text back.
+    Published models put a space before every text that they encode, and cannot tell U+2581 from a space. Models
+    without that space, such as the ones trained here, encode U+2581 as its bytes, so that every text decodes to itself.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -49,11 +49,13 @@ class SentencePieceTokenizer:
         text, trainer = self._format.normalizer_spec, self._format.trainer_spec
         types = {piece.type for piece in self._format.pieces}
         if trainer.model_type != trainer.BPE or text.precompiled_charsmap or text.remove_extra_whitespaces:
-            raise ValueError(f"{path} is not a BPE model of unchanged text, as Llama's and Vicuna's are")
+            raise ValueError(f"{path} must be a BPE model without text normalisation, as Llama's and Vicuna's are")
         if max(len(piece.piece) for piece in self._format.pieces) > MAX_TOKEN:
             raise ValueError(f"{path} has a piece of more than {MAX_TOKEN} characters")
         if types - {_NORMAL, _CONTROL, _UNKNOWN, _BYTE} or not trainer.byte_fallback:
-            raise ValueError(f"{path} has user-defined pieces or no bytes for unknown characters, unlike Llama's")
+            raise ValueError(
+                f"{path} has user-defined pieces or no byte fallback for unknown characters, unlike Llama's"
+            )
         self._prefix = text.add_dummy_prefix
         self.vocab_size = self._model.vocab_size()
         pieces = enumerate(self._format.pieces)
@@ -61,17 +63,17 @@ class SentencePieceTokenizer:
         self.bos = self._model.bos_id() if self._model.bos_id() >= 0 else None
         ends = [END] * (END in self._special) + [self._model.id_to_piece(i) for i in [self._model.eos_id()] if i >= 0]
         if not ends:
-            raise ValueError(f"{path} has no special token that ends a turn: {END} or one of the model's own")
+            raise ValueError(f"{path} has no special token that ends a turn: it needs {END} or an eos piece")
         self.end = ends[0]
         self.pad = PAD if PAD in self._special else self._model.id_to_piece(self._model.unk_id())
         self.image = IMAGE if IMAGE in self._special else self.pad
         self.image_id = self._special[self.image]
 
-    def __reduce__(self):  # its parts cannot be sent to another process
+    def __reduce__(self):  # the parsed model cannot be pickled for another process
         return SentencePieceTokenizer, self.files
 
     def encode(self, text: str) -> list[int]:
-        text.encode()  # half a surrogate pair, which JSON may hold: a ValueError
+        text.encode()  # raises ValueError for half a surrogate pair, which JSON can hold
         return self.encode_with_offsets(text)[0] if SPACE in text else self._model.encode(text)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
@@ -81,7 +83,7 @@ class SentencePieceTokenizer:
                 ids += [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in part.encode()]
                 spans += [(at, at + 1)] * 3
             elif part:
-                # Offsets come in UTF-8 bytes; to_char[b] is the character that byte b belongs to.
+                # SentencePiece's offsets count UTF-8 bytes; to_char[b] is the index of byte b's character.
                 char_bytes = [len(char.encode()) for char in part] if not part.isascii() else [1] * len(part)
                 to_char = np.append(np.repeat(np.arange(len(part)), char_bytes), len(part)) + at
                 for piece in self._model.encode(part, return_type="proto").pieces:
@@ -92,7 +94,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         special = set(self._special.values())
-        # A model's vocabulary may be padded beyond the tokenizer's.
+        # The language model's vocabulary may be padded beyond the tokenizer's.
         return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size and i not in special])
 
     def special_id(self, name: str) -> int:
@@ -111,8 +113,8 @@ class SentencePieceTokenizer:
         write_tokenizer(self._converted(), self, folder)
 
     def _converted(self) -> tokenizers.Tokenizer:
-        """The same model for the `tokenizers` library, which merges by listed pairs where SentencePiece has scores."""
-        # Without the space in front, spaces are spelled as themselves: a U+2581 is then unknown and goes as bytes.
+        """Returns the same model for the `tokenizers` library, whose list of merges replaces SentencePiece's scores."""
+        # Without the space in front, a space is spelled as itself, so U+2581 is unknown and becomes bytes.
         space = SPACE if self._prefix else " "
         normal = {
             piece.piece.replace(SPACE, space): (i, piece.score)
@@ -121,7 +123,7 @@ class SentencePieceTokenizer:
         }
         others = {piece.piece: i for i, piece in enumerate(self._format.pieces) if piece.type != _NORMAL}
         vocab = {**{text: i for text, (i, _) in normal.items()}, **others}
-        # SentencePiece merges the pair that makes the piece of the best score; of equal scores the lower id goes first.
+        # SentencePiece merges the pair whose piece has the best score; the lower id breaks ties.
         merges = [
             (-score, i, text[:cut], text[cut:])
             for text, (i, score) in normal.items()

@@ -1,7 +1,7 @@
-"""Text to ids and back, from the tokenizer files of Qwen2, Llama, Vicuna and SmolLM2, or from one trained here.
+"""Loads the tokenizers of Qwen2, Llama, Vicuna and SmolLM2, and trains new ones.
 
 Text never becomes a special token: `<|im_end|>` or `<image>` typed by a user is encoded as plain characters.
-Special ids are asked for by name and are placed by the templates of conversation.py alone.
+Only the templates of conversation.py place special ids, which they look up by name.
 """
 
 import io
@@ -28,16 +28,16 @@ READERS = {
 
 
 class Tokenizer(Protocol):
-    """What the package needs of a tokenizer; `load_tokenizer` gives one.
+    """Describes the tokenizers of this package, which `load_tokenizer` returns.
 
     Attributes:
       vocab_size: number of ids, special ones included; ids are in [0, vocab_size).
-      files: the file it was read from.
-      bos: the id that starts every sequence (Llama's `<s>`), None where there is none.
+      files: the file that the tokenizer was read from.
+      bos: id that starts every sequence (Llama's `<s>`); None if there is none.
       end: name of the special token that ends a turn: `<|im_end|>`, or `</s>` for Llama and Vicuna.
-      pad: name of the special token that fills places which are never read.
-      image: name of the token at an image's placeholders: `<image>`, or `pad` where the vocabulary has no such token.
-      image_id: its id, always inside the vocabulary.
+      pad: name of the special token for padding, which is never read.
+      image: name of the token at an image's placeholders: `<image>`, or `pad` if the vocabulary has no such token.
+      image_id: id of `image`, always inside the vocabulary.
     """
 
     vocab_size: int
@@ -49,50 +49,50 @@ class Tokenizer(Protocol):
     image_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, none of them special; ValueError for half a surrogate pair."""
+        """Returns the ids of `text`, none of them special; raises ValueError for half a surrogate pair."""
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        """Returns ids and the `[start, end)` characters that each stands for.
+        """Returns the ids of `text` and, for each, the span `[start, end)` of characters that it encodes.
 
-        Bytes of one character that fell into several tokens: each token's span lies inside or at the start of it.
-        A letter and its mark that Unicode's NFC form joins: the span is the letter's.
+        If several tokens share the bytes of one character, each span is the character or empty at its start.
+        If Unicode's NFC form joins a letter and its combining mark, the span is the letter's.
         """
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; special tokens are left out."""
+        """Returns the text of `ids` without the special tokens."""
 
     def special_id(self, name: str) -> int:
-        """Returns the id of a special token such as `<|im_end|>`; ValueError if there is none of that name."""
+        """Returns the id of a special token such as `<|im_end|>`; raises ValueError if there is none of that name."""
 
     def with_image(self) -> "Tokenizer":
-        """Returns the tokenizer with `<image>`, on the next free id where it had none, as transformers wants it.
+        """Returns this tokenizer with `<image>`, which transformers requires, on the next free id if it was missing.
 
-        That id may lie behind the model's vocabulary, which then needs another row.
+        That id may lie beyond the model's vocabulary, which then needs another row.
         """
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the files that `load_tokenizer` and transformers' AutoTokenizer read the same tokenizer from."""
+        """Writes the files from which `load_tokenizer` and transformers' AutoTokenizer load the same tokenizer."""
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Loads a `tokenizer.json`, a SentencePiece `.model`, a `.tiktoken`, a `vocab.json`, or a folder that holds one.
 
     Raises:
-      FileNotFoundError: there is no such file, or the folder holds none.
-      ValueError: the file is not what its name says.
+      FileNotFoundError: there is no such file, or the folder holds no tokenizer.
+      ValueError: the file does not hold the kind of tokenizer that its name says.
     """
     path = pathlib.Path(path).expanduser()
     if path.is_file():
         by_suffix = {".json": bpe.read_json, ".tiktoken": bpe.read_tiktoken}
         return READERS.get(path.name, by_suffix.get(path.suffix, SentencePieceTokenizer))(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"no tokenizer at {path}: give a {', '.join(READERS)} or their folder")
+        raise FileNotFoundError(f"no tokenizer at {path}: give one of {', '.join(READERS)} or its folder")
     found = [name for name in READERS if (path / name).is_file()]
     if not found:
         raise FileNotFoundError(f"no tokenizer in {path}: it needs one of {', '.join(READERS)}")
     tokenizer = READERS[found[0]](path / found[0])
     if found[:2] == ["tokenizer.json", "tokenizer.model"]:
-        # The SentencePiece model is the original, unless tokens were added to it since.
+        # The SentencePiece model is the original, but tokenizer.json may hold tokens that were added later.
         original = SentencePieceTokenizer(path / "tokenizer.model")
         return original if original.vocab_size >= tokenizer.vocab_size else tokenizer
     return tokenizer
@@ -102,10 +102,11 @@ def train_sentencepiece(lines: Iterable[str], path: str | os.PathLike, vocab_siz
     """Trains a lossless byte-fallback BPE tokenizer on `lines` and writes it to `path`, the same bytes each time.
 
     `decode(encode(x)) == x` for any text: no normalisation, no added or removed space, unknown characters as bytes.
-    Texts too few to fill `vocab_size` give a smaller vocabulary. Special ids: PAD is 0, then START, END, IMAGE.
+    Texts too few to fill `vocab_size` give a smaller vocabulary. Special ids: PAD 0, START 2, END 3, IMAGE 4.
 
     Raises:
-      ValueError: no text at all, or `vocab_size` has no room for the 256 bytes, the characters and the special tokens.
+      ValueError: `lines` holds no text, or `vocab_size` has no room for the 256 bytes, the characters and the special
+        tokens.
     """
     lines = [part for line in lines for part in line.split("\n") if part]  # a newline stays a token of its own
     if not lines:
@@ -125,7 +126,7 @@ def train_sentencepiece(lines: Iterable[str], path: str | os.PathLike, vocab_siz
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
-        max_sentence_length=1 << 20,  # longer lines are dropped without a word
+        max_sentence_length=1 << 20,  # bytes; longer lines are dropped without a warning
         pad_id=0,
         unk_id=1,
         bos_id=-1,

@@ -84,7 +84,7 @@ def test_without_torch_the_command_prints_a_table_and_writes_the_same_numbers(fo
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """A config, builder and sharding of the data set."""
+    """Returns a config, a builder and a sharding for the data set."""
     config = small_config(folder, data__image_size=64)
     build = make_builder(config.data, Processor(load_tokenizer(folder), "chatml", 64, 4), "train", 0)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
@@ -106,7 +106,7 @@ def test_the_parts_sum_to_what_one_thread_takes(opened):
         assert parts["total"] == pytest.approx(sum(parts[name] for name in bench.PARTS))
         assert min(parts["decode"], parts["resize"], parts["tokenize"], parts["read"]) > 0.005
         ratios.append(parts["total"] / total)
-    assert 0.3 < sorted(ratios)[2] < 3  # nothing is counted twice or left out, on a machine however busy
+    assert 0.3 < sorted(ratios)[2] < 3  # nothing is counted twice or left out, however busy the machine
 
 
 def test_the_clocks_are_taken_off_again(opened):
@@ -160,7 +160,7 @@ def test_buffers_are_used_again_when_every_view_is_gone():
     smaller = buffers.empty((2, 5))
     assert smaller.ctypes.data == address and smaller.shape == (2, 5) and (smaller == 7).all()  # fresh memory is 0
     del other
-    larger = buffers.empty((50, 100, 3))  # no memory that is there holds it
+    larger = buffers.empty((50, 100, 3))  # no existing buffer is large enough
     assert larger.shape == (50, 100, 3) and not larger.any()
 
 

@@ -1,4 +1,4 @@
-"""Model directories: to transformers and back bit for bit, strict loading there, and what bad files get."""
+"""Tests of model directories: bit-for-bit round trips to transformers, strict loading there, errors for bad files."""
 
 import importlib.resources
 import json
@@ -27,7 +27,7 @@ from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 TINY = dict(layers=[1, 2, 1, 1], embed_dims=[8, 16, 16, 32], mixers=[*["repmixer"] * 3, "attention"])
 LLM = dict(vocab_size=320, width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=48)
 CONFIG = {"vision": TINY, "llm": LLM, "dtype": "float32"}
-# One stage of one block: what the tests of messages need.
+# One stage of one block, enough for the tests of error messages.
 STUB = {"vision": dict(layers=[1], embed_dims=[8], mixers=["repmixer"], form="folded"), "llm": LLM, "dtype": "float32"}
 
 
@@ -39,7 +39,7 @@ def processor(tmp_path_factory):
 
 
 def random_variables(config):
-    """Variables of a model with every leaf random: variances and scales in [0.5, 2]."""
+    """Returns (model, variables) with every leaf random; variances and scales lie in [0.5, 2]."""
     model, rng = fastvlm.build(**config), np.random.default_rng(0)
     shapes = shapes_of(model)
 
@@ -59,7 +59,7 @@ def write(target, layout, variables, config, processor, **options):
 
 @pytest.fixture(scope="module")
 def reference(processor):
-    """A random FastVLM of transformers' own making, folded, with untied embeddings."""
+    """A random FastVLM built by transformers, folded, with untied embeddings."""
     vision, llm = FastViT(**TINY, form="folded"), Decoder(**LLM, tie_embeddings=False)
     config = transformers.FastVlmConfig(
         vision_config=layout.vision_config(vision),
@@ -104,7 +104,7 @@ def assert_same_tree(a, b):
 
 
 def refused(error, message):
-    """Expects `error` with exactly one line that holds `message`."""
+    """Expects `error` with a message of exactly one line that contains `message`."""
     return pytest.raises(error, match=re.compile(rf"^[^\n]*{re.escape(message)}[^\n]*$"))
 
 
@@ -122,7 +122,7 @@ def test_torch_to_jax_to_torch_is_the_identity(reference_folder, imported, proce
 
 
 def test_branched_model_exports_to_strict_loading_and_equal_logits(processor, tmp_path):
-    """The way of a trained model: branched, tied embeddings; transformers finds every tensor and no other."""
+    """A model as training leaves it, branched with tied embeddings: transformers finds every tensor and no other."""
     model, variables = random_variables(CONFIG)
     write(tmp_path / "out", "hf", variables, CONFIG, processor)
     load = transformers.FastVlmForConditionalGeneration.from_pretrained
@@ -137,7 +137,7 @@ def test_branched_model_exports_to_strict_loading_and_equal_logits(processor, tm
         their_logits = theirs(input_ids=torch.from_numpy(tokens), pixel_values=to_nchw(images)).logits.numpy()
     our_logits = jit(model.apply)(variables, images, tokens, image_index, positions, np.ones_like(tokens))
     assert np.abs(our_logits - their_logits).max() <= 1e-4
-    assert np.abs(their_logits).max() > 0.5  # a difference would show
+    assert np.abs(their_logits).max() > 0.5  # large enough for a difference to show
 
     config = theirs.config
     assert config.image_token_id == image and config.text_config.rope_parameters["rope_theta"] == 1e6
@@ -155,7 +155,7 @@ def test_branched_model_exports_to_strict_loading_and_equal_logits(processor, tm
     ids=["untied", "llama", "five stages"],
 )
 def test_table_names_what_transformers_names(vision, llm, tmp_path):
-    """Names and shapes of a transformers model built from our config.json, and our sizes read back from it."""
+    """A transformers model built from our config.json has our names and shapes, and gives our sizes back."""
     config = {"vision": {**TINY, "form": "folded", **vision}, "llm": {**LLM, **llm}}
     model = fastvlm.build(**config)
     tower, decoder = FastViT(**model.vision_args), Decoder(**model.llm_args)
@@ -201,7 +201,7 @@ def test_tied_checkpoint_may_repeat_the_embedding_as_its_head(hf_copy):
 
 
 def test_vocabulary_without_room_for_the_image_token_gets_a_row(tmp_path):
-    """Qwen2's 151,646 words alone, read from files: `<image>` becomes word 151,646, which is never the likeliest."""
+    """With Qwen2's 151,646 ids only, `<image>` becomes id 151,646, with a row that copies the first."""
     words = 151_646
     config = {**STUB, "llm": {**LLM, "vocab_size": words}}
     _, variables = random_variables(config)
@@ -234,7 +234,7 @@ def test_tokenizer_of_another_model_is_refused(processor, tmp_path):
         model_io.read(tmp_path / "native")
 
 
-# Our own directory.
+# The native layout.
 
 
 @pytest.mark.parametrize("config", [CONFIG, STUB], ids=["branched", "folded"])
@@ -252,7 +252,7 @@ def test_layouts_are_recognised(stub):
     assert {name: convert.recognise(path) for name, path in stub.items()} == {"native": "native", "hf": "fastvlm"}
 
 
-# What is already at the target, and what a failed export leaves there.
+# An occupied target, and a failed export.
 
 
 def test_occupied_target_is_refused_and_kept(hf_copy, processor):
@@ -268,19 +268,19 @@ def test_overwrite_replaces_a_model_and_nothing_else(hf_copy, processor, tmp_pat
     write(hf_copy, "native", variables, STUB, processor, overwrite=True)
     assert convert.recognise(hf_copy) == "native" and not (hf_copy / "generation_config.json").exists()
     (hf_copy / "notes").mkdir()
-    with refused(ValueError, "holds notes beside a model, and would lose it: name another folder"):
+    with refused(ValueError, "holds notes beside a model, --overwrite would delete it: name another folder"):
         write(hf_copy, "native", variables, STUB, processor, overwrite=True)
     (hf_copy / "notes").rmdir()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     (tmp_path / "photos" / "config.json").write_text("{}")
-    with refused(ValueError, "photos holds other things than a model"):
+    with refused(ValueError, "photos holds something other than a model"):
         write(tmp_path / "photos", "native", variables, STUB, processor, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "photos"]
 
 
 def test_failed_export_leaves_nothing(processor, tmp_path):
-    """The tokenizer's file has gone: the export fails after the weights were written."""
+    """The tokenizer's file is deleted, so the export fails after the weights are written."""
     _, variables = random_variables(STUB)
     lost = tmp_path / "lost" / "tokenizer.model"
     lost.parent.mkdir()
@@ -292,7 +292,7 @@ def test_failed_export_leaves_nothing(processor, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# Bad files, each refused in one line.
+# Bad files, each refused with one line.
 
 
 def rewrite(folder, change):
@@ -314,7 +314,7 @@ NORM = "model.language_model.norm.weight"
     "change, message",
     [
         (lambda t: t.pop(NORM), f"tensor {NORM} is missing"),
-        (lambda t: t.update(extra=np.zeros(1, np.float32)), "tensor extra is none of this model's"),
+        (lambda t: t.update(extra=np.zeros(1, np.float32)), "tensor extra is not part of this model"),
         (lambda t: t.update({NORM: np.zeros(31, np.float32)}), f"{NORM} has shape (31,), the model asks for (32,)"),
         (lambda t: t.update({NORM: np.zeros(32, np.int8)}), f"tensor {NORM} is I8, not F32 or BF16 or F16"),
     ],

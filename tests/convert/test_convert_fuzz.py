@@ -1,7 +1,7 @@
-"""Damaged and hostile model directories: each gives the same tensors, or one line that names the file at fault.
+"""Tests of damaged and hostile model directories: each gives the same tensors, or one line that names the bad file.
 
-A mutation changes the safetensors header, a JSON file, the bytes of either, the shards or their index. None may end in
-another exception, in more than LIMIT bytes of memory, or take longer than SECONDS.
+A mutation changes the safetensors header, a JSON file, the bytes of either, the shards or their index. None may raise
+another exception, need more than LIMIT bytes of memory, or take longer than SECONDS.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 LIMIT, SECONDS = 500_000_000, 20
 LLM = dict(vocab_size=320, width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=8)
 TOWER = dict(layers=[1], embed_dims=[8], mixers=["repmixer"], form="folded")
-MODELS = {  # name: (layout to write, model config)
+MODELS = {  # name -> (layout to write, model config)
     "native": ("native", {"vision": TOWER, "llm": LLM, "dtype": "float32"}),
     "hf": ("hf", {"vision": TOWER, "llm": LLM, "dtype": "float32"}),
     "lm": ("hf", {"llm": LLM, "dtype": "float32"}),
     "timm": ("timm", {"vision": TOWER, "dtype": "float32"}),
     "openclip": ("openclip", {"vision": {**VISION_SIZES["mci0"], "form": "folded"}, "dtype": "float32"}),
 }
-# LLaVA-1.5's tower, which ml-fastvlm's layout does not have: refused whatever else is wrong.
+# A config with LLaVA-1.5's tower, which ml-fastvlm's layout does not have: always refused.
 LLAVA = {
     "model_type": "llava_qwen2", "mm_vision_tower": "openai/clip-vit-large-patch14-336",
     "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 1024, "hidden_size": 8, "num_hidden_layers": 1,
@@ -54,7 +54,7 @@ DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F8
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model directory in memory: file name to bytes, and the variables that it holds."""
+    """Holds a model directory in memory: its files by name, and the variables stored in them by path."""
 
     files: dict[str, bytes]
     tensors: dict[str, np.ndarray]
@@ -68,7 +68,7 @@ def flatten(variables):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        # Most cases share one config: its model is traced once.
+        # Most cases share one config, so its model is traced only once.
         patch.setattr(mapping, "shapes_of", functools.lru_cache(mapping.shapes_of))
         yield make_models(tmp_path_factory.mktemp("fuzz"))
 
@@ -80,7 +80,7 @@ def make_models(root: pathlib.Path) -> dict[str, Model]:
     for name, (layout, config) in MODELS.items():
         rng = np.random.default_rng(0)
         shapes = model_io.abstract_variables(fastvlm.build(**config))
-        if name == "openclip":  # its sizes are fixed: zeros, which take no place on the disk
+        if name == "openclip":  # large, because its sizes are fixed: zeros take no space on disk
             draw = lambda x: np.broadcast_to(np.float32(0), x.shape)  # noqa: E731
         else:
             draw = lambda x: rng.standard_normal(x.shape, np.float32)  # noqa: E731
@@ -93,7 +93,7 @@ def make_models(root: pathlib.Path) -> dict[str, Model]:
     return found
 
 
-# Mutations: files -> what was done, in place.
+# Mutations: each changes `files` in place.
 
 
 def weights_of(files: dict) -> str:
@@ -153,7 +153,7 @@ def header_entry(rng, files):
                 "dtype": rng.choice(DTYPES), "shape": [4], "data_offsets": [len(data), len(data) + 16],
             }  # fmt: skip
             data += bytes(16)
-        case 6:  # twice the numbers in half the size, or half
+        case 6:  # another width of numbers in half the shape
             entry["dtype"] = {"F32": "F64"}.get(entry["dtype"], "F32")
             entry["shape"] = [entry["shape"][0] // 2 or 1, *entry["shape"][1:]] if entry["shape"] else [1]
         case 7:
@@ -172,7 +172,7 @@ def cut(rng, files):
 
 
 def places(value, path=()):
-    """All keys of nested objects and lists."""
+    """Yields the path of keys to every value inside nested objects and lists."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
@@ -214,7 +214,7 @@ def lost(rng, files):
 
 
 def shards(rng, files):
-    """Two shards with an index, one of them damaged or not."""
+    """Splits the weights into two shards with an index, and damages one of the three, or none."""
     name = weights_of(files)
     header, data = split(files.pop(name))
     header.pop("__metadata__", None)
@@ -252,7 +252,7 @@ def shards(rng, files):
             files[other] = join(entries, body + data[start:stop])
         case 7:
             files[where[some]] = files[where[some]][: rng.randrange(len(files[where[some]]))]
-        case 8:  # symbolic links, as the cache of the Hugging Face hub has them
+        case 8:  # symbolic links, as in the cache of the Hugging Face hub
             files["@" + where[some]] = files.pop(where[some])
     files[f"{name}.index.json"] = json.dumps(index).encode()
     if rng.random() < 0.2:
@@ -269,7 +269,7 @@ MUTATIONS = (
 
 
 def write_folder(folder: pathlib.Path, files: dict[str, bytes]) -> None:
-    """Writes the files; trailing zeros as a hole, and a name that begins with @ as a link to a file elsewhere."""
+    """Writes the files; trailing zeros become a hole, a name that begins with @ a link to a file elsewhere."""
     for name, blob in files.items():
         file = folder / name
         if name.startswith("@"):
@@ -282,7 +282,7 @@ def write_folder(folder: pathlib.Path, files: dict[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def limits():
-    """MemoryError beyond LIMIT bytes more than now, TimeoutError after SECONDS."""
+    """Makes the block raise MemoryError beyond LIMIT more bytes than now, and TimeoutError after SECONDS."""
 
     def late(*_):
         raise TimeoutError(f"more than {SECONDS} s")
@@ -300,7 +300,7 @@ def limits():
 
 
 def judge(folder: pathlib.Path, expected: dict[str, np.ndarray]) -> str:
-    """ "same", "refused", or what is wrong."""
+    """Loads a directory: returns "same", "refused", or a description of the failure."""
     try:
         with limits():
             loaded = model_io.read(folder)
@@ -320,7 +320,7 @@ def judge(folder: pathlib.Path, expected: dict[str, np.ndarray]) -> str:
 
 
 def run_cases(root: pathlib.Path, name: str, model: Model, seeds) -> dict[str, list]:
-    """Outcome -> what led to it: (mutation, seed)."""
+    """Runs one mutation per seed; returns outcome -> [(mutation, seed), ...]."""
     outcomes: dict[str, list] = {}
     for seed in seeds:
         rng, files = random.Random(f"{name} {seed}"), dict(model.files)

@@ -67,7 +67,7 @@ def test_a_killed_write_is_redone(tmp_path):
     write_shards(tmp_path, "train", RECORDS)
     shard = tmp_path / "train-00000-of-00001.array_record"
     whole = shard.read_bytes()
-    (tmp_path / "manifest.json").unlink()  # killed before the manifest, and in the middle of the next attempt
+    (tmp_path / "manifest.json").unlink()  # killed before the manifest, and again in the middle of the next attempt
     shard.with_name(shard.name + ".1.partial").write_bytes(whole[:1000])
     with pytest.raises(FileNotFoundError, match="no complete dataset"):
         read_shards(tmp_path, "train")
@@ -102,7 +102,7 @@ def test_a_damaged_record_or_file_is_named(tmp_path, place, what):
     data = bytearray(shard.read_bytes())
     data[place] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ValueError, match=what + " is damaged .*: write it again") as caught:
+    with pytest.raises(ValueError, match=what + " is damaged .*: write the data set again") as caught:
         source = read_shards(tmp_path / "data", "train")
         assert source[2] == noise[2]
         source[3]
@@ -138,7 +138,7 @@ def test_a_damaged_manifest_is_named(tmp_path):
         b"",
         b"junk",
         msgpack.packb(3),
-        msgpack.packb({"key": "a", "images": [], "turns": [["user", [0]]]}),  # an image that is not there
+        msgpack.packb({"key": "a", "images": [], "turns": [["user", [0]]]}),  # the record holds no image 0
         msgpack.packb({"key": "a", "images": ["text"], "turns": []}),
         msgpack.packb({"key": "a", "images": [], "turns": [["user"]]}),
         pack(RECORDS[0])[:-3],
@@ -154,9 +154,9 @@ def test_more_images_or_turns_than_the_index_can_count_are_refused():
     fine = Record("a", (b"x",) * 1000, talk * 2000)
     assert unpack(pack(dataclasses.replace(fine, turns=talk))).images == fine.images
     assert check(dataclasses.replace(fine, turns=talk * 1000)) is None
-    told = "it has more than 4,000 turns or 1,000 images"
-    assert check(fine) == check(dataclasses.replace(fine, images=(b"x",) * 1001, turns=talk)) == told
-    assert check(Record("a", (b"x",), (("user", (0,) * 1001), talk[1]))) == told
-    assert check(Record("a", (), (("user", ("q",)), talk[1]) * 2001)) == told
+    reason = "it has more than 4,000 turns or 1,000 images"
+    assert check(fine) == check(dataclasses.replace(fine, images=(b"x",) * 1001, turns=talk)) == reason
+    assert check(Record("a", (b"x",), (("user", (0,) * 1001), talk[1]))) == reason
+    assert check(Record("a", (), (("user", ("q",)), talk[1]) * 2001)) == reason
     with pytest.raises(ValueError, match="more than 1,000 images"):
         unpack(pack(Record("a", (b"x",) * 1001, talk)))

@@ -23,7 +23,7 @@ def augment(image, size, crop, ops=(), exact=True):
 
 
 def philox(key, counter):
-    """Philox4x64-10 (Salmon et al. 2011), in plain integers."""
+    """Computes Philox4x64-10 (Salmon et al. 2011) in plain integers."""
     mask, (a, b, c, d), (k, m) = 2**64 - 1, counter, key
     for _ in range(10):
         first, second = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
@@ -39,7 +39,8 @@ def test_the_reference_philox_gives_the_published_words():
 
 @pytest.mark.parametrize("seed, epoch, record", [(0, 0, 0), (7, 3, 12_345_678_901), (2**64 - 1, 1, 2**64 - 1)])
 def test_random_numbers_are_philox_words(seed, epoch, record):
-    words = [*philox((seed, epoch), (1, record, 0, 0)), *philox((seed, epoch), (2, record, 0, 0))]  # numpy counts first
+    # NumPy increments the counter before the first words.
+    words = [*philox((seed, epoch), (1, record, 0, 0)), *philox((seed, epoch), (2, record, 0, 0))]
     expected = [(word >> 11) / 2**53 for word in words]
     assert uniform(seed, epoch, record, 8).tolist() == expected
 
@@ -55,7 +56,7 @@ def test_parameters_depend_on_seed_epoch_and_record_alone():
     assert first == sample(1, 2, 3, (480, 640), (224, 224))
     others = [sample(*numbers, (480, 640), (224, 224)) for numbers in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3))]
     assert len({first, *others}) == 5
-    # Written down when this was new: what was stored has to replay in every later version.
+    # Fixed values: stored parameters have to replay in every later version.
     assert first == (Crop(53, 341, 272, 233), (("AutoContrast", 0.0), ("Contrast", -0.27)))
 
 
@@ -68,7 +69,7 @@ def test_crop_takes_the_first_that_fits():
 
 @pytest.mark.parametrize("height, width", [(400, 1), (1, 400), (3, 1000), (1, 1), (2000, 20)])
 def test_crop_falls_back_as_torchvision_does(height, width):
-    numbers = np.full(40, 1 - 1e-9)  # all of the area, which fits no such image
+    numbers = np.full(40, 1 - 1e-9)  # the whole area at the largest aspect
     theirs = {T.RandomResizedCrop.get_params(torch.empty(3, height, width), [1, 1], [3 / 4, 4 / 3]) for _ in range(20)}
     assert sample_crop(numbers, (height, width), scale=(1, 1)) in theirs
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeW
 
 
 def by_pillow(data):
-    """What Pillow shows over black; 16-bit grey by its high byte."""
+    """Decodes an image by Pillow, over black; 16-bit grey keeps its high byte."""
     image = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
     if image.mode == "I;16":
         return np.repeat((np.asarray(image) >> 8)[..., None], 3, 2).astype(np.uint8)
@@ -133,7 +133,7 @@ def test_harmless_warnings_of_the_jpeg_decoder_lose_no_image():
 
 
 def bomb(width, height):
-    """A PNG of a few bytes that claims any size."""
+    """Returns a PNG of a few bytes that claims to have this size."""
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"\0\0\0\0IDAT"
     )
@@ -228,9 +228,9 @@ def test_damaged_jpeg_is_refused_where_pillow_shows_grey():
 
 
 def scan_bomb(side, scans):
-    """A progressive JPEG of which every further scan says: nothing to add, for the whole image."""
+    """Returns a progressive JPEG whose further scans cover the whole image and add nothing."""
     table = b"\xff\xdb\0\x43\0" + bytes([1] * 64)
-    codes = b"\xff\xc4\0\x14\0" + bytes([1] + [0] * 15) + b"\0"  # the one code of each: zero; and a run of blocks
+    codes = b"\xff\xc4\0\x14\0" + bytes([1] + [0] * 15) + b"\0"  # one code per table: zero, and a run of blocks
     codes += b"\xff\xc4\0\x14\x10" + bytes([1] + [0] * 15) + b"\xe0"
     frame = b"\xff\xc2" + struct.pack(">HBHHB", 11, 8, side, side, 1) + b"\1\x11\0"
     blocks = (side // 8) ** 2
@@ -261,16 +261,16 @@ def test_work_beyond_the_pixels_is_bounded():
 
 
 def mutations(data, others, rng):
-    """Damaged forms of one file."""
+    """Yields damaged forms of one file."""
     length = len(data)
     for share in rng.random(3):
         yield data[: int(length * share)]
-    for _ in range(6):  # bits
+    for _ in range(6):  # flipped bits
         flipped = bytearray(data)
         for at in rng.integers(0, length, rng.integers(1, 4)):
             flipped[at] ^= 1 << rng.integers(8)
         yield bytes(flipped)
-    for _ in range(3):  # bits of the header
+    for _ in range(3):  # flipped bits of the header
         flipped = bytearray(data)
         flipped[rng.integers(0, min(length, 64))] ^= 1 << rng.integers(8)
         yield bytes(flipped)
@@ -318,7 +318,7 @@ for data in FORMATS.values():
 
 
 def test_damaged_files_print_nothing():
-    # pytest takes warnings away from a program's own filters, so this asks a program of its own.
+    # pytest replaces the warning filters of the package, so this test runs a program of its own.
     path = os.pathsep.join([str(HELPERS), str(ROOT)])
     command = [sys.executable, "-c", PRINTS]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=True)
@@ -328,7 +328,7 @@ def test_damaged_files_print_nothing():
 @pytest.mark.parametrize("width, height", [(1, 1), (20_000, 1), (1, 20_000)])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_thin_images_decode(kind, width, height):
-    if kind == "WEBP":  # up to 16,383
+    if kind == "WEBP":  # its sides are at most 16,383
         width, height = min(width, 16_383), min(height, 16_383)
     data = encode(PIL.Image.new("RGB", (width, height), "white"), format=kind)
     assert size_of(data) == (width, height)

@@ -23,7 +23,7 @@ def fit(image, height, width, *options, **more):
 
 
 def on_square(image, background):
-    """LLaVA's expand2square: the image in the middle of a square."""
+    """Returns the image in the middle of a square, like LLaVA's expand2square."""
     width, height = image.size
     square = PIL.Image.new("RGB", (max(image.size),) * 2, background)
     square.paste(image, ((max(image.size) - width) // 2, (max(image.size) - height) // 2))
@@ -43,7 +43,7 @@ def clip_processor(image, height, width):
 
 
 def smooth(height, width):
-    """A picture without detail finer than 40 pixels: any good resize of it agrees with any other."""
+    """Returns a picture without detail finer than 40 pixels, on which all good resizing methods agree."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 23) + np.cos(y / 31), np.cos(x / 29 + y / 37), np.sin(y / 19) * np.cos(x / 41)]
     return (128 + 60 * np.stack(waves, -1)).clip(0, 255).astype(np.uint8)
@@ -67,7 +67,7 @@ def test_exact_crop_equals_clip_image_processor(height, width, size):
     image = photo(height, width)
     ours = fit(image, size, size, "crop", exact=True).astype(int)
     expected = clip_processor(PIL.Image.fromarray(image), size, size)
-    # Beyond 8 to 1 what is cut off is not resized: single pixels may differ by one.
+    # Beyond 8 to 1 the part that is cut off is not resized: single pixels may differ by one.
     tolerance = 1 if max(height, width) > 8 * min(height, width) else 0
     assert abs(ours - expected).max() <= tolerance and (ours != expected).mean() < 0.01
 
@@ -99,7 +99,7 @@ def test_an_image_of_the_wanted_size_is_copied(exact):
     image = photo(48, 64)
     for mode in ("pad", "crop", "stretch"):
         np.testing.assert_array_equal(fit(image, 48, 64, mode, (9, 9, 9), exact), image)
-    padded = fit(photo(37, 64), 64, 64, "pad", (9, 9, 9), exact)  # as expand2square places it
+    padded = fit(photo(37, 64), 64, 64, "pad", (9, 9, 9), exact)  # where expand2square places it
     np.testing.assert_array_equal(padded[13:50], photo(37, 64))
 
 
@@ -107,7 +107,7 @@ def test_an_image_of_the_wanted_size_is_copied(exact):
 def test_crop_shows_the_centre(exact):
     image = np.zeros((20, 60, 3), np.uint8)
     image[:, 20:40] = 255
-    # Pillow mixes what lies beyond the edge into the first pixels.
+    # Pillow mixes pixels beyond the edge of the crop into the first ones.
     assert fit(image, 40, 40, "crop", exact=exact)[:, 4:-4].min() > 250
     assert fit(image.swapaxes(0, 1), 40, 40, "crop", exact=exact)[4:-4].min() > 250
     wide = fit(image, 40, 80, "crop", exact=exact)  # 10 to 50 of the 60 columns
@@ -122,13 +122,13 @@ def test_fast_pixels_are_close_to_exact_ones_and_not_shifted(mode, height, width
     fast = fit(image, *box, mode)
     exact = fit(image, *box, mode, exact=True)
     inside = np.s_[:]
-    if mode == "pad":  # the border's edge may lie a pixel elsewhere
+    if mode == "pad":  # the border's edge may be off by a pixel
         scale = min(box[0] / height, box[1] / width)
         top, left = (int((whole - part * scale) / 2) for whole, part in zip(box, (height, width), strict=True))
         inside = np.s_[top + 2 : box[0] - top - 2, left + 2 : box[1] - left - 2]
     assert psnr(fast[inside], exact[inside]) > 37
     assert abs(fast[inside].mean((0, 1)) - exact[inside].mean((0, 1))).max() < 1.5
-    # Edges are at whole pixels; what CLIP crops is off centre by half a pixel if the rest is odd.
+    # Edges are at whole pixels; CLIP's crop is off centre by half a pixel if the rest is odd.
     shift = 0.05 if mode == "stretch" else 0.55
     for axis in (0, 1):
         slope = np.gradient(exact[inside].astype(float), axis=axis)
@@ -142,7 +142,7 @@ def test_noise_is_averaged_where_an_image_shrinks():
     assert fit(noise[:, :60], 100, 100, "stretch").std() < 45  # fewer rows, more columns
 
 
-@pytest.mark.parametrize("mode", ["crop", "stretch"])  # LLaVA puts the odd pixel of a border on one side
+@pytest.mark.parametrize("mode", ["crop", "stretch"])  # not pad: LLaVA puts the odd pixel on one side
 def test_a_symmetric_image_stays_symmetric(mode):
     for height, width in ((100, 150), (150, 101), (31, 47), (300, 202)):
         image = photo(height, width)
@@ -173,12 +173,12 @@ def test_an_unknown_mode_is_named():
 def test_long_strips_take_little_time_and_memory(mode, exact):
     for height, width in ((9, 30_000), (8_000, 9), (1, 20_000)):
         start = time.perf_counter()
-        out = fit(np.full((height, width, 3), 255, np.uint8), 64, 64, mode, exact=exact)  # the square: 2.7 GB
+        out = fit(np.full((height, width, 3), 255, np.uint8), 64, 64, mode, exact=exact)  # padded: 2.7 GB
         assert (out.max() > 0 or height == 1) and time.perf_counter() - start < 5
 
 
 def llava_anyres(image, size, rows, columns):
-    """What LLaVA's process_anyres_image makes, step by step: float scale, rounded up, centred on black, cut."""
+    """Computes LLaVA's process_anyres_image step by step: float scale, rounded up, centred on black, cut."""
     box_width, box_height = columns * size, rows * size
     width, height = image.size
     if box_width / width < box_height / height:
@@ -235,7 +235,7 @@ def test_fast_views_of_a_jpeg_lose_no_detail(mode, grid, height, width):
     for exact in (0, 1):
         views_into(data, views[exact], grid, mode, exact=bool(exact))
     fast, exact = abs(np.diff(views.astype(int), axis=3)).mean((2, 3, 4))
-    assert (fast > 0.8 * exact).all()  # 0.3 to 0.4 from a JPEG decoded at half the size
+    assert (fast > 0.8 * exact).all()  # 0.3 to 0.4 if the JPEG is decoded at half the size
 
 
 def test_a_wrong_number_of_views_is_named():

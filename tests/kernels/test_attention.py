@@ -1,4 +1,4 @@
-"""Attention: its plain form against loops in NumPy, the kernels against the plain form, and what they compile to."""
+"""Attention: `plain` against loops in NumPy, the kernels against `plain`, and the compiled programs."""
 
 import functools
 import os
@@ -20,21 +20,21 @@ interpreted = functools.partial(splash_attention, interpret=True)
 
 
 def arrays(B, T, S, K, G, E, dtype=jnp.float32, seed=0):
-    """Queries, keys, values and the gradient of the result."""
+    """Returns random queries, keys, values and gradient of the result."""
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = (B, T, K, G, E), (B, S, K, E), (B, S, K, E), (B, T, K, G, E)
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def segments(*rows):
-    """Segment ids of rows given as (length of segment 1, of segment 2, ..., of the padding)."""
+    """Returns the segment ids of rows given as (length of segment 1, length of segment 2, ..., length of padding)."""
     return jnp.array(
         [[i for i, n in zip([*range(1, len(row)), 0], row, strict=True) for _ in range(n)] for row in rows], jnp.int32
     )
 
 
 def looped(q, k, v, q_segments, kv_segments, offset):
-    """One query of one head at a time, in float64: softmax(q . k / sqrt(E)) over the keys it may see."""
+    """Computes softmax(q . k / sqrt(E)) v over the visible keys for one query of one head at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for b, t, head, g in np.ndindex(q.shape[:4]):
@@ -45,7 +45,7 @@ def looped(q, k, v, q_segments, kv_segments, offset):
 
 
 def with_gradients(form, q_segments, kv_segments, offset=0):
-    """(q, k, v, d out) -> (out, dq, dk, dv), compiled."""
+    """Returns a compiled function (q, k, v, d out) -> (out, dq, dk, dv)."""
 
     def run(q, k, v, dout):
         out, vjp = jax.vjp(lambda q, k, v: form(q, k, v, q_segments, kv_segments, offset), q, k, v)
@@ -76,14 +76,14 @@ def test_plain_is_causal_within_segments_grouped_and_scaled():
 def test_behind_a_cache_queries_count_from_the_offset(form):
     q, k, v, _ = arrays(1, 5, 140, 2, 2, 8)
     ids = segments((20, 113, 7))
-    # slots 131 and 132 end segment 2, the rest is padding
+    # queries 131 and 132 are the end of segment 2, the others are padding
     queries = ids[:, 131:136]
     got = jax.jit(form)(q, k, v, queries, ids, jnp.int32(131))
     np.testing.assert_allclose(got, looped(q, k, v, queries, ids, 131), atol=2e-6)
 
 
 def test_the_splash_form_is_the_plain_one_with_its_gradients():
-    # 600 slots are padded to two blocks of 512; the second row is one segment that crosses them, the third all padding
+    # 600 slots become a block of 1024, in steps of 512 keys: a segment of row 2 crosses the steps, row 3 is all padding
     check_same(
         interpreted, arrays(3, 600, 600, 1, 2, 16), segments((130, 300, 150, 20), (600, 0, 0, 0), (0, 0, 0, 600))
     )
@@ -92,7 +92,7 @@ def test_the_splash_form_is_the_plain_one_with_its_gradients():
 @pytest.mark.parametrize("form", [plain, interpreted], ids=["plain", "splash"])
 def test_in_bfloat16_the_softmax_stays_in_float32(form):
     q, *others = arrays(1, 256, 256, 2, 2, 64, jnp.bfloat16)
-    inputs = 8 * q, *others  # scores of about 8, which bfloat16 would round by up to 0.03
+    inputs = 8 * q, *others  # scores of about 8, which bfloat16 rounds by up to 0.03
     ids = segments((200, 56))
     exact = with_gradients(plain, ids, ids)(*(x.astype(jnp.float32) for x in inputs))
     for got, expected in zip(with_gradients(form, ids, ids)(*inputs), exact, strict=True):
@@ -102,7 +102,7 @@ def test_in_bfloat16_the_softmax_stays_in_float32(form):
 
 @pytest.mark.parametrize("offset", [0, 5])
 def test_the_mask_given_to_cudnn_is_the_plain_one(offset):
-    # by jax.nn's own XLA form of the same call: cuDNN itself needs a GPU
+    # cuDNN needs a GPU, so this runs the XLA implementation of the same jax.nn call.
     q, k, v, _ = arrays(2, 24 - offset, 24, 2, 3, 8)
     ids = segments((10, 9, 5), (24, 0))
     form = functools.partial(cudnn_attention, offset=offset, implementation="xla")
@@ -111,7 +111,7 @@ def test_the_mask_given_to_cudnn_is_the_plain_one(offset):
 
 
 def test_cudnn_is_lowered_for_cuda_forward_and_backward(monkeypatch):
-    # JAX asks the GPU's own library which version of cuDNN there is: answer for it
+    # JAX asks cuDNN for its version, which fails without a GPU: this gives the answer.
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     inputs = arrays(2, 256, 256, 2, 7, 64, jnp.bfloat16)
     ids = segments((200, 50, 6), (256, 0))
@@ -143,7 +143,7 @@ def test_rows_that_do_not_divide_over_a_mesh_are_computed_by_all_devices():
         traced = jax.jit(attention).trace(q, k, v, ids, ids)
         kernel = traced.lower(lowering_platforms=("tpu",)).as_text()
         got = jax.jit(attention)(q, k, v, ids, ids)
-    assert "tensor<3x256x1x1x8xf32>" in kernel  # all rows, one of two heads
+    assert "tensor<3x256x1x1x8xf32>" in kernel  # all rows, one of the two heads
     np.testing.assert_allclose(got, plain(q, k, v, ids, ids), atol=1e-6)
 
 
@@ -208,7 +208,7 @@ for names in ("attention",), ():
 
 @pytest.fixture(scope="module")
 def compiled_for_v5e():
-    """What V5E prints: kernels and collectives on a mesh, bytes of temporaries, forward kernels under two policies."""
+    """The lines that V5E prints: kernels, collectives, bytes of temporaries, forward kernels under two policies."""
     pytest.importorskip("libtpu")
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     env |= {
@@ -227,7 +227,7 @@ def test_the_v5e_compiler_takes_the_kernels_on_a_mesh_without_moving_or_storing_
     kernels, collectives, temp = compiled_for_v5e[:3]
     assert kernels == "splash_mha_dkv splash_mha_dq splash_mha_fwd"
     assert collectives == ""
-    scores = 2 * 7 * 512 * 512 * 4  # bytes of float32 on a device: 2 rows, 7 heads
+    scores = 2 * 7 * 512 * 512 * 4  # bytes of float32 scores on one device: 2 rows, 7 heads
     assert int(temp) < scores
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary's two ends, loss and lookup, against PyTorch and optax, on one device and on meshes."""
+"""Cross-entropy against optax and embedding lookup against NumPy, on one device and on meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_optax_s(arrays, sizes, max_logits):
 
 
 def test_words_that_fsdp_does_not_divide(arrays):
-    """A table that a config keeps whole along fsdp, as a frozen one may be."""
+    """A table may be replicated along fsdp, for example when it is frozen."""
     x, table, _, targets = arrays
     table, targets = table[:26], targets % 26
 
@@ -62,7 +62,7 @@ def test_words_that_fsdp_does_not_divide(arrays):
 
 def test_large_logits_overflow_nowhere():
     x, table = jnp.full((1, 2, 4), 100.0), jnp.asarray([[100.0] * 4, [-100.0] * 4, [99.99] * 4, [0.0] * 4])
-    # The logits are 40000, -40000, 39996 and 0: the second word is 80000 worse than the first.
+    # The logits are 40000, -40000, 39996 and 0: the second is 80000 below the first.
     losses, gradient = jax.value_and_grad(
         lambda x: cross_entropy(x, table, jnp.asarray([[0, 1]]), 2).sum(), has_aux=False
     )(x)
@@ -71,7 +71,7 @@ def test_large_logits_overflow_nowhere():
 
 
 def test_logits_are_never_whole_in_memory():
-    """4,096 tokens of Qwen2's vocabulary: 2.5 GB of float32 logits, of which a tenth may exist at a time."""
+    """4,096 tokens and Qwen2's vocabulary take 2.5 GB of float32 logits, of which a tenth may exist at a time."""
     x, table = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 2048, 64), (151_936, 64)))
     targets = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
 
@@ -92,7 +92,7 @@ def test_logits_are_never_whole_in_memory():
     [(151_936, 4096, 2**26, 16), (152_064, 4096, 2**26, 11), (512, 8, 2**26, 1), (30, 10, 60, 5), (7, 100, 1, 7)],
 )
 def test_chunks_divide_the_words_and_lie_in_tiles_where_they_can(words, tokens, max_logits, chunks):
-    # 151936 = 128 * 1187, a prime: only 9496 = 151936 / 16 is small enough. 152064 / 11 = 13824 = 108 * 128.
+    # 151936 = 128 * 1187, and 1187 is prime: the first chunk that fits is 151936 / 16 = 9496. 152064 / 11 = 108 * 128.
     assert num_chunks(words, tokens, max_logits) == chunks
 
 
@@ -109,7 +109,7 @@ def test_lookup_and_its_gradient(arrays, sizes):
 
 
 def test_a_frequent_word_gets_all_of_its_small_gradients():
-    """In bfloat16, 256 + 1 is 256: a sum of ones in it would stop there."""
+    """In bfloat16 256 + 1 is 256, so a sum of ones would stop there."""
     tokens, table = jnp.zeros((1, 1000), jnp.int32), jnp.ones((4, 1))
     (gradient,) = jax.vjp(lambda t: embed(t, tokens, jnp.bfloat16), table)[1](jnp.ones((1, 1000, 1), jnp.bfloat16))
     assert gradient[0, 0] == 1000

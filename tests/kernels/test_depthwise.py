@@ -1,4 +1,4 @@
-"""kernels/depthwise.py against torch, in both forms, and the form that each platform gets."""
+"""Depthwise convolution: every implementation against torch, and which one each platform gets."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from fastvlm_jax.kernels import depthwise
 from fastvlm_jax.kernels.depthwise import depthwise_conv
 
-# (B, H, W, C), kernel size, stride, outputs a channel
+# (B, H, W, C), kernel size, stride, outputs per channel
 CASES = [
     ((2, 8, 8, 4), 3, 1, 1),
     ((2, 12, 9, 4), 7, 1, 1),
@@ -27,7 +27,7 @@ CASES = [
     ((2, 3, 2, 4), 7, 2, 3),
     ((2, 1, 1, 4), 7, 1, 1),  # only the centre tap meets the map
     ((2, 1, 1, 4), 3, 1, 2),
-    ((32, 8, 8, 4), 7, 1, 1),  # one matrix product a channel
+    ((32, 8, 8, 4), 7, 1, 1),  # one matrix product per channel
     ((32, 7, 7, 4), 7, 2, 2),
     ((32, 4, 5, 4), 3, 1, 1),
 ]
@@ -38,7 +38,7 @@ def normal(seed, *shape):
 
 
 def torch_conv(x, kernel, dy, stride):
-    """y, dx, dkernel in JAX's layout."""
+    """Returns torch's (y, dx, dkernel) in JAX's layout."""
     x = torch.tensor(x).permute(0, 3, 1, 2).requires_grad_()
     kernel = torch.tensor(kernel).permute(3, 2, 0, 1).requires_grad_()
     y = torch.nn.functional.conv2d(x, kernel, stride=stride, padding=kernel.shape[2] // 2, groups=x.shape[1])
@@ -76,7 +76,7 @@ def test_the_convolution_that_tpu_gets_is_the_same_function(case, monkeypatch):
     shape, k, stride, multiplier = CASES[case]
     arrays = example(shape, k, stride, multiplier)
 
-    def conv(x, kernel, stride):  # its own function: jit must not find the program of the test above
+    def conv(x, kernel, stride):  # a separate function, so that jit does not reuse the program of the test above
         return depthwise_conv(x, kernel, stride=stride)
 
     assert "stablehlo.convolution" in forward_and_backward.lower(conv, *arrays, stride).as_text()
@@ -91,7 +91,7 @@ def test_bfloat16_is_accumulated_in_float32(case):
     expected = torch_conv(*(np.asarray(a, np.float32) for a in arrays), stride)
     for ours, theirs in zip(forward_and_backward(depthwise_conv, *arrays, stride), expected, strict=True):
         assert ours.dtype == jnp.bfloat16
-        # one rounding to 8 bits at the end, and nothing lost before it
+        # The tolerance allows a single rounding to 8 bits, at the end.
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, rtol=2**-8, atol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_each_platform_gets_its_form(shape, k):
     for platform in ("tpu", "cuda"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         groups = [int(n) for n in re.findall(r"feature_group_count = (\d+)", text)]
-        # Two outputs a channel are two convolutions, each with its gradients of x and kernel.
+        # Two outputs per channel are two convolutions, each with gradients of x and kernel.
         assert len(groups) == 6 and groups.count(4) >= 4
         assert "stablehlo.dot_general" not in text
         assert text.count("stablehlo.multiply") == 0

@@ -8,7 +8,8 @@ from launch_fakes import IN_BUCKET, ROOT, STAGE1, calls, make_fakes, run
 FAULTS = [
     ("tpu", "auth list", (0, "", ""), "gcloud is not logged in: run gcloud auth login"),
     ("tpu", "projects describe", (1, "", "denied\n"), "PROJECT=my-project cannot be seen: correct"),
-    ("tpu", "buckets describe", (1, "", "a\n404\n"), "cannot be seen: make it as docs/tpu.md tells (gcloud: 404)"),
+    ("tpu", "buckets describe", (1, "", "a\n404\n"),
+     "cannot be seen: create it, see docs/tpu.md, step 4 (gcloud: 404)"),
     ("tpu", "buckets describe", (0, "\n", ""), "bucket gs://my-bucket has no hierarchical namespace"),
     ("tpu", "storage cp", (1, "", "403\n"), "gs://my-bucket cannot be written: ask for the role"),
     ("tpu", "images describe", (1, "", "no\n"), "there is no image us-west4-docker.pkg.dev/my-project"),
@@ -17,11 +18,11 @@ FAULTS = [
     ("tpu", "quotas info", (0, "us-west4-a,8\n,64\n", ""), "in us-west4-a is 8 and 1 x v5litepod-16 needs 16"),
     ("tpu", "quotas info", (0, "us-east1-c,64\n", ""), "quota v5e in us-west4-a is 0"),
     ("tpu", "quotas info", (1, "", "no\n"), "QUOTA=v5e cannot be read: gcloud beta quotas info list"),
-    ("tpu", "queued-resources create", (1, "", "no capacity\n"), "cannot be asked for (gcloud: no capacity)"),
+    ("tpu", "queued-resources create", (1, "", "no capacity\n"), "cannot be requested (gcloud: no capacity)"),
     ("gke", "clusters describe", (0, "\n", ""), "cannot mount buckets: gcloud container clusters update"),
     ("gke", "node-pools list", (0, "one\n", ""), "has 1 node pools of ct5lp-hightpu-4t and NUM_SLICES=2"),
     ("gke", "get namespace", (1, "", "no context\n"), "gcloud container clusters get-credentials my-cluster"),
-    ("gke", "get crd", (1, "", "NotFound\n"), "has no JobSets: install them as docs/tpu.md tells"),
+    ("gke", "get crd", (1, "", "NotFound\n"), "has no JobSets: install them, see docs/tpu.md, GKE"),
     ("gke", "get serviceaccount", (1, "", "NotFound\n"), "there is no SERVICE_ACCOUNT=fastvlm in NAMESPACE=default"),
     ("slurm", "sinfo", (0, "", ""), "there is no PARTITION=gpu"),
     ("slurm", "sacctmgr", (0, "", ""), "me may not use ACCOUNT=lab"),
@@ -113,7 +114,7 @@ def test_a_lost_connection_is_taken_up_again(tmp_path):
 def test_a_run_that_fails_is_restarted_on_all_machines_as_often_as_allowed(tmp_path):
     answers = [(QUEUE, [(0, "ACTIVE\n", "")]), ("docker wait", [(0, "1\n", "")])]
     status, _, err, called = run(tmp_path, "tpu", IN_BUCKET, answers, {"MAX_RESTARTS": "1"})
-    assert status == 1 and "ended with status 1, after 1 restarts (MAX_RESTARTS); slices that are left cost" in err
+    assert status == 1 and "ended with status 1, after 1 restarts (MAX_RESTARTS); slices that still exist cost" in err
     stop = "tpu-vm ssh fastvlm --worker=all --command=sudo docker rm --force fastvlm"
     assert without_scp(called) == [DESCRIBE, *STARTED, stop, DESCRIBE, *STARTED]
 

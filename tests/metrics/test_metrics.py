@@ -44,8 +44,11 @@ def data(tmp_path_factory):
     return folder
 
 
+RUN = dict(steps=8, log_every=3, eval_every=4, mesh=(1, 1, 1, 1), wandb="project")
+
+
 def config(data):
-    return small_config(data, steps=8, log_every=3, eval_every=4, mesh=(1, 1, 1, 1), wandb="project")
+    return small_config(data, **RUN)
 
 
 def in_a_process(script, *arguments, **environment):
@@ -67,8 +70,9 @@ def in_a_process(script, *arguments, **environment):
 def traced(data, tmp_path_factory):
     """The workdir of a run of 8 steps: two are traced, all go to Weights & Biases, written offline."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    script = "import jax, pathlib, test_metrics, fastvlm_jax.train as t\n"
-    script += "t.train(test_metrics.config(sys.argv[1]), pathlib.Path(sys.argv[2]), jax.devices()[:1], profile='2:3')"
+    script = "import jax, pathlib, small, fastvlm_jax.train as t\n"
+    script += f"config = small.small_config(sys.argv[1], **{RUN!r})\n"
+    script += "t.train(config, pathlib.Path(sys.argv[2]), jax.devices()[:1], profile='2:3')"
     stderr = in_a_process(script, data, workdir, WANDB_MODE="offline")
     assert f"steps 2 to 3 are traced: {workdir / 'profile'}" in stderr
     return workdir

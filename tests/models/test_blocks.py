@@ -1,4 +1,4 @@
-"""What makes the encoder cheap on TPU changes nothing: its parts against torch, and the program that is lowered."""
+"""The encoder's TPU optimizations do not change its results: the parts against torch, and the lowered program."""
 
 import functools
 import re
@@ -120,7 +120,7 @@ def test_what_is_kept_changes_no_gradient_and_no_statistic():
 
 
 def lowered(policy, *, mixer="repmixer", form="folded", batch_stats=False):
-    """The StableHLO for TPU of one block's forward and backward pass."""
+    """Returns the StableHLO for TPU of the forward and backward pass of one block."""
     block = rematted(Block, policy)(mixer, layer_scale_init=1.0, form=form, batch_stats=batch_stats)
     x = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.bfloat16)
     variables = jax.eval_shape(Block(mixer, form=form).init, jax.random.key(0), x, 0.0)
@@ -133,12 +133,12 @@ def lowered(policy, *, mixer="repmixer", form="folded", batch_stats=False):
 
 
 def counts(text):
-    """(forward 7x7 convolutions, products) of a program."""
+    """Returns the number of (forward 7x7 convolutions, matrix products) in a program."""
     return len(re.findall(r"convolution.*tensor<7x7x1x64xbf16>\) -> ", text)), text.count("stablehlo.dot_general")
 
 
 def test_the_backward_pass_repeats_neither_the_7x7_convolution_nor_the_last_product():
-    """Forward fc1 and fc2, four products backward; again only fc1, whose result GELU's gradient reads."""
+    """Two products forward (fc1 and fc2), four backward; only fc1 is recomputed, because GELU's gradient reads it."""
     assert counts(lowered("none")) == (1, 6)
     assert counts(lowered("full")) == (2, 7)
     assert counts(lowered("depthwise")) == (1, 7)

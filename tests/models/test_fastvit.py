@@ -1,3 +1,5 @@
+"""FastViT: drop path, BatchNorm with empty slots, grids, invalid arguments and the CLIP projection."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +15,12 @@ def test_drop_path_drops_whole_images_and_rescales_the_rest():
     y = np.asarray(drop_path(x, jnp.float32(0.25), jax.random.key(0)))
     kept = y.reshape(64, -1)
     assert {tuple(np.unique(row)) for row in kept} == {(0.0,), (np.float32(1 / 0.75),)}
-    assert 36 <= (kept[:, 0] > 0).sum() <= 58  # 48 expected, three standard deviations
+    assert 36 <= (kept[:, 0] > 0).sum() <= 58  # 48 expected; the bounds are three standard deviations
     assert drop_path(x, jnp.float32(0.25), None) is x
 
 
 def test_drop_path_acts_in_the_last_block_only_with_its_rng():
-    """Rates grow linearly from 0 at the first block: with two stages of one block, only the second drops."""
+    """The rate grows linearly from 0 at the first block: with two stages of one block, only the second block drops."""
     tower = FastViT((1, 1), (8, 32), ("repmixer", "repmixer"), layer_scale_init=1.0, drop_path=0.5, form="folded")
     x = jnp.linspace(0, 1, 4 * 16 * 16 * 3).reshape(4, 16, 16, 3)
     variables = jax.jit(tower.init)(jax.random.key(0), x)
@@ -28,7 +30,7 @@ def test_drop_path_acts_in_the_last_block_only_with_its_rng():
 
 
 def test_an_empty_slot_counts_in_no_statistic():
-    """Two images of level 1 and 3 and one empty slot: mean 2, variance 1 (stored unbiased: 8/7 of 8 values)."""
+    """Two images of values 1 and 3 and an empty slot: mean 2, variance 1 (stored unbiased over 8 values: 8/7)."""
     x = jnp.stack([jnp.full((2, 2, 1), 1.0), jnp.full((2, 2, 1), 3.0), jnp.full((2, 2, 1), 99.0)])
     norm = BatchNorm(batch_stats=True)
     variables = norm.init(jax.random.key(0), x)

@@ -1,4 +1,4 @@
-"""FLOPs against what JAX traces, product by product; tests/parity/test_flop_counts.py has PyTorch's counts."""
+"""FLOP counts against the products in JAX's traces; tests/parity/test_flop_counts.py compares them with PyTorch's."""
 
 import math
 
@@ -22,7 +22,7 @@ ENCODER_FROZEN = (("vision/.*", 0.0, 0.0), (".*", 1.0, 0.0))
 
 
 def traced_flops(jaxpr) -> float:
-    """2 x multiply-adds of all matrix products and convolutions in a jaxpr, loops times their trips."""
+    """Returns 2 x the multiply-adds of all matrix products and convolutions in a jaxpr; loops count every iteration."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, shapes = equation.primitive.name, [v.aval.shape for v in equation.invars if hasattr(v.aval, "shape")]
@@ -51,7 +51,7 @@ def arguments(model):
 
 
 def traced_step(model, groups) -> float:
-    """Of the loss and its gradients, as a training step computes them."""
+    """Returns the FLOPs of the loss and its gradients as a training step computes them."""
     images, text = arguments(model)
     trainable, frozen = optim.split(model_io.abstract_variables(model)["params"], groups)
 
@@ -92,7 +92,7 @@ def test_a_step_with_recomputation_is_what_jax_traces(groups, policies):
     for policy in policies:
         model = make_model({**VIT, "remat": policy}, remat=policy)
         counted = sum(flops.hardware_flops(model, trainable_of(model, groups), *SIZE).values())
-        # Of frozen weights whose results are kept, JAX leaves out a product of the attention that is counted here.
+        # With frozen weights and "dots", JAX eliminates one product of the attention that hardware_flops counts.
         leeway = 0.021 if policy == "dots" and groups == STAGE_1 else 0
         assert counted == pytest.approx(traced_step(model, groups), rel=leeway), policy
 
@@ -100,11 +100,11 @@ def test_a_step_with_recomputation_is_what_jax_traces(groups, policies):
 def test_a_trained_part_costs_three_times_its_forward_pass_and_a_frozen_one_in_front_once():
     model = make_model()
     forward = flops.forward_flops(model, *SIZE)
-    first = 2 * 3 * 49 * 32 * IMAGES * 16  # the patch embedding: images get no gradient
+    first = 2 * 3 * 49 * 32 * IMAGES * 16  # the patch embed: images get no gradient
     trained = flops.train_flops(model, trainable_of(model, ALL), *SIZE)
     assert trained == {part: 3 * x - (first if part == "vision" else 0) for part, x in forward.items()}
     stage_1 = flops.train_flops(model, trainable_of(model, STAGE_1), *SIZE)
-    attention = 3 * 2 * (2 * 32) * ROWS * (LENGTH * (LENGTH + 1) / 2)  # 3 layers, two products
+    attention = 3 * 2 * (2 * 32) * ROWS * (LENGTH * (LENGTH + 1) / 2)  # 3 layers, 2 products each
     assert stage_1["vision"] == forward["vision"] and stage_1["loss"] == 2 * forward["loss"]
     assert stage_1["llm"] == 2 * forward["llm"] + attention
     assert stage_1["projector"] == 3 * forward["projector"] - 2 * 32 * 32 * IMAGES * 16  # features get no gradient
@@ -119,7 +119,7 @@ def test_gradients_stop_below_the_lowest_trainable_parameter():
     top = [f"vision/expand/{name}/kernel" for name in ("folded", "se/fc1", "se/fc2")]
     trained = flops.train_flops(model, top, *size)["vision"]
     assert trained == sum(p.flops for p in forward) + convolution + 2 * sum(gate)
-    # A factor inside the last stage: its blocks and what follows pass gradients on, and no weight gets one.
+    # A layer scale in the last stage: gradients flow through its blocks and all that follows, no weight gets one.
     trained = flops.train_flops(model, ["vision/stage_4/layer_scale_ffn"], *size)["vision"]
     behind = [p for p in forward if p.unit in ("vision/stage_4", "vision/expand")]
     products = sum(p.flops * (2 if p.path == "vision/stage_4/mixer" else 1) for p in behind)  # both operands
@@ -146,7 +146,7 @@ def test_every_weight_of_a_product_is_counted_and_no_other(size, form):
     counted = [p for p in flops.products(model, 1, side, side, 1, 8) if p.kind not in ("scores", "mixed")]
     kernels = {path for path in params if path.endswith(("kernel", "embedding")) and "/unused/" not in path}
     assert {p.path for p in counted} == kernels
-    # Of a matrix, or a convolution at one position an element of its kernel is used once for each of the outputs.
+    # Each output position uses each element of a kernel once, so the FLOPs are a multiple of 2 x the elements.
     for product in counted:
         if product.flops:
             elements = 2 * math.prod(params[product.path].shape)
@@ -158,7 +158,7 @@ def test_the_encoder_costs_what_the_paper_and_timm_tell():
         model = fastvlm.build(get_base(f"0.5b,{vision}").model.vision.to_dict())
         return flops.forward_flops(model, 1, side, side, 0, 0)["vision"] / 2e9
 
-    # Multiply-adds in billions, of timm's model cards at the sizes given there.
+    # Multiply-adds in billions from timm's model cards, at the image sizes given there.
     for vision, side, published in [
         ("mci0", 256, 2.4),
         ("mci1", 256, 4.7),

@@ -1,4 +1,4 @@
-"""Folding the training form of the encoder changes its structure, not its function."""
+"""Folding the training form of the encoder changes its structure but not its function."""
 
 import copy
 
@@ -11,7 +11,7 @@ from torch_reference import jit, relative, timm_tower, tower_shapes, tower_varia
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.fold import fold, fold_variables
 
-# Every part that a tower can have.
+# A tower with every optional part.
 BRANCHED = FastViT(
     layers=(2, 1, 2),
     embed_dims=(16, 32, 96),
@@ -30,7 +30,7 @@ BRANCHED_APPLY, FOLDED_APPLY = jit(BRANCHED.apply), jit(FOLDED.apply)
 
 @pytest.fixture(scope="module")
 def variables():
-    """Training form with random weights, layer scales and BatchNorm statistics."""
+    """Variables of the training form with random weights, layer scales and BatchNorm statistics."""
     tower = BRANCHED.clone(multiscale=())
     variables = tower_variables(tower, timm_tower(tower))
     kernel = np.random.default_rng(1).standard_normal((4, 4, 1, 16), np.float32)
@@ -93,7 +93,7 @@ def test_fold_variables_touches_the_encoder_only(variables):
     ],
 )
 def test_every_branch_is_folded_and_the_rest_kept(variables, images, leaf):
-    """Changing one leaf changes the output by far more than the rounding, and the folded output with it."""
+    """Changing one leaf changes the folded output far more than rounding, and as much as the branched output."""
     flat = flax.traverse_util.flatten_dict(variables, sep="/")
     flat[leaf] = flat[leaf] * 1.5 + 0.1
     changed = flax.traverse_util.unflatten_dict(flat, sep="/")

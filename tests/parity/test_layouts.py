@@ -1,6 +1,6 @@
-"""Model directories of every layout: torch -> jax -> torch bit for bit, and strict loading where they came from.
+"""Tests of every layout: torch -> jax -> torch bit for bit, and strict loading in the library the layout comes from.
 
-The encoder is FastViTHD at its full size, which ml-fastvlm's layout asks for; language models are small.
+The encoder is FastViTHD at its full size, which ml-fastvlm's layout requires; language models are small.
 """
 
 import json
@@ -35,8 +35,9 @@ def tokenizer_file(tmp_path_factory):
 
 
 def random_tensor(name, shape, rng):
-    """Of unit gain; factors, variances and layer scales in [0.5, 1.5]. The encoder lets images through, as a real one:
-    its biases are small, its mixers near the identity.
+    """Returns random weights of unit gain; factors, variances and layer scales lie in [0.5, 1.5].
+
+    As in a real encoder, images determine the features: biases are small, mixers near the identity.
     """
     if "vision_tower" in name and name.endswith(("bias", "mean")):
         return (rng.standard_normal(shape, np.float32) * 0.02).astype(np.float32)
@@ -51,14 +52,14 @@ def random_tensor(name, shape, rng):
 
 @pytest.fixture(scope="module")
 def published(tokenizer_file, tmp_path_factory):
-    """FastVLM as transformers names it: bfloat16, in shards, untied, with the files of the processor."""
+    """Folder of a FastVLM in transformers' layout: bfloat16, in shards, untied, with the processor's files."""
     folder = tmp_path_factory.mktemp("published") / "fastvlm"
     image = load_tokenizer(tokenizer_file).special_id("<image>")
     config = transformers.FastVlmConfig(
         text_config={**TEXT, "model_type": "qwen2"}, image_token_index=image, tie_word_embeddings=False
     )
     config.save_pretrained(folder)
-    with torch.device("meta"):  # names and shapes; its own random weights would take half a minute
+    with torch.device("meta"):  # names and shapes only: random weights of its own would take half a minute
         expected = transformers.FastVlmForConditionalGeneration(config).state_dict()
     rng = np.random.default_rng(0)
     tensors = {
@@ -101,7 +102,7 @@ def assert_same_variables(a, b):
 
 
 def test_fastvlm_of_transformers_comes_back_bit_for_bit_and_answers_the_same(published, tmp_path):
-    """32 greedy tokens about an image, ours and those of transformers from the directory that we wrote."""
+    """Our 32 greedy tokens about an image equal those of transformers, which loads the directory that we wrote."""
     out = write(published, tmp_path / "out", "hf")
     assert_same_tensors(tensors_of(published), tensors_of(out))
 
@@ -111,7 +112,7 @@ def test_fastvlm_of_transformers_comes_back_bit_for_bit_and_answers_the_same(pub
     model, variables, processor = fastvlm_jax.load(published)
     picture = np.random.default_rng(0).integers(0, 256, (200, 256, 3), np.uint8)
     batch = processor([picture], ["what is in the picture?"])
-    end = 10**6  # never: all 32 tokens are compared
+    end = 10**6  # an id that never occurs, so that all 32 tokens are compared
     decode = jit(
         lambda variables, batch: generate_tokens(model, variables, batch, jax.random.key(0), max_tokens=32, end=end)
     )
@@ -129,12 +130,12 @@ def test_fastvlm_of_transformers_comes_back_bit_for_bit_and_answers_the_same(pub
             eos_token_id=end,
         )
     assert answer[0, length:].tolist() == ours[0].tolist()
-    assert ours[0].tolist() != of_another[0].tolist()  # the image matters
+    assert ours[0].tolist() != of_another[0].tolist()  # the answer depends on the image
 
 
 @pytest.fixture(scope="module")
 def llava(published, tmp_path_factory):
-    """The same model as ml-fastvlm stores it, with a CLIP projection that is not zero."""
+    """Folder of the same model in ml-fastvlm's layout, with a CLIP projection that is not zero."""
     folder = write(published, tmp_path_factory.mktemp("llava") / "llava-fastvithd", "llava")
     tensors = load_file(folder / "model.safetensors")
     name = "model.vision_tower.vision_tower.model.head.proj"
@@ -168,12 +169,12 @@ def test_ml_fastvlm_layout_is_described_as_its_code_reads_it(llava):
 
 
 def test_ml_fastvlm_layout_holds_the_model_that_transformers_layout_holds(published, llava, tmp_path):
-    """Without the CLIP projection, which transformers does not store."""
+    """The tensors are equal without the CLIP projection, which transformers does not store."""
     assert_same_tensors(tensors_of(published), tensors_of(write(llava, tmp_path / "out", "hf")))
 
 
 def test_training_form_in_ml_fastvlm_layout_is_read(llava, tmp_path):
-    """A fine-tuned tower with its branches, as LLaVA's trainer saves it."""
+    """Reads a fine-tuned tower with its branches, as LLaVA's trainer saves it."""
     from fastvlm_jax.convert.layouts import llava as layout
 
     loaded = model_io.read(llava)
@@ -202,7 +203,7 @@ def test_training_form_in_ml_fastvlm_layout_is_read(llava, tmp_path):
 
 @pytest.mark.parametrize("form", ["branched", "folded"])
 def test_timm_directory_comes_back_bit_for_bit_and_loads_in_timm(form, tmp_path):
-    """Two stages of MCi0 with a projection; the counters of a training run are kept as they are stored."""
+    """Two stages of MCi0 with a projection; the counters of a training run keep their values."""
     sizes = dict(layers=(1, 1), embed_dims=(16, 32), mlp_ratios=(3, 3), se_downsamples=(False, True))
     tower = randomise(timm.create_model("fastvit_mci0", num_classes=24, inference_mode=form == "folded", **sizes), 0)
     for name, counter in tower.named_buffers():
@@ -215,7 +216,7 @@ def test_timm_directory_comes_back_bit_for_bit_and_loads_in_timm(form, tmp_path)
 
     if form == "branched":
         reloaded = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=24).eval()
-    else:  # timm 1.0.31 takes a folded tower with a projection for Apple's own file and renames head.fc
+    else:  # timm 1.0.31 mistakes a folded tower with a projection for Apple's own file and renames head.fc
         reloaded = timm.create_model("fastvit_mci0", num_classes=24, **args).eval()
         reloaded.load_state_dict({name: torch.from_numpy(x) for name, x in tensors_of(out).items()}, strict=True)
     images = np.random.default_rng(0).random((1, 32, 64, 3), np.float32)
@@ -232,7 +233,7 @@ def test_timm_directory_comes_back_bit_for_bit_and_loads_in_timm(form, tmp_path)
 
 
 def test_projection_of_ml_fastvlm_gets_a_bias_of_zeros_in_timm(llava, tmp_path):
-    """As timm itself reads Apple's: its head is a linear layer with a bias."""
+    """timm itself reads Apple's file so: its head is a linear layer with a bias."""
     tensors, stored = tensors_of(write(llava, tmp_path / "out", "timm")), load_file(llava / "model.safetensors")
     projection = stored["model.vision_tower.vision_tower.model.head.proj"]
     assert tensors["head.fc.weight"].tobytes() == np.ascontiguousarray(projection.T).tobytes()
@@ -258,7 +259,7 @@ def test_timm_convnext_directory_comes_back_bit_for_bit_and_loads_in_timm(tmp_pa
     "name", ["MobileCLIP2-S0", *(pytest.param(f"MobileCLIP2-S{i}", marks=pytest.mark.full) for i in (3, 4))]
 )
 def test_open_clip_image_tower_comes_back_bit_for_bit_and_loads_in_open_clip(name, tmp_path):
-    """The image tower beside a small text tower, which is left aside; the architecture of MobileCLIP is the same."""
+    """The directory holds a small text tower too, which is ignored; MobileCLIP has the same architecture."""
     import open_clip  # after torch_reference, which makes torchvision importable
 
     config = open_clip.get_model_config(name)
@@ -303,7 +304,7 @@ def test_vit_layout_comes_back_bit_for_bit(name, tmp_path):
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
     small(getattr(transformers, name), **sizes, image_size=56, patch_size=14).save_pretrained(tmp_path / "vit")
     out = write(tmp_path / "vit", tmp_path / "out", "hf")
-    # Transformers 5 writes a lone tower without the prefix that published files have; it reads both.
+    # transformers 5 writes a tower alone without the prefix that published files have, and reads both.
     prefixed = {
         f"vision_model.{key.removeprefix('vision_model.')}": x for key, x in tensors_of(tmp_path / "vit").items()
     }
@@ -318,7 +319,7 @@ def test_native_directory_keeps_every_bit(published, tmp_path):
 
 
 def test_encoder_and_language_model_come_from_two_places(published, tokenizer_file, tmp_path):
-    """The tower of one model and another language model; the projector is for stage 1 to learn."""
+    """The tower comes from one model, the language model from another; stage 1 would train the projector."""
     language_model = small(transformers.LlamaForCausalLM, **TEXT, tie_word_embeddings=True)
     language_model.save_pretrained(tmp_path / "lm")
     load_tokenizer(tokenizer_file).save(tmp_path / "lm")

@@ -1,4 +1,4 @@
-"""What preflight reads of a compiled program, and its arithmetic, on programs and figures written by hand."""
+"""Tests how preflight reads a compiled program, and its arithmetic, on programs and figures written by hand."""
 
 import math
 from types import SimpleNamespace
@@ -84,7 +84,7 @@ def test_bytes_of_shapes_without_padding_or_on_chip_memory():
 @pytest.mark.parametrize("spread", [1, 3])
 @pytest.mark.parametrize("low, high", [(0, 0), (3, 2), (-1, 1)])
 def test_flops_of_a_convolution_leave_out_padding_and_holes(stride, holes, spread, low, high):
-    """Against a convolution of ones, whose sum is the number of its multiply-adds."""
+    """Compares with a convolution of ones, whose sum is the number of its multiply-adds."""
     x, kernel = jnp.ones((2, 13, 1, 6)), jnp.ones((3, 1, 2, 12))
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride, 1), ((low, high), (0, 0)), (holes, 1), (spread, 1), ("NHWC", "HWIO", "NHWC"),
@@ -233,7 +233,7 @@ def test_fused_and_started_transfers_are_found_and_counted_once():
 
 
 def devices(*shape):
-    """Devices of a slice in the order of their coordinates, the last axis fastest."""
+    """Returns the devices of a slice in the order of their coordinates, the last axis fastest."""
     ranges = [range(size) for size in shape]
     places = [(a, b) for a in ranges[0] for b in ranges[1]]
     return [SimpleNamespace(coords=(*place, 0)) for place in places]

@@ -1,4 +1,4 @@
-"""`fastvlm preflight`, by the real TPU compiler: tiny programs for four chips of a v5e."""
+"""Tests `fastvlm preflight` with the real TPU compiler: tiny programs for four v5e chips."""
 
 import contextlib
 import importlib.util
@@ -36,7 +36,7 @@ WIDTH, HIDDEN, LAYERS, ROWS = 256, 512, 3, 1024
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """A cache of compiled programs for this file alone."""
+    """Sets a cache of compiled programs for this file alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTVLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -51,7 +51,7 @@ def config_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(config_file, cache, tmp_path_factory):
-    """(exit status, text, JSON) of the train step of the smallest config."""
+    """Returns (exit status, text, JSON) of the train step of the smallest config."""
     output = tmp_path_factory.mktemp("out") / "report.json"
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
@@ -60,7 +60,7 @@ def found(config_file, cache, tmp_path_factory):
 
 
 class Silent:
-    """Stands for capsys where there is none."""
+    """Replaces capsys in a fixture, where capsys is not available."""
 
     def readouterr(self):
         return "", ""
@@ -71,7 +71,7 @@ def asked(config_file, *more):
 
 
 def test_a_sharded_loop_over_layers_is_counted_as_it_runs():
-    """Forward and backward of x + tanh(x A) B over LAYERS layers, weights split over four chips."""
+    """Compiles forward and backward of x + tanh(x A) B over LAYERS layers, with weights sharded over four chips."""
     slices = topology.parse("v5e:2x2")
     mesh = sharding.make_mesh((1, 1, 4, 1), topology.devices(slices))
 
@@ -97,7 +97,7 @@ def test_a_sharded_loop_over_layers_is_counted_as_it_runs():
     assert (compiled.cached, again.cached) == (False, True)
     assert compiled.text == again.text and compiled.memory == again.memory
     found = cost.analyse(parse.parse(compiled.text), 4)
-    one = 2 * ROWS * WIDTH * HIDDEN  # a product of a chip; a layer has 2 forward, 1 or 2 again, 4 backward
+    one = 2 * ROWS * WIDTH * HIDDEN  # one product on one chip; a layer has 2 forward, 1 or 2 recomputed, 4 backward
     products = sum(o.flops * o.trips for o in found.operations) / one / LAYERS
     assert products in (7, 8)
     by_kind = {}
@@ -127,7 +127,7 @@ def test_the_report_of_a_train_step(found):
     assert m["batch"] == 2 * (16 * 16 * 3 + 1 + 8 * 80 * (6 * 4 + 1))  # two of the eight groups
     counts = report["parameters"]
     assert counts["all"] == counts["trainable"] == counts["vision"] + counts["projector"] + counts["llm"]
-    # Parameters and Adam's two moments, in float32; small ones lie whole on every chip.
+    # Parameters and Adam's two moments, in float32; small ones are replicated on every chip.
     assert 3 * 4 * counts["all"] / 4 < m["state"] < 3 * 4 * counts["all"]
     assert report["flops"]["compiled_over_hardware"] == pytest.approx(1, abs=0.15)
     assert {row["kind"] for row in report["collectives"]} >= {"all-gather"}
@@ -276,7 +276,7 @@ def test_several_slices_are_joined_by_replicas(config_file):
     assert report["mesh"] == {"replica": 2, "data": 1, "fsdp": 4, "tensor": 1}
     between = [row for row in report["collectives"] if row["axes"] == "slices (DCN)"]
     assert between and all(row["kind"] == "all-reduce" for row in between)
-    # Gradients, in float32, are what the slices exchange: of each chip its share, of small parameters the whole.
+    # The slices exchange float32 gradients: the shard of each chip, and all of the small parameters' gradients.
     whole = 4 * report["parameters"]["all"]
     assert whole / 4 <= sum(row["bytes"] for row in between) <= 1.3 * whole
     assert report["time"]["roofline"]["DCN"] > 0

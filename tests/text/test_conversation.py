@@ -7,7 +7,7 @@ from fastvlm_jax.text.conversation import TEMPLATES, end_mark, questions, render
 from fastvlm_jax.text.tokenizer import load_tokenizer
 
 TURNS = (("user", (0, "is it red?")), ("assistant", ("no",)), ("user", ("what color is it?",)), ("assistant", ("red",)))
-# transformers' own mask of what the assistant said, from a template marked by hand.
+# Template with generation marks, from which transformers computes its own mask of the assistant's text.
 MARKED = """{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}
 {%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}
 {%- else %}{{- message['content'] + '<|im_end|>\n' }}{% endif %}{%- endfor %}"""
@@ -23,7 +23,7 @@ def llama(llama_file):
     return load_tokenizer(llama_file)
 
 
-# Each template with a tokenizer that has its marks.
+# Each template with a tokenizer that has its special tokens.
 PAIRS = [
     ("qwen_2", "tokenizer"),
     ("chatml", "tokenizer"),
@@ -165,11 +165,11 @@ def test_the_answer_its_end_mark_and_nothing_else_is_learnt(request, kind, answe
     tokenizer = load_tokenizer(request.getfixturevalue(kind))
     turns = (("user", (0, "is it red?")), ("assistant", (answer,)))
     segment = render(turns, tokenizer, TEMPLATES["chatml"], 1)
-    learnt = segment.tokens[segment.loss_mask]
-    # A newline opening the answer may share a token with the one before it, which is then learnt too.
-    assert tokenizer.decode(learnt) in (answer + "\n", "\n" + answer + "\n")
-    assert tokenizer.decode(learnt) == answer + "\n" or answer.startswith("\n")
-    assert learnt.tolist().count(tokenizer.special_id("<|im_end|>")) == 1
+    supervised = segment.tokens[segment.loss_mask]
+    # A newline at the start of the answer may share a token with the newline before it, which is then supervised too.
+    assert tokenizer.decode(supervised) in (answer + "\n", "\n" + answer + "\n")
+    assert tokenizer.decode(supervised) == answer + "\n" or answer.startswith("\n")
+    assert supervised.tolist().count(tokenizer.special_id("<|im_end|>")) == 1
 
 
 def test_tokens_and_loss_equal_those_of_transformers(json_file):

@@ -68,7 +68,7 @@ def test_offsets_after_wide_characters(sentencepiece_file):
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     pieces = "<0xC3> <0xA9> <0xF0> <0x9F> <0x98> <0x80> <0xE2> <0x96> <0x81> ▁red"
     assert " ".join(model.id_to_piece(ids)) == pieces
-    # The bytes of a character: all inside it; SentencePiece gives the character to the last one.
+    # Each byte's span lies inside its character; SentencePiece gives the whole character to its last byte.
     assert offsets == [(0, 0), (0, 1), (1, 1), (1, 1), (1, 1), (1, 2), (2, 3), (2, 3), (2, 3), (3, 7)]
 
 
@@ -128,7 +128,7 @@ def test_saved_and_loaded_is_the_same_tokenizer(request, kind, tmp_path):
     tokenizer = load_tokenizer(request.getfixturevalue(kind))
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    again.save(tmp_path)  # onto itself
+    again.save(tmp_path)  # overwrites its own files
     for name in ("vocab_size", "bos", "end", "pad", "image", "image_id"):
         assert getattr(load_tokenizer(tmp_path), name) == getattr(again, name) == getattr(tokenizer, name)
     for text in TEXTS:
@@ -193,10 +193,10 @@ def test_offsets_leave_out_the_space_in_front(llama_file):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(model_type="unigram", vocab_size=290), "not a BPE model of unchanged text"),
-        (dict(normalization_rule_name="nmt_nfkc"), "not a BPE model of unchanged text"),
-        (dict(remove_extra_whitespaces=True), "not a BPE model of unchanged text"),
-        (dict(byte_fallback=False, vocab_size=60), "no bytes for unknown characters"),
+        (dict(model_type="unigram", vocab_size=290), "must be a BPE model without text normalisation"),
+        (dict(normalization_rule_name="nmt_nfkc"), "must be a BPE model without text normalisation"),
+        (dict(remove_extra_whitespaces=True), "must be a BPE model without text normalisation"),
+        (dict(byte_fallback=False, vocab_size=60), "no byte fallback for unknown characters"),
         (dict(user_defined_symbols=["<tile>"]), "user-defined pieces"),
         (dict(eos_id=-1), "no special token that ends a turn"),
     ],
@@ -208,7 +208,7 @@ def test_other_sentencepiece_models_are_refused(tmp_path, options, words):
 
 
 def test_tokens_added_to_a_sentencepiece_model_are_kept(llama_file, tmp_path):
-    """As llava-1.5-7b-hf: <image> stands in tokenizer.json alone."""
+    """As in llava-1.5-7b-hf, where only tokenizer.json has <image>."""
     load_tokenizer(llama_file).save(tmp_path)
     model = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     free = model.get_vocab_size()
@@ -221,7 +221,7 @@ def test_tokens_added_to_a_sentencepiece_model_are_kept(llama_file, tmp_path):
 
 
 def smollm():
-    """SmolLM2's layout: the special tokens inside the vocabulary."""
+    """Returns a tokenizer of SmolLM2's layout, with the special tokens inside the vocabulary."""
     names = [
         "<|endoftext|>",
         "<|im_start|>",
@@ -264,7 +264,7 @@ def test_an_image_token_is_added_on_demand(request, kind, tmp_path):
     assert theirs("<image>", add_special_tokens=False)["input_ids"] == [at]
 
 
-# Bytes, then "re", "red", " red" and "12".
+# All bytes, then "re", "red", " red", "12" and "é".
 BYTES = [bytes([i]) for i in range(256)]
 RANKS = [*BYTES, b"re", b"red", b" red", b"12", "é".encode()]
 
@@ -276,7 +276,8 @@ def tiktoken_file(path, ranks=RANKS):
 
 def test_tiktoken_ranks_with_qwens_special_tokens(tmp_path):
     tokenizer = load_tokenizer(tiktoken_file(tmp_path / "qwen.tiktoken"))
-    assert tokenizer.encode("a red 12e\u0301\n") == [97, 258, 32, 49, 50, 260, 10]  # one digit a word; NFC
+    # Each digit is a word of its own, and NFC joins e and its accent.
+    assert tokenizer.encode("a red 12e\u0301\n") == [97, 258, 32, 49, 50, 260, 10]
     assert [tokenizer.special_id(f"<{name}>") for name in ("|endoftext|", "|im_start|", "|im_end|", "image")] == [
         261,
         262,
@@ -324,7 +325,7 @@ def test_bad_ranks_are_named(tmp_path, data, words):
 def test_words_of_each_kind_of_bpe(kind, words):
     spelling = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokens = [spelling.pre_tokenize_str(word)[0][0] for word in words]
-    # Merges that make each of these words one token, and before them those that would join a word with its neighbour.
+    # Merges that make each of these words one token, after merges that would join a word with its neighbour.
     inside = {pair for token in tokens for pair in itertools.pairwise(token)}
     across = [(left[-1], right[0]) for left, right in itertools.pairwise(tokens)]
     merges = [pair for pair in dict.fromkeys(across) if pair not in inside]
@@ -356,7 +357,7 @@ def test_tables_that_do_not_fit_are_refused(merges, special, kind, words):
 
 @pytest.fixture
 def vocab_folder(tmp_path):
-    """Qwen2 as published beside old checkpoints: vocab.json and merges.txt."""
+    """A folder as published beside old Qwen2 checkpoints: vocab.json and merges.txt."""
     folder = tmp_path / "vocab"
     folder.mkdir()
     load_tokenizer(tiktoken_file(tmp_path / "qwen.tiktoken")).save(folder)
@@ -390,7 +391,11 @@ def test_vocab_and_merges_with_and_without_their_added_tokens(vocab_folder):
         ("merges.txt", "#version: 0.2\na b c\n", r"vocab\.json and merges\.txt cannot be read"),
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds no JSON object"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json is not readable JSON"),
-        ("tokenizer_config.json", '{"tokenizer_class": "BertTokenizer"}', "BertTokenizer has no vocab"),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "BertTokenizer"}',
+            "a vocab.json of tokenizer_class BertTokenizer is not",
+        ),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added tokens are not names with their ids"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"261": {}}}', "added tokens .* one has no content"),
         ("vocab.json", '{"a": 0, "b": 7}', r"the ids of the vocabulary are not 0, 1, 2"),

@@ -1,4 +1,4 @@
-"""Plain language models of transformers (`Qwen2ForCausalLM`, `LlamaForCausalLM`): what stage 1 starts from."""
+"""Reads and writes transformers' plain language models (`Qwen2ForCausalLM`, `LlamaForCausalLM`), parents of stage 1."""
 
 import os
 import pathlib
@@ -14,14 +14,15 @@ from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.processor import Processor
 
-INVERSE_FREQUENCIES = "rotary_emb.inv_freq"  # in files of transformers before 4.32; computed from rope_theta
+INVERSE_FREQUENCIES = "rotary_emb.inv_freq"  # tensors of transformers before 4.32, ignored: rope_theta gives them
 
 
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """Reads a model directory, single or sharded: ({"llm": ...}, variables as Leaves).
+    """Reads a model directory, single file or shards: ({"llm": ..., "dtype": ...}, variables as Leaves).
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown, damaged or not supported.
+      FileNotFoundError: a file is missing; the message names it.
+      ValueError: a file, key or tensor is missing, unknown, damaged or not supported; the message names it.
     """
     source = pathlib.Path(source).expanduser()
     model_config = {"llm": read_text_config(source / CONFIG, read_json(source / CONFIG)), "dtype": "float32"}
@@ -35,7 +36,17 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
 def write(
     folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, processor: Processor, dtype: str | None
 ) -> None:
-    """Writes weights, config.json, generation_config.json and the tokenizer into `folder`."""
+    """Writes weights, config.json, generation_config.json and the tokenizer into `folder`.
+
+    Args:
+      folder: an existing folder.
+      model_config, variables: a language model alone.
+      processor: source of the special ids and of the tokenizer files.
+      dtype: dtype of the stored weights; None keeps each tensor's own.
+
+    Raises:
+      ValueError: the vocabulary is too small for a special id, or the variables belong to another model.
+    """
     model = fastvlm.build(llm=model_config["llm"])
     llm = Decoder(**model.llm_args)
     stored = save_weights(folder, to_torch(decoder_rows(llm, "model."), variables, shapes_of(model)), dtype)

@@ -1,7 +1,7 @@
-"""FastVLM as transformers stores it (`FastVlmForConditionalGeneration`, transformers 5): weights and config.json.
+"""Reads and writes FastVLM as transformers 5 stores it (`FastVlmForConditionalGeneration`): weights and config.json.
 
-The encoder is one of timm's FastViTs, the decoder a `qwen2` or, without qkv biases, a `llama`. Export folds a branched
-encoder; import takes both forms.
+The encoder is one of timm's FastViTs, the decoder a `qwen2` or, without qkv biases, a `llama`. convert.write folds a
+branched encoder before export; import reads both forms.
 """
 
 import os
@@ -28,17 +28,18 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 def rows(vision: FastViT, llm: Decoder) -> list[Row]:
-    """The layout, for the sizes and the form of `vision` and `llm`."""
+    """Returns the layout for the sizes of `vision` and `llm` and the form of `vision`."""
     tower = tower_rows(vision, prefix="model.vision_tower.timm_model.")
     projector = projector_rows("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2")
     return tower + projector + decoder_rows(llm, "model.language_model.")
 
 
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """Reads a model directory, single or sharded: (model_config, variables as Leaves).
+    """Reads a model directory, single file or shards: (model_config, variables as Leaves).
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown, damaged or not supported.
+      FileNotFoundError: a file is missing; the message names it.
+      ValueError: a file, key or tensor is missing, unknown, damaged or not supported; the message names it.
     """
     source = pathlib.Path(source).expanduser()
     model_config = read_config(source / CONFIG)
@@ -50,10 +51,11 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
 
 
 def read_config(file: pathlib.Path) -> dict[str, Any]:
-    """The model config that a transformers `config.json` describes.
+    """Reads the model config, arguments of `fastvlm.build`, from a transformers `config.json`.
 
     Raises:
-      ValueError: naming the key that is missing, or whose value this package does not compute.
+      FileNotFoundError: there is no such file.
+      ValueError: a key is missing or has a value that this package does not compute; the message names it.
     """
     config = read_json(file)
     expect(file, "", config, model_type=(MODEL_TYPE,), projector_hidden_act=("gelu",), vision_feature_layer=(-1,))
@@ -71,15 +73,18 @@ def read_config(file: pathlib.Path) -> dict[str, Any]:
 def write(
     folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, processor: Processor, dtype: str | None
 ) -> None:
-    """Writes what `transformers.FastVlmForConditionalGeneration.from_pretrained` loads strictly, and the processor.
+    """Writes a directory for `transformers.FastVlmForConditionalGeneration.from_pretrained`, and the processor's files.
+
+    Transformers finds every tensor that it expects and no other.
 
     Args:
-      model_config, variables: of a whole model with a folded encoder; a CLIP projection is left out.
-      processor: knows the special ids and writes its own files.
-      dtype: of the stored weights; None leaves each as it is.
+      folder: an existing folder.
+      model_config, variables: a whole model with a folded encoder; its CLIP projection is left out.
+      processor: source of the special ids and of the processor's files.
+      dtype: dtype of the stored weights; None keeps each tensor's own.
 
     Raises:
-      ValueError: a size that transformers cannot express, variables of another model.
+      ValueError: transformers cannot express a size of the model, or the variables belong to another model.
     """
     model_config, variables = without_head(model_config, variables)
     processor, model_config, variables = with_image_token(processor, model_config, variables)
@@ -108,7 +113,7 @@ def write(
 
 
 def vision_config(vision: FastViT) -> dict[str, Any]:
-    """The `vision_config` of a tower (ValueError where timm has none of the kind)."""
+    """Returns the `vision_config` of a tower; ValueError if timm has no such architecture."""
     architecture, args = timm_args(vision)
     return {
         "model_type": "timm_wrapper",

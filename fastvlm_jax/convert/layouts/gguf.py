@@ -1,7 +1,7 @@
-"""Language models in GGUF, llama.cpp's file format (version 2 and 3): reading only.
+"""Reads language models in GGUF, llama.cpp's file format (versions 2 and 3); they cannot be written.
 
-Header, metadata and tensor table are parsed here, every size checked against the file before it is used; the package
-`gguf` dequantises. What the format is: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Header, metadata and tensor table are parsed here, and every size is checked against the file before it is used; the
+package `gguf` dequantises. Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from fastvlm_jax.convert.mapping import LINEAR, MAX_LAYERS, SAME, Row, described
 from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.text.bpe import JsonTokenizer, bpe_tokenizer
 
-ARCHITECTURES = {"llama": False, "qwen2": True}  # whether q, k and v have biases
+ARCHITECTURES = {"llama": False, "qwen2": True}  # architecture -> whether q, k and v have biases
 PLAIN = {Kind.F32: ("F32", np.float32), Kind.F16: ("F16", np.float16), Kind.BF16: ("BF16", ml_dtypes.bfloat16)}
-SCALARS = dict(enumerate((*"BbHhIi", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}  # by the format's type numbers
-STRING, ARRAY = 8, 9
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types: special, added but part of ordinary text, filling
-WORDS = {"qwen2": "qwen2", "smollm": "smollm", "gpt-2": "gpt2"}  # kinds of bpe_tokenizer by `tokenizer.ggml.pre`
-MAX_ITEMS = 2**24  # of a list of strings, metadata keys, tensors: beyond any model, and cheap to refuse
+SCALARS = dict(enumerate((*"BbHhIi", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}  # GGUF type number -> struct code
+STRING, ARRAY = 8, 9  # GGUF type numbers
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types: special, added but allowed in text, filler
+WORDS = {"qwen2": "qwen2", "smollm": "smollm", "gpt-2": "gpt2"}  # `tokenizer.ggml.pre` -> kind of bpe_tokenizer
+MAX_ITEMS = 2**24  # tensors, metadata keys or items of one list: beyond any real model
 LAYER = {
     "attention_norm/scale": ("attn_norm.weight", SAME),
     "mlp_norm/scale": ("ffn_norm.weight", SAME),
@@ -41,13 +41,13 @@ LAYER = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GgufTensor:
-    """A stored tensor, dequantised when it is indexed; reads like a slice of a safetensors file.
+    """Describes a stored tensor that is dequantised when it is indexed, with the interface of a safetensors slice.
 
     Attributes:
-      data: memory-mapped; plain numbers in PyTorch's shape, or [..., bytes] of quantised rows.
-      kind: of the quantisation.
-      shape: in PyTorch's order.
-      heads: of a query or key matrix whose rows llama.cpp has permuted, else 0.
+      data: memory-mapped array: plain numbers in PyTorch's shape, or [..., bytes] of quantised rows.
+      kind: type of the stored numbers, plain or quantised.
+      shape: sizes in PyTorch's order.
+      heads: number of heads of a query or key matrix whose rows llama.cpp has permuted, else 0.
     """
 
     data: np.ndarray
@@ -59,7 +59,7 @@ class GgufTensor:
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """The stored dtype, or "F32", which quantised tensors become."""
+        """Returns the stored dtype; "F32" for a quantised tensor, which is dequantised to float32."""
         return PLAIN.get(self.kind, PLAIN[Kind.F32])[0]
 
     def __getitem__(self, index) -> np.ndarray:
@@ -70,8 +70,8 @@ class GgufTensor:
 
     def _rows(self, rows: slice) -> np.ndarray:
         if self.heads:
-            # llama.cpp rotates neighbours where we rotate halves: row (head, i, half) of the file is our
-            # (head, half, i).
+            # llama.cpp's rotary embedding pairs neighbouring rows, ours the two halves of a head: row (head, i, half)
+            # of the file is our row (head, half, i).
             stored = np.arange(self.shape[0]).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
             data = self.data[stored[rows]]
         else:
@@ -80,10 +80,10 @@ class GgufTensor:
 
 
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """Reads a GGUF file, or the one in a folder: ({"llm": ...}, variables as Leaves).
+    """Reads a GGUF file, or the one in a folder: ({"llm": ..., "dtype": ...}, variables as Leaves).
 
     Raises:
-      ValueError: naming the file, where it is damaged or not supported.
+      ValueError: the file is damaged or not supported; the message names it.
     """
     file = gguf_file(source)
     llm, rows, tensors = read_gguf(file)
@@ -95,18 +95,19 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
 def read_gguf(
     file: str | os.PathLike, path: str = "params/llm"
 ) -> tuple[dict[str, Any], list[Row], Mapping[str, GgufTensor]]:
-    """Opens a Llama or Qwen2 language model; no weight is read before it is asked for.
+    """Opens a Llama or Qwen2 language model; a tensor is read only when it is indexed.
 
     Args:
       file: a `.gguf` file.
-      path: of the decoder in the variables.
+      path: '/'-joined path of the decoder in the variables.
 
     Returns:
       (arguments of Decoder, the layout, all tensors by name): `to_jax(rows, tensors, shapes, file)` gives variables.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, and the key or tensor that is missing, unknown, damaged or that
-        this package does not compute.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or a key or tensor is missing, unknown or has a value that this package does not
+        compute; the message names the file and the key or tensor.
     """
     file = pathlib.Path(file).expanduser()
     metadata, tensors = _read(file)
@@ -125,23 +126,25 @@ def read_gguf(
         rows.append(Row("output.weight", f"{path}/lm_head/kernel", LINEAR))
     names = {name for row in rows for name in row.names()}
     if differing := sorted(names ^ set(tensors)):
-        state = "is none of this architecture's" if differing[0] in tensors else "is missing"
+        state = "is not part of this architecture" if differing[0] in tensors else "is missing"
         raise ValueError(f"{file}: tensor {differing[0]} {state} ({len(differing)} differ)")
     if metadata["general.architecture"] == "llama":
         for i in range(llm["num_layers"]):
             for x, heads in (("q", llm["num_heads"]), ("k", llm["num_kv_heads"])):
                 name = f"blk.{i}.attn_{x}.weight"
                 if (found := tensors[name].shape[0]) != heads * llm["head_dim"]:
-                    raise ValueError(f"{file}: tensor {name} has {found} rows, not those of {heads} heads")
+                    raise ValueError(f"{file}: tensor {name} has {found} rows, which do not match {heads} heads")
                 tensors[name] = dataclasses.replace(tensors[name], heads=heads)
     return llm, rows, tensors
 
 
 def read_gguf_tokenizer(file: str | os.PathLike) -> JsonTokenizer:
-    """The byte-level BPE tokenizer inside a GGUF file.
+    """Reads the byte-level BPE tokenizer inside a GGUF file.
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, and the key that is missing, damaged or of another tokenizer.
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or a key is missing, damaged or describes another kind of tokenizer; the message
+        names the file and the key.
     """
     file = pathlib.Path(file).expanduser()
     metadata, _ = _read(file)
@@ -156,12 +159,12 @@ def read_gguf_tokenizer(file: str | os.PathLike) -> JsonTokenizer:
     model, words = table("model", str), table("pre", str)
     if model != "gpt2" or words not in WORDS:
         raise ValueError(
-            f"{file}: its tokenizer is of the kind {model!r}, {words!r}, only 'gpt2' with {' or '.join(WORDS)} can be "
-            "read: put the model's own tokenizer.json or tokenizer.model beside it"
+            f"{file}: its tokenizer is of the kind {model!r}, {words!r}; only 'gpt2' with {' or '.join(WORDS)} can be "
+            "read: put the model's own tokenizer.json or tokenizer.model beside the file"
         )
     tokens, merges, types = table("tokens", list), table("merges", list), table("token_type", np.ndarray)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise ValueError(f"{file}: {prefix}tokens and {prefix}token_type differ in length, or a token is there twice")
+        raise ValueError(f"{file}: {prefix}tokens and {prefix}token_type differ in length, or a token occurs twice")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if wrong := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
         raise ValueError(f"{file}: {prefix}merges has {_short(wrong[0])}, which is not a pair")
@@ -185,24 +188,24 @@ def _decoder_args(file: pathlib.Path, metadata: Mapping[str, Any], tensors: Mapp
     def size(key: str, default: int | None = None) -> int:
         value = metadata.get(f"{kind}.{key}", default)
         if type(value) is not int or not 0 < value <= MAX_SIZE:
-            raise ValueError(f"{file}: {kind}.{key} is {_short(value)}, it must be a whole number")
+            raise ValueError(f"{file}: {kind}.{key} is {_short(value)}, it must be a whole number from 1 to 2**31 - 1")
         return value
 
     def number(key: str, default: float | None = None) -> float:
         value = metadata.get(f"{kind}.{key}", default)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"{file}: {kind}.{key} is {_short(value)}, it must be a positive number")
-        return float(str(np.float32(value)))  # 1e-5, not the 9.999999747e-06 of its float32
+        return float(str(np.float32(value)))  # 1e-5, not its exact float32 value 9.999999747e-06
 
     neutral = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "expert_count": 0}
     for key, value in (neutral | {"attention.sliding_window": 0}).items():
         found = metadata.get(f"{kind}.{key}", value)
         if isinstance(found, list | np.ndarray) or found not in (value, 0):
-            raise ValueError(f"{file}: {kind}.{key} is {_short(found)}, this package does not compute it")
+            raise ValueError(f"{file}: {kind}.{key} is {_short(found)}, which this package does not support")
     if "rope_freqs.weight" in tensors:
         raise ValueError(f"{file}: tensor rope_freqs.weight scales the rotary frequencies, which is not supported")
     if "token_embd.weight" not in tensors:
-        raise ValueError(f"{file}: tensor token_embd.weight is missing: it holds no language model")
+        raise ValueError(f"{file}: tensor token_embd.weight is missing: the file holds no language model")
     llm = {
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "width": size("embedding_length"),
@@ -239,7 +242,7 @@ def _short(value: Any) -> str:
 
 
 class _Cursor:
-    """Reads a file from front to back; a size that the rest of the file cannot hold raises ValueError."""
+    """Reads a file from front to back; raises ValueError for a size that the rest of the file cannot hold."""
 
     def __init__(self, data: np.memmap):
         self.data, self.at = data, 0
@@ -254,7 +257,7 @@ class _Cursor:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def count(self, smallest: int) -> int:
-        """A number of things of at least `smallest` bytes each."""
+        """Reads the number of items that follow, each of at least `smallest` bytes."""
         count = self.number("Q")
         if count * smallest > len(self.data) - self.at or count > MAX_ITEMS:
             raise ValueError(f"the count {count} at {self.at - 8} is more than the file holds")
@@ -264,7 +267,7 @@ class _Cursor:
         return self.take(self.number("Q")).tobytes().decode()
 
     def value(self, kind: int) -> Any:
-        """A number, truth value or string; a list of strings; an array of numbers."""
+        """Reads a number, truth value or string, a list of strings, or an array of numbers."""
         if kind == STRING:
             return self.string()
         if kind in SCALARS:
@@ -281,7 +284,7 @@ class _Cursor:
 
 
 def _read(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    """Metadata and tensors, as they are named and permuted in the file."""
+    """Reads metadata and tensors under the file's own names; rows are still permuted."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: give a .gguf file")
     try:
@@ -295,7 +298,7 @@ def _read(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         for _ in range(cursor.count(13)):
             key = cursor.string()
             if key in metadata:
-                raise ValueError(f"key {key} is there twice")
+                raise ValueError(f"key {key} occurs twice")
             metadata[key] = cursor.value(cursor.number("I"))
         entries = [_entry(cursor) for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
@@ -311,6 +314,7 @@ def _read(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
 
 
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    """Reads one row of the tensor table: name, shape in PyTorch's order, type number, offset in bytes."""
     name, num_dims = cursor.string(), cursor.number("I")
     if not 1 <= num_dims <= 4:
         raise ValueError(f"tensor {name[:100]} has {num_dims} dimensions")
@@ -320,6 +324,7 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 @functools.cache
 def _is_supported(kind: int) -> bool:
+    """Returns whether the package gguf can dequantise tensors of this type number."""
     try:
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[Kind(kind)][1]), np.uint8), Kind(kind))
     except (ValueError, KeyError, NotImplementedError):

@@ -1,7 +1,7 @@
-"""The layout of ml-fastvlm, which LLaVA's code writes (`LlavaQwen2ForCausalLM`): input of its predict.py and exporters.
+"""Reads and writes ml-fastvlm's layout (LLaVA's `LlavaQwen2ForCausalLM`), the input of its predict.py and exporters.
 
-The tower is FastViTHD by definition (`mm_vision_tower: mobileclip_l_1024`, the number being the image size), released
-folded and also written in training form by fine-tuning; the projector is `mlp2x_gelu`.
+The tower is always FastViTHD (`mm_vision_tower: mobileclip_l_1024`, where the number is the image size): folded in the
+released models, in training form after fine-tuning. The projector is `mlp2x_gelu`.
 """
 
 import os
@@ -27,21 +27,22 @@ from fastvlm_jax.processor import Processor
 TOWER = "mobileclip_l"
 PREFIX = "model.vision_tower.vision_tower.model."
 HEAD = PREFIX + "head.proj"
-HEAD_FEATURES = 768  # of the CLIP projection in mobileclip_l.json; ml-fastvlm stores it and does not compute it
+HEAD_FEATURES = 768  # width of mobileclip_l.json's CLIP projection, which ml-fastvlm stores but does not compute
 HD = FastViT()
 
 
 def rows(vision: FastViT, llm: Decoder) -> list[Row]:
-    """The layout, for the form of `vision` and the sizes of `llm`."""
+    """Returns the layout for the form of `vision` and the sizes of `llm`."""
     projector = projector_rows("model.mm_projector.0", "model.mm_projector.2")
     return apple.tower_rows(vision, PREFIX) + projector + decoder_rows(llm, "model.")
 
 
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """Reads a checkpoint directory, single or sharded: (model_config, variables as Leaves).
+    """Reads a checkpoint directory, single file or shards: (model_config, variables as Leaves).
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown, damaged or not supported.
+      FileNotFoundError: a file is missing; the message names it.
+      ValueError: a file, key or tensor is missing, unknown, damaged or not supported; the message names it.
     """
     source = pathlib.Path(source).expanduser()
     config = read_json(source / CONFIG)
@@ -58,15 +59,19 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
 
 
 def image_size(file: pathlib.Path, config: Mapping[str, Any]) -> int:
-    """The image size that `mm_vision_tower` names.
+    """Returns the image size, in pixels a side, that `mm_vision_tower` names.
+
+    Args:
+      file: where `config` comes from, for messages.
+      config: the parsed config.json.
 
     Raises:
-      ValueError: another tower or connector than FastVLM's.
+      ValueError: the tower, the projector or the handling of image tokens is not FastVLM's.
     """
     tower = str(config.get("mm_vision_tower"))
     name, _, size = tower.rpartition("_")
     if name != TOWER or not size.isascii() or not size.isdigit() or not int(size) or int(size) % HD.stride:
-        raise ValueError(f"{file}: mm_vision_tower is {tower!r}, this package reads {TOWER}_SIZE, as {TOWER}_1024")
+        raise ValueError(f"{file}: mm_vision_tower is {tower!r}, this package reads {TOWER}_SIZE, such as {TOWER}_1024")
     expect(file, "", config, mm_projector_type=("mlp2x_gelu",), mm_use_im_start_end=(False,))
     expect(file, "", config, mm_use_im_patch_token=(False,), mm_patch_merge_type=("flat",))
     return int(size)
@@ -75,15 +80,19 @@ def image_size(file: pathlib.Path, config: Mapping[str, Any]) -> int:
 def write(
     folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, processor: Processor, dtype: str | None
 ) -> None:
-    """Writes what ml-fastvlm's predict.py, Core ML and MLX export load: weights, config.json and the processor.
+    """Writes a directory for ml-fastvlm's predict.py, Core ML and MLX export: weights, config.json and the processor.
 
-    The CLIP projection, which ml-fastvlm stores and does not compute, is zeros where the model has none of that kind.
+    ml-fastvlm stores a CLIP projection without computing it: zeros are written unless the model has a fitting one.
 
     Args:
-      model_config, variables: of a whole model with a folded encoder.
+      folder: an existing folder.
+      model_config, variables: a whole model with a folded encoder.
+      processor: source of the special ids, the image size and the processor's files.
+      dtype: dtype of the stored weights; None keeps each tensor's own.
 
     Raises:
-      ValueError: a tower that is not FastViTHD, a language model that is not Qwen2, variables of another model.
+      ValueError: the tower is not FastViTHD, the language model is not a Qwen2, or the variables belong to another
+        model.
     """
     vision = fastvlm.make_encoder(**fastvlm.build(**model_config).vision_args)
     sizes = ("layers", "embed_dims", "mixers", "mlp_ratio", "se_stages", "attention_norm", "multiscale", "stem_scale")

@@ -1,4 +1,7 @@
-"""Our own model directory: weights by their '/'-joined paths, sizes and lineage in config.json, the processor."""
+"""Reads and writes the package's own model directory: weights by '/'-joined paths, sizes and lineage in config.json.
+
+convert.write adds the processor's files.
+"""
 
 import os
 import pathlib
@@ -19,16 +22,17 @@ def write(
     lineage: Mapping[str, Any],
     dtype: str | None = None,
 ) -> None:
-    """Writes weights and `config.json` into `folder`.
+    """Writes weights and `config.json` into `folder`; counters are left out.
 
     Args:
-      variables: of `fastvlm.build(**model_config)`, in whatever form the config says.
+      folder: an existing folder.
+      variables: variables of `fastvlm.build(**model_config)`, branched or folded.
       model_config: {"vision": ..., "llm": ..., "dtype": ...}; an absent part is None or left out.
-      lineage: JSON values: where these weights come from.
-      dtype: of the stored weights; None leaves each as it is.
+      lineage: JSON values that say where the weights come from.
+      dtype: dtype of the stored weights; None keeps each tensor's own.
 
     Raises:
-      ValueError: variables of another model.
+      ValueError: the variables belong to another model.
     """
     shapes = shapes_of(fastvlm.build(**model_config))
     sizes = {key: dict(value) if isinstance(value, Mapping) else value for key, value in dict(model_config).items()}
@@ -38,10 +42,11 @@ def write(
 
 
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """Reads what `write` wrote: (model_config, variables as Leaves).
+    """Reads a directory that `write` wrote: (model_config, variables as Leaves).
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown or damaged.
+      FileNotFoundError: a file is missing; the message names it.
+      ValueError: a file, key or tensor is missing, unknown or damaged; the message names it.
     """
     source = pathlib.Path(source).expanduser()
     model_config = without_remat(_config(source, "model"))
@@ -51,7 +56,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
 
 
 def without_remat(config: dict[str, Any]) -> dict[str, Any]:
-    """A model's config without what its training recomputed, which is each run's own choice."""
+    """Returns a model's config without `remat`: every run chooses for itself what its backward pass recomputes."""
     return {
         part: {key: value for key, value in args.items() if key != "remat"} if isinstance(args, dict) else args
         for part, args in config.items()
@@ -59,7 +64,7 @@ def without_remat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_lineage(source: str | os.PathLike) -> dict[str, Any]:
-    """The lineage that `write` was given."""
+    """Reads the lineage that was given to `write`."""
     return _config(pathlib.Path(source).expanduser(), "lineage")
 
 
@@ -68,6 +73,7 @@ def _rows(shapes: Mapping[str, tuple[int, ...]]) -> list[Row]:
 
 
 def _config(source: pathlib.Path, key: str) -> dict[str, Any]:
+    """Reads the object under `key` in config.json."""
     file = source / CONFIG
     value = read_json(file).get(key)
     if not isinstance(value, dict):

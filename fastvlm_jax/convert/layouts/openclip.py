@@ -1,4 +1,4 @@
-"""Directories of open_clip: the image tower is read and written, a text tower is left aside."""
+"""Reads and writes the image tower of open_clip directories; their text tower is ignored."""
 
 import os
 import pathlib
@@ -17,17 +17,18 @@ from fastvlm_jax.models.convnext import ConvNeXt
 from fastvlm_jax.models.sizes import VISION_SIZES
 
 TRUNK = "visual.trunk."
-# The text towers that stand beside them: MobileCLIP's, and those of open_clip's ConvNeXt models.
+# Config of the text tower that open_clip pairs with ConvNeXt-L, with ConvNeXt-XXL, and with MobileCLIP's image towers.
 L_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 16}
 XXL_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12, "no_causal_mask": True}
 
 
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """Reads the image tower of an open_clip directory, and leaves its text tower aside: ({"vision": ...}, Leaves).
+    """Reads the image tower of an open_clip directory: ({"vision": ..., "dtype": ...}, variables as Leaves).
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown, damaged or not supported.
+      FileNotFoundError: a file is missing; the message names it.
+      ValueError: a file, key or tensor is missing, unknown, damaged or not supported; the message names it.
     """
     source = pathlib.Path(source).expanduser()
     file, config = source / OPEN_CLIP_CONFIG, read_json(source / OPEN_CLIP_CONFIG)
@@ -43,7 +44,8 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
         vision |= head_of(tensors, f"{TRUNK}head.fc.")
     else:
         vision |= projection_of(tensors, ("visual.head.proj", "visual.head.mlp.fc1", "visual.head.mlp.fc2"))
-    vision |= image_statistics(config.get("preprocess_cfg"), VISION_SIZES["mci4"])  # open_clip's default is OpenAI's
+    # open_clip's default mean and std are OpenAI's, as mci4's.
+    vision |= image_statistics(config.get("preprocess_cfg"), VISION_SIZES["mci4"])
     model_config = {"vision": vision, "dtype": "float32"}
     model, shapes = described(model_config, file)
     return model_config, to_jax(_rows(fastvlm.make_encoder(**model.vision_args)), tensors, shapes, source)
@@ -54,17 +56,25 @@ def _rows(vision: nn.Module) -> list[Row]:
 
 
 def write(folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, dtype: str | None) -> None:
-    """Writes the image tower of an open_clip model under its names, with the config of the whole; no text tower.
+    """Writes the weights of an open_clip image tower, and the config of the whole CLIP model without text weights.
+
+    Args:
+      folder: an existing folder.
+      model_config, variables: an encoder alone.
+      dtype: dtype of the stored weights; None keeps each tensor's own.
 
     Raises:
-      ValueError: a tower that open_clip cannot name, because its sizes are not the published ones.
+      ValueError: open_clip has no name for the tower, because its sizes are not published ones.
     """
     model_config, variables = with_head_bias(model_config, variables)
     model = fastvlm.build(vision=model_config["vision"])
     vision = fastvlm.make_encoder(**model.vision_args)
     architecture, args = timm_args(vision)
     if wrong := sorted(set(args) - {"inference_mode"}):
-        raise ValueError(f"open_clip names architectures of fixed size: {wrong[0]}={args[wrong[0]]} has no name there")
+        raise ValueError(
+            f"open_clip has a fixed size for each architecture, none with {wrong[0]}={args[wrong[0]]}: "
+            "use --layout timm or native"
+        )
     tower = {"timm_model_name": architecture, "timm_model_pretrained": False, "timm_drop": 0.0, "timm_drop_path": 0.0}
     if isinstance(vision, ConvNeXt):
         size, projection, text = (

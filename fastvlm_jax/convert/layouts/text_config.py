@@ -1,4 +1,7 @@
-"""The config.json of Qwen2 and Llama language models, as transformers 4 and 5 and ml-fastvlm write it."""
+"""Reads and writes the config.json of Qwen2 and Llama language models, in the form of transformers and ml-fastvlm.
+
+Configs of transformers 4 and 5 can be read.
+"""
 
 import math
 import os
@@ -8,7 +11,7 @@ from typing import Any
 from fastvlm_jax.convert.mapping import MAX_LAYERS
 from fastvlm_jax.models.decoder import Decoder
 
-# Whether the attention has biases on q, k and v, by `model_type`; the llava ones are the plain ones with an encoder.
+# `model_type` -> whether the attention has biases on q, k and v; the llava types are the plain ones with an encoder.
 QKV_BIAS = {"qwen2": True, "llama": False, "llava_qwen2": True, "llava_llama": False}
 SIZES = {
     "vocab_size": "vocab_size",
@@ -17,7 +20,7 @@ SIZES = {
     "num_heads": "num_attention_heads",
     "mlp_dim": "intermediate_size",
 }
-MAX_SIZE = 2**31 - 1  # beyond any decoder there is: refused before anything is allocated by it
+MAX_SIZE = 2**31 - 1  # beyond any real decoder; more is refused before anything of that size is allocated
 
 
 def text_config(
@@ -27,12 +30,12 @@ def text_config(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """The config.json of a plain language model, or the `text_config` of one inside FastVLM.
+    """Returns the config.json of a plain language model, or the `text_config` of one inside FastVLM.
 
-    `rope_theta` is written twice: transformers 5 reads it in `rope_parameters`, transformers 4 and MLX at the top.
+    `rope_theta` is written twice: transformers 5 reads it from `rope_parameters`, transformers 4 and MLX from the top.
 
     Raises:
-      ValueError: a special id outside the vocabulary.
+      ValueError: a special id lies outside the vocabulary.
     """
     special = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     for name, token in special.items():
@@ -61,15 +64,15 @@ def text_config(
 def read_text_config(
     file: str | os.PathLike, config: Mapping[str, Any], whole: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The arguments of Decoder that a config of transformers (4 or 5) or of ml-fastvlm describes.
+    """Returns the arguments of Decoder that a config of transformers (4 or 5) or of ml-fastvlm describes.
 
     Args:
-      file: for messages.
-      config: with the keys of a language model.
-      whole: the config.json around a `text_config`; None where the language model's keys stand at the top.
+      file: where `config` comes from, for messages.
+      config: the object with the language model's keys.
+      whole: the config.json that contains `config` as `text_config`; None if `config` is the whole file.
 
     Raises:
-      ValueError: naming the key that is missing, or whose value this package does not compute.
+      ValueError: a key is missing or has a value that this package does not compute; the message names it.
     """
     prefix = "" if whole is None or whole is config else "text_config."
     kind = config.get("model_type")
@@ -80,7 +83,7 @@ def read_text_config(
     layers = config.get("layer_types") or []
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         raise ValueError(f"{file}: {prefix}layer_types asks for other layers than 'full_attention'")
-    # Transformers leaves out what is its class's default, and reads rope_scaling first.
+    # transformers omits keys that have the default of their class, and prefers rope_scaling.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"{file}: {prefix}rope_parameters is {rope!r}, it must be an object")
@@ -108,10 +111,16 @@ def read_text_config(
 
 
 def expect(file: str | os.PathLike, prefix: str, config: Mapping[str, Any], **allowed: tuple) -> None:
-    """Refuses a stored value that means another computation; an absent one is transformers' default, the first.
+    """Checks that config keys have values that this package computes.
+
+    Args:
+      file: where `config` comes from, for messages.
+      prefix: what precedes the keys in messages, such as "text_config.".
+      config: the object to check.
+      **allowed: allowed values of each key; the first is transformers' default and stands for an absent key.
 
     Raises:
-      ValueError: naming file, key and value.
+      ValueError: a key has another value; the message names file, key and value.
     """
     for key, values in allowed.items():
         found = config.get(key, values[0])
@@ -124,7 +133,7 @@ def _size(file, prefix: str, config: Mapping[str, Any], key: str, default: int |
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value <= MAX_SIZE:
-        raise ValueError(f"{file}: {prefix}{key} is {value!r}, it must be a whole number")
+        raise ValueError(f"{file}: {prefix}{key} is {value!r}, it must be a whole number from 1 to 2**31 - 1")
     return value
 
 

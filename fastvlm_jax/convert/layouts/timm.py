@@ -1,4 +1,4 @@
-"""Directories of timm: a FastViT or a ConvNeXt alone."""
+"""Reads and writes timm directories that hold a FastViT or a ConvNeXt alone."""
 
 import os
 import pathlib
@@ -25,10 +25,11 @@ from fastvlm_jax.models.fastvit import FastViT
 
 
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """Reads a directory that timm loads with `local-dir:`: ({"vision": ...}, variables as Leaves).
+    """Reads a directory that timm loads with `local-dir:`: ({"vision": ..., "dtype": ...}, variables as Leaves).
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown, damaged or not supported.
+      FileNotFoundError: a file is missing; the message names it.
+      ValueError: a file, key or tensor is missing, unknown, damaged or not supported; the message names it.
     """
     source = pathlib.Path(source).expanduser()
     file, config, tensors = source / CONFIG, read_json(source / CONFIG), open_weights(source)
@@ -49,7 +50,16 @@ def _rows(vision: nn.Module) -> list[Row]:
 
 
 def write(folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, dtype: str | None) -> None:
-    """Writes what `timm.create_model("local-dir:FOLDER", pretrained=True)` loads: weights and config.json."""
+    """Writes weights and config.json for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    Args:
+      folder: an existing folder.
+      model_config, variables: an encoder alone.
+      dtype: dtype of the stored weights; None keeps each tensor's own.
+
+    Raises:
+      ValueError: timm has no such architecture, or the variables belong to another model.
+    """
     model_config, variables = with_head_bias(*without_projection(model_config, variables))
     model = fastvlm.build(vision=model_config["vision"])
     vision = fastvlm.make_encoder(**model.vision_args)

@@ -1,4 +1,7 @@
-"""timm's description of a tower: an architecture's name, and the arguments in which the tower differs from it."""
+"""Translates a tower to and from timm's description: an architecture's name, and the arguments that differ from it.
+
+On import, a projection's sizes are read from the tensors, image mean and std from the preprocessing settings.
+"""
 
 import pathlib
 from collections.abc import Mapping
@@ -16,27 +19,30 @@ ARCHITECTURES = {
     "convnext_large": VISION_SIZES["convnext_l"],
     "convnext_xxlarge": VISION_SIZES["convnext_xxl"],
 }
-# An architecture stands for these attributes; layers and widths can be given beside it.
+# Attributes that an architecture fixes; arguments can change its layers and widths.
 FIXED = {"fastvit": ("mixers", "stem_scale", "attention_norm"), "convnext": ("epsilon",)}
-# Arguments of timm, and what they are here; a stage more or less cuts the base's values.
+# timm's argument -> ours; a FastViT of fewer stages takes the first of its architecture's values.
 FASTVIT_ARGS = {"layers": "layers", "embed_dims": "embed_dims", "token_mixers": "mixers"}
 CONVNEXT_ARGS = {"depths": "layers", "dims": "embed_dims"}
-# Arguments that change nothing before the head.
+# Arguments that import ignores: they do not change the feature map in inference.
 TRAINING_ONLY = ("layer_scale_init_value", "ls_init_value", "drop_path_rate", "proj_drop_rate", "drop_rate")
 HEAD_ONLY = ("num_classes", "global_pool")
 
 
 def timm_args(vision: nn.Module) -> tuple[str, dict[str, Any]]:
-    """timm's architecture, and the arguments to build `vision` from it.
+    """Returns the name of timm's architecture for `vision`, and the fewest arguments that turn it into `vision`.
 
     Raises:
-      ValueError: a tower that none of timm's architectures can be made to be.
+      ValueError: no architecture of timm can be turned into `vision`.
     """
     family = "convnext" if isinstance(vision, ConvNeXt) else "fastvit"
     if not isinstance(vision, FastViT | ConvNeXt):
-        raise ValueError(f"timm's names hold a FastViT or a ConvNeXt, not a {type(vision).__name__}: use --layout hf")
+        raise ValueError(
+            f"only a FastViT or a ConvNeXt can be written under timm's names, not a {type(vision).__name__}: "
+            "use --layout hf"
+        )
     if family == "fastvit" and vision.multiscale:
-        raise ValueError("model.vision.multiscale has no place in timm's names: use --layout native")
+        raise ValueError("timm cannot express model.vision.multiscale: use --layout native")
     best = None
     for name, sizes in ARCHITECTURES.items():
         if sizes.get("family", "fastvit") != family:
@@ -68,15 +74,22 @@ def timm_args(vision: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def _cut(vision: nn.Module, key: str, stages: int):
+    """Returns an attribute; if it has one value per stage, those of the first `stages` stages."""
     value = getattr(vision, key)
     return tuple(value)[:stages] if isinstance(value, list | tuple) else value
 
 
 def read_timm_args(file: pathlib.Path, prefix: str, architecture: Any, args: Any) -> dict[str, Any]:
-    """The encoder's arguments that an architecture of timm and its `model_args` stand for.
+    """Returns the encoder arguments that describe an architecture of timm with its `model_args`.
+
+    Args:
+      file: where the values come from, for messages.
+      prefix: what precedes the keys in messages, such as "vision_config.".
+      architecture: name of the architecture; a tag after a dot is ignored.
+      args: the `model_args`.
 
     Raises:
-      ValueError: naming the key that asks for another tower than this package has.
+      ValueError: a key describes a tower that this package does not have; the message names it.
     """
     if not isinstance(architecture, str) or architecture.partition(".")[0] not in ARCHITECTURES:
         raise ValueError(
@@ -101,20 +114,21 @@ def read_timm_args(file: pathlib.Path, prefix: str, architecture: Any, args: Any
         if not isinstance(ratios, list) or len(set(map(str, ratios))) != 1 or type(ratios[0]) not in (int, float):
             raise ValueError(f"{where}.mlp_ratios is {ratios!r}, this package has one ratio for all stages")
         if not all(isinstance(x, list) for x in (squeeze, vision["layers"], vision["embed_dims"], vision["mixers"])):
-            raise ValueError(f"{where} gives a stage's settings that are no list")
+            raise ValueError(f"{where} has a per-stage setting that is not a list")
         stages = len(vision["layers"])
         vision["embed_dims"], vision["mixers"] = vision["embed_dims"][:stages], vision["mixers"][:stages]
         vision["mlp_ratio"] = float(ratios[0])
         vision["se_stages"] = [i for i, used in enumerate(squeeze[:stages]) if used]
         vision["form"] = "folded" if args.pop("inference_mode", False) else "branched"
         if tuple(vision["mixers"]) != tuple(base.mixers)[:stages]:
-            args["token_mixers"] = vision["mixers"]  # positional encodings stand before other stages in timm
+            args["token_mixers"] = vision["mixers"]  # refused below: timm would put positional encodings elsewhere
     if args:
         raise ValueError(f"{where}.{next(iter(args))} asks for a tower that this package does not have")
     return vision
 
 
 def head_of(tensors: Mapping, name: str) -> dict[str, Any]:
+    """Returns the FastViT arguments of the CLIP projection stored under the prefix `name`; {} if there is none."""
     if f"{name}weight" not in tensors:
         return {}
     shape = tensors[f"{name}weight"].get_shape()
@@ -122,6 +136,7 @@ def head_of(tensors: Mapping, name: str) -> dict[str, Any]:
 
 
 def projection_of(tensors: Mapping, names: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the ConvNeXt arguments of the CLIP projection, whose layers are the `names` that the checkpoint holds."""
     stored = [name for name in names if f"{name}.weight" in tensors]
     if not stored:
         return {"projection": []}
@@ -130,6 +145,12 @@ def projection_of(tensors: Mapping, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def image_statistics(settings: Any, default: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Returns image_mean and image_std, three numbers each for images in [0, 1].
+
+    Args:
+      settings: the preprocessing settings with "mean" and "std"; a value that is not three numbers is ignored.
+      default: the image_mean and image_std to use instead; without them 0 and 1.
+    """
     settings = settings if isinstance(settings, dict) else {}
     zeros_ones = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     found = {}

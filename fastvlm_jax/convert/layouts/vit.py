@@ -1,4 +1,4 @@
-"""Directories of transformers that hold a CLIP or SigLIP image tower."""
+"""Reads and writes transformers directories that hold a CLIP or SigLIP image tower, and their config.json."""
 
 import os
 import pathlib
@@ -17,10 +17,11 @@ PREPROCESSOR = "preprocessor_config.json"
 
 
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
-    """Reads the image tower of a CLIP or SigLIP directory of transformers: ({"vision": ...}, variables as Leaves).
+    """Reads the image tower of a CLIP or SigLIP directory: ({"vision": ..., "dtype": ...}, variables as Leaves).
 
     Raises:
-      FileNotFoundError, ValueError: naming the file, key or tensor that is missing, unknown, damaged or not supported.
+      FileNotFoundError: a file is missing; the message names it.
+      ValueError: a file, key or tensor is missing, unknown, damaged or not supported; the message names it.
     """
     source = pathlib.Path(source).expanduser()
     vision = read_vision_config(source / CONFIG, read_json(source / CONFIG))
@@ -35,7 +36,16 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
 
 
 def write(folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, dtype: str | None) -> None:
-    """Writes what `CLIPVisionModel` or `SiglipVisionModel` of transformers loads, and its image settings."""
+    """Writes a directory for transformers' `CLIPVisionModel` or `SiglipVisionModel`, with its image settings.
+
+    Args:
+      folder: an existing folder.
+      model_config, variables: an encoder alone.
+      dtype: dtype of the stored weights; None keeps each tensor's own.
+
+    Raises:
+      ValueError: the tower mixes CLIP and SigLIP, or the variables belong to another model.
+    """
     model = fastvlm.build(vision=model_config["vision"])
     vision = fastvlm.make_encoder(**model.vision_args)
     config = vision_config(vision)
@@ -56,10 +66,11 @@ def write(folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict
 
 
 def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns image_mean and image_std under timm's keys, as `image_statistics` reads them."""
     return {"mean": settings.get("image_mean"), "std": settings.get("image_std")}
 
 
-# Our argument -> transformers' key, and its default where the key is left out (SigLIP's published file does).
+# Our argument -> transformers' key, CLIP's default and SigLIP's; SigLIP's published config.json omits keys.
 SIZES = {
     "image_size": ("image_size", 224, 224),
     "patch_size": ("patch_size", 32, 16),
@@ -89,12 +100,12 @@ KINDS = {
 
 
 def vision_config(vision: ViT) -> dict[str, Any]:
-    """The tower's config.json for CLIPVisionModel or SiglipVisionModel, also `vision_config` in that of a whole model.
+    """Returns the config.json of a CLIPVisionModel or SiglipVisionModel, also the `vision_config` of a whole model.
 
-    select_layer, normalisation and the training arguments have no place in it.
+    It cannot hold select_layer, image_mean, image_std and the training arguments.
 
     Raises:
-      ValueError: a mixture of CLIP and SigLIP that neither class computes.
+      ValueError: the tower mixes CLIP and SigLIP, so that neither class computes it.
     """
     model_type = "clip_vision_model" if vision.cls_token else "siglip_vision_model"
     if vision.pre_norm != vision.cls_token or (vision.cls_token and vision.pooling_head):
@@ -115,16 +126,16 @@ def vision_config(vision: ViT) -> dict[str, Any]:
 
 
 def read_vision_config(file: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The encoder arguments (with "family") in the config.json of a tower, or of a whole CLIP or SigLIP model.
+    """Returns the encoder arguments (with "family") from the config.json of a tower or of a whole CLIP or SigLIP model.
 
-    image_mean and image_std are those of OpenAI's CLIP and of SigLIP; preprocessor_config.json may say otherwise.
+    image_mean and image_std are those of OpenAI's CLIP or of SigLIP; preprocessor_config.json may override them.
 
     Args:
-      file: where `config` is from, for messages.
-      config: the parsed config.json; or the `vision_config` in it.
+      file: where `config` comes from, for messages.
+      config: the parsed config.json, or the `vision_config` in it.
 
     Raises:
-      ValueError: naming the file and the key that is wrong, or whose value this package does not compute.
+      ValueError: a key is wrong or has a value that this package does not compute; the message names file and key.
     """
     prefix = ""
     if (whole := config.get("model_type")) in ("clip", "siglip"):
@@ -156,6 +167,7 @@ def read_vision_config(file: pathlib.Path, config: Mapping[str, Any]) -> dict[st
 
 
 def _nested(file: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `vision_config` of a whole model's config.json; an absent one is empty."""
     if not isinstance(nested := config.get("vision_config", {}), dict):
         raise ValueError(f"{file}: vision_config is {nested!r}, it must be an object")
     return nested

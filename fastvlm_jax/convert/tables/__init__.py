@@ -1,0 +1,1 @@
+"""Two-way tables of weight names: tensors in published checkpoints, and their paths in the variables."""

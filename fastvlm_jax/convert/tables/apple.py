@@ -1,7 +1,7 @@
-"""The encoder's weights as Apple's `mci.py` names them (ml-fastvlm, ml-mobileclip), training form and folded form.
+"""Maps a FastViT to the names of Apple's `mci.py` (ml-fastvlm, ml-mobileclip), in training form and folded form.
 
-The tensors are timm's under other words, but for the CLIP projection, which is stored [features, width] without a bias.
-The stages' parts stand in one list, `network`; FastViTHD's reads:
+The tensors are timm's under other names, except the CLIP projection, which is stored [features, width] without a bias.
+The parts of all stages form one list, `network`; FastViTHD's is:
 
     0        1      2        3      4        5      6          7        8      9          10
     stage 0  embed  stage 1  embed  stage 2  embed  positions  stage 3  embed  positions  stage 4
@@ -11,7 +11,7 @@ from fastvlm_jax.convert.mapping import SAME, Row
 from fastvlm_jax.convert.tables import timm
 from fastvlm_jax.models.fastvit import FastViT
 
-# timm's word -> Apple's, in this order, after the stages have become parts of `network`.
+# (timm's word, Apple's word), replaced in this order after the stages have become parts of `network`.
 WORDS = (
     ("stem.", "patch_embed."),
     ("final_conv.se.fc1", "conv_exp.se.reduce"),
@@ -30,12 +30,16 @@ WORDS = (
 
 
 def tower_rows(vision: FastViT, prefix: str = "") -> list[Row]:
-    """The rows of a tower: the training form where vision.form is "branched", the released one where "folded".
+    """Returns the rows of a tower: its training form if vision.form is "branched", its released form if "folded".
 
-    `head.proj` stands among them where the tower has a CLIP projection.
+    `head.proj` is included if the tower has a CLIP projection.
+
+    Args:
+      vision: the tower, for its sizes and form.
+      prefix: what precedes every tensor name in the checkpoint.
 
     Raises:
-      ValueError: the projection has a bias, or the tower learns its multi-scale pooling.
+      ValueError: the projection has a bias, or the tower's multi-scale pooling has weights.
     """
     if vision.head_bias:
         raise ValueError("vision.head_bias=True: Apple's CLIP projection has no bias; use the timm or native layout")
@@ -43,15 +47,15 @@ def tower_rows(vision: FastViT, prefix: str = "") -> list[Row]:
     rows = []
     for row in timm.tower_rows(vision):
         name = row.torch
-        for theirs, apples in words:
-            name = name.replace(theirs, apples)
+        for timm_word, apple_word in words:
+            name = name.replace(timm_word, apple_word)
         transform = SAME if name == "head.proj" else row.transform
         rows.append(row._replace(torch=prefix + name, transform=transform))
     return rows
 
 
 def _network(vision: FastViT) -> list[tuple[str, str]]:
-    """The parts of timm's stages and their places in Apple's flat list."""
+    """Returns (timm's prefix, Apple's prefix) of each part of the stages, in the order of Apple's flat list."""
     parts = []
     for i, mixer in enumerate(vision.mixers):
         parts += [f"stages.{i}.downsample."] if i > 0 else []

@@ -1,6 +1,6 @@
-"""ConvNeXt towers as timm (`convnext_large`, `convnext_xxlarge`) and open_clip (image tower of a CLIP model) name them.
+"""Maps a ConvNeXt to timm's names (`convnext_large`, `convnext_xxlarge`) and to open_clip's (image tower of a CLIP).
 
-The two differ after the feature map only:
+The two differ only after the feature map:
 
     ours              timm                 open_clip, MLP           open_clip, matrix
     unused/norm       head.norm            trunk.head.norm          trunk.head.norm
@@ -13,20 +13,28 @@ from fastvlm_jax.models.convnext import ConvNeXt
 
 
 def tower_rows(vision: ConvNeXt, prefix: str = "") -> list[Row]:
-    """The layout of a timm model; of an open_clip trunk too if vision.projection is ().
+    """Returns the rows of a timm model; they also fit an open_clip trunk if vision.projection is ().
+
+    Args:
+      vision: the tower, for its sizes.
+      prefix: what precedes every tensor name in the checkpoint.
 
     Raises:
-      ValueError: a projection of more than two layers.
+      ValueError: the projection has more than two layers.
     """
     names = _projection_names(vision, ("head.pre_logits.fc", "head.fc"), "head.fc")
     return _finish(_trunk(vision) + _projection(vision, names), prefix)
 
 
 def openclip_rows(vision: ConvNeXt, prefix: str = "visual.") -> list[Row]:
-    """The layout of the image tower in an open_clip checkpoint: `trunk.*` as in timm, and its own `head.*`.
+    """Returns the rows of the image tower in an open_clip checkpoint: `trunk.*` as in timm, `head.*` as in open_clip.
+
+    Args:
+      vision: the tower, for its sizes.
+      prefix: what precedes every tensor name in the checkpoint.
 
     Raises:
-      ValueError: a projection of more than two layers.
+      ValueError: the projection has more than two layers.
     """
     names = _projection_names(vision, ("head.mlp.fc1", "head.mlp.fc2"), "head.proj")
     trunk = [row._replace(torch=f"trunk.{row.torch}") for row in _trunk(vision)]
@@ -59,7 +67,7 @@ def _projection_names(vision: ConvNeXt, mlp: tuple[str, str], matrix: str) -> tu
 
 def _projection(vision: ConvNeXt, names: tuple[str, ...]) -> list[Row]:
     rows = [row for i, name in enumerate(names, start=1) for row in _dense(name, f"unused/fc{i}")]
-    return rows if vision.projection_bias else rows[:-1]  # the last row is the last bias
+    return rows if vision.projection_bias else rows[:-1]  # the last row is the last layer's bias
 
 
 def _finish(rows: list[Row], prefix: str) -> list[Row]:

@@ -1,7 +1,7 @@
-"""Qwen2 and Llama language models in transformers' names: tensors and the config.json that describes them.
+"""Maps a decoder to the tensor names of Qwen2 and Llama language models in transformers.
 
-The same names stand in a plain `Qwen2ForCausalLM` or `LlamaForCausalLM`, in FastVLM of transformers and in the layout
-of ml-fastvlm; only what stands before `layers.0` differs.
+A plain `Qwen2ForCausalLM` or `LlamaForCausalLM`, transformers' FastVLM and ml-fastvlm's layout use the same names; only
+the prefix before `layers.0` differs.
 """
 
 from fastvlm_jax.convert.mapping import LINEAR, SAME, Row
@@ -11,13 +11,13 @@ MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 def decoder_rows(llm: Decoder, prefix: str, path: str = "params/llm") -> list[Row]:
-    """The tensors of a language model.
+    """Returns the rows of a language model; the head has its own row only if it is not tied to the embedding.
 
     Args:
-      llm: gives the sizes; the head is a tensor of its own only where it is not tied to the embedding.
-      prefix: what stands before `layers.0`: "model." in a plain model and in ml-fastvlm, "model.language_model." in
-        FastVLM of transformers. `lm_head.weight` never has one.
-      path: of the decoder in the variables.
+      llm: the decoder, for its sizes.
+      prefix: what precedes `layers.0`: "model." in a plain model and in ml-fastvlm, "model.language_model." in
+        transformers' FastVLM. `lm_head.weight` never has a prefix.
+      path: '/'-joined path of the decoder in the variables.
     """
     layer, layers, depth = f"{prefix}layers.{{i}}", f"{path}/layers", llm.num_layers
     rows = [

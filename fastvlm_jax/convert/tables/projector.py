@@ -1,10 +1,14 @@
-"""The projector's weights: two layers, whose names each layout gives."""
+"""Maps the projector's two linear layers to tensor names, which every layout chooses for itself."""
 
 from fastvlm_jax.convert.mapping import LINEAR, SAME, Row
 
 
 def projector_rows(first: str, second: str) -> list[Row]:
-    """The rows of the projector, whose two layers have these names."""
+    """Returns the rows of the projector.
+
+    Args:
+      first, second: tensor names of its two layers, without `.weight` and `.bias`.
+    """
     return [
         Row(f"{torch}.{kind}", f"params/projector/{ours}/{name}", transform)
         for torch, ours in ((first, "fc1"), (second, "fc2"))

@@ -1,6 +1,6 @@
-"""The encoder's weights as timm names them (`fastvit_mci0` to `fastvit_mci4`), training form and `inference_mode`.
+"""Maps a FastViT to timm's names (`fastvit_mci0` to `fastvit_mci4`), in training form and in `inference_mode`.
 
-Paths are those of FastVLM, under `vision/`. `prefix` is what stands before the names in a larger checkpoint.
+Paths lie under `vision/`, as in FastVLM's variables.
 """
 
 from fastvlm_jax.convert.mapping import CHANNELS, CONV, LINEAR, POINTWISE, Row
@@ -8,12 +8,16 @@ from fastvlm_jax.models.fastvit import FastViT
 
 
 def tower_rows(vision: FastViT, prefix: str = "") -> list[Row]:
-    """The rows of a tower: timm's training form where vision.form is "branched", its inference_mode where "folded".
+    """Returns the rows of a tower: timm's training form if vision.form is "branched", its inference_mode if "folded".
 
-    `head.fc` stands among them where the tower has a CLIP projection.
+    `head.fc` is included if the tower has a CLIP projection.
+
+    Args:
+      vision: the tower, for its sizes and form.
+      prefix: what precedes every tensor name in a larger checkpoint.
 
     Raises:
-      ValueError: the tower learns its multi-scale pooling, which timm has not.
+      ValueError: the tower's multi-scale pooling has weights, which timm's does not.
     """
     if vision.multiscale and vision.multiscale_pool == "depthwise":
         raise ValueError("vision.multiscale_pool='depthwise' has weights that only the native layout can hold")

@@ -1,7 +1,7 @@
-"""CLIP and SigLIP image towers as transformers stores them: the names of the weights, and the config.json.
+"""Maps a ViT to the tensor names of CLIP and SigLIP image towers in transformers.
 
-The names of a tower begin with `vision_model.` in published checkpoints, whether of the tower or of the whole model,
-and with nothing in what transformers 5 writes for a tower alone.
+The names begin with `vision_model.` in published checkpoints, both of a tower and of a whole model; transformers 5
+writes a tower alone without that prefix.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,12 @@ LINEARS |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 
 
 def tower_rows(vision: ViT, prefix: str = "") -> list[Row]:
-    """The layout of a tower; `prefix` ends with `vision_model.` in a published checkpoint."""
+    """Returns the rows of a tower.
+
+    Args:
+      vision: the tower, for its sizes.
+      prefix: what precedes every tensor name; it ends with `vision_model.` in a published checkpoint.
+    """
     rows = [
         Row("embeddings.patch_embedding.weight", "patch_embed/kernel", CONV),
         Row("embeddings.position_embedding.weight", "positions"),
@@ -31,7 +36,7 @@ def tower_rows(vision: ViT, prefix: str = "") -> list[Row]:
     if vision.cls_token:
         rows.append(Row("embeddings.class_embedding", "cls_token"))
     if vision.pre_norm:
-        rows += _norm("pre_layrnorm", "pre_norm")  # transformers' spelling
+        rows += _norm("pre_layrnorm", "pre_norm")  # spelled so in transformers
     else:
         rows.append(Row("embeddings.patch_embedding.bias", "patch_embed/bias"))
     if vision.pooling_head:
@@ -48,15 +53,15 @@ def tower_rows(vision: ViT, prefix: str = "") -> list[Row]:
 
 
 def tower_prefix(names: Iterable[str]) -> str:
-    """What the names of the tower begin with in a checkpoint of it or of the whole CLIP or SigLIP model."""
+    """Returns the prefix of the tower's tensors among the tensor names of a checkpoint, "vision_model." or ""."""
     return PUBLISHED_PREFIX if any(name.startswith(PUBLISHED_PREFIX) for name in names) else ""
 
 
 def is_beside_tower(vision: ViT, name: str) -> bool:
-    """Whether a tensor of a CLIP or SigLIP checkpoint is no weight of its image tower, and left aside on import.
+    """Returns whether import ignores a tensor of a CLIP or SigLIP checkpoint, as not part of its image tower.
 
-    These are the text tower, the projections, the scale and bias of the logits, the counter `position_ids` of older
-    files, and the pooling head where `vision` goes without it.
+    Ignored are the text tower, the projections, the scale and bias of the logits, the buffer `position_ids` of older
+    files, and the pooling head if `vision` has none.
     """
     head = () if vision.pooling_head else ("head.", f"{PUBLISHED_PREFIX}head.")
     return name.startswith(OTHER_PARTS + head) or name.endswith(".position_ids")

@@ -1,4 +1,4 @@
-"""`fastvlm data inspect`: what a data set holds, what a run makes of it, and samples as the model sees them."""
+"""`fastvlm data inspect`: shows what a data set holds, how a run uses it, and samples as the model sees them."""
 
 import dataclasses
 import pathlib
@@ -13,12 +13,13 @@ from fastvlm_jax.files import write_json
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Files to write, "" for none.
+    """Names the files to write; "" = none.
 
     Attributes:
-      page: HTML with `samples` samples. json: all numbers. unusable: every record that cannot be used, a line each;
-        with a page and without a name of its own it lies beside the page.
-      samples: shown on the page.
+      page: HTML page with `samples` samples.
+      json: JSON file with all numbers.
+      unusable: list of all records that cannot be used, one JSON object per line; by default beside the page, if any.
+      samples: number of samples on the page.
     """
 
     page: str = ""
@@ -28,13 +29,20 @@ class Outputs:
 
 
 def inspect(folder: str, split: str, verify: bool, outputs: Outputs) -> str:
-    """Returns, as text, what a split of a data set holds.
+    """Returns a text that describes a split of a data set, and writes `outputs.json`.
+
+    Args:
+      folder: folder of the data set.
+      split: name of the split.
+      verify: True compares the checksums of all shards.
+      outputs: files to write; `page` and `unusable` must be "".
 
     Raises:
-      FileNotFoundError, ValueError: no such data set or split, none of its records, or damaged shards.
+      FileNotFoundError: there is no such data set.
+      ValueError: there is no such split, it holds no records, or shards are missing or damaged.
     """
     if outputs.page or outputs.unusable:
-        raise ValueError("--output and --list_unusable are about a run: name its --config")
+        raise ValueError("--output and --list_unusable show how a run uses the data: name its --config")
     contents.check_shards(folder, split)
     sets = [_look(read_shards(folder, split), None, verify)]
     _write_json(outputs, sets, None)
@@ -42,11 +50,13 @@ def inspect(folder: str, split: str, verify: bool, outputs: Outputs) -> str:
 
 
 def inspect_run(build: BatchBuilder, images_per_group: int, verify: bool, outputs: Outputs) -> str:
-    """Returns, as text, what a split of each data set of a run holds, and what its schedule makes of it.
+    """Returns a text that describes a split of each data set of a run and how the schedule uses it; writes `outputs`.
 
     Args:
-      build: makes the batches of the split, as from_config.make_builder opens it for a training config.
-      images_per_group: the config's.
+      build: builder of the split's batches, as from_config.make_builder returns it for a training config.
+      images_per_group: `data.images_per_group` of the config.
+      verify: True compares the checksums of all shards.
+      outputs: files to write.
 
     Raises:
       FileNotFoundError, ValueError: see `inspect`.
@@ -62,11 +72,11 @@ def inspect_run(build: BatchBuilder, images_per_group: int, verify: bool, output
     listed = outputs.unusable
     if outputs.page and not listed:
         beside = page_path.with_suffix(".unusable.jsonl")
-        beside.unlink(missing_ok=True)  # the list of an earlier look
+        beside.unlink(missing_ok=True)  # the list of an earlier inspection
         listed = beside if schedule.unusable else ""
     if listed:
         usage.write_unusable(schedule, sources, pathlib.Path(listed).expanduser())
-        lines.append(f"records that cannot be used, all {len(schedule.unusable):,}: {listed}")
+        lines.append(f"list of all {len(schedule.unusable):,} records that cannot be used: {listed}")
     if outputs.page:
         page.write_page(page_path, sets, used, take_samples(build, outputs.samples))
         lines.append(f"samples as the model sees them: {page_path}")

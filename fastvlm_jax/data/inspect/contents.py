@@ -1,4 +1,4 @@
-"""What a data set holds, told by its manifest, its index and a few hundred of its records."""
+"""Describes what a data set holds, from its manifest, its index and a few hundred of its records."""
 
 import collections
 import concurrent.futures
@@ -20,29 +20,35 @@ from fastvlm_jax.data.sources import RecordSource, incomplete_shards, read_manif
 from fastvlm_jax.files import cache_folder, sha256
 from fastvlm_jax.images.header import read_header
 
-READ = 500  # records that are read for what no index tells
+READ = 500  # records that are read for the numbers that no index holds
 SIDES = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # px
-ASPECTS = (0.33, 0.5, 0.7, 0.9, 1.1, 1.43, 2.0, 3.0)  # 4:3 and 16:9 lie well inside
-IMAGES = (1, 2, 3, 4, 5, 6, 8, 11, 16, 21, 51)
-TURNS = (1, 3, 5, 7, 9, 11, 17, 33, 65)  # a question and its answer together
+ASPECTS = (0.33, 0.5, 0.7, 0.9, 1.1, 1.43, 2.0, 3.0)  # width / height; 4:3 and 16:9 lie well inside a range
+IMAGES = (1, 2, 3, 4, 5, 6, 8, 11, 16, 21, 51)  # per record
+TURNS = (1, 3, 5, 7, 9, 11, 17, 33, 65)  # per record; a question and its answer fall into one range
 
-Counts = dict[str, int]  # label -> how many, in the order to show them
+Counts = dict[str, int]  # label -> count, in display order
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What one split of a data set holds.
+    """Describes what one split of a data set holds.
 
     Attributes:
-      folder, split: names of it.
-      records, images, shards, bytes: how many.
-      verified: the checksums of all shards were computed, and are right.
-      rejected, reasons: entries of the source that became no record, and why.
-      longer_side, aspect: images by longer side, pixels, and by width / height, upright.
-      largest, smallest: "WIDTH x HEIGHT in SHARD record N", "" without images.
-      images_per_record: records by number of images.
-      read: records that were read, drawn from all: `turns` counts them by number of turns, `formats` their images.
-      damaged: of those that were read, "SHARD record N ..." of each that cannot be.
+      folder: folder of the data set.
+      split: name of the split.
+      records, images, shards: number of each.
+      bytes: size of all shards, bytes.
+      verified: True if the checksums of all shards were compared and match.
+      rejected: number of source entries that became no record.
+      reasons: most frequent reasons for that.
+      longer_side: number of images by longer side, pixels.
+      aspect: number of images by width / height after EXIF rotation.
+      largest, smallest: largest and smallest image by area, "WIDTH x HEIGHT in SHARD record N"; "" without images.
+      images_per_record: number of records by number of images.
+      read: number of records that were read, drawn at random from the split.
+      turns: number of records read, by number of turns.
+      formats: number of their images by format.
+      damaged: "SHARD record N ..." for each of them that is damaged.
     """
 
     folder: str
@@ -66,7 +72,12 @@ class Contents:
 
 
 class Sizes(NamedTuple):
-    """Of M records with I images: num_images int [M]; width, height int [I], pixels, upright, record after record."""
+    """Holds the image sizes of M records with I images.
+
+    Attributes:
+      num_images: int [M], images of each record.
+      width, height: int [I], size of each image after EXIF rotation, pixels; record after record.
+    """
 
     num_images: np.ndarray
     width: np.ndarray
@@ -74,10 +85,15 @@ class Sizes(NamedTuple):
 
 
 def look_at(source: RecordSource, sizes: Sizes, verified: bool) -> Contents:
-    """Returns what a split holds.
+    """Returns a description of a split; reads up to READ of its records.
+
+    Args:
+      source: the split.
+      sizes: its image sizes, see `load_sizes`.
+      verified: whether `verify` has compared the checksums.
 
     Raises:
-      ValueError: it holds no records.
+      ValueError: the split holds no records.
     """
     if not len(source):
         raise ValueError(f"split {source.split!r} of {source.folder} holds no records: write the data set again")
@@ -114,7 +130,7 @@ def look_at(source: RecordSource, sizes: Sizes, verified: bool) -> Contents:
 
 
 def check_shards(folder: str | os.PathLike, split: str) -> None:
-    """Looks for every shard of a split; ValueError naming those that are missing or of another size."""
+    """Raises ValueError if shards of a split are missing or have another size than written; the message names them."""
     folder = epath.Path(folder).expanduser()
     manifest = read_manifest(folder)
     broken = incomplete_shards(folder, manifest, split) if split in manifest["splits"] else []
@@ -129,7 +145,7 @@ def verify(source: RecordSource) -> None:
     """Compares the checksum of every shard with the manifest's.
 
     Raises:
-      ValueError: naming the shards that are damaged.
+      ValueError: a checksum differs; the message names the damaged shards.
     """
     written = read_manifest(source.folder)["splits"][source.split]["shards"]
     bar = tqdm.tqdm(source.shards, desc="verify", unit="shard", disable=not sys.stderr.isatty())
@@ -141,7 +157,7 @@ def verify(source: RecordSource) -> None:
 
 
 def load_sizes(source: RecordSource) -> Sizes:
-    """Returns the sizes of a split from its index; where that is missing the records are read, and the index kept.
+    """Returns the image sizes of a split from its index; without one, reads all records and caches the index.
 
     Raises:
       ValueError: an index file is damaged.
@@ -157,14 +173,15 @@ def load_sizes(source: RecordSource) -> Sizes:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 sizes = Sizes(*(stored[name].astype(np.int64) for name in Sizes._fields))
             if len(sizes.num_images) != records or not sizes.num_images.sum() == len(sizes.width) == len(sizes.height):
-                raise ValueError("it is of another shard")
-        except Exception as error:  # of numpy, zipfile and zlib, of many kinds
+                raise ValueError("it belongs to another shard")
+        except Exception as error:  # numpy, zipfile and zlib raise many kinds
             raise ValueError(f"{path} is damaged ({error}): delete the folder {path.parent}") from error
         found.append(sizes)
     return Sizes(*map(np.concatenate, zip(*found, strict=True))) if found else Sizes(*np.zeros((3, 0), int))
 
 
 def _measure(source: RecordSource, shard: str, folder: epath.Path) -> None:
+    """Writes the index file of a shard's image sizes to `folder`."""
     index = ShardIndex()
     part = read_shards(source.folder, source.split, only=shard)
     for number in tqdm.tqdm(range(len(part)), desc=f"measure {shard}", disable=not sys.stderr.isatty()):
@@ -176,9 +193,9 @@ def _measure(source: RecordSource, shard: str, folder: epath.Path) -> None:
 
 
 def some(total: int, count: int) -> np.ndarray:
-    """Returns `count` of the numbers below `total`, in order, the same each time; all if there are no more.
+    """Returns `count` numbers below `total`, sorted and the same each time; all of them if `total` is not larger.
 
-    They are drawn: of a data set that repeats its kinds in turn, every n-th record may be of one kind.
+    They are drawn at random: in a data set that alternates between kinds, every n-th record may be of one kind.
     """
     if count >= total:
         return np.arange(total)
@@ -186,7 +203,7 @@ def some(total: int, count: int) -> np.ndarray:
 
 
 def histogram(values: np.ndarray, edges: Sequence[float]) -> Counts:
-    """Counts values between edges, each of which begins a range; empty ranges at both ends are left out.
+    """Returns the counts of values in ranges that begin at the edges; empty ranges at both ends are left out.
 
     histogram([1, 2, 2, 9], (1, 2, 5))  ->  {"1": 1, "2-4": 2, "5 or more": 1}
     """
@@ -204,12 +221,12 @@ def histogram(values: np.ndarray, edges: Sequence[float]) -> Counts:
 
 
 def shortened(names: Sequence[str]) -> str:
-    """The first few names."""
+    """Returns the first three names and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read(source: RecordSource) -> tuple[list[int], list[str], list[str]]:
-    """Turns of records spread over the split, formats of their images, and which of them are damaged."""
+    """Reads records drawn from a split: turns of each, format of each image, and a message for each damaged one."""
 
     def check(number: int) -> tuple[int, list[str]] | str:
         try:
@@ -219,7 +236,7 @@ def _read(source: RecordSource) -> tuple[list[int], list[str], list[str]]:
         return len(record.turns), [_kind(image) for image in record.images]
 
     numbers = some(len(source), READ).tolist()
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each is a round trip to a bucket
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each record is a round trip to a bucket
         found = list(pool.map(check, numbers))
     fine = [item for item in found if not isinstance(item, str)]
     kinds = [kind for _, own in fine for kind in own]

@@ -1,4 +1,4 @@
-"""The HTML page of an inspection: one file, without scripts, that loads nothing."""
+"""Writes the HTML page of an inspection: one file without scripts, which loads nothing else."""
 
 import base64
 import io
@@ -16,9 +16,9 @@ from fastvlm_jax.data.inspect.text import held, overlong, percent, plural, visib
 from fastvlm_jax.data.inspect.usage import Usage, choice_table
 from fastvlm_jax.files import write_whole
 
-_LOSSLESS = 256  # px: smaller views are written as they are
-_HEAD, _TAIL = 500, 150  # pieces of a long text that are shown
-_TEXTS = 3  # of a record that are shown at once
+_LOSSLESS = 256  # longer side in pixels up to which views are stored without loss
+_HEAD, _TAIL = 500, 150  # pieces shown at the start and at the end of a long text
+_TEXTS = 3  # texts of a record that are shown unfolded
 
 STYLE = """
  :root { --ink: #1d2330; --soft: #667085; --line: #e3e6ec; --paper: #fff; --wash: #f6f7f9; --bar: #5b7fc7;
@@ -40,7 +40,7 @@ STYLE = """
  th, td { padding: .3em .95em; text-align: right; border-bottom: 1px solid var(--line) }
  th { font-weight: 600; color: var(--soft) } th:first-child, td:first-child { text-align: left; padding-left: .2em }
  td.own { outline: 2px solid var(--ink); outline-offset: -2px; border-radius: 4px }
- td small { color: var(--soft); display: block } 
+ td small { color: var(--soft); display: block }
  .list td { text-align: left } .list td:first-child { text-align: right }
  .sample { border: 1px solid var(--line); border-radius: 10px; margin: 1.1em 0; padding: 1em 1.2em }
  .sample header { display: flex; flex-wrap: wrap; gap: .1em 1.4em; align-items: baseline; font-size: .88em;
@@ -102,20 +102,21 @@ PAGE = _ENVIRONMENT.from_string(
 {{ figure("{:,}".format(usage.unusable), "records cannot be used") }}
 </div>
 
-<p><a href="#samples">samples</a> · <a href="#schedule">schedule and choices</a> · <a href="#contents">contents</a></p>
+<p><a href="#samples">samples</a> · <a href="#schedule">schedule and other settings</a> ·
+<a href="#contents">contents</a></p>
 
 <h2 id="samples">Samples as the model sees them</h2>
-<p class="tokens legend"><u> text </u> <i> learnt </i> <b>special token</b> <b class="l">learnt special token</b>
-<s>image &times; tokens, slot</s></p>
-<p class="soft">Pixels and tokens are those of the arrays of the first batches. The loss is on the green tokens. A click
-enlarges an image.</p>
+<p class="tokens legend"><u> text </u> <i> supervised </i> <b>special token</b> <b class="l">supervised special
+token</b> <s>image &times; tokens, slot</s></p>
+<p class="soft">Pixels and tokens come from the arrays of the first batches. The green tokens are supervised, so they
+count in the loss. Click an image to enlarge it.</p>
 {% for sample in samples %}
 <section class="sample"><header><b>{{ (sample.key or "(no key)") | visible }}</b>
 <span>{{ sample.place | visible }}</span>
 <span>bucket {{ sample.size.width }} &times; {{ sample.size.height }}</span>
 <span>batch {{ sample.batch }}, group {{ sample.group }}</span></header>
 {% if sample.replaced %}
-<p class="replaced">It cannot be used, another record stands in its place: {{ sample.replaced | visible }}</p>
+<p class="replaced">This record cannot be used, another one takes its place: {{ sample.replaced | visible }}</p>
 {% endif %}
 <div class="content">
 {% if sample.views %}<div class="views">
@@ -133,39 +134,39 @@ enlarges an image.</p>
 {% for text in sample.texts %}
 {% if loop.index0 == shown %}<details><summary>{{ loop.length - shown }} more texts</summary>{% endif %}
 <div class="text"><small>row {{ text.row }}, tokens {{ text.start }} to {{ text.stop - 1 }}
-{{- ", " ~ text.learnt ~ " learnt" }}{{ ", its oldest questions left out" if text.cut }}</small>
+{{- ", " ~ text.learnt ~ " supervised" }}{{ ", oldest questions dropped" if text.cut }}</small>
 <div class="tokens">{{ text.html }}</div></div>
 {% if loop.last and loop.length > shown %}</details>{% endif %}
 {% endfor %}
 </div></div></section>
 {% endfor %}
 
-<h2 id="schedule">What the schedule makes of it</h2>
+<h2 id="schedule">How the schedule uses the data</h2>
 <div class="charts">
-{{ bars("tokens of a text with its images", usage.lengths, "at %d px" % usage.image_size) }}
+{{ bars("tokens of a text and its images", usage.lengths, "at %d px" % usage.image_size) }}
 <div><h3>quantiles, tokens</h3><table>
 {% for name, tokens in usage.quantiles.items() %}<tr><td>{{ name }}<td>{{ "{:,}".format(tokens) }}</tr>
 {% endfor %}</table>
 <p class="soft">{{ usage | overlong }}.</p></div>
 </div>
-{% if usage.reasons %}<br><h3>Cannot be used, another record takes the place</h3>{{ reasons(usage.reasons) }}{% endif %}
-<br><table><tr><th>images<th>tokens each<th>slots a group<th>batches<th>records a batch
-<th>token slots<th>image slots</tr>
+{% if usage.reasons %}<br><h3>Records that cannot be used, and are replaced</h3>{{ reasons(usage.reasons) }}{% endif %}
+<br><table><tr><th>image size<th>tokens per image<th>slots per group<th>batches<th>records per batch
+<th>token slots used<th>image slots used</tr>
 {% for b in usage.buckets %}
 <tr><td>{{ b.width }} &times; {{ b.height }}<td>{{ b.tokens_per_image }}<td>{{ b.images_per_group }}
 <td>{{ "{:,.0f}".format(b.batches) }}<td>{{ "{:,.1f}".format(b.records_per_batch) }}
 <td>{{ b.token_fill | percent }}<td>{{ b.image_fill | percent }}</tr>
 {% endfor %}</table>
 {% if usage.sets | length > 1 %}<br><table>
-<tr><th>data set<th>records<th>unusable<th>drawn an epoch<th>passes<th>of tokens<th>of images</tr>
+<tr><th>data set<th>records<th>unusable<th>drawn per epoch<th>passes<th>share of tokens<th>share of images</tr>
 {% for s in usage.sets %}
 <tr><td>{{ s.name | visible }}<td>{{ "{:,}".format(s.records) }}<td>{{ "{:,}".format(s.unusable) }}
 <td>{{ "{:,}".format(s.drawn) }}<td>{{ "%.2f" % s.passes }}<td>{{ s.token_share | percent }}
 <td>{{ s.image_share | percent }}</tr>
 {% endfor %}</table>{% endif %}
 {% if usage.choices %}
-<h3 style="margin-top: 1.6em">Other choices <span class="soft">tried with {{ "{:,}".format(usage.compared) }} records:
-share of token slots and of image slots used, records in a group; the config's own is framed</span></h3>
+<h3 style="margin-top: 1.6em">Other settings <span class="soft">tried with {{ "{:,}".format(usage.compared) }} records:
+token slots and image slots used, records per group; the config's own values are framed</span></h3>
 <table><tr><th>data.images_per_group
 {% for length in lengths %}<th>row_length {{ "{:,}".format(length) }}{% endfor %}</tr>
 {% for images, cells in choices.items() %}
@@ -175,7 +176,7 @@ share of token slots and of image slots used, records in a group; the config's o
 <td{% if c.images_per_group == usage.images_per_group and c.row_length == usage.row_length %} class="own"{% endif %}
  style="background: rgb(91 127 199 / {{ "%.2f" % (0.45 * c.token_fill * (c.image_fill or 1)) }})">
 {{ c.token_fill | percent }} · {{ c.image_fill | percent }}
-<small>{{ "%.1f" % c.records_per_group }} records{{ ", " ~ (c.lost | percent) ~ " lost" if c.lost }}</small>
+<small>{{ "%.1f" % c.records_per_group }} records{{ ", " ~ (c.lost | percent) ~ " unusable" if c.lost }}</small>
 {% endif %}{% endfor %}</tr>
 {% endfor %}</table>{% endif %}
 
@@ -187,10 +188,10 @@ share of token slots and of image slots used, records in a group; the config's o
 <div class="charts">
 {% set note = "" if c.read == c.records else "of %d records" % c.read %}
 {{ bars("longer side, px", c.longer_side) }}{{ bars("width / height", c.aspect) }}
-{{ bars("images in a record", c.images_per_record) }}{{ bars("turns", c.turns, note) }}
+{{ bars("images per record", c.images_per_record) }}{{ bars("turns", c.turns, note) }}
 {{ bars("formats", c.formats, note) }}
 </div>
-{% if c.rejected %}<h3>Rejected when it was written: {{ c.rejected | plural("entry", "entries") }}</h3>
+{% if c.rejected %}<h3>Rejected when the data set was written: {{ c.rejected | plural("entry", "entries") }}</h3>
 {{ reasons(c.reasons) }}{% endif %}
 {% if c.damaged %}<h3>{{ c.damaged | length }} of {{ c.read }} records read are damaged</h3>
 <p class="path">{{ c.damaged[:10] | join("; ") | visible }}</p>{% endif %}
@@ -201,7 +202,7 @@ share of token slots and of image slots used, records in a group; the config's o
 
 
 def write_page(path: pathlib.Path, sets: Sequence[Contents], usage: Usage, samples: Iterable[Sample]) -> None:
-    """Writes the page; the file appears whole."""
+    """Writes the page, atomically."""
     lengths, choices = choice_table(usage)
     html = PAGE.render(
         title=f"fastvlm data inspect: {', '.join(each.name for each in usage.sets)}",
@@ -217,7 +218,7 @@ def write_page(path: pathlib.Path, sets: Sequence[Contents], usage: Usage, sampl
 
 
 def _sample(sample: Sample, usage: Usage) -> dict[str, object]:
-    """A sample as the template reads it, its pixels encoded."""
+    """Returns a sample as the template reads it, with its pixels encoded."""
     views = [
         {
             "original": view.original,
@@ -243,7 +244,7 @@ def _sample(sample: Sample, usage: Usage) -> dict[str, object]:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """Returns uint8 [H, W, 3] as a data URI: PNG as it is, or WebP where it is large."""
+    """Returns an image, uint8 [H, W, 3], as a data URI: PNG up to _LOSSLESS pixels a side, else lossy WebP."""
     buffer = io.BytesIO()
     image, small = PIL.Image.fromarray(pixels), max(pixels.shape[:2]) <= _LOSSLESS
     if small:
@@ -254,7 +255,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def tokens_html(pieces: Sequence[Piece]) -> markupsafe.Markup:
-    """Returns the pieces of a text, coloured; of a very long one its middle is left out."""
+    """Returns the pieces of a text as coloured HTML; the middle of a very long text is left out."""
     if len(pieces) <= _HEAD + _TAIL:
         return markupsafe.Markup("").join(map(_piece, pieces))
     left_out = sum(max(piece.count, len(piece.tokens)) for piece in pieces[_HEAD:-_TAIL])
@@ -271,7 +272,7 @@ def _piece(piece: Piece) -> markupsafe.Markup:
     if piece.kind == "special":
         mark = markupsafe.Markup(' class="l"' if piece.learnt else "")
         return markupsafe.Markup('<b{} title="{}">{}</b>').format(mark, ids, visible(piece.text))
-    # A line break is shown, and made behind the token that holds it.
+    # A line break is shown as a mark, and then breaks the line.
     lines = [markupsafe.escape(visible(line)) for line in piece.text.split("\n")]
     text = markupsafe.Markup("<em>⏎</em>\n").join(lines)
     tag = "i" if piece.learnt else "u"

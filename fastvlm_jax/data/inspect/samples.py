@@ -1,6 +1,6 @@
-"""Samples as the model sees them: pixels and tokens out of the very arrays of the first batches.
+"""Takes samples as the model sees them: pixels and tokens from the arrays of the first batches.
 
-One token after another is spelled out, with what the arrays say of it:
+Each token is spelled out, with its kind and whether it is supervised (`learnt`):
 
     tokens           S    user  \\n    I I I I I I I I I   what   shape  E ...  red       E
     pieces           S    user  ⏎    image x 9, slot 0    what   shape  E      red       E
@@ -21,19 +21,20 @@ from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.bpe import END, IMAGE, PAD, START
 from fastvlm_jax.text.tokenizer import Tokenizer
 
-_BATCHES = 4  # that the samples are spread over, so that several buckets are seen
-_ONE_CHARACTER = 4  # bytes, so tokens, of a character at most
+_BATCHES = 4  # batches that the samples are spread over, to show several buckets
+_ONE_CHARACTER = 4  # most bytes, and so tokens, of a character
 
 
 class Piece(NamedTuple):
-    """Some tokens: one, those of one character, or all of an image in one slot.
+    """Holds tokens that are shown together: one, those of one character, or all of an image in one slot.
 
     Attributes:
-      text: what they stand for; of an image "".
+      text: text of the tokens, "" for an image.
       kind: "text", "special" or "image".
-      learnt: the loss is on them: the model learns to produce them.
-      tokens: their ids; of an image one of them.
-      count, slot: of an image, how many tokens and in which slot of the group.
+      learnt: True if the tokens are supervised: they count in the loss.
+      tokens: ids of the tokens; for an image, one of them.
+      count: number of tokens of an image.
+      slot: image slot in the group, -1 for text.
     """
 
     text: str
@@ -45,7 +46,14 @@ class Piece(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A segment: where it stands in the group, and its pieces; `cut`: its oldest questions were left out."""
+    """Holds a segment as it is shown.
+
+    Attributes:
+      row: row of the group.
+      start, stop: positions [start, stop) in the row.
+      cut: True if its oldest questions were dropped.
+      pieces: tokens of the segment.
+    """
 
     row: int
     start: int
@@ -55,9 +63,13 @@ class Text(NamedTuple):
 
 
 class View(NamedTuple):
-    """An image in the slots from `slot` on: uint8 [slots, H, W, 3], the overview first, then tiles in `columns`.
+    """Holds an image as it is shown.
 
-    `original` tells its size and format, "" where that is not known.
+    Attributes:
+      original: size and format of the image file, "" if unknown.
+      slot: first image slot in the group.
+      columns: columns of tiles.
+      pixels: uint8 [slots, H, W, 3], the overview first, then the tiles.
     """
 
     original: str
@@ -67,13 +79,19 @@ class View(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One record in a batch, read off the arrays.
+    """Holds one record in a batch, read from the arrays.
 
     Attributes:
-      source: number of the data set. record, key: number and name there; `where` names its shard.
-      batch, group: where it stands. size: of its bucket.
-      views, texts: see there.
-      replaced: why another record stands in its place, "" for none.
+      source: number of the data set.
+      record: number of the record in the data set.
+      key: key of the record.
+      where: shard and record, for messages.
+      batch: number of the global batch.
+      group: number of the group in the batch.
+      size: image size of the batch.
+      views: images of the record.
+      texts: segments of the record.
+      replaced: why another record takes its place, "" if none does; views and texts are then the other record's.
     """
 
     source: int
@@ -89,7 +107,7 @@ class Sample(NamedTuple):
 
 
 def take_samples(build: BatchBuilder, count: int) -> Iterator[Sample]:
-    """Yields samples of the first batches, from each the first ones, until there are `count`."""
+    """Yields up to `count` samples: the first records of each of the first batches."""
     schedule, left = build.schedule, count
     for k in range(schedule.batches_per_epoch):
         share = min(-(-count // _BATCHES), left)
@@ -113,7 +131,7 @@ def _sample(
 ) -> Sample:
     size, shape, _ = build.schedule.settings.buckets[plan.bucket]
     reasons = [item for item in replaced if (item.source, item.record) == (place.source, place.record)]
-    if reasons:  # what stands here instead is not told: its pixels and tokens are
+    if reasons:  # the substitute is not named, but the arrays hold its pixels and tokens
         key, originals = reasons[0].key, []
     else:
         record = build.sources[place.source][place.record]
@@ -121,7 +139,7 @@ def _sample(
     texts = []
     for _, row, offset, length in sorted(place.placements, key=lambda at: at.question):
         number = arrays["segment_ids"][row, offset]
-        if number:  # 0 where the record in its place has fewer texts
+        if number:  # 0 where the substitute has fewer texts
             stop = offset + int((arrays["segment_ids"][row] == number).sum())
             pieces = _pieces(arrays, row, offset, stop, size, build.processor.tokenizer)
             cut = not reasons and stop - offset < length == shape.length
@@ -135,7 +153,7 @@ def _sample(
 
 
 def _views(processor: Processor, originals: Sequence[bytes], pixels: np.ndarray, slot: int, size: Size) -> list[View]:
-    """The views of each image; of unknown ones, each slot as an image of its own."""
+    """Returns the views of each image; without the originals, each slot as an image of its own."""
     if not originals:
         return [View("", slot + i, 1, pixels[i : i + 1]) for i in range(len(pixels))]
     views, at = [], 0
@@ -143,40 +161,40 @@ def _views(processor: Processor, originals: Sequence[bytes], pixels: np.ndarray,
         header = read_header(image)
         height, width = header.upright
         grid = processor.grid(width, height, size.side)
-        told = f"{width} x {height} {header.kind}, {max(len(image) // 1000, 1):,} kB"
+        original = f"{width} x {height} {header.kind}, {max(len(image) // 1000, 1):,} kB"
         own = pixels[at : at + slots_of(grid)]
-        views.append(View(told, slot + at, grid[1], own))
+        views.append(View(original, slot + at, grid[1], own))
         at += len(own)
     return views
 
 
 def _pieces(arrays: Arrays, row: int, start: int, stop: int, size: Size, tokenizer: Tokenizer) -> list[Piece]:
-    """The pieces of a segment. What the mask says of a position is about the token behind it."""
+    """Splits a segment into pieces. The loss mask at a position is about the token after it."""
     tokens, index = (arrays[name][row, start:stop] for name in ("tokens", "image_index"))
-    learnt = np.concatenate([[False], arrays["loss_mask"][row, start : stop - 1]])
+    supervised = np.concatenate([[False], arrays["loss_mask"][row, start : stop - 1]])
     special = special_tokens(tokenizer)
     slots = np.where(index < 0, -1, index // size.tokens)
     kinds = np.where(index >= 0, 2, np.isin(tokens, list(special)))
-    edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(slots) != 0) | (np.diff(learnt) != 0)) + 1
+    edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(slots) != 0) | (np.diff(supervised) != 0)) + 1
     pieces = []
     for run in np.split(np.arange(len(tokens)), edges):
-        ids, taught = tokens[run].tolist(), bool(learnt[run[0]])
+        ids, learnt = tokens[run].tolist(), bool(supervised[run[0]])
         if kinds[run[0]] == 2:
-            pieces.append(Piece("", "image", taught, (ids[0],), len(ids), int(slots[run[0]])))
+            pieces.append(Piece("", "image", learnt, (ids[0],), len(ids), int(slots[run[0]])))
         elif kinds[run[0]] == 1:
-            pieces += [Piece(special[token], "special", taught, (token,)) for token in ids]
+            pieces += [Piece(special[token], "special", learnt, (token,)) for token in ids]
         else:
-            pieces += [Piece(text, "text", taught, own) for text, own in spell(ids, tokenizer)]
+            pieces += [Piece(text, "text", learnt, own) for text, own in spell(ids, tokenizer)]
     return pieces
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """The ids that templates place, with their names."""
+    """Returns the special tokens that templates place: id -> name."""
     found = {} if tokenizer.bos is None else {tokenizer.bos: "<s>"}
     for name in (PAD, START, END, IMAGE, "<s>", "</s>", tokenizer.pad, tokenizer.image, tokenizer.end):
         try:
             found[tokenizer.special_id(name)] = name
-        except ValueError:  # it has none of that name
+        except ValueError:  # the tokenizer has no token of this name
             continue
     return found
 
@@ -184,7 +202,8 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 def spell(tokens: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, tuple[int, ...]]]:
     """Returns the text of each token with its id; tokens that hold parts of one character stay together.
 
-    A token alone is not spelled as it is behind others: SentencePiece leaves out a first space.
+    Each token is decoded behind the one before it, since a token alone may give another text: SentencePiece drops a
+    leading space.
     """
     pieces, before, start = [], (), 0
     for stop in range(1, len(tokens) + 1):

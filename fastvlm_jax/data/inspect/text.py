@@ -1,4 +1,4 @@
-"""What inspection found, as text of 100 columns."""
+"""Formats the results of an inspection as text of 100 columns."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,13 +7,14 @@ from fastvlm_jax.data.inspect.contents import Contents, Counts
 from fastvlm_jax.data.inspect.usage import Choice, Usage, choice_table
 from fastvlm_jax.data.rejected import Reasons
 
-_WIDTH = 100
-_BAR = 16
+_WIDTH = 100  # columns of a line
+_BAR = 16  # columns of the longest bar
 
 
 def visible(text: str) -> str:
-    """Returns text with every character that is not printed as itself written out: line breaks, terminal escapes,
-    marks that turn the direction of writing.
+    """Returns text with unprintable characters escaped.
+
+    They are line breaks, terminal escapes, and marks that turn the direction of writing:
 
         "a\\x1b[31m\\u202e"  ->  r"a\\x1b[31m\\u202e"
     """
@@ -21,34 +22,34 @@ def visible(text: str) -> str:
 
 
 def describe(sets: Sequence[Contents], usage: Usage | None) -> str:
-    """Returns the whole text."""
+    """Returns the text of an inspection; `usage` is None without a run."""
     blocks = [block for contents in sets for block in _contents(contents)]
     return "\n\n".join("\n".join(block) for block in [*blocks, *(_usage(usage) if usage else [])])
 
 
 def percent(share: float) -> str:
-    """A share, such as "83 %"; what is not all or nothing does not look like it."""
+    """Returns a fraction in percent, such as "83 %"; only 0 and 1 themselves become "0 %" and "100 %"."""
     if share in (0, 1) or 0.0095 < share < 0.995:
         return f"{100 * share:.0f} %"
     return f"{min(max(100 * share, 0.1), 99.9):.1f} %"
 
 
 def plural(count: int, one: str, many: str = "") -> str:
-    """How many there are of something."""
+    """Returns a count with its noun, such as "1 record" or "2,000 records"."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def held(c: Contents) -> str:
-    """How much a data set holds."""
+    """Returns the numbers of records, images, bytes and shards of a data set."""
     records, images, shards = plural(c.records, "record"), plural(c.images, "image"), plural(c.shards, "shard")
     return f"{records}, {images}, {_bytes(c.bytes)} in {shards}"
 
 
 def overlong(u: Usage) -> str:
-    """How many texts are longer than a row."""
+    """Returns a sentence about the texts that are longer than a row."""
     if not u.overlong:
         return f"none of {u.segments:,} texts is longer than a row of {u.row_length:,} tokens"
-    left_out = f"; of {u.truncated:,} the oldest questions are left out" if u.truncated else ""
+    left_out = f"; {u.truncated:,} of them lose their oldest questions" if u.truncated else ""
     return f"{u.overlong:,} of {u.segments:,} texts are longer than a row of {u.row_length:,} tokens{left_out}"
 
 
@@ -64,14 +65,16 @@ def _contents(c: Contents) -> list[list[str]]:
     drawn = [
         _bars("longer side, px", c.longer_side),
         _bars("width / height", c.aspect),
-        _bars("images in a record", c.images_per_record),
+        _bars("images per record", c.images_per_record),
         _bars(f"turns{_of_read(c)}", c.turns),
         _bars(f"formats{_of_read(c)}", c.formats),
     ]
     drawn = [bars for bars in drawn if len(bars) > 1]
     blocks += [_beside(*pair) for pair in itertools.zip_longest(drawn[::2], drawn[1::2], fillvalue=[])]
     if c.rejected:
-        blocks.append([f"rejected when it was written: {plural(c.rejected, 'entry', 'entries')}", *_reasons(c.reasons)])
+        blocks.append(
+            [f"rejected when the data set was written: {plural(c.rejected, 'entry', 'entries')}", *_reasons(c.reasons)]
+        )
     if c.damaged:
         blocks.append(
             [
@@ -93,10 +96,10 @@ def _usage(u: Usage) -> list[list[str]]:
             f"the schedule at {u.image_size} px: {u.batches_per_epoch:,} batches of {u.groups:,} groups an epoch",
             f"  token slots {percent(u.token_fill)} used, image slots {percent(u.image_fill)}; {lost}",
         ],
-        [*_beside(_bars("tokens of a text with its images", u.lengths), _quantiles(u.quantiles)), f"  {overlong(u)}"],
+        [*_beside(_bars("tokens of a text and its images", u.lengths), _quantiles(u.quantiles)), f"  {overlong(u)}"],
     ]
     if u.reasons:
-        blocks.append(["cannot be used, another record takes the place:", *_reasons(u.reasons)])
+        blocks.append(["records that cannot be used, and are replaced:", *_reasons(u.reasons)])
     if len(u.sets) > 1:
         rows = [
             (
@@ -105,7 +108,7 @@ def _usage(u: Usage) -> list[list[str]]:
             )
             for s in u.sets
         ]  # fmt: skip
-        header = ("data set", "records", "unusable", "drawn an epoch", "passes", "of tokens", "of images")
+        header = ("data set", "records", "unusable", "drawn per epoch", "passes", "token share", "image share")
         blocks.append(_table(header, rows))
     rows = [
         (
@@ -114,23 +117,23 @@ def _usage(u: Usage) -> list[list[str]]:
         )
         for b in u.buckets
     ]  # fmt: skip
-    header = ("images", "tokens each", "slots a group", "batches", "records a batch", "tokens used", "images used")
-    note = [] if u.counted == u.batches_per_epoch else [f"  counted in {u.counted:,} batches drawn from them"]
+    header = ("images", "tokens each", "slots/group", "batches", "records/batch", "token fill", "image fill")
+    note = [] if u.counted == u.batches_per_epoch else [f"  counted in {u.counted:,} of the batches, drawn at random"]
     blocks.append(_table(header, rows) + note)
     return [*blocks, _choices(u)] if u.choices else blocks
 
 
 def _quantiles(quantiles: dict[str, int]) -> list[str]:
-    return ["quantiles", *(f"{name:>13} {tokens:>10,}" for name, tokens in quantiles.items())]
+    return ["quantiles, tokens", *(f"{name:>13} {tokens:>10,}" for name, tokens in quantiles.items())]
 
 
 def _choices(u: Usage) -> list[str]:
     lengths, cells = choice_table(u)
     rows = [(f"{images}", *(_choice(choice, u) for choice in own)) for images, own in cells.items()]
     header = ("images_per_group", *(f"row_length {length:,} " for length in lengths))
-    title = f"other choices, tried with {u.compared:,} records: tokens used, images used, records in a group"
+    title = f"other settings, tried with {u.compared:,} records: token slots used, image slots used, records per group"
     lost = any(choice.lost for choice in u.choices)
-    note = "  [the config's own]" + "; -N %: with so many records that cannot be used" * lost
+    note = "  [the config's own]" + "; -N %: share of records that cannot be used" * lost
     return [title, *("  " + line for line in _table(header, rows)), note]
 
 
@@ -138,13 +141,13 @@ def _choice(choice: Choice | None, u: Usage) -> str:
     if choice is None:
         return "nothing fits "
     lost = f" -{percent(choice.lost)}" if choice.lost else ""
-    told = f"{percent(choice.token_fill)} {percent(choice.image_fill):>6} {choice.records_per_group:6.1f}{lost}"
+    cell = f"{percent(choice.token_fill)} {percent(choice.image_fill):>6} {choice.records_per_group:6.1f}{lost}"
     own = (choice.images_per_group, choice.row_length) == (u.images_per_group, u.row_length)
-    return f"[{told}]" if own else f"{told} "
+    return f"[{cell}]" if own else f"{cell} "
 
 
 def _bars(title: str, counts: Counts) -> list[str]:
-    """A histogram, 48 columns wide."""
+    """Returns the lines of a histogram, 48 columns wide."""
     total, most = max(sum(counts.values()), 1), max(counts.values(), default=1)
     lines = [title]
     for label, count in counts.items():

@@ -1,4 +1,4 @@
-"""What the schedule makes of data sets: lengths, how full groups get, what cannot be used, other choices."""
+"""Measures how the schedule of a run uses its data sets: lengths, fill, unusable records, and other settings."""
 
 import dataclasses
 import itertools
@@ -22,15 +22,25 @@ from fastvlm_jax.data.sources import RecordSource
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384)  # tokens
 QUANTILES = (0, 10, 50, 90, 99, 100)  # %
-IMAGES = (1, 2, 3, 4, 6, 8)  # data.images_per_group to compare
-ROWS = (0.5, 1.0, 2.0)  # and data.row_length, times the present one
-_BATCHES = 2000  # that are counted
-_COMPARED = 512  # records that the other choices are tried with; packing takes up to 1 ms each
+IMAGES = (1, 2, 3, 4, 6, 8)  # values of data.images_per_group to compare
+ROWS = (0.5, 1.0, 2.0)  # values of data.row_length to compare, as multiples of the present one
+_BATCHES = 2000  # most batches that are counted
+_COMPARED = 512  # records that other settings are tried with; packing takes up to 1 ms each
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketUse:
-    """The batches of one size of images in an epoch: how many (of all), and the share of their slots that is used."""
+    """Describes the batches of one image size in an epoch.
+
+    Attributes:
+      height, width: image size, pixels.
+      tokens_per_image: image tokens of one slot.
+      images_per_group: image slots of a group.
+      batches: number of batches in the epoch, estimated from those counted.
+      records_per_batch: mean number of records in a batch.
+      token_fill: fraction of the token slots used.
+      image_fill: fraction of the image slots used.
+    """
 
     height: int
     width: int
@@ -44,7 +54,17 @@ class BucketUse:
 
 @dataclasses.dataclass(frozen=True)
 class SetUse:
-    """One data set's part in an epoch: records drawn, passes over it, its share of the tokens and images drawn."""
+    """Describes one data set's part in an epoch.
+
+    Attributes:
+      name: short name of the data set.
+      records: number of its records.
+      unusable: number of its records that cannot be used.
+      drawn: number of records drawn from it in the epoch.
+      passes: passes over the data set in the epoch.
+      token_share: its fraction of the tokens drawn.
+      image_share: its fraction of the image slots drawn.
+    """
 
     name: str
     records: int
@@ -57,7 +77,15 @@ class SetUse:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What other settings would give; `lost` is the share of records that would be unusable."""
+    """Describes the result of other settings.
+
+    Attributes:
+      images_per_group, row_length: the settings.
+      token_fill: fraction of the token slots used.
+      image_fill: fraction of the image slots used.
+      records_per_group: mean number of records in a group.
+      lost: fraction of records that would be unusable.
+    """
 
     images_per_group: int
     row_length: int
@@ -69,18 +97,27 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What the schedule makes of data sets.
+    """Describes how the schedule of a run uses its data sets.
 
     Attributes:
-      image_size, row_length, images_per_group: the config's.
-      segments: texts that are packed: conversations, or single questions.
-      lengths, quantiles: segments by tokens, with those of their images at image_size; {"50 %": tokens}.
-      overlong: segments longer than a row. truncated: those of them that fit without their oldest questions.
-      unusable, reasons: records that no batch can hold or nothing can be learnt from, and why.
-      batches_per_epoch, groups, records_per_epoch: of epoch 0.
-      token_fill, image_fill: share of the slots used.
-      buckets, sets, choices: see there. counted: batches that `buckets` was counted from.
-      compared: records that `choices` were tried with.
+      image_size, row_length, images_per_group: values of the config.
+      segments: number of texts that are packed: conversations, or single questions.
+      lengths: number of segments by tokens, including the tokens of their images at image_size.
+      quantiles: quantiles of these lengths, such as {"50 %": tokens}.
+      overlong: number of segments longer than a row.
+      truncated: number of overlong segments that fit without their oldest questions.
+      unusable: number of records that do not fit a group or cannot be used for training.
+      reasons: most frequent reasons for that.
+      batches_per_epoch: global batches in epoch 0.
+      groups: groups in a global batch.
+      records_per_epoch: records drawn in epoch 0.
+      token_fill: fraction of the token slots used.
+      image_fill: fraction of the image slots used.
+      counted: number of batches that `buckets` was counted from.
+      buckets: use of each image size.
+      sets: use of each data set.
+      compared: number of records that `choices` were tried with.
+      choices: results of other settings.
     """
 
     image_size: int
@@ -106,10 +143,11 @@ class Usage:
 
 
 def measure(build: BatchBuilder, indexes: Sequence[RecordIndex], images_per_group: int) -> Usage:
-    """Returns what the schedule of a run makes of its data sets.
+    """Returns how the schedule of a run uses its data sets.
 
     Args:
-      indexes: of the data sets, those that the schedule was made from.
+      build: builder of the run's batches.
+      indexes: index of each data set, the same that the schedule was made from.
       images_per_group: image slots of a group whose images are squares of the processor's image_size.
     """
     schedule, sources, image_size = build.schedule, build.sources, build.processor.image_size
@@ -123,7 +161,7 @@ def measure(build: BatchBuilder, indexes: Sequence[RecordIndex], images_per_grou
     overlong = lengths > row_length
     truncated = overlong & (records.shortest + image_tokens <= row_length) & (settings.overlong == "truncate")
     buckets, counted = _buckets(schedule)
-    draws, few = schedule.draws(0), _few(indexes)
+    draws, sampled = schedule.draws(0), _sampled(indexes)
     return Usage(
         image_size=image_size,
         row_length=row_length,
@@ -143,30 +181,30 @@ def measure(build: BatchBuilder, indexes: Sequence[RecordIndex], images_per_grou
         counted=counted,
         buckets=buckets,
         sets=_sets(sources, schedule, draws, records, size.side, np.minimum(lengths, row_length)),
-        compared=sum(map(len, few)),
-        choices=_choices(schedule, image_size, shape, few),
+        compared=sum(map(len, sampled)),
+        choices=_choices(schedule, image_size, shape, sampled),
     )
 
 
 def write_unusable(schedule: Schedule, sources: Sequence[RecordSource], path: pathlib.Path) -> None:
-    """Lists every record that cannot be used, a line of JSON each: where it lies, its key, and why."""
+    """Writes one line of JSON for every record that cannot be used: its shard and number, its key, and the reason."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for number, reason in sorted(schedule.unusable.items()):
             source, record = schedule.where(number)
             try:
                 key = sources[source][record].key
-            except ValueError:  # a damaged one
+            except ValueError:  # a damaged record has no key
                 key = ""
             where = sources[source].where(record)
             file.write(json.dumps({"record": where, "key": key, "reason": reason}) + "\n")
 
 
 def _buckets(schedule: Schedule) -> tuple[tuple[BucketUse, ...], int]:
-    """The use of each bucket, and how many batches it was counted from."""
+    """Returns the use of each bucket, and the number of batches it was counted from."""
     total = schedule.batches_per_epoch
     counted = some(total, _BATCHES).tolist()
-    sums = np.zeros((len(schedule.settings.buckets), 5))  # batches, groups that are not empty, records, tokens, images
+    sums = np.zeros((len(schedule.settings.buckets), 5))  # batches, non-empty groups, records, tokens, images
     for k in counted:
         plan = schedule.batch(k)
         counts = schedule.counts(plan)
@@ -219,7 +257,7 @@ def _sets(
 
 
 def choice_table(usage: Usage) -> tuple[list[int], dict[int, list[Choice | None]]]:
-    """Returns the row lengths compared, and for each images_per_group its choices; None where no record fits."""
+    """Returns the row lengths compared, and the choices of each images_per_group; None if a data set does not fit."""
     cells = {(choice.images_per_group, choice.row_length): choice for choice in usage.choices}
     lengths = _lengths_compared(usage.row_length)
     return lengths, {
@@ -238,7 +276,7 @@ def _lengths_compared(row_length: int) -> list[int]:
 def _choices(
     schedule: Schedule, image_size: int, shape: GroupShape, indexes: Sequence[RecordIndex]
 ) -> tuple[Choice, ...]:
-    """What other numbers of image slots and tokens in a group would give; `shape` is the run's, at image_size."""
+    """Returns the results of other image slots and tokens in a group; `shape` is the run's, at image_size."""
     total, found = sum(map(len, indexes)), []
     sizes = [bucket.size for bucket in schedule.settings.buckets]
     shares = {bucket.size.side: bucket.share for bucket in schedule.settings.buckets}
@@ -247,7 +285,7 @@ def _choices(
         settings = dataclasses.replace(schedule.settings, buckets=buckets, groups=1)
         try:
             other = Schedule(indexes, settings)
-        except ValueError:  # of some data set no record fits
+        except ValueError:  # no record of some data set fits
             continue
         records = len(other.draws(0)) / other.batches_per_epoch
         lost = len(other.unusable) / total
@@ -255,14 +293,14 @@ def _choices(
     return tuple(found)
 
 
-def _few(indexes: Sequence[RecordIndex]) -> list[RecordIndex]:
-    """Some records of every index, few enough to try many settings."""
+def _sampled(indexes: Sequence[RecordIndex]) -> list[RecordIndex]:
+    """Returns indexes of some records of every data set, few enough to try many settings."""
     share = min(_COMPARED / sum(map(len, indexes)), 1)
-    return [_part(index, some(len(index), math.ceil(share * len(index)))) for index in indexes]
+    return [_subset(index, some(len(index), math.ceil(share * len(index)))) for index in indexes]
 
 
-def _part(index: RecordIndex, records: np.ndarray) -> RecordIndex:
-    """The index of a data set that holds these records alone."""
+def _subset(index: RecordIndex, records: np.ndarray) -> RecordIndex:
+    """Returns the index of a data set that holds only `records`."""
     images, segments = _runs(index.num_images, records), _runs(index.num_segments, records)
     return RecordIndex(
         num_images=index.num_images[records],
@@ -278,7 +316,7 @@ def _part(index: RecordIndex, records: np.ndarray) -> RecordIndex:
 
 
 def _runs(counts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Where the entries of the chosen owners stand, if owner i has `counts[i]` entries, one owner after another."""
+    """Returns the positions of the chosen owners' entries, where owner after owner has `counts[i]` entries."""
     counts = counts.astype(np.int64)
     first, own = np.cumsum(counts) - counts, counts[chosen]
     return np.repeat(first[chosen] - (np.cumsum(own) - own), own) + np.arange(own.sum())

@@ -1,0 +1,1 @@
+"""The input pipeline: from the shards of data sets to global batches on the devices."""

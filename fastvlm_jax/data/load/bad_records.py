@@ -1,19 +1,20 @@
-"""The records that cannot be used, and are replaced: named in the log, counted, and too many of them an error."""
+"""Logs and counts the records that cannot be used and are replaced, and stops training if there are too many."""
 
 from absl import logging
 
 from fastvlm_jax.data.load.batch_builder import BatchBuilder, Substituted
 from fastvlm_jax.data.sources import RecordSource
 
-_SHOWN = 20  # records that the index cannot use are named one by one, up to this
-_ENOUGH = 1000  # records before the share of unusable ones says something
+_SHOWN = 20  # most records that the log names at the start, or the error names
+_ENOUGH = 1000  # the allowed share is taken of at least this many records, if there are so many
 
 
 class BadRecords:
-    """Keeps count; each record is logged once, those that the index knows when this is made.
+    """Counts the unusable records of a run and logs each once; of those known from the index, the first _SHOWN.
 
     Raises:
-      ValueError: here and in `add`, when more than the share of all records cannot be used, with the first of them.
+      ValueError: here and in `add`: more than the fraction `share` of the records cannot be used; the message names
+        the first ones.
     """
 
     def __init__(self, build: BatchBuilder, share: float):
@@ -35,11 +36,11 @@ class BadRecords:
 
     @property
     def count(self) -> int:
-        """How many records are known by now that cannot be used."""
+        """Returns the number of unusable records found so far."""
         return len(self._found)
 
     def add(self, substituted: list[Substituted], seen: int) -> None:
-        """Takes the records replaced in a batch of `seen` records."""
+        """Adds the records that were replaced in a batch of `seen` records."""
         self._seen = min(self._seen + seen, self._total)
         for item in substituted:
             if (item.source, item.record) not in self._found:
@@ -49,7 +50,7 @@ class BadRecords:
             self._stop(f"{len(self._found):,} records")
 
     def _allowed(self, records: int) -> float:
-        # A single record stops no small data set, unless none is allowed at all.
+        # A single bad record does not stop a small data set, unless the share is 0.
         return max(self._share * records, 1) if self._share else 0
 
     def _log(self, item: Substituted) -> None:
@@ -60,7 +61,7 @@ class BadRecords:
         listed = "; ".join(list(self._found.values())[:_SHOWN])
         raise ValueError(
             f"{count} cannot be used, more than data.max_substituted={self._share:g} allows. Mend them (`fastvlm data "
-            f"write --verify` leaves out damaged images) or raise it. The first: {listed}"
+            f"write --verify` leaves out damaged images) or raise data.max_substituted. The first: {listed}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Records to the arrays of a batch: tokenize, decode, put each segment where the schedule planned it."""
+"""Builds the arrays of a batch: reads, tokenizes and decodes records, and puts them where the schedule planned."""
 
 import bisect
 import dataclasses
@@ -18,14 +18,22 @@ from fastvlm_jax.images.sizes import Size, slots_of
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.conversation import Segment, shortened
 
-MAX_TRIES = 100  # records that are tried in the place of one that cannot be used
-_TOGETHER = 16  # records that are read and tokenized before their images are decoded
+MAX_TRIES = 100  # records that are tried in place of an unusable one
+_TOGETHER = 16  # records that are read and tokenized before any of their images is decoded
 
 Arrays = dict[str, np.ndarray]
 
 
 class Substituted(NamedTuple):
-    """A record that could not be used: its data set, number, file, key, and why. Another one took its place."""
+    """Describes a record that could not be used, so that another one took its place.
+
+    Attributes:
+      source: number of its data set.
+      record: number of the record in that data set.
+      where: shard and record, for messages.
+      key: key of the record, "" if it could not be read.
+      reason: why it could not be used.
+    """
 
     source: int
     record: int
@@ -36,15 +44,17 @@ class Substituted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BatchBuilder:
-    """Makes the arrays of a process's groups of a global batch; safe to call from several threads.
+    """Builds the arrays of a process's groups of a global batch; safe to call from several threads.
 
     Attributes:
-      sources, schedule, processor: where records come from and what becomes of them.
-      turns: "separate" or "conversation".
-      overlong: "truncate" or "reject".
-      exact: Pillow's pixels, those of transformers' image processor, instead of the fast path.
-      cache: (data set, record, size) -> its views, kept in memory; None to decode each time.
-      buffers: where the images of batches lie.
+      sources: data sets, in the order in which the schedule numbers them.
+      schedule: plan of all batches.
+      processor: tokenizer, template and image settings.
+      turns: "separate" (a segment for each question) or "conversation" (one for each record).
+      overlong: "truncate" drops the oldest questions of a segment longer than a row, "reject" replaces the record.
+      exact: True resizes with Pillow, which gives the pixels of transformers' image processor; False is the fast path.
+      cache: (data set, record, size) -> decoded views, kept in memory; None decodes each time.
+      buffers: memory for the images of batches.
     """
 
     sources: tuple[RecordSource, ...]
@@ -57,9 +67,10 @@ class BatchBuilder:
     buffers: BufferPool = dataclasses.field(default_factory=BufferPool)
 
     def __call__(self, k: int, groups: Sequence[int]) -> tuple[Arrays, list[Substituted]]:
-        """Returns the fields of Batch for these groups of global batch k, and the records that had to be replaced.
+        """Returns the fields of Batch for `groups` of global batch k, and the records that had to be replaced.
 
-        A token learns its successor: targets[t] = tokens[t + 1], and loss_mask[t] is that of t + 1, inside a segment.
+        Every position predicts the next token of its segment: targets[t] = tokens[t + 1], and loss_mask[t] is True if
+        token t + 1 is supervised.
         """
         plan = self.schedule.batch(k)
         size, shape, _ = self.schedule.settings.buckets[plan.bucket]
@@ -68,7 +79,7 @@ class BatchBuilder:
         places = [
             (part, place) for part, g in zip(parts, groups, strict=True) for place in self.schedule.group(plan, g)
         ]
-        # Texts first, then images: decoding throws the tokenizer's tables out of the processor's caches.
+        # Texts first, then images: decoding evicts the tokenizer's tables from the CPU caches.
         for start in range(0, len(places), _TOGETHER):
             some = places[start : start + _TOGETHER]
             items = [self._prepare(at.source, at.record, at.slots, size, shape.length) for _, at in some]
@@ -80,24 +91,24 @@ class BatchBuilder:
     def _fill(
         self, out: Arrays, place: Place, item: "_Prepared | _Unusable", size: Size, substituted: list[Substituted]
     ) -> None:
-        """Writes a record, or the one that stands in for it, to the arrays of its group."""
+        """Writes a record, or its substitute, to the arrays of its group."""
         views, row_length = out["images"][place.slot : place.slot + place.slots], out["tokens"].shape[1]
-        placements, drawn = place.placements, self._draw(place.source, place.record, item, views, size)
-        if isinstance(drawn, _Unusable):
+        placements, decoded = place.placements, self._decode(place.source, place.record, item, views, size)
+        if isinstance(decoded, _Unusable):
             where = self.sources[place.source].where(place.record)
-            substituted.append(Substituted(place.source, place.record, where, *drawn))
-            drawn, placements = self._substitute(place, views, size, row_length)
+            substituted.append(Substituted(place.source, place.record, where, *decoded))
+            decoded, placements = self._substitute(place, views, size, row_length)
         else:
-            self._check_lengths(drawn.segments, place, row_length)
-        if drawn is None:
+            self._check_lengths(decoded.segments, place, row_length)
+        if decoded is None:
             return
-        out["image_mask"][place.slot : place.slot + sum(drawn.slots)] = True
+        out["image_mask"][place.slot : place.slot + sum(decoded.slots)] = True
         for question, row, offset, _ in placements:
             number = int(out["segment_ids"][row].max()) + 1
-            _put(out, drawn.segments[question], row, offset, number, place.slot * size.tokens, place.source)
+            _put(out, decoded.segments[question], row, offset, number, place.slot * size.tokens, place.source)
 
     def _prepare(self, source: int, number: int, room: int, size: Size, row_length: int) -> "_Prepared | _Unusable":
-        """Reads and tokenizes a record that may take `room` image slots."""
+        """Reads and tokenizes a record, which may take at most `room` image slots."""
         key = ""
         try:
             record = self.sources[source][number]
@@ -110,10 +121,10 @@ class BatchBuilder:
         except ValueError as error:
             return _Unusable(key, str(error))
 
-    def _draw(
+    def _decode(
         self, source: int, number: int, item: "_Prepared | _Unusable", views: np.ndarray, size: Size
     ) -> "_Prepared | _Unusable":
-        """Writes a record's images to `views`, uint8 [slots, H, W, 3], and returns `item`, or why it cannot be used."""
+        """Decodes a record's images to `views`, uint8 [slots, H, W, 3]; returns `item`, or why it cannot be used."""
         if isinstance(item, _Unusable):
             return item
         kept = None if self.cache is None else self.cache.get((source, number, size))
@@ -133,13 +144,17 @@ class BatchBuilder:
         return item
 
     def segments(self, record: Record, slots: tuple[int, ...], size: Size, row_length: int) -> list[Segment]:
-        """Returns the segments of a record; one that is longer than a row loses its oldest questions."""
+        """Returns the segments of a record; with "truncate", one longer than a row loses its oldest questions.
+
+        Raises:
+          ValueError: the record cannot be used; the message says why.
+        """
         found = []
         for talk in talks_of(record, self.turns):
             segment = self._segment(talk, slots, size)
             if len(segment.tokens) > row_length and self.overlong == "truncate":
                 shorter = list(shortened(talk))
-                # By bisection: a conversation may have hundreds of questions.
+                # Bisection, as a conversation may have hundreds of questions.
                 fits = bisect.bisect_left(
                     shorter, True, key=lambda talk: len(self._segment(talk, slots, size).tokens) <= row_length
                 )
@@ -147,7 +162,7 @@ class BatchBuilder:
             if len(segment.tokens) > row_length:
                 raise ValueError(f"a text of {len(segment.tokens)} tokens, rows have {row_length}")
             if not segment.loss_mask[1:].any():
-                raise ValueError("no token of it is supervised")
+                raise ValueError("none of its tokens is supervised")
             found.append(segment)
         return found
 
@@ -162,14 +177,14 @@ class BatchBuilder:
             found = len(segments[question].tokens) if question < len(segments) else 0
             if not (found == length or found < length == row_length):
                 folder = self.sources[place.source].folder
-                raise ValueError(f"the index of {folder} does not fit its records: delete {folder / FOLDER}")
+                raise ValueError(f"the index of {folder} does not match its records: delete {folder / FOLDER}")
 
     def _substitute(
         self, place: Place, views: np.ndarray, size: Size, row_length: int
     ) -> tuple["_Prepared | None", list[Placement]]:
-        """Puts the next usable record of the data set in the places of a bad one, as many of its segments as fit.
+        """Returns the next usable record of the data set, and placements for as many of its segments as fit.
 
-        Where the place is so short that none of the next MAX_TRIES fits, it stays empty.
+        The place stays empty (None) if none of the next MAX_TRIES records fits.
         """
         total = len(self.sources[place.source])
         for step in range(1, min(total, MAX_TRIES) + 1):
@@ -184,13 +199,13 @@ class BatchBuilder:
                 if fits:
                     free.remove(fits[0])
                     chosen.append(fits[0]._replace(question=question))
-            if chosen and isinstance(self._draw(place.source, number, item, views, size), _Prepared):
+            if chosen and isinstance(self._decode(place.source, number, item, views, size), _Prepared):
                 return item, chosen
         return None, []
 
 
 class _Prepared(NamedTuple):
-    """A record that was read and tokenized; its images are still encoded."""
+    """Holds a record that was read and tokenized; its images are still encoded."""
 
     record: Record
     grids: list[tuple[int, int]]
@@ -199,14 +214,14 @@ class _Prepared(NamedTuple):
 
 
 class _Unusable(NamedTuple):
-    """Why a record cannot be used, with its key where that could be read."""
+    """Describes why a record cannot be used; `key` is "" if it could not be read."""
 
     key: str
     reason: str
 
 
 def empty_arrays(groups: int, shape: GroupShape, size: Size, buffers: BufferPool) -> Arrays:
-    """Returns the fields of Batch for `groups` empty groups; images are not written yet."""
+    """Returns the fields of Batch for `groups` empty groups; the pixels are uninitialized."""
     text = (groups, shape.rows, shape.length)
     return {
         "images": buffers.empty((groups, shape.images, size.height, size.width, 3)),
@@ -222,7 +237,7 @@ def empty_arrays(groups: int, shape: GroupShape, size: Size, buffers: BufferPool
 
 
 def _put(out: Arrays, segment: Segment, row: int, offset: int, number: int, first_feature: int, source: int) -> None:
-    """Writes one segment, the `number`-th of its row, to the arrays of a group."""
+    """Writes one segment, the `number`-th of its row counted from 1, to the arrays of a group."""
     count = len(segment.tokens)
     span, before = np.s_[row, offset : offset + count], np.s_[row, offset : offset + count - 1]
     out["tokens"][span] = segment.tokens

@@ -1,4 +1,4 @@
-"""The order of one epoch, and how it is kept on disk."""
+"""Describes the order of one epoch, and caches it on disk."""
 
 import pathlib
 from typing import NamedTuple
@@ -12,12 +12,13 @@ _FILES = 16  # epochs kept on disk
 
 
 class Epoch(NamedTuple):
-    """The groups and batches of one epoch.
+    """Holds the groups and batches of one epoch.
 
     Attributes:
-      records: of each bucket, int32, record numbers over all data sets, in the order of the groups.
-      first: of each bucket, int64 [groups + 1], where each group begins in `records`.
-      bucket: int32 [batches]. number: int32 [batches], of the batch within its bucket.
+      records: for each bucket, int32 record numbers over all data sets, in the order of the groups.
+      first: for each bucket, int64 [groups + 1], offset in `records` at which each group begins.
+      bucket: int32 [batches], bucket of each batch.
+      number: int32 [batches], number of each batch within its bucket.
     """
 
     records: list[np.ndarray]
@@ -27,17 +28,20 @@ class Epoch(NamedTuple):
 
 
 def read_epoch(path: pathlib.Path, buckets: int) -> Epoch | None:
-    """Returns an epoch kept on disk; None where there is none, or a damaged one."""
+    """Returns the epoch cached in `path`, with its number of `buckets`; None if there is none or it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             records, first = ([stored[f"{name}{b}"] for b in range(buckets)] for name in ("records", "first"))
             return Epoch(records, first, stored["bucket"], stored["number"])
-    except Exception:  # no such file, or whatever zipfile, zlib and numpy find in it: it is made again
+    except Exception:  # no such file, or any error of zipfile, zlib and numpy: it is computed again
         return None
 
 
 def write_epoch(path: pathlib.Path, epoch: Epoch) -> None:
-    """Keeps an epoch on disk, and only the latest ones; a full or read-only disk costs the next start its time."""
+    """Caches an epoch on disk and deletes all but the latest _FILES.
+
+    On a full or read-only disk it only warns: the next start then computes the epoch again.
+    """
     arrays = {f"{name}{b}": a for name in ("records", "first") for b, a in enumerate(getattr(epoch, name))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,4 +50,4 @@ def write_epoch(path: pathlib.Path, epoch: Epoch) -> None:
         for old in kept[_FILES:]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        logging.warning("the order of this epoch is not kept in %s: %s", path.parent, error)
+        logging.warning("the order of this epoch cannot be cached in %s: %s", path.parent, error)

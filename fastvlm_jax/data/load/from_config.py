@@ -1,8 +1,8 @@
-"""Records to global batches on the devices.
+"""Opens the input pipeline that a config describes: from records to global batches on the devices.
 
     RecordSources ──Schedule──> batch(k) ──BatchBuilder──> arrays of this process's groups ──Grain──> Loader ──> Batch
 
-Every process builds only the groups that its own devices hold, so the global batch k is the same array on any mesh.
+Every process builds only the groups that its own devices hold, and global batch k is the same array on any mesh.
 """
 
 import os
@@ -26,10 +26,11 @@ DECODERS = ("fast", "exact")
 
 
 def data_sets(config: ml_collections.ConfigDict) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Returns the folders of `data.path` or `data.mixture`, and their weights; () where each record counts once.
+    """Returns the folders of `data.path` or `data.mixture`, and their weights; () = each record once an epoch.
 
     Raises:
-      ValueError: no data set is named, or a mixture is not of (folder, weight) pairs.
+      ValueError: no data set is named, the mixture does not consist of (folder, weight) pairs, or some of its weights
+        are negative, or 0 beside positive ones.
     """
     if config.path:
         return (config.path,), ()
@@ -41,12 +42,12 @@ def data_sets(config: ml_collections.ConfigDict) -> tuple[tuple[str, ...], tuple
     if not folders:
         raise ValueError("data.path is empty: name the folder of shards with --config.data.path=DIR")
     if min(weights) < 0 or (any(weights) and not all(weights)) or not np.isfinite(weights).all():
-        raise ValueError(f"data.mixture: weights {weights} must all be positive, or all 0: each record once an epoch")
+        raise ValueError(f"data.mixture: weights {weights} must all be positive, or all 0 (each record once an epoch)")
     return folders, weights if any(weights) else ()
 
 
 def open_sources(config: ml_collections.ConfigDict, split: str) -> tuple[RecordSource, ...]:
-    """Opens a split of every data set of a config; of "validation" those that have it, perhaps none.
+    """Opens a split of every data set of a config; for "validation", of those that have one, perhaps none.
 
     Raises:
       FileNotFoundError, ValueError: see `data_sets` and `read_shards`.
@@ -60,9 +61,9 @@ def open_sources(config: ml_collections.ConfigDict, split: str) -> tuple[RecordS
 def make_schedule(
     config: ml_collections.ConfigDict, processor: Processor, sources: Sequence[RecordSource], seed: int | None
 ) -> Schedule:
-    """Returns the schedule of opened data sets; records are counted first where that was not done yet.
+    """Returns the schedule of opened data sets; records without an index are tokenized and counted first.
 
-    Evaluation (`seed=None`) is at the model's own resolution, `image_size`.
+    Evaluation (`seed=None`) uses the model's own resolution only, `image_size`.
     """
     counter = Counter(processor.tokenizer, processor.template, config.turns)
     indexes = [load_index(source, counter) for source in sources]
@@ -88,17 +89,20 @@ def make_loader(
     start: int = 0,
     num_batches: int | None = None,
 ) -> Loader:
-    """Opens an endless, shuffled stream of batches of `split` (or the `num_batches` from `start` on).
+    """Opens a shuffled stream of the batches of `split`: endless, or the `num_batches` from batch `start` on.
 
     Args:
       config: the keys `data.*`.
-      processor: its template, sizes and tokens per image are what the batches are made with.
-      seed: of the order.
-      sharding: of axis 0, the groups; the data shards must divide `config.groups`.
-      start: the position to go on from.
+      processor: tokenizer, template, image sizes and tokens per image of the batches.
+      split: name of the split.
+      seed: seed of the order.
+      sharding: sharding of axis 0, the groups; its data shards must divide `config.groups`.
+      start: number of the first batch, the data position of a resumed run.
+      num_batches: number of batches; None = no end.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_shards` and `Schedule`; more unusable records than allowed.
+      FileNotFoundError, ValueError: see `read_shards` and `Schedule`.
+      ValueError: more records cannot be used than `data.max_substituted` allows.
     """
     stop = None if num_batches is None else start + num_batches
     return _open(config, processor, split, seed, sharding, start, stop)
@@ -112,15 +116,16 @@ def eval_batches(
     sharding: jax.sharding.Sharding,
     num_batches: int | None = None,
 ) -> Loader:
-    """Opens one pass over `split` in the order of its records; the last batch is filled up with empty groups."""
+    """Opens one pass over `split` in the order of its records; empty groups fill up the last batch."""
     return _open(config, processor, split, None, sharding, 0, num_batches)
 
 
 def make_builder(config: ml_collections.ConfigDict, processor: Processor, split: str, seed: int | None) -> BatchBuilder:
-    """Opens what builds the batches of a split, in the order of `seed`; None for evaluation's.
+    """Returns the builder of a split's batches, shuffled by `seed`; None = in the order of evaluation.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_shards` and `Schedule`; an unknown `data.decode`.
+      FileNotFoundError, ValueError: see `read_shards` and `Schedule`.
+      ValueError: `data.decode` is unknown, or no data set has the split.
     """
     if config.decode not in DECODERS:
         raise ValueError(f"unknown data.decode {config.decode!r}: choose one of {', '.join(DECODERS)}")

@@ -1,4 +1,4 @@
-"""Image slots and tokens of records at the sizes of a run, and which records cannot be used."""
+"""Computes the image slots and tokens of records at the image sizes of a run, and finds the records that do not fit."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,13 @@ OVERLONG = ("truncate", "reject")
 
 
 class Bucket(NamedTuple):
-    """The batches of one size of images: `share` of the draws of image records go to its resolution."""
+    """Describes the batches of one image size.
+
+    Attributes:
+      size: size of the images.
+      shape: shape of a group.
+      share: fraction of image records drawn at this resolution.
+    """
 
     size: Size
     shape: GroupShape
@@ -24,13 +30,16 @@ class Bucket(NamedTuple):
 def make_buckets(
     sizes: Sequence[Size], image_size: int, shape: GroupShape, shares: Mapping[int, float]
 ) -> tuple[Bucket, ...]:
-    """Returns the bucket of each size: `shape.images` slots of the square of image_size, more of smaller images.
+    """Returns the bucket of each size: `shape.images` slots for squares of `image_size`, more for smaller images.
 
-    Pixels and text tokens of a group stay within those of the square of `image_size`.
+    A group of any size has the same rows of text, and no more pixels than `shape.images` squares of `image_size`; but
+    it keeps one slot, unless `shape.images` is 0.
 
     Args:
-      shape: of a group whose images are squares of `image_size`.
-      shares: side of a resolution -> fraction of image records drawn at it.
+      sizes: image sizes of the run.
+      image_size: the model's own resolution, pixels.
+      shape: shape of a group whose images are squares of `image_size`.
+      shares: side of a resolution, pixels -> fraction of image records drawn at it.
     """
     buckets = []
     for size in sizes:
@@ -41,15 +50,15 @@ def make_buckets(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the schedule follows, beside the indexes.
+    """Holds the settings of a schedule, which with the indexes determine every batch.
 
     Attributes:
-      buckets: of all resolutions; those of one resolution (size.side) stand together and have the same share.
-      groups: G, groups of a global batch.
-      seed: of the order; None (evaluation) takes each record once, in the order of the source.
-      weights: share of each data set in the draws, any positive scale; () = each record once an epoch.
-      grids: AnyRes grids of tiles; () = one slot an image.
-      overlong: "truncate" drops the oldest questions of a segment that is longer than a row, "reject" the record.
+      buckets: buckets of all resolutions; those of one resolution (size.side) are adjacent and have the same share.
+      groups: G, groups in a global batch.
+      seed: seed of the order; None (evaluation) takes each record once, in the order of the source.
+      weights: fraction of the records drawn from each data set, on any positive scale; () = each record once an epoch.
+      grids: AnyRes grids, (rows, columns) of tiles; () = one slot per image.
+      overlong: "truncate" drops the oldest questions of a segment longer than a row, "reject" replaces the record.
     """
 
     buckets: tuple[Bucket, ...]
@@ -66,14 +75,17 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class RecordLengths:
-    """Of all M records of all data sets, with S segments: what lengths and slots are computed from.
+    """Holds the text tokens and image slots of all M records of all data sets, with S segments.
 
     Attributes:
       buckets: see Settings.
-      first: int64 [M + 1]; the segments of record i are those from first[i] to first[i + 1].
-      text, shortest: int32 [S], tokens of text of a segment, and of its newest question and answer alone.
-      slots: side -> int [M], image slots of a record. image_slots: side -> int [S], slots that a segment names.
-      aspect: float32 [M], width / height (geometric mean of the images), 0 without images.
+      first: int64 [M + 1]; record i has the segments first[i] to first[i + 1] - 1.
+      text: int32 [S], text tokens of each segment.
+      shortest: int32 [S], text tokens of its newest question and answer alone.
+      slots: side of a resolution -> int [M], image slots that each record takes.
+      image_slots: side of a resolution -> int [S], image slots that each segment names, repeats included.
+      aspect: float32 [M], width / height (geometric mean over the record's images); 0 for records without images, and
+        for all if there is only one size.
     """
 
     buckets: tuple[Bucket, ...]
@@ -85,25 +97,25 @@ class RecordLengths:
     aspect: np.ndarray
 
     def slots_in(self, bucket: int) -> np.ndarray:
-        """Returns the image slots of every record at the size of a bucket, int [M]."""
+        """Returns the image slots that every record takes at the size of a bucket, int [M]."""
         return self.slots[self.buckets[bucket].size.side]
 
     def segments(self, records: np.ndarray, bucket: int) -> tuple[Lengths, np.ndarray]:
-        """Returns the segments of some records at the size of a bucket, longest first, and which question each is."""
+        """Returns the segments of `records` in a bucket, longest first, and the number of each in its record."""
         first, owner, question, tokens = self._unsorted_segments(records, bucket)
         counts = np.diff(first)
-        np.minimum(tokens, self.buckets[bucket].shape.length, out=tokens)  # what is longer loses its oldest questions
+        np.minimum(tokens, self.buckets[bucket].shape.length, out=tokens)  # longer ones are truncated
         if counts.max(initial=0) > 1:
             order = np.lexsort((-tokens, owner))
             tokens, question = tokens[order], question[order]
         return Lengths(first, tokens), question
 
     def overlong(self, records: np.ndarray, bucket: int) -> int:
-        """Returns how many segments of some records are longer than a row of a bucket."""
+        """Returns the number of segments of `records` that are longer than a row of a bucket."""
         return int((self._unsorted_segments(records, bucket)[-1] > self.buckets[bucket].shape.length).sum())
 
     def _unsorted_segments(self, records: np.ndarray, bucket: int) -> tuple[np.ndarray, ...]:
-        """The segments of records: where those of each begin, whose each is, which question, and its tokens."""
+        """Returns the first segment of each record, and each segment's record, number there, and length in tokens."""
         size = self.buckets[bucket].size
         at = self.first[records]
         counts = self.first[records + 1] - at
@@ -117,7 +129,7 @@ class RecordLengths:
 
 
 def make_record_lengths(indexes: Sequence[RecordIndex], settings: Settings) -> RecordLengths:
-    """Joins the indexes of the data sets at the sizes of the settings."""
+    """Returns the lengths of all records of the indexes at the image sizes of `settings`."""
 
     def join(name: str, dtype) -> np.ndarray:
         return np.concatenate([getattr(index, name) for index in indexes]).astype(dtype)
@@ -133,7 +145,7 @@ def make_record_lengths(indexes: Sequence[RecordIndex], settings: Settings) -> R
         taken = np.array([slots_of(grid) for grid in settings.grids], np.int32)
         taken = taken[best_grid(width, height, settings.grids, side)]
         slots[side] = _sums(taken, num_images)
-        # The image that the j-th name of a segment means, over all records.
+        # References count the images of one record: renumber them over all records.
         image_first = np.cumsum(num_images, dtype=np.int64) - num_images
         owner = np.repeat(np.repeat(np.arange(len(num_images)), np.diff(first)), num_refs)
         image_slots[side] = _sums(taken[image_first[owner] + join("refs", np.int64)], num_refs)
@@ -146,18 +158,18 @@ def make_record_lengths(indexes: Sequence[RecordIndex], settings: Settings) -> R
 
 
 def find_unusable(records: RecordLengths, overlong: str) -> dict[int, str]:
-    """Returns the records that do not fit an empty group of every bucket, and why."""
+    """Returns the records that do not fit an empty group of every bucket: record number -> reason."""
     unusable: dict[int, str] = {}
-    for side in records.slots:  # a smaller one may give an image more tiles
+    for side in records.slots:  # all of them, as an image may take more tiles at a smaller side
         numbers = [b for b, bucket in enumerate(records.buckets) if bucket.size.side == side]
-        # What fits the group of the fewest images, and of the most tokens for each, fits all of this resolution.
+        # The fewest images per group, and then the most tokens per image: what fits this bucket fits all of its side.
         hardest = min(numbers, key=lambda b: (records.buckets[b].shape.images, -records.buckets[b].size.tokens))
         unusable = _misfits(records, hardest, overlong) | unusable
     return unusable
 
 
 def _misfits(records: RecordLengths, bucket: int, overlong: str) -> dict[int, str]:
-    """The records that do not fit an empty group of one bucket, and why."""
+    """Returns the records that do not fit an empty group of one bucket: record number -> reason."""
     unusable = {}
     size, shape, _ = records.buckets[bucket]
     slots = records.slots_in(bucket)
@@ -166,12 +178,12 @@ def _misfits(records: RecordLengths, bucket: int, overlong: str) -> dict[int, st
             f"it takes {slots[record]} image slots, groups have {shape.images}: raise data.images_per_group"
         )
     segments = records.shortest if overlong == "truncate" else records.text
-    what = "a question and answer" if overlong == "truncate" else "a text"
+    unit = "a question and answer" if overlong == "truncate" else "a text"
     lengths = segments + records.image_slots[size.side] * size.tokens
     for segment in np.flatnonzero(lengths > shape.length).tolist():
         record = int(np.searchsorted(records.first, segment, side="right")) - 1
         unusable.setdefault(
-            record, f"{what} of {lengths[segment]} tokens, rows have {shape.length}: raise data.row_length"
+            record, f"{unit} of {lengths[segment]} tokens, rows have {shape.length}: raise data.row_length"
         )
     del lengths
     fits = fits_alone(slots, records.segments(np.arange(len(slots)), bucket)[0], shape)
@@ -183,7 +195,7 @@ def _misfits(records: RecordLengths, bucket: int, overlong: str) -> dict[int, st
 
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The sum of each run of `counts[i]` values."""
+    """Returns the sum of each run of `counts[i]` values."""
     sums = np.concatenate([[0], np.cumsum(values, dtype=np.float64 if values.dtype.kind == "f" else np.int64)])
     ends = np.cumsum(counts, dtype=np.int64)
     return (sums[ends] - sums[ends - counts]).astype(values.dtype)

@@ -1,4 +1,4 @@
-"""Global batches on the devices: built ahead by threads, placed group by group, counted as they are given out."""
+"""Iterates over global batches on the devices, which threads build ahead, and counts what it gives out."""
 
 import collections
 import os
@@ -15,11 +15,11 @@ from fastvlm_jax.batch import Batch
 from fastvlm_jax.data.load.bad_records import BadRecords
 from fastvlm_jax.data.load.batch_builder import Arrays, BatchBuilder, Substituted
 
-_AHEAD = 2  # batches on their way to the devices
+_AHEAD = 2  # batches in transfer to the devices
 
 
 class _LocalBatches:
-    """Grain's view: item i is this process's part of global batch `start + i`, and the records replaced in it."""
+    """The source that Grain reads: item i is (arrays of this process, replaced records, counts) of batch start + i."""
 
     def __init__(self, build: BatchBuilder, groups: list[int], start: int, stop: int):
         self._build, self._groups, self._start, self._stop = build, groups, start, stop
@@ -33,14 +33,15 @@ class _LocalBatches:
 
 
 class Flow(NamedTuple):
-    """What went through a loader since it was last asked.
+    """Counts what a loader gave out since the last call of `Loader.flow`, in all processes unless noted.
 
     Attributes:
-      images, tokens: of all processes; tiles and placeholders are counted too.
-      truncated: texts that lost their oldest questions, of all processes.
-      records: of each data set, of all processes.
-      waited: seconds that this process waited for a batch.
-      sizes: images by (height, width).
+      images: number of images, tiles included.
+      tokens: number of tokens, image placeholders included.
+      truncated: number of texts that lost their oldest questions.
+      records: number of records of each data set.
+      waited: seconds that this process waited for batches.
+      sizes: number of images by (height, width).
     """
 
     images: int
@@ -55,13 +56,15 @@ class Loader:
     """Iterates over global Batches of `jax.Array`, read, decoded and transferred ahead of time.
 
     Attributes:
-      position: batches given out so far, those before `start` included: the number to save, and to pass as `start`.
-      names: of the data sets, for metrics.
+      position: number of batches given out, including those before `start`; the value to save and to pass as `start`.
+      names: short names of the data sets, for metrics.
       batches_per_epoch: global batches in the first epoch.
-      token_fill, image_fill: share of token and image slots used.
+      token_fill: fraction of the token slots used in the first epoch.
+      image_fill: fraction of the image slots used in the first epoch.
 
     Raises:
-      ValueError: from `next`, when more records than the share `max_substituted` cannot be used.
+      ValueError: the data shards do not divide `groups`; or, from `next` too, more than the fraction `max_substituted`
+        of the records cannot be used.
     """
 
     def __init__(
@@ -85,7 +88,9 @@ class Loader:
         try:
             sharding.shard_shape((groups,))
         except ValueError as error:
-            raise ValueError(f"data.groups {groups} does not divide over {sharding}: make it a multiple") from error
+            raise ValueError(
+                f"data.groups {groups} does not divide over {sharding}: make it a multiple of the number of data shards"
+            ) from error
         indices = sharding.addressable_devices_indices_map((groups,)).values()
         local = sorted({g for (index,) in indices for g in range(*index.indices(groups))})
         self._local_position = {g: i for i, g in enumerate(local)}
@@ -112,7 +117,7 @@ class Loader:
                 arrays, substituted, counts = next(self._host)
             except StopIteration:
                 break
-            except ValueError as error:  # Grain adds lines about itself
+            except ValueError as error:  # Grain appends lines about itself
                 raise ValueError((str(error).splitlines() or ["the input failed"])[0]) from error
             self._ahead.append((self.to_devices(arrays), substituted, counts))
         if not self._ahead:
@@ -128,11 +133,11 @@ class Loader:
 
     @property
     def substituted(self) -> int:
-        """How many records are known by now that cannot be used, and are replaced wherever they are drawn."""
+        """Returns the number of unusable records found so far; each is replaced wherever it is drawn."""
         return self._bad_records.count
 
     def flow(self) -> Flow:
-        """Returns what went through since the last call."""
+        """Returns the counts since the last call, and resets them."""
         flow, self._flow = self._flow, self._no_flow()
         return flow
 
@@ -140,12 +145,12 @@ class Loader:
         return Flow(0, 0, 0, (0,) * len(self.names), 0.0, collections.Counter())
 
     def close(self) -> None:
-        """Stops the threads."""
+        """Stops the threads and drops the batches read ahead."""
         self._host.close()
         self._ahead.clear()
 
     def to_devices(self, arrays: Arrays) -> Batch:
-        """Starts the transfer of this process's groups."""
+        """Starts the transfer of this process's groups and returns the global Batch."""
         return Batch(**{name: self._put(array) for name, array in arrays.items()})
 
     def _put(self, local: np.ndarray) -> jax.Array:
@@ -157,7 +162,7 @@ class Loader:
 
 
 def set_names(paths: Sequence[str]) -> tuple[str, ...]:
-    """Returns short names of data sets: the last parts of their paths that tell them apart."""
+    """Returns short names of data sets: as many last parts of their paths as it takes to tell them apart."""
     parts = [[part for part in path.split("/") if part] for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = tuple("/".join(part[-count:]) for part in parts)

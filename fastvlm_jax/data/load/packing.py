@@ -1,25 +1,25 @@
-"""Short samples into groups of fixed shape: best fit by tokens and by images, for millions of records in seconds.
+"""Packs short samples into groups of fixed shape, best fit by tokens and images; millions of records take seconds.
 
     one group, N = 2 image slots, R = 2 rows of T tokens: records a and b, three questions each
     slots   [a][b]
     row 0   [a2......][a0....][b1....]     longest first, each into the fullest row that has room
     row 1   [b0.........][b2....][a1..]
 
-The order of records is cut into lanes that are filled side by side, one record each a step, by numpy.
+The order of records is cut into lanes, which numpy fills side by side, one record per lane and step.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-LOOKAHEAD = 64  # records that the open group chooses from; small beside an epoch, so the order stays random
-LANE = 2048  # records of a lane, at least
+LOOKAHEAD = 64  # records that the open group chooses from; few beside an epoch, so the order stays random
+LANE = 2048  # minimum records in a lane
 MAX_LANES = 4096
-_NEVER = np.float32(1e30)  # in the place of a record that is not there
+_NEVER = np.float32(1e30)  # tokens of a missing record: they fit no group
 
 
 class GroupShape(NamedTuple):
-    """Sizes of one group: N image slots, R rows of T tokens."""
+    """Describes the shape of a group: N image slots (`images`), R rows (`rows`) of T tokens (`length`)."""
 
     images: int
     rows: int
@@ -27,18 +27,18 @@ class GroupShape(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Tokens of the segments of n records.
+    """Holds the lengths of the segments of n records.
 
     Attributes:
       first: int [n + 1]; the segments of record i are `tokens[first[i]:first[i + 1]]`.
-      tokens: int32, of every segment, each record's longest first.
+      tokens: int32, length of every segment in tokens, each record's longest first.
     """
 
     first: np.ndarray
     tokens: np.ndarray
 
     def padded(self, records: np.ndarray) -> np.ndarray:
-        """Returns the segments of some records, int32 [K, S], filled up with 0."""
+        """Returns the segment lengths of K records, int32 [K, S], padded with 0."""
         first, counts = self.first[records], self.first[records + 1] - self.first[records]
         columns = np.arange(counts.max(initial=0))
         at = np.minimum(first[:, None] + columns, max(len(self.tokens) - 1, 0))
@@ -46,15 +46,15 @@ class Lengths(NamedTuple):
 
 
 def place(room: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Puts segments into rows, each into the fullest row that has room.
+    """Places segments into rows, each into the fullest row that has room.
 
     Args:
-      room: int32 [K, R], tokens left in each row of K groups; what is placed is taken off.
-      lengths: int32 [K, S], segments of one record for each group, longest first; 0 for none.
+      room: int32 [K, R], tokens left in each row of K groups; updated in place.
+      lengths: int32 [K, S], segments of one record for each group, longest first; 0 = no segment.
 
     Returns:
-      The row of each segment, int [K, S], and for each group whether all found room, bool [K]; where not, `room` is
-      of no use any more.
+      The row of each segment, int [K, S], and whether all segments of a group found room, bool [K]; where they did
+      not, the group's `room` is no longer valid.
     """
     groups = np.arange(len(room))
     rows, fits = np.zeros(lengths.shape, int), np.ones(len(room), bool)
@@ -68,7 +68,7 @@ def place(room: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def fits_alone(slots: np.ndarray, lengths: Lengths, shape: GroupShape) -> np.ndarray:
-    """Returns for each record whether it fits an empty group, bool [n]."""
+    """Returns whether each record fits an empty group, bool [n]."""
     totals = _totals(lengths)
     fits = (slots <= shape.images) & (totals <= shape.rows * shape.length)
     if shape.rows > 1:
@@ -87,17 +87,20 @@ def _totals(lengths: Lengths) -> np.ndarray:
 def fill_groups(
     slots: np.ndarray, lengths: Lengths, shape: GroupShape, lookahead: int = LOOKAHEAD
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fills groups with records, taken in order; each must fit an empty group.
+    """Fills groups with records, taken in order; each record must fit an empty group.
 
-    The open group takes that of the next `lookahead` records which fits it best: the largest product of what it has
-    left and what the record needs, over tokens and image slots. When none fits, it is closed. With `lookahead=1` the
-    order is kept.
+    Of the next `lookahead` records, the open group takes the one that fits best: the largest dot product of the room
+    left in the group and the need of the record, over tokens and image slots. If none fits, the group is closed.
+    `lookahead=1` keeps the order.
 
     Args:
       slots: int [n], image slots of each record.
+      lengths: segments of each record.
+      shape: shape of the groups.
+      lookahead: number of records to choose from.
 
     Returns:
-      order: int32 [n], the records in the order of their groups.
+      order: int32 [n], records in the order of their groups.
       first: int [groups + 1]; group g holds `order[first[g]:first[g + 1]]`.
     """
     count = len(slots)
@@ -109,23 +112,23 @@ def fill_groups(
     ends = np.minimum(starts + size, count)
     lanes, lane, rows = len(starts), np.arange(len(starts)), shape.rows > 1
     tokens, images = _totals(lengths).astype(np.float32), slots.astype(np.float32)
-    # What each lane may choose from, what its open group has left, and what it has done.
+    # The state of each lane: records to choose from, room left in the open group, records placed.
     window = starts[:, None] + np.arange(min(lookahead, size))
-    there = window < ends[:, None]
-    window = np.where(there, window, starts[:, None])
-    need_tokens, need_images = np.where(there, tokens[window], _NEVER), images[window]
+    valid = window < ends[:, None]
+    window = np.where(valid, window, starts[:, None])
+    need_tokens, need_images = np.where(valid, tokens[window], _NEVER), images[window]
     upcoming = starts + window.shape[1]
     total = np.float32(shape.rows * shape.length)
     left_tokens, left_images = np.full(lanes, total), np.full(lanes, np.float32(shape.images))
     room = np.full((lanes, shape.rows), shape.length, np.int32)
-    blocked = np.zeros(window.shape, bool)  # records that fit by their total, but not in any rows
+    blocked = np.zeros(window.shape, bool)  # records that fit by their total tokens, but not row by row
     order, group = np.empty(count, np.int32), np.empty(count, np.int32)
     placed, groups = starts.copy(), np.zeros(lanes, np.int32)
     weight_tokens, weight_images = 1 / total**2, 1 / np.float32(max(shape.images, 1)) ** 2
     while (placed < ends).any():
         score = need_tokens * (left_tokens * weight_tokens)[:, None]
         score += need_images * (left_images * weight_images)[:, None]
-        score += np.float32(1e-6)  # nothing needed is still something
+        score += np.float32(1e-6)  # a record that needs nothing still scores above 0
         score[(need_tokens > left_tokens[:, None]) | (need_images > left_images[:, None]) | blocked] = 0
         best = score.argmax(1)
         found = score[lane, best] > 0

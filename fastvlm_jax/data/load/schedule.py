@@ -1,7 +1,7 @@
-"""Which record goes where, decided before anything is decoded.
+"""Plans which record goes into which batch, before any image is decoded.
 
-The batches of an epoch are a function of (indexes, settings, seed, epoch) alone, whoever builds them, so one integer is
-the whole data position, on any number of hosts:
+The batches of an epoch depend on (indexes, settings, seed, epoch) alone, so one integer is the whole data position, on
+any number of hosts:
 
     data sets, weights     draws of epoch e, shuffled    by bucket         packed            batches of G groups, spread
     a a a a    2/3
@@ -28,32 +28,32 @@ from fastvlm_jax.data.load.packing import LOOKAHEAD, fill_groups, place
 from fastvlm_jax.files import cache_folder
 from fastvlm_jax.images.sizes import nearest
 
-_VERSION = 1  # of the algorithm: another order is another number
-_KEEP = 2  # epochs in memory: prefetching crosses one border
-_SLOW = 1.0  # seconds; what takes longer is kept on disk
+_VERSION = 1  # version of the algorithm; a change of the order raises it
+_KEEP = 2  # epochs closer than this stay in memory: prefetching crosses the end of an epoch
+_SLOW = 1.0  # seconds; an epoch that takes longer to compute is cached on disk
 
 
 class Placement(NamedTuple):
-    """Where one segment stands: it starts at `offset` of `row` and takes up to `length` tokens."""
+    """Describes where a segment is placed: from `offset` of `row` on, at most `length` tokens."""
 
-    question: int  # which segment of the record
+    question: int  # number of the segment in its record
     row: int
     offset: int
     length: int
 
 
 class Place(NamedTuple):
-    """One record in a group: the data set, its number there, its first image slot, its segments."""
+    """Describes where a record of a data set is placed in a group: its first image slot, and its segments."""
 
     source: int
-    record: int
+    record: int  # number in its data set
     slot: int
-    slots: int  # that it takes
+    slots: int  # number of image slots
     placements: tuple[Placement, ...]
 
 
 class BatchPlan(NamedTuple):
-    """One global batch: its bucket, and for each of its groups the number of it in the bucket; -1 = empty."""
+    """Describes one global batch: its epoch, its bucket, and the number in the bucket of each group; -1 = empty."""
 
     epoch: int
     bucket: int
@@ -61,20 +61,21 @@ class BatchPlan(NamedTuple):
 
 
 class Schedule:
-    """The stream of global batches of one split; safe to ask from several threads.
+    """Plans the stream of global batches of one split; safe to use from several threads.
 
     Attributes:
-      settings: what it follows.
-      batches_per_epoch: global batches in epoch 0; others differ by a little.
-      token_fill, image_fill: share of the token and image slots of epoch 0 that are used.
-      unusable: record number over all data sets -> why it cannot be used; another record takes its place.
+      settings: settings that determine the batches.
+      batches_per_epoch: global batches in epoch 0; other epochs differ by a few.
+      token_fill: fraction of the token slots used in epoch 0.
+      image_fill: fraction of the image slots used in epoch 0.
+      unusable: record number over all data sets -> why the record cannot be used; another one takes its place.
 
     Raises:
-      ValueError: no usable record, or settings that contradict each other.
+      ValueError: there are no records, or none of a data set can be used.
     """
 
     def __init__(self, indexes: Sequence[RecordIndex], settings: Settings, key: str = ""):
-        """`key` names the contents of the indexes; with it, what takes long is kept on disk."""
+        """Plans epoch 0. `key` identifies the contents of the indexes; with it, slow epochs are cached on disk."""
         self.settings = settings
         self._key = key and hashlib.sha256(f"{_VERSION} {LOOKAHEAD} {settings} {key}".encode()).hexdigest()[:32]
         self._offsets = np.cumsum([0] + [len(index) for index in indexes])
@@ -82,11 +83,11 @@ class Schedule:
             raise ValueError("the split holds no records: write the dataset again")
         self._lengths = make_record_lengths(indexes, settings)
         self._lock = threading.Lock()
-        told = [
+        from_indexes = [
             {int(o) + i: why for i, why in x.unusable.items()} for o, x in zip(self._offsets, indexes, strict=False)
         ]
         self.unusable = find_unusable(self._lengths, settings.overlong)
-        for reasons in told:
+        for reasons in from_indexes:
             self.unusable |= reasons
         self._replacement = _replacements(self.unusable, self._offsets)
         self._epochs: dict[int, Epoch] = {}
@@ -97,7 +98,11 @@ class Schedule:
         self.token_fill, self.image_fill = self._fill(epoch)
 
     def batch(self, k: int) -> BatchPlan:
-        """Returns what global batch k consists of; in evaluation, IndexError after the last."""
+        """Returns the plan of global batch k.
+
+        Raises:
+          IndexError: in evaluation, k is not a batch of the one epoch.
+        """
         with self._lock:
             if self.settings.seed is None and k >= self.batches_per_epoch:
                 raise IndexError(k)
@@ -109,12 +114,12 @@ class Schedule:
         bucket, batch, G = int(epoch.bucket[at]), int(epoch.number[at]), self.settings.groups
         count = min(len(epoch.first[bucket]) - 1 - batch * G, G)
         groups = [-1] * G
-        for j in range(count):  # spread over the data shards
+        for j in range(count):  # groups are spread over the data shards
             groups[j * G // count] = batch * G + j
         return BatchPlan(number, bucket, tuple(groups))
 
     def group(self, plan: BatchPlan, g: int) -> list[Place]:
-        """Returns what fills group g of a batch, in order of the image slots."""
+        """Returns the records placed in group g of a batch, in the order of their image slots."""
         shape = self.settings.buckets[plan.bucket].shape
         records = self._records(plan, [g])
         lengths, questions = self._lengths.segments(records, plan.bucket)
@@ -135,7 +140,9 @@ class Schedule:
         return places
 
     def counts(self, plan: BatchPlan) -> dict[str, np.ndarray | int]:
-        """Returns what a batch holds: `images` (tiles too), `tokens` (placeholders too), `truncated` texts, and the
+        """Returns the contents of a batch in numbers.
+
+        They are its `images` (tiles included), `tokens` (image placeholders included), `truncated` texts, and the
         `records` of each data set.
         """
         records = self._records(plan, range(self.settings.groups))
@@ -148,7 +155,7 @@ class Schedule:
         }
 
     def where(self, record: int) -> tuple[int, int]:
-        """Returns the data set of a record number over all of them, and the number there."""
+        """Returns the data set of `record`, a number over all data sets, and its number there."""
         source = int(np.searchsorted(self._offsets, record, side="right")) - 1
         return source, record - int(self._offsets[source])
 
@@ -160,7 +167,7 @@ class Schedule:
         return np.concatenate([np.zeros(0, np.int32)] + [records[first[h] : first[h + 1]] for h in held])
 
     def _epoch(self, number: int) -> Epoch:
-        """Returns an epoch; call it with the lock held, for new epochs in order."""
+        """Returns an epoch; the caller holds the lock and asks for new epochs in order."""
         if number not in self._epochs:
             path = cache_folder() / "schedules" / f"{self._key}-{number}.npz" if self._key else None
             epoch = read_epoch(path, len(self.settings.buckets)) if path else None
@@ -182,13 +189,13 @@ class Schedule:
         records, first = [], []
         for b, bucket in enumerate(settings.buckets):
             own = draws[buckets == b] if len(settings.buckets) > 1 else draws
-            # Far less than there is, or every epoch of a small set would be packed alike.
+            # Far fewer than the bucket holds, or a small data set would be packed alike in every epoch.
             lookahead = 1 if settings.seed is None else min(max(len(own) // 16, 4), LOOKAHEAD)
             order, starts = fill_groups(
                 self._lengths.slots_in(b)[own], self._lengths.segments(own, b)[0], bucket.shape, lookahead
             )
             if settings.seed is not None:
-                # A lane's first groups hold its longest records, its last ones the shortest: spread them.
+                # The first groups of a lane hold its longest records, the last the shortest: shuffle them.
                 order, starts = _reordered(order, starts, _shuffled([settings.seed, 3, number, b], len(starts) - 1))
             records.append(own[order])
             first.append(starts)
@@ -200,14 +207,14 @@ class Schedule:
         return Epoch(records, first, bucket[spread].astype(np.int32), batch[spread].astype(np.int32))
 
     def draws(self, epoch: int) -> np.ndarray:
-        """Returns the records of an epoch in their order, int32 numbers over all data sets, usable ones only.
+        """Returns the records of an epoch in order, int32 numbers over all data sets, with unusable ones replaced.
 
-        With weights the draws of data set i go on where the epoch before left off in an endless row of shuffled
-        passes, so that no record comes twice before all others came once.
+        With weights, each data set is drawn in endless shuffled passes, and an epoch goes on where the one before it
+        ended: no record is drawn twice before all others of its data set were drawn once.
         """
         settings, sizes = self.settings, np.diff(self._offsets)
         total = int(self._offsets[-1])
-        if settings.seed is None:  # each data set spread evenly over the whole
+        if settings.seed is None:  # each data set is spread evenly over the epoch
             at = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes.tolist()])
             drawn = np.argsort(at, kind="stable").astype(np.int32)
         elif not settings.weights:
@@ -240,7 +247,7 @@ class Schedule:
         else:
             uniform = np.random.PCG64([settings.seed, 2, epoch]).random_raw(len(draws)) / 2.0**64
             resolution = np.searchsorted(np.cumsum(shares / shares.sum())[:-1], uniform, side="right")
-        # Texts alone fill up batches of any shape: they go with the image record before them.
+        # A record without images fits any shape: it takes the aspect of the image record before it.
         at = np.where(records.aspect[draws] > 0, np.arange(len(draws)), -1)
         at = np.maximum.accumulate(at)
         at[at < 0] = np.argmax(at >= 0)
@@ -254,6 +261,7 @@ class Schedule:
         return buckets
 
     def _fill(self, epoch: Epoch) -> tuple[float, float]:
+        """Returns the fractions of an epoch's token slots and image slots that are used."""
         tokens = images = token_slots = image_slots = 0
         for b, (_, shape, _) in enumerate(self.settings.buckets):
             batches = int((epoch.bucket == b).sum())
@@ -266,7 +274,7 @@ class Schedule:
 
 
 def _replacements(unusable: dict[int, str], offsets: np.ndarray) -> np.ndarray | None:
-    """For each record itself, or the next usable one of its data set; None where all are usable."""
+    """Returns each record itself or, if unusable, the next usable one of its data set; None if all are usable."""
     if not unusable:
         return None
     replacement = np.arange(offsets[-1], dtype=np.int32)
@@ -283,12 +291,12 @@ def _replacements(unusable: dict[int, str], offsets: np.ndarray) -> np.ndarray |
 
 
 def _shuffled(seed: list[int], count: int) -> np.ndarray:
-    # The raw stream of a bit generator is fixed for good; numpy's own permutation() may change between versions.
+    # The raw stream of a bit generator never changes; numpy's permutation() may change between versions.
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable").astype(np.int32)
 
 
 def _reordered(order: np.ndarray, first: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The groups [first[g], first[g + 1]) of `order` in another order."""
+    """Returns `order` and `first` with the groups [first[g], first[g + 1]) in the order that `groups` gives."""
     counts = np.diff(first)[groups]
     starts = np.concatenate([[0], np.cumsum(counts)])
     at = np.repeat(first[:-1][groups] - starts[:-1], counts) + np.arange(len(order))
@@ -296,7 +304,7 @@ def _reordered(order: np.ndarray, first: np.ndarray, groups: np.ndarray) -> tupl
 
 
 def _passes(start: int, stop: int, size: int):
-    """Cuts draws [start, stop) of endless passes over `size` records: (pass, from, to)."""
+    """Yields the parts of draws [start, stop) of endless passes over `size` records: (pass, from, to)."""
     while start < stop and size:
         number, at = divmod(start, size)
         end = min(size, at + stop - start)

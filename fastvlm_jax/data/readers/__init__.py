@@ -1,12 +1,12 @@
-"""The formats that data sets are published in, read one entry at a time.
+"""Reads the formats that data sets are published in, one entry at a time.
 
-A module a format, of three functions each:
+Each format has a module with three functions:
 
-    recognise(path) -> bool                         a guess by names and a first look; never raises
-    parts(path, options) -> list[Part]              the work to share out, in a fixed order; one-line errors
-    read(part, options) -> Iterator of records      the entries of a part in order; a broken one is a Rejected
+    recognise(path) -> bool                         guesses by names and a first look at the files; never raises
+    parts(path, options) -> list[Part]              splits a source into parts, in a fixed order; errors are one line
+    read(part, options) -> Iterator of records      yields the entries of a part in order; a broken one is a Rejected
 
-No format's libraries are imported before it is asked for, and none needs jax.
+The libraries of a format are imported only when its module is first needed. No format needs JAX.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-# Name to what it reads; asked in this order, so those that are surest of themselves come first.
+# Format -> what it reads. Formats are tried in this order, the most reliably recognised first.
 READERS = {
     "shards": "a folder that `fastvlm data write` wrote",
     "tfds": "a TFDS data set stored as ArrayRecord",
@@ -29,21 +29,22 @@ READERS = {
 
 
 class Part(NamedTuple):
-    """A file, or what lies in [start, stop) of it; the reader chooses the unit (entries, bytes, row groups)."""
+    """Describes a file or the range [start, stop) in it; the reader chooses the unit (entries, bytes, row groups)."""
 
     path: str
     start: int = 0
-    stop: int = -1  # the end of the file
+    stop: int = -1  # -1 for the end of the file
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a source does not say itself.
+    """Holds what a reader must know and cannot find in the source.
 
     Attributes:
-      images: folder that relative image paths start from; "" for the folder of the file that names them.
-      questions: asked about an image that has but a caption, one picked by the record's key; none: image, then caption.
-      split: which split of a source that has several.
+      images: folder that image paths are relative to; "" for the folder of the file that names them.
+      questions: questions about images that have only a caption; the record's key picks one. Without any, the user's
+        turn is the image alone.
+      split: split to read, in a source that has several.
     """
 
     images: str = ""
@@ -52,18 +53,18 @@ class Options:
 
 
 def reader(name: str) -> types.ModuleType:
-    """Returns the module that reads the format `name`; ValueError for an unknown one."""
+    """Returns the module that reads the format `name`; raises ValueError if there is no such format."""
     if name not in READERS:
         raise ValueError(f"unknown format {name!r}: choose one of {', '.join(READERS)}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
 def recognise(path: epath.Path) -> str:
-    """Returns the name of the format that `path`, a file or a folder, is in.
+    """Returns the name of the format of `path`, a file or a folder.
 
     Raises:
-      FileNotFoundError: there is nothing at `path`.
-      ValueError: it is none of the known formats.
+      FileNotFoundError: `path` does not exist.
+      ValueError: `path` is in none of the known formats; the message lists them.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")

@@ -1,4 +1,4 @@
-"""The entries of an ArrayRecord file, each on its own: a damaged one does not cost the others."""
+"""Reads the entries of an ArrayRecord file one by one, so that a damaged entry does not cost the others."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from etils import epath
 
 @contextlib.contextmanager
 def local_copy(path: epath.Path) -> Iterator[str]:
-    """The name of a local file with the contents of `path`; one in a bucket is copied for as long as it is read."""
+    """Yields the name of a local file with the contents of `path`; a file in a bucket is copied for the block."""
     if "://" not in os.fspath(path):
         yield os.fspath(path)
         return
@@ -24,14 +24,15 @@ def local_copy(path: epath.Path) -> Iterator[str]:
 
 
 def entries(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes | None, str]]:
-    """Yields (number, bytes, "") of the entries [start, stop), or (number, None, what is wrong with it).
+    """Yields (number, bytes, "") for each entry in [start, stop), or (number, None, reason) if it cannot be read.
 
-    A file of fewer entries, as one that was cut, ends with one such line.
+    If the file ends before entry `stop`, as one that was cut does, one last reason stands for all missing entries. If
+    the file cannot be opened, its reason is all that is yielded.
 
     Raises:
-      FileNotFoundError: no such file.
+      FileNotFoundError: `path` does not exist.
     """
-    if not epath.Path(path).exists():  # the reader would find it empty
+    if not epath.Path(path).exists():  # ArrayRecordReader would take it for an empty file
         raise FileNotFoundError(f"there is no file {path}")
     with local_copy(epath.Path(path)) as name:
         try:
@@ -52,7 +53,7 @@ def entries(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes | Non
                 first = max(start, count)
                 yield first, None, f"entries {first} to {stop - 1} are missing: the file is cut short or damaged"
         finally:
-            with contextlib.suppress(RuntimeError):  # it repeats what was told
+            with contextlib.suppress(RuntimeError):  # closing repeats an error that was already reported
                 reader.close()
 
 

@@ -1,12 +1,12 @@
-"""Rows of named columns to records: which column is the image, which the question, which the answer.
+"""Turns rows of named columns into records: finds the columns of the images, the questions and the answers.
 
-The first of these that a row's columns have is what becomes of it; names are compared in small letters:
+The first of these layouts that the columns allow is used; column names are compared in lower case:
 
     conversations, messages   messages of `from` and `value` or `role` and `content`       LLaVA-OneVision
     texts                     pairs of `user` and `assistant`                              The Cauldron, DocMatix
     question + answer(s)      one of each, or a list of each                               VQA sets
     caption, text ...         a text, or several                                           caption sets
-    label                     a name                                                       classification sets
+    label                     the name of a class                                          classification sets
 """
 
 import collections
@@ -24,24 +24,28 @@ _QUESTIONS = ("question", "questions", "query", "prompt", "instruction", "proble
 _ANSWERS = ("multiple_choice_answer", "answer", "answers", "response", "output", "solution", "label")
 _CAPTIONS = ("caption", "captions", "recaption", "text", "texts", "txt", "description", "sentence", "sentences")
 EXPECTED = (
-    "an image column and conversations, messages, texts of user and assistant, question and answer, caption or text"
+    "an image column and one of: conversations, messages, texts of user and assistant, question and answer, caption, "
+    "text, label"
 )
 
 
 class Plan(NamedTuple):
-    """Which columns a record is made of."""
+    """Holds the names of the columns that a record is made from."""
 
     images: tuple[str, ...]
-    kind: str  # "messages", "pairs", "answers", "captions"
+    kind: str  # "messages", "pairs", "answers" or "captions"
     texts: tuple[str, ...]
     id: str | None
 
 
 def plan(kinds: Mapping[str, str]) -> Plan:
-    """Returns the plan for columns of these kinds: "image", "text", "messages", "pairs" or "id", by name.
+    """Returns the plan for a table's columns.
+
+    Args:
+      kinds: column name -> "image", "text", "messages", "pairs" or "other".
 
     Raises:
-      ValueError: they are no known layout; the message names them.
+      ValueError: the columns fit no known layout; the message names them.
     """
     images = tuple(name for name, kind in kinds.items() if kind == "image")
     named = {name.lower(): name for name in kinds}
@@ -66,10 +70,10 @@ def plan(kinds: Mapping[str, str]) -> Plan:
 
 
 def to_record(key: str, images: Sequence[bytes], row: Mapping[str, Any], plan: Plan, options: Options) -> Record:
-    """Makes the record of a row whose images are at hand.
+    """Returns the record of a row, given the bytes of its images.
 
     Raises:
-      ValueError: in a short line, why it cannot become one.
+      ValueError: the row cannot become a record; the message is a short line that says why.
     """
     extra = {"id": row[plan.id]} if plan.id and isinstance(row.get(plan.id), str | int) else {}
     values = [row[name] for name in plan.texts]
@@ -86,7 +90,7 @@ def to_record(key: str, images: Sequence[bytes], row: Mapping[str, Any], plan: P
             if len(captions) > 1:
                 extra["captions"] = captions
             if len(images) > 1:
-                raise ValueError(f"{len(images)} images have but a caption")
+                raise ValueError(f"{len(images)} images have only a caption, not a conversation")
             return Record(key, tuple(images), about_image(captions[0], key, options.questions), extra)
         pairs = _pairs(values[0]) if plan.kind == "pairs" else _answered(*values, extra)
         turns = to_turns(_with_marks(pairs, len(images)), len(images))
@@ -113,7 +117,7 @@ def _pairs(value: list) -> list[tuple[Any, Any]]:
 
 
 def _answered(questions: Any, answers: Any, extra: dict) -> list[tuple[Any, Any]]:
-    """One question and its most frequent answer, or as many of each."""
+    """Pairs a question with its most frequent answer, or a list of questions with a list of as many answers."""
     if isinstance(questions, list):
         answers = _listed(answers)
         if len(questions) != len(answers):
@@ -128,7 +132,7 @@ def _answered(questions: Any, answers: Any, extra: dict) -> list[tuple[Any, Any]
 
 
 def _with_marks(pairs: list[tuple[Any, Any]], num_images: int) -> list[dict[str, Any]]:
-    """The messages of question-answer pairs; images that no text places stand at the beginning."""
+    """Returns the messages of question-answer pairs; without an image mark, all images open the first question."""
     texts = [
         text_of(text, what) for pair in pairs for text, what in zip(pair, ("a question", "an answer"), strict=True)
     ]

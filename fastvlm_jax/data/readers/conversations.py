@@ -1,4 +1,4 @@
-"""Other people's conversations to turns: roles, and where each image stands.
+"""Turns the conversations of published data sets into our turns: roles, and the place of each image.
 
 {"from": "human", "value": "<image>\\nwhat color?"}   ->  ("user", (0, "what color?"))
 {"role": "user", "content": "compare <image> and <image>"}   ->  ("user", ("compare", 1, "and", 2))
@@ -18,19 +18,19 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-MAX_NAME = 80  # characters of a name or value that a message repeats
+MAX_NAME = 80  # most characters of a name or value that an error message repeats
 
 
 def to_turns(messages: Any, num_images: int) -> tuple[Turn, ...]:
-    """Returns the turns of a conversation of `num_images` images.
+    """Returns the turns of a conversation about `num_images` images.
 
     A message is a mapping of `from` and `value` (LLaVA) or `role` and `content` (OpenAI, where content may be a list of
-    `{"type": "text", "text": ...}` and `{"type": "image"}`). The i-th mark `<image>` of the conversation is image i. A
-    turn with one mark shows its image first, as LLaVA's `preprocess_multimodal` has it; with several, the order stays.
-    An image that no mark places opens the first turn of the user, if it is the only one.
+    `{"type": "text", "text": ...}` and `{"type": "image"}`). The i-th `<image>` mark of the conversation is image i. In
+    a turn with one mark the image comes first, as in LLaVA's `preprocess_multimodal`; with several marks the order is
+    kept. If there is one image and no mark, the image opens the user's first turn.
 
     Raises:
-      ValueError: in a short line, what is wrong with it.
+      ValueError: the conversation is malformed or has another number of images; the message is a short line.
     """
     if isinstance(messages, list) and not messages:
         raise ValueError("the conversation is empty")
@@ -41,7 +41,7 @@ def to_turns(messages: Any, num_images: int) -> tuple[Turn, ...]:
     if num_images == 1 and not marks:
         first = next((i for i, (role, _) in enumerate(talk) if role == "user"), None)
         if first is None:
-            raise ValueError("no turn of the user for the image to stand in")
+            raise ValueError("the conversation has an image but no turn of the user")
         talk[first] = ("user", MARK + talk[first][1])
     elif marks != num_images:
         raise ValueError(f"the conversation has {marks} {MARK} marks for {num_images} images")
@@ -53,13 +53,16 @@ def to_turns(messages: Any, num_images: int) -> tuple[Turn, ...]:
 
 
 def about_image(caption: str, key: str, questions: Sequence[str]) -> tuple[Turn, ...]:
-    """Returns the conversation of a caption about image 0: one of `questions`, picked by `key`, or the image alone."""
+    """Returns a conversation about image 0 that `caption` answers.
+
+    The user's turn is the image and one of `questions`, picked by `key`; without questions, the image alone.
+    """
     asked = (questions[zlib.crc32(key.encode()) % len(questions)],) if questions else ()
     return (("user", (0, *asked)), ("assistant", (caption,)))
 
 
 def text_of(value: Any, what: str) -> str:
-    """Returns `value` if it is text that UTF-8 can hold; ValueError naming `what` otherwise."""
+    """Returns `value` if it is text that UTF-8 can encode; otherwise raises ValueError, which calls it `what`."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is {shown(value)}, not text")
     if not value.isascii():
@@ -71,7 +74,10 @@ def text_of(value: Any, what: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as a message repeats it: one line, of MAX_NAME characters at most."""
+    """Returns a value as error messages repeat it, in one line of at most MAX_NAME characters.
+
+    Numbers, None and texts appear as in Python; anything else appears as the name of its type.
+    """
     text = repr(value) if isinstance(value, int | float | bool | None) else type(value).__name__
     if isinstance(value, str):
         text = repr(value[:MAX_NAME])
@@ -92,13 +98,13 @@ def _role_and_text(message: Any) -> tuple[str, str]:
 
 
 def _piece(piece: Any) -> str:
-    """One element of a content list, an image as its mark."""
+    """Returns the text of one element of a content list; an image becomes its mark."""
     kind = piece.get("type") if isinstance(piece, dict) else piece
     if kind == "text":
         return text_of(piece.get("text"), "a text of a message")
     if kind in ("image", "image_url"):
         return MARK
-    raise ValueError(f"a message holds a part of type {shown(kind)}: text and image are known")
+    raise ValueError(f"a message holds a part of type {shown(kind)}: only text and image are known")
 
 
 def _content(text: str, first_image: int) -> tuple[str | int, ...]:
@@ -112,7 +118,7 @@ def _content(text: str, first_image: int) -> tuple[str | int, ...]:
     for number, piece in enumerate(pieces):
         if number:
             content.append(first_image + number - 1)
-        # The spaces at the outer ends of a turn are as meaningless as those beside a mark.
+        # Spaces at the ends of a turn mean as little as spaces beside a mark.
         if piece := piece.strip():
             content.append(piece)
     return tuple(content)

@@ -1,10 +1,10 @@
-"""What DataCompDR adds to each image of DataComp: synthetic captions, augmentations, and embeddings of its teachers.
+"""Reads what DataCompDR adds to each image of DataComp: synthetic captions, augmentations and teacher embeddings.
 
     KEY.syn.json    {"syn_text": [caption, ...]}
-    KEY.paug.json   {"param_aug": one entry an augmented view of the image}
+    KEY.paug.json   {"param_aug": one entry for each augmented view of the image}
     KEY.npz         image_emb [views, D], text_emb [1 + synthetic captions, D]
 
-(github.com/apple/ml-mobileclip, training/; the bfloat16 edition has torch pickles, KEY.pth.gz, in place of KEY.npz.)
+Source: github.com/apple/ml-mobileclip, training/. The bfloat16 edition has torch pickles, KEY.pth.gz, and no KEY.npz.
 """
 
 import io
@@ -18,12 +18,12 @@ import numpy as np
 from fastvlm_jax.data.readers.conversations import shown, text_of
 
 MAX_ARRAYS = 16
-MAX_ARRAY_BYTES = 16 << 20
+MAX_ARRAY_BYTES = 16 << 20  # bytes of one array, unpacked
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def synthetic_captions(value: Any) -> list[str]:
-    """Returns the captions of a parsed `syn.json`; ValueError if it holds none."""
+    """Returns the captions of a parsed `syn.json`; raises ValueError if it has no list of captions."""
     captions = value.get("syn_text") if isinstance(value, dict) else None
     if not isinstance(captions, list):
         raise ValueError(f"syn.json has {shown(captions)} for syn_text, not a list of captions")
@@ -31,22 +31,22 @@ def synthetic_captions(value: Any) -> list[str]:
 
 
 def augmentation(value: Any) -> Any:
-    """Returns a parsed `paug.json` as it is; ValueError for one that a record cannot hold."""
+    """Returns a parsed `paug.json` unchanged; raises ValueError if a record cannot hold it."""
     try:
         msgpack.packb(value)
     except (ValueError, OverflowError, TypeError, RecursionError) as error:
-        raise ValueError(f"paug.json cannot be kept ({error})") from error
+        raise ValueError(f"paug.json cannot be stored ({error})") from error
     return value
 
 
 def embeddings(data: bytes) -> dict[str, dict[str, Any]]:
-    """Returns the arrays of an `.npz`, `X_emb` under the name X.
+    """Returns the arrays of an `.npz` by name; the array `X_emb` is called X.
 
     Each is {"dtype": "float32", "shape": [...], "data": bytes}, little-endian and in C order. Nothing is unpickled, and
-    no claimed size is allocated.
+    the sizes that the file claims are not trusted: memory is allocated only for bytes that are there.
 
     Raises:
-      ValueError: in a short line, what is wrong with the file.
+      ValueError: the file is damaged, too large or holds anything but numbers; the message is a short line.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -59,7 +59,7 @@ def embeddings(data: bytes) -> dict[str, dict[str, Any]]:
                     content = file.read(MAX_ARRAY_BYTES + 1)
                 arrays[entry.filename.removesuffix(".npy").removesuffix("_emb")] = _array(content, entry.filename)
             return arrays
-    except Exception as error:  # zipfile and numpy raise a dozen kinds on bad bytes
+    except Exception as error:  # zipfile and numpy raise a dozen kinds of exception for bad bytes
         raise ValueError(f"the .npz cannot be read: {type(error).__name__} {error}".splitlines()[0]) from error
 
 
@@ -70,7 +70,7 @@ def _array(content: bytes, name: str) -> dict[str, Any]:
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
-        raise ValueError(f"{shown(name)} is of version {version}")
+        raise ValueError(f"{shown(name)} has the unknown .npy version {version}")
     shape, fortran_order, dtype = _HEADERS[version](file)
     if dtype.kind not in "fiu":
         raise ValueError(f"{shown(name)} holds {dtype}, not numbers: pickled objects are never read")

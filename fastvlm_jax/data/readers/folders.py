@@ -1,23 +1,23 @@
-"""Files of one kind in a folder of folders."""
+"""Finds the files with a given suffix in nested folders."""
 
 import itertools
 from collections.abc import Iterator
 
 from etils import epath
 
-_DEPTH = 4  # folders below one another that are looked into
-# Names that are certainly no folders: in a bucket, each question costs a round trip.
+_DEPTH = 4  # levels of folders that are searched
+# Suffixes that folders do not have: in a bucket, each is_dir() costs a round trip.
 _FILES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".txt", ".json", ".jsonl", ".tar", ".md", ".zip", ".csv", ".npz")
-_GLANCE = 500  # names of a folder, and folders, that a first look takes in
+_GLANCE = 500  # names of a folder in a first look; of these, the first 1/20 may be folders to enter
 
 
 def below(path: epath.Path, suffix: str) -> list[epath.Path]:
-    """Returns the files in or below a folder whose names end in `suffix`, in the order of their names."""
+    """Returns the files in or below a folder that end in `suffix`: by name, before the files of its subfolders."""
     return list(_walk(path, suffix, _DEPTH, None))
 
 
 def any_below(path: epath.Path, suffix: str) -> bool:
-    """Whether a look at the first names in a folder and the folders in it finds a file that ends in `suffix`."""
+    """Returns whether a look at the first names in a folder and its subfolders finds a file that ends in `suffix`."""
     return next(_walk(path, suffix, 3, _GLANCE), None) is not None
 
 

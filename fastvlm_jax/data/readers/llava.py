@@ -1,10 +1,10 @@
-"""LLaVA's files: a JSON list, or a JSON object a line, of `id`, `image` or `images`, and `conversations`.
+"""Reads LLaVA's files: a JSON list, or one JSON object a line, of `id`, `image` or `images`, and `conversations`.
 
     [{"id": "000000033471", "image": "coco/train2017/000000033471.jpg",
       "conversations": [{"from": "human", "value": "<image>\\nWhat is on the bus?"}, {"from": "gpt", "value": "..."}]}]
 
-Also read: entries without an image, `messages` in place of `conversations`, `role` and `content` in place of `from` and
-`value`. A part is a range of bytes: whole entries of a list, or the lines that begin in it.
+Also read: entries without an image, `messages` instead of `conversations`, and `role` and `content` instead of `from`
+and `value`. A part is a range of bytes: whole entries of a list, or the lines that begin in the range.
 """
 
 import json
@@ -30,25 +30,26 @@ from fastvlm_jax.data.readers.files import (
 from fastvlm_jax.data.record import Record, Rejected
 
 SUFFIXES = (".json", ".jsonl")
-MAX_ENTRY = 16 << 20  # bytes of one entry; parsed, hostile JSON is 20 times as large
-PART_ENTRIES = 20_000
-PART_BYTES = 32 << 20
-_CHUNK = 8 << 20
+MAX_ENTRY = 16 << 20  # bytes of one entry; hostile JSON takes 20 times as much memory when it is parsed
+PART_ENTRIES = 20_000  # entries of a list
+PART_BYTES = 32 << 20  # bytes
+_CHUNK = 8 << 20  # bytes read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
-# Up to the next run of opening or closing brackets that stand in no string.
+# Matches up to and including the next run of opening or closing brackets outside strings.
 _BRACKETS = re.compile(r'[^"{}\[\]]*+(?:"(?:[^"\\]++|\\.)*+"[^"{}\[\]]*+)*+([{\[]++|[}\]]++)', re.DOTALL)
 
 
 def recognise(path: epath.Path) -> bool:
+    """Returns whether `path` is a .json or .jsonl file, or a folder with one in it."""
     return looks_like(path, SUFFIXES)
 
 
 def parts(path: epath.Path, options: Options) -> list[Part]:
-    """Returns the parts of a file, or of the .json and .jsonl files of a folder; a list is parsed once for it.
+    """Returns the parts of a file, or of the .json and .jsonl files in a folder; a list is parsed once to find them.
 
     Raises:
-      FileNotFoundError: no such file or folder, or a folder without such files.
-      ValueError: a .json that is no list of entries, or is broken or cut.
+      FileNotFoundError: `path` or `options.images` does not exist, or `path` is a folder without such files.
+      ValueError: a .json file holds no list and no object a line, or its list is broken or cut.
     """
     found = []
     check_images_folder(options)
@@ -71,7 +72,7 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
 
 
 def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
-    """Yields a part's records in order; what is wrong with an entry is a Rejected, named by its id or first byte."""
+    """Yields the records of a part in order; an unusable entry is a Rejected, named by its key or first byte."""
     path = epath.Path(part.path)
     folder = images_folder(path, options)
     seen: dict[str, int] = {}
@@ -92,7 +93,7 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
 
 
 def _name(entry: Any) -> str:
-    """The id of an entry, "" if it has none."""
+    """Returns the id of an entry, "" if it has none; raises ValueError if the entry or its id is malformed."""
     if isinstance(entry, ValueError):
         raise entry
     if not isinstance(entry, dict):
@@ -117,7 +118,7 @@ def _record(entry: dict[str, Any], key: str, folder: epath.Path) -> Record:
 
 
 def _is_list(path: epath.Path) -> bool:
-    """Whether the file is one JSON list; False for an object a line; ValueError for neither."""
+    """Returns whether the file is one JSON list; False for an object a line. Raises ValueError if it is neither."""
     if path.name.lower().endswith(".jsonl"):
         return False
     with path.open("rb") as file:
@@ -126,19 +127,23 @@ def _is_list(path: epath.Path) -> bool:
             return True
         if first[:1] == b"{":
             try:
-                # Some publish an object a line as .json.
+                # Some data sets with one object a line are published as .json.
                 json.loads(first.split(b"\n", 1)[0])
                 return False
             except (ValueError, RecursionError):
                 pass
-    raise ValueError(f"{path} holds no JSON list of conversations, and no object a line: see the format `llava`")
+    raise ValueError(f"{path} holds neither a JSON list nor one object a line: see the format `llava` in docs/data.md")
 
 
 _DECODER = json.JSONDecoder(strict=False, parse_int=whole_number)
 
 
 def _element(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at `at` and its end; a ValueError as the value if it nests too deep; JSONDecodeError if broken."""
+    """Returns the JSON value at `at` and where it ends; a ValueError in its place if it nests too deep.
+
+    Raises:
+      JSONDecodeError: the JSON is broken.
+    """
     try:
         return _DECODER.raw_decode(text, at)
     except RecursionError:
@@ -154,9 +159,9 @@ def _element(text: str, at: int) -> tuple[Any, int]:
 
 
 def _scan(path: epath.Path) -> Iterator[tuple[int, int]]:
-    """Yields the bytes [start, end) of each element of a list, holding one chunk and one element of the file.
+    """Yields the range of bytes [start, end) of each element of a list, with one chunk and one element in memory.
 
-    Read as Latin-1, a character is a byte, and the marks of JSON are the same as in UTF-8.
+    The file is decoded as Latin-1: each byte is one character, and JSON's punctuation is the same as in UTF-8.
     """
     with path.open("rb") as file:
         text, base, first = file.read(_CHUNK).decode("latin-1"), 0, True
@@ -167,7 +172,7 @@ def _scan(path: epath.Path) -> Iterator[tuple[int, int]]:
                 if begin < 0:
                     break
                 _, end = _element(text, begin)
-                if end == len(text):  # a number may go on
+                if end == len(text):  # a number may go on in the next chunk
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
             except json.JSONDecodeError as error:
                 chunk = file.read(_CHUNK)
@@ -183,7 +188,7 @@ def _scan(path: epath.Path) -> Iterator[tuple[int, int]]:
 
 
 def _next(text: str, at: int, first: bool) -> int:
-    """Where the next element of a list begins; -1 at the list's end."""
+    """Returns where the next element of a list begins; -1 at the end of the list."""
     at = _SPACE.match(text, at).end()
     if text.startswith("]", at):
         return -1
@@ -195,7 +200,7 @@ def _next(text: str, at: int, first: bool) -> int:
 
 
 def _list_entries(part: Part) -> Iterator[tuple[int, bytes, Any]]:
-    """Yields (first byte, bytes, value or what is wrong) of each element in [start, stop) of a list."""
+    """Yields (first byte, bytes, value) of each element in a part of a list; a broken one's value is a ValueError."""
     with epath.Path(part.path).open("rb") as file:
         file.seek(part.start)
         text = file.read(part.stop - part.start).decode("latin-1")
@@ -215,7 +220,7 @@ def _list_entries(part: Part) -> Iterator[tuple[int, bytes, Any]]:
 
 
 def _line_entries(part: Part) -> Iterator[tuple[int, bytes, Any]]:
-    """Yields (first byte, bytes, value or what is wrong) of each line that begins in [start, stop)."""
+    """Yields (first byte, bytes, value) of each line that begins in a part; a broken one's value is a ValueError."""
     with epath.Path(part.path).open("rb") as file:
         at = part.start
         if at:

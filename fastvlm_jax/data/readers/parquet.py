@@ -1,8 +1,8 @@
-"""Parquet files as data sets are published on hubs: images as bytes beside conversations, questions or captions.
+"""Reads Parquet files as hubs publish them: images as bytes beside conversations, questions or captions.
 
-Row groups are read in batches of a few rows, and only the columns that count. Columns are told apart by their types
-and, where those leave a choice, by their names (columns.py). In a folder, files named `train-...`, `validation-...` or
-`test-...` belong to that split; other names belong to every split.
+Row groups are read a few rows at a time, and only the columns that records need. Columns are recognised by their types
+and, where several fit, by their names (columns.py). In a folder, files named `train-...`, `validation-...` or
+`test-...` belong to that split; files with other names belong to every split.
 """
 
 import concurrent.futures
@@ -19,14 +19,14 @@ from fastvlm_jax.data.readers.files import MAX_RECORD_BYTES, checked, images_fol
 from fastvlm_jax.data.readers.folders import any_below, below
 from fastvlm_jax.data.record import Record, Rejected
 
-_PART_BYTES = 64 << 20  # of the row groups of a part
-_ROWS = 16  # held at a time
+_PART_BYTES = 64 << 20  # bytes of the row groups in a part
+_ROWS = 16  # rows in memory at a time
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 _SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 
 
 def recognise(path: epath.Path) -> bool:
-    """Whether `path` is a .parquet file, or a folder with one somewhere in it."""
+    """Returns whether `path` is a .parquet file, or a folder with one in or below it."""
     try:
         return path.suffix == ".parquet" if not path.is_dir() else any_below(path, ".parquet")
     except (OSError, ValueError):
@@ -37,8 +37,8 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
     """Returns runs of row groups of about 64 MB; a file that cannot be opened is one part.
 
     Raises:
-      FileNotFoundError: no such file or folder, or none of this split.
-      ValueError: no file has columns that a record can be made of.
+      FileNotFoundError: `path` does not exist, or holds no file of this split.
+      ValueError: no file has columns that a record can be made from, or two files would give their rows the same keys.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
@@ -55,7 +55,7 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
 
 
 def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
-    """Yields the rows of some row groups. Damaged ones are one Rejected each, as is a file that cannot be opened."""
+    """Yields the rows of some row groups. A damaged row group is one Rejected, and so is an unreadable file."""
     path = epath.Path(part.path)
     with path.open("rb") as file:
         try:
@@ -69,7 +69,7 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
             yield from _rows_of(table, group, plan, path, options)
 
 
-# What pyarrow raises for damaged files, beside its own errors, which are ValueErrors and OSErrors.
+# What pyarrow raises for damaged files; most of its own errors are ValueErrors or OSErrors.
 _BROKEN = (pa.ArrowException, ValueError, OSError, MemoryError, NotImplementedError, RuntimeError)
 
 
@@ -102,7 +102,7 @@ def _rows_of(table: pq.ParquetFile, group: int, plan: columns.Plan, path, option
 
 
 def name_of(path: epath.Path) -> str:
-    """What keys begin with: the file and its folder, as "ai2d/train-00000-of-00001"."""
+    """Returns what the keys of a file's rows begin with: its folder and name, as "ai2d/train-00000-of-00001"."""
     return f"{path.parent.name}/{path.name.removesuffix('.parquet')}"
 
 
@@ -117,12 +117,12 @@ def _of_split(files: list[epath.Path], path: epath.Path, split: str) -> list[epa
 
 
 def _parts_of(path: epath.Path) -> tuple[list[Part], str]:
-    """The parts of a file; and why it is of no use, if it is not."""
+    """Returns the parts of a file, and the reason why it cannot be used, "" if it can."""
     try:
         with path.open("rb") as file:
             table = _opened(file)
             columns.plan(_kinds(table.schema_arrow))
-            # Asked about single columns, damaged files end the process (pyarrow 26: an exception crosses its C++).
+            # Asking a damaged file about single columns ends the process (pyarrow 26: an exception crosses its C++).
             sizes = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
     except _BROKEN as error:
         return [Part(str(path))], _line(error)
@@ -136,7 +136,7 @@ def _parts_of(path: epath.Path) -> tuple[list[Part], str]:
 
 
 def _opened(file) -> pq.ParquetFile:
-    # Without pre-buffering, a row group passes through in pages, not at once.
+    # Without pre-buffering, a row group is read page by page, not all at once.
     return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
 
 
@@ -145,7 +145,7 @@ def _kinds(schema: pa.Schema) -> dict[str, str]:
 
 
 def _kind(name: str, of: pa.DataType) -> str:
-    """What a column may be good for, "other" where for nothing."""
+    """Returns what a record can take from a column, "other" for nothing; the kinds are those of `columns.plan`."""
     inner = of.value_type if pa.types.is_list(of) or pa.types.is_large_list(of) else of
     if pa.types.is_dictionary(inner):
         inner = inner.value_type

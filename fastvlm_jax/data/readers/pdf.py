@@ -1,16 +1,16 @@
-"""PDFs to records: the picture of a page, and questions whose answers are its own exact text.
+"""Turns PDFs into records: the picture of a page, and a question whose answer is the page's own exact text.
 
-Of three kinds of conversation, a page gets one, chosen by its key among those that it has text for:
+A page gets one of three kinds of conversation, chosen by its key among the kinds that its text allows:
 
     transcription   "Transcribe the text of this page."                        all lines
-    next line       "What does the line after 'X' say?"                        X: a line that is there only once
+    next line       "What does the line after 'X' say?"                        the next line; X occurs only once
     heading         "What is the heading of this page?"                        a line set clearly larger than the rest
 
-Pages are rendered with a longer side of 1584 pixels, 144 pixels an inch for a Letter page, where 9-point print is still
-18 pixels high; more than the largest size that models are trained at here (1536) would be thrown away again. They
-are stored as PNG, without loss: a page of text as JPEG of quality 95 is blurred and a fifth larger, at 90 as large.
+Pages are rendered with a longer side of 1584 pixels: 144 pixels an inch for a Letter page, so that 9-point print is
+18 pixels high. A larger picture would only be shrunk again: models are trained at 1536 pixels at most here. Pages are
+stored as PNG, without loss: as JPEG of quality 95, a page of text is blurred and a fifth larger; at 90 it is as large.
 
-PDFium must not be used by two threads at once; a process reads one page after the other.
+Two threads must not use PDFium at the same time; a process reads one page after another.
 """
 
 import hashlib
@@ -28,19 +28,19 @@ from fastvlm_jax.data.readers.folders import any_below, below
 from fastvlm_jax.data.record import Record, Rejected
 
 LONG_SIDE = 1584  # pixels
-_MAX_BYTES = 512 << 20  # of a file
-_MAX_POINTS = 14_400  # the longest side that the format allows: 200 inches
-_MAX_RATIO = 20.0  # of a page's sides
-_MAX_CHARACTERS = 20_000  # of a page: more is no text to read
-_LARGER = 1.2  # a heading's letters are so many times as high as those of the text
-_HYPHEN = "\x02"  # what PDFium makes of the hyphen and the end of a line inside a word
+_MAX_BYTES = 512 << 20  # bytes of a file
+_MAX_POINTS = 14_400  # points; the longest side that the format allows, 200 inches
+_MAX_RATIO = 20.0  # longer side / shorter side of a page
+_MAX_CHARACTERS = 20_000  # characters of a page; a page with more is not made for reading
+_LARGER = 1.2  # least font size of a heading / font size of the text
+_HYPHEN = "\x02"  # PDFium's character for a hyphen at the end of a line, inside a word
 TRANSCRIBE = ("Transcribe the text of this page.", "What does this page say?", "Read out the text in the image.")
 NEXT_LINE = ("What does the line after '{}' say?", "Which line follows '{}'?")
 HEADING = ("What is the heading of this page?", "Which heading does the page have?")
 
 
 def recognise(path: epath.Path) -> bool:
-    """Whether `path` is a .pdf file, or a folder with one somewhere in it."""
+    """Returns whether `path` is a .pdf file, or a folder with one in or below it."""
     try:
         return any_below(path, ".pdf") if path.is_dir() else path.suffix.lower() == ".pdf"
     except (OSError, ValueError):
@@ -48,10 +48,10 @@ def recognise(path: epath.Path) -> bool:
 
 
 def parts(path: epath.Path, options: Options) -> list[Part]:
-    """Returns the files in the order of their names.
+    """Returns one part for each file.
 
     Raises:
-      FileNotFoundError: no such file or folder, or no PDF in it.
+      FileNotFoundError: `path` does not exist, or holds no .pdf file.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
@@ -62,7 +62,7 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
 
 
 def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
-    """Yields a file's pages. One that cannot be opened, or a page without use, is a Rejected."""
+    """Yields the pages of a file as records. A page that cannot be used is a Rejected, and so is an unreadable file."""
     path = epath.Path(part.path)
     name = f"{path.parent.name}/{path.name}"
     if path.stat().length > _MAX_BYTES:
@@ -72,12 +72,12 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
     try:
         document = pdfium.PdfDocument(data)
     except (pdfium.PdfiumError, ValueError):
-        # What PDFium says is no help: it may be about the file before.
+        # PDFium's own message may be about the file before.
         encrypted = data[:5] == b"%PDF-" and b"/Encrypt" in data
-        told = (
+        reason = (
             "the file is encrypted: it needs a password" if encrypted else "it is no PDF, or damaged, or has no pages"
         )
-        yield Rejected(part.path, name, told)
+        yield Rejected(part.path, name, reason)
         return
     try:
         if not len(document):
@@ -106,17 +106,17 @@ def _page(document: pdfium.PdfDocument, number: int, key: str) -> Record:
     finally:
         page.close()
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=3)  # smaller and faster than 6 on pages of text
+    picture.save(file, "PNG", compress_level=3)  # smaller and faster than level 6 on pages of text
     return Record(key, (file.getvalue(),), (("user", (0, question)), ("assistant", (answer,))))
 
 
 def _lines(page: pdfium.PdfPage) -> list[tuple[str, float]]:
-    """The lines of a page from top to bottom as the file has them, each with the height of its type in points."""
+    """Returns the lines of a page from top to bottom, as the file orders them, and the font size of each in points."""
     text = page.get_textpage()
     try:
         count = text.count_chars()
         if count > _MAX_CHARACTERS:
-            raise ValueError(f"the page has {count} characters: it is no page to be read")
+            raise ValueError(f"the page has {count} characters: too many for a page of text")
         whole = text.get_text_range()
         if not whole.strip():
             raise ValueError("the page has no text")
@@ -147,11 +147,11 @@ def _letter(code: int) -> str:
 
 
 def _conversation(lines: list[tuple[str, float]], key: str) -> tuple[str, str]:
-    """The question and answer of a page, which follow from its lines and its key."""
+    """Returns the question and answer of a page, which its lines and its key determine."""
     draw = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
     texts = [text for text, _ in lines]
     kinds = [(TRANSCRIBE, None, "\n".join(texts))]
-    places = [i for i, text in enumerate(texts[:-1]) if texts.count(text) == 1 and _is_telling(text)]
+    places = [i for i, text in enumerate(texts[:-1]) if texts.count(text) == 1 and _is_quotable(text)]
     if places:
         at = places[draw // 64 % len(places)]
         kinds.append((NEXT_LINE, texts[at], texts[at + 1]))
@@ -162,12 +162,12 @@ def _conversation(lines: list[tuple[str, float]], key: str) -> tuple[str, str]:
     return (question if about is None else question.format(about)), answer
 
 
-def _is_telling(text: str) -> bool:
+def _is_quotable(text: str) -> bool:
     return 8 <= len(text) <= 120 and len(re.findall(r"\w{2,}", text)) >= 2 and "'" not in text
 
 
 def _heading(lines: list[tuple[str, float]]) -> str | None:
-    """The one line whose type is clearly larger than that of the text and of every other line."""
+    """Returns the line whose font is clearly larger than the text and all other lines; None if there is none."""
     if len(lines) < 4:
         return None
     heights = [height for text, height in lines for _ in text]

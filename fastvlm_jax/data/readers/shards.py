@@ -1,4 +1,4 @@
-"""Our own shards as a source: to shrink their images, to take part of them to validation, to cut them anew."""
+"""Reads our own shards as a source: to shrink their images, split off validation records, or change the shard size."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from fastvlm_jax.data.sources import MANIFEST, read_manifest
 
 
 def recognise(path: epath.Path) -> bool:
-    """Whether `path` is a folder with a manifest of ours."""
+    """Returns whether `path` is a folder with a manifest that `fastvlm data write` wrote."""
     try:
         return (path / MANIFEST).is_file() and bool(read_manifest(path)["splits"])
     except (OSError, ValueError):
@@ -19,15 +19,15 @@ def recognise(path: epath.Path) -> bool:
 
 
 def parts(path: epath.Path, options: Options) -> list[Part]:
-    """Returns the shards of a split.
+    """Returns one part for each shard of a split.
 
     Raises:
-      FileNotFoundError: no such folder, or no data set in it.
-      ValueError: a damaged manifest, or no such split.
+      FileNotFoundError: `path` holds no data set, or a shard is missing.
+      ValueError: the manifest is damaged, or there is no such split.
     """
     splits = read_manifest(path)["splits"]
     if not splits:
-        raise FileNotFoundError(f"{path} is no folder that `fastvlm data write` wrote: it has no {MANIFEST}")
+        raise FileNotFoundError(f"{path} was not written by `fastvlm data write`: it has no {MANIFEST}")
     if options.split not in splits:
         raise ValueError(f"{path} has no split {options.split!r}: it has {', '.join(sorted(splits))}")
     shards = splits[options.split]["shards"]
@@ -38,7 +38,7 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
 
 
 def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
-    """Yields the records of a shard; each damaged one is a Rejected."""
+    """Yields the records of a shard; a damaged record is a Rejected."""
     for number, data, reason in entries(part.path, part.start, part.stop):
         if data is not None:
             try:

@@ -1,10 +1,10 @@
-"""CSV and TSV lists of an image's path and its caption, as CC3M, CC12M and their recaptioned editions are handed on.
+"""Reads CSV and TSV lists of image paths and captions, the form in which CC3M, CC12M and their recaptions are shared.
 
     image,caption                  a header names the columns (see IMAGE and CAPTION; others are not read);
-    0001.jpg,"a dog, running"      without one there are two columns, the image first
+    0001.jpg,"a dog, running"      without a header there are two columns, the image first
 
-A .tsv has a row a line and quotes are text, unless they enclose the whole field. `.gz` may follow either name. A part
-is a range of bytes of the (unpacked) file, at the beginnings of rows.
+A .tsv has one row a line, and quotes in it are text unless they enclose the whole field. Either name may end in `.gz`.
+A part is a range of bytes of the (unpacked) file that begins and ends at the beginning of a row.
 """
 
 import contextlib
@@ -34,29 +34,30 @@ SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 IMAGE = ("image", "path", "filename", "file_name", "filepath", "file", "image_path", "img_path")
 CAPTION = ("caption", "text", "title", "description")
 ADDRESS = ("url", "image_url")
-MAX_LINE = 1 << 20
-MAX_ROW_LINES = 32  # a caption in quotes may hold newlines; a quote that is never closed must not swallow the file
+MAX_LINE = 1 << 20  # bytes
+MAX_ROW_LINES = 32  # a quoted caption may hold newlines, but a quote that is never closed must not swallow the file
 PART_ROWS = 20_000
-PART_ROWS_GZ = 500_000  # a .gz is unpacked from its beginning for every part
+PART_ROWS_GZ = 500_000  # more, because a .gz is unpacked from its beginning for every part
 
 
 class _Columns(NamedTuple):
     image: int
     caption: int
     count: int
-    header: int  # its first byte; -1 without one
+    header: int  # first byte of the header; -1 without one
 
 
 def recognise(path: epath.Path) -> bool:
+    """Returns whether `path` is a .csv or .tsv file, perhaps with .gz, or a folder with one in it."""
     return looks_like(path, SUFFIXES)
 
 
 def parts(path: epath.Path, options: Options) -> list[Part]:
-    """Returns the parts of a file, or of all such files of a folder; each is read once for it.
+    """Returns the parts of a file, or of all such files in a folder; each file is read once to find them.
 
     Raises:
-      FileNotFoundError: no such file or folder, or a folder without such files.
-      ValueError: no column of images, or none of captions.
+      FileNotFoundError: `path` or `options.images` does not exist, or `path` is a folder without such files.
+      ValueError: a file has no column of image files or no column of captions.
     """
     check_images_folder(options)
     found = []
@@ -65,7 +66,7 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
         if columns is None:
             continue
         starts = [row.at for i, row in enumerate(_rows(file, 0, columns)) if i % length == 0]
-        # The last part has no end, so that reading it meets whatever stopped the rows.
+        # The last part has no end, so that its reader meets the damage that ended the rows, if any.
         found += [
             Part(str(file), start, stop) for start, stop in itertools.zip_longest(starts, starts[1:], fillvalue=-1)
         ]
@@ -73,7 +74,7 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
 
 
 def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
-    """Yields a part's records in order; what is wrong with a row is a Rejected, named by its image or first byte."""
+    """Yields the records of a part in order; an unusable row is a Rejected, named by its key or first byte."""
     path = epath.Path(part.path)
     folder = images_folder(path, options)
     seen: dict[str, int] = {}
@@ -105,7 +106,7 @@ def _is_gz(path: epath.Path) -> bool:
 
 
 def _columns(path: epath.Path) -> _Columns | None:
-    """What the first row says; None for a file without rows."""
+    """Returns the columns that the first row names; None for a file without rows."""
     row = next(_rows(path, 0, None), None)
     if row is None:
         return None
@@ -118,7 +119,7 @@ def _columns(path: epath.Path) -> _Columns | None:
         return _Columns(image, caption, len(names), row.at)
     if any(name in ADDRESS or "://" in name for name in names):
         raise ValueError(
-            f"{path} lists addresses, not files: download the images first, into .tar files by img2dataset"
+            f"{path} lists addresses, not files: download the images first, with img2dataset into .tar files"
         )
     if len(names) == 2 and image < 0 and caption < 0:
         return _Columns(0, 1, 2, -1)
@@ -129,17 +130,17 @@ def _columns(path: epath.Path) -> _Columns | None:
 
 
 class _Row(NamedTuple):
-    at: int
+    at: int  # first byte
     fields: list[str]
-    wrong: str = ""
+    wrong: str = ""  # why the row cannot be read
 
 
 def _rows(path: epath.Path, start: int, columns: _Columns | None) -> Iterator[_Row]:
-    """Yields the rows from byte `start` of the unpacked file on, the header aside; one that is broken says so."""
+    """Yields the rows from byte `start` of the unpacked file on, without the header; a broken row says why."""
     tabs = ".tsv" in path.name.lower()[-7:]
     at, pending = start, []  # lines read ahead: (length, line)
     with _open(path) as file:
-        source = _unbroken(file, start)
+        source = _lines_from(file, start)
         while pending or (line := next(source, None)):
             pending = pending or [line]
             row, used = _parse_tabs(pending) if tabs else _parse_commas(pending, source)
@@ -155,8 +156,8 @@ def _open(path: epath.Path) -> Iterator[IO[bytes]]:
         yield gzip.GzipFile(fileobj=file) if _is_gz(path) else file
 
 
-def _unbroken(file: IO[bytes], start: int) -> Iterator[tuple[int, bytes | str]]:
-    """Yields (length, line) from byte `start` on; what is wrong with the line in its place as text."""
+def _lines_from(file: IO[bytes], start: int) -> Iterator[tuple[int, bytes | str]]:
+    """Yields (length, line) from byte `start` on; in place of a line that cannot be read, a str that says why."""
     try:
         file.seek(start)
         for length, line in lines(file, MAX_LINE):
@@ -166,7 +167,7 @@ def _unbroken(file: IO[bytes], start: int) -> Iterator[tuple[int, bytes | str]]:
 
 
 def _text(line: bytes | str) -> str:
-    """The text of a line; ValueError for one that is none."""
+    """Returns the text of a line; raises ValueError if it has none."""
     if isinstance(line, str):
         raise ValueError(line)
     try:
@@ -190,7 +191,10 @@ def _unquoted(field: str) -> str:
 
 
 def _parse_commas(pending: list[tuple[int, bytes | str]], source: Iterator) -> tuple[_Row, int]:
-    """The row that begins `pending`, which grows by the lines it takes, and their number; 1 where it is broken."""
+    """Returns the row at the beginning of `pending` and its number of lines, 1 if it is broken.
+
+    Further lines that the row needs are taken from `source` and added to `pending`.
+    """
     text, wrong = "", ""
     for used in range(MAX_ROW_LINES):
         if used == len(pending):
@@ -202,7 +206,7 @@ def _parse_commas(pending: list[tuple[int, bytes | str]], source: Iterator) -> t
             return _Row(0, next(csv.reader([text], strict=True), [])), used + 1
         except csv.Error as error:
             wrong = f"it is not a row of CSV ({error})"
-            if "unexpected end" not in wrong:  # else a caption in quotes may go on in the next line
+            if "unexpected end" not in wrong:  # otherwise a quoted caption may go on in the next line
                 break
         except ValueError as error:
             wrong = wrong or str(error)

@@ -1,6 +1,6 @@
-"""The members of a tar file, found header by header; nothing is unpacked, and no size that a header claims is believed.
+"""Finds the members of a tar file header by header, without unpacking them or trusting the sizes that headers claim.
 
-`tarfile` ends without a word at a damaged header, and reads whatever size an extended header claims into memory.
+`tarfile` ends silently at a damaged header, and reads whatever size an extended header claims into memory.
 """
 
 import tarfile
@@ -9,19 +9,19 @@ from typing import IO, NamedTuple
 
 BLOCK = 512
 MAX_NAME = 64 << 10  # bytes of an extended header
-MAX_SIZE = 1 << 62
+MAX_SIZE = 1 << 62  # bytes of a member
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _CHUNK = 1 << 20
 _MAGIC = b"ustar"
-_MAGIC_AT = 257  # of each header that POSIX or GNU wrote
+_MAGIC_AT = 257  # byte of a POSIX or GNU header where _MAGIC begins
 
 
 class Member(NamedTuple):
-    """A file in a tar: `size` bytes from byte `at` on; `wrong` says why it cannot be read, "" if it can.
+    """Describes a file in a tar: `size` bytes from byte `at` on; `wrong` says why it cannot be read, "" if it can.
 
-    Damage between two members and a missing end are members without a name, and with a reason.
+    Damage between two members, or a missing end of the tar, is a member without a name whose `wrong` is set.
     """
 
     name: str
@@ -31,20 +31,20 @@ class Member(NamedTuple):
 
 
 def members(file: IO[bytes], length: int) -> Iterator[Member]:
-    """Yields the members of a tar of `length` bytes in order, folders aside."""
+    """Yields the members of a tar of `length` bytes in order, without folders."""
     at, name, size, ended = 0, None, None, False
     while at + BLOCK <= length:
         file.seek(at)
         block = file.read(BLOCK)
         if not block.strip(b"\0"):
-            # Tars that were put one behind the other go on after the end of the first.
+            # Concatenated tars go on after the end of the first.
             at, ended = _find_header(file, at + BLOCK, length), True
             continue
         ended = False
         header = _header(block)
         if header is None:
             after = _find_header(file, at + BLOCK, length)
-            what = "this is no tar file" if (at, after) == (0, length) else f"{after - at} bytes are no header of a tar"
+            what = "this is no tar file" if (at, after) == (0, length) else f"{after - at} bytes are not a tar header"
             yield Member("", at, after - at, f"{what}: copy it again")
             at, name, size, ended = after, None, None, after == length
             continue
@@ -60,17 +60,17 @@ def members(file: IO[bytes], length: int) -> Iterator[Member]:
             if header.type != tarfile.DIRTYPE:
                 member = Member(name or header.name, data, stored)
                 yield member._replace(wrong=_wrong(header.type, member, length))
-            name, size = None, None  # they were this member's
+            name, size = None, None  # extended headers apply to one member only
         at = data + (stored + BLOCK - 1) // BLOCK * BLOCK
         if data + stored > length:
-            # Only a cut file has nothing behind; a header that claims too much has the next one.
+            # After a header that claims too much there is another header; in a cut file there is none.
             at, ended = _find_header(file, data, length), header.type not in (tarfile.DIRTYPE, *_EXTENDED)
     if not ended:
         yield Member("", at, 0, "the tar is cut here: copy it again")
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:
-    """The header in a block; None for a damaged one, or one that claims what no tar has."""
+    """Returns the header in a block; None if it is damaged or claims a size that no tar has."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError, OverflowError):
@@ -91,7 +91,7 @@ def _wrong(kind: bytes, member: Member, length: int) -> str:
 
 
 def _find_header(file: IO[bytes], at: int, length: int) -> int:
-    """The first byte at or after `at`, a whole number of blocks from it, where a valid header begins; or `length`."""
+    """Returns where the next valid header begins, at byte `at` or whole blocks after it; `length` if there is none."""
     while at + BLOCK <= length:
         file.seek(at)
         chunk = file.read(_CHUNK)
@@ -106,7 +106,7 @@ def _find_header(file: IO[bytes], at: int, length: int) -> int:
 
 
 def _pax(data: bytes, name: str | None, size: int | None) -> tuple[str | None, int | None]:
-    """Name and size as an extended header's `LENGTH KEY=VALUE` lines change them."""
+    """Returns name and size, changed by the `LENGTH KEY=VALUE` lines of an extended header."""
     while data:
         digits, _, _ = data[:20].partition(b" ")
         if not digits.isdigit() or not len(digits) < int(digits) <= len(data):

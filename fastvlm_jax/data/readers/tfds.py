@@ -1,7 +1,7 @@
-"""TFDS data sets stored as ArrayRecord, read without TensorFlow and without tensorflow_datasets.
+"""Reads TFDS data sets stored as ArrayRecord, without TensorFlow and without tensorflow_datasets.
 
 DIR/dataset_info.json names the splits and their files, DIR/features.json the features; an entry is a tf.train.Example.
-Images stay the encoded bytes that it holds. What becomes of the features is told in columns.py.
+Images keep their encoded bytes. columns.py says which features become images, questions and answers.
 """
 
 import json
@@ -19,12 +19,12 @@ from fastvlm_jax.data.readers.files import MAX_RECORD_BYTES, checked
 from fastvlm_jax.data.record import Record, Rejected
 
 _INFO, _FEATURES = "dataset_info.json", "features.json"
-_ENTRIES = 20_000  # of a part
-_MAX_JSON = 64 << 20
+_ENTRIES = 20_000  # entries of a part
+_MAX_JSON = 64 << 20  # bytes
 
 
 def recognise(path: epath.Path) -> bool:
-    """Whether `path` holds a prepared TFDS data set, or its folder of versions does."""
+    """Returns whether `path` holds a prepared TFDS data set, or versions of one in its subfolders."""
     try:
         return _version(path) is not None
     except (OSError, ValueError):
@@ -32,11 +32,12 @@ def recognise(path: epath.Path) -> bool:
 
 
 def parts(path: epath.Path, options: Options) -> list[Part]:
-    """Returns ranges of entries of the files of a split.
+    """Returns ranges of entries in the files of a split.
 
     Raises:
-      FileNotFoundError: no such data set, or a file of it is missing.
-      ValueError: another file format, no such split, or features that no record can be made of.
+      FileNotFoundError: `path` holds no data set, or a file of the data set is missing.
+      ValueError: the data set has another file format, no such split, a damaged description, or features that no record
+        can be made from.
     """
     folder = _version(path)
     if folder is None:
@@ -71,7 +72,7 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
 
 
 def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
-    """Yields the examples of a range; a damaged one is a Rejected."""
+    """Yields the examples of a part as records; a damaged example is a Rejected."""
     path = epath.Path(part.path)
     layout = _layout(path.parent)
     plan = _plan(layout)
@@ -100,7 +101,7 @@ _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 def _file_name(template: str, dataset: str, split: str, number: int, count: int) -> str:
-    # Data sets of a folder alone carry the template's folder too, which need not be where they lie now.
+    # The template may include the folder that the data set was written to, which need not be where it lies now.
     name = template.rpartition("/")[2]
     values = {
         "DATASET": dataset, "SPLIT": split, "FILEFORMAT": "array_record", "SHARD_INDEX": f"{number:05d}",
@@ -113,7 +114,7 @@ def _file_name(template: str, dataset: str, split: str, number: int, count: int)
 
 
 def _version(path: epath.Path) -> epath.Path | None:
-    """The folder with dataset_info.json: `path`, or the one below it, of the highest version."""
+    """Returns the folder with dataset_info.json: `path`, or its subfolder with the highest version; None if neither."""
     if (path / _INFO).is_file():
         return path
     if not path.is_dir():
@@ -138,17 +139,17 @@ def _json(path: epath.Path) -> dict[str, Any]:
 
 
 class _Feature(NamedTuple):
-    path: str  # as the examples have it: "qa/question"
+    path: str  # its name in the examples: "qa/question"
     kind: str  # "image", "text", "label", "messages" or "other"
-    many: bool  # in a sequence
+    many: bool  # whether it is inside a sequence
     labels: tuple[str, ...] = ()
 
 
 def _layout(folder: epath.Path) -> dict[str, _Feature]:
-    """The features by name; those inside others by the last part of their path, where no two are called so.
+    """Returns the features by name: the last part of their path, or the whole path if two features share that part.
 
-    A sequence of {"from", "value"} or {"role", "content"} is one feature of messages; of other dicts, such as
-    {"question", "answer"}, each key is one.
+    A sequence of {"from", "value"} or {"role", "content"} is one feature of messages; in other dicts, such as
+    {"question", "answer"}, each key is a feature.
     """
     found: list[_Feature] = []
     try:
@@ -186,7 +187,7 @@ def _flatten(path: str, feature: dict[str, Any], many: bool, found: list[_Featur
 
 
 def _value(values: Mapping[str, list], name: str, feature: _Feature) -> Any:
-    """What an example holds of a feature, as a row of columns.py has it."""
+    """Returns the value of a feature in an example, in the form that columns.py takes."""
     if feature.kind == "messages":
         pairs = ("from", "value") if f"{feature.path}/from" in values else ("role", "content")
         texts = [_texts(values.get(f"{feature.path}/{key}", []), key) for key in pairs]
@@ -198,7 +199,7 @@ def _value(values: Mapping[str, list], name: str, feature: _Feature) -> Any:
         return found
     if feature.labels:
         if any(not isinstance(label, int) or not 0 <= label < len(feature.labels) for label in found):
-            raise ValueError(f"{name} is {str(found)[:20]}, of {len(feature.labels)} labels")
+            raise ValueError(f"{name} is {str(found)[:20]}, but the {len(feature.labels)} labels are numbered from 0")
         found = [feature.labels[label] for label in found]
     elif feature.kind == "text":
         found = _texts(found, name)
@@ -213,10 +214,10 @@ def _texts(values: list, name: str) -> list[str]:
 
 
 def _example_class() -> type:
-    """The class of tf.train.Example: a map of names to lists of bytes, float or int64."""
+    """Builds the class of tf.train.Example: a map of names to lists of bytes, floats or int64s."""
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="example", syntax="proto3")
     repeated, optional = (descriptor_pb2.FieldDescriptorProto.LABEL_REPEATED, 1)
-    kinds = {"BytesList": 12, "FloatList": 2, "Int64List": 3}  # numbers of protobuf's types
+    kinds = {"BytesList": 12, "FloatList": 2, "Int64List": 3}  # protobuf's numbers for these types
     for name, kind in kinds.items():
         file.message_type.add(name=name).field.add(name="value", number=1, type=kind, label=repeated)
     feature = file.message_type.add(name="Feature")

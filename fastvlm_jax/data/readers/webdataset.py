@@ -1,13 +1,13 @@
-"""WebDataset tars: members of one name before its first dot are one entry.
+"""Reads WebDataset tars: members with the same name up to its first dot make one entry.
 
     000000012.jpg      the image: jpg, jpeg, png, webp, gif, tif, tiff or bmp; 000000012.0.jpg, .1.jpg for several
     000000012.txt      its caption
-    000000012.json     `conversations` or `messages`, which come before a caption, or `caption` or `text` where there is
-                       no .txt (img2dataset writes both)
-    .syn.json .paug.json .npz      DataCompDR's: `synthetic_captions`, `augmentation` and `teacher` in `extra`
+    000000012.json     `conversations` or `messages`, used instead of any caption; or else `caption` or `text`, used if
+                       there is no .txt (img2dataset writes both)
+    .syn.json .paug.json .npz      of DataCompDR: `synthetic_captions`, `augmentation` and `teacher` in `extra`
 
-Other members of an entry (`.cls`, `.url.txt`, `.seg.png`) are not read. A part is a tar. Members of an entry need not
-be neighbours: entries are put together over PENDING keys, and come in the order of their first members.
+Other members of an entry (`.cls`, `.url.txt`, `.seg.png`) are not read. A part is a tar. The members of an entry need
+not be neighbours: up to PENDING entries are collected at a time, and yielded in the order of their first members.
 """
 
 import re
@@ -22,35 +22,36 @@ from fastvlm_jax.data.readers.files import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, ch
 from fastvlm_jax.data.record import Record, Rejected
 
 SUFFIXES = (".tar",)
-PENDING = 50_000
-MAX_TEXT = 16 << 20
-MAX_NPZ = 64 << 20
+PENDING = 50_000  # entries
+MAX_TEXT = 16 << 20  # bytes of a text or JSON member
+MAX_NPZ = 64 << 20  # bytes
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _IMAGE = re.compile(r"(?:(\d{1,9})\.)?(?:jpe?g|png|webp|gif|tiff?|bmp)")
-_META = re.compile(r"__[^/]*__")  # WebDataset's own members
+_META = re.compile(r"__[^/]*__")  # members that WebDataset itself writes
 _PICKLES = ("pth", "pth.gz", "pt", "pt.gz", "pkl", "pickle", "pyd")
 
 _Entry = dict[str, tar.Member]  # extension to member
 
 
 def recognise(path: epath.Path) -> bool:
+    """Returns whether `path` is a .tar file, or a folder with one in it."""
     return looks_like(path, SUFFIXES)
 
 
 def parts(path: epath.Path, options: Options) -> list[Part]:
-    """Returns a part for a tar, or for each tar of a folder; FileNotFoundError where there is none."""
+    """Returns one part for a tar, or for each tar in a folder; raises FileNotFoundError if there is none."""
     return [Part(str(file)) for file in listed(path, SUFFIXES)]
 
 
 def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
-    """Yields the records of a tar; what is wrong with an entry, or with the tar, is a Rejected each."""
+    """Yields the records of a tar; each unusable entry and each damaged place of the tar is a Rejected."""
     path = epath.Path(part.path)
     entries: dict[str, _Entry] = {}
     cut = None
     try:
         with path.open("rb") as file:
             for member in tar.members(file, path.stat().length):
-                if cut:  # not at the end: it is nothing that the last entry lacks
+                if cut:  # members follow, so this damage is not the end that an entry lost
                     yield cut
                     cut = None
                 if not member.name:
@@ -74,7 +75,7 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    """(key, extension in lower case, what is wrong with the name)."""
+    """Returns (key, extension in lower case, what is wrong with the name or "")."""
     name = name.removeprefix("./")
     if name.startswith("/") or ".." in name.split("/"):
         return name, "", "has a name that leads out of its folder"
@@ -89,7 +90,10 @@ def _printable(name: str) -> str:
 def _records(
     path: epath.Path, file: IO[bytes], entries: dict[str, _Entry], options: Options, cut: Rejected | None
 ) -> Iterator[Record | Rejected]:
-    """Yields what the entries give; one that lacks a member because the tar is cut behind it is told once."""
+    """Yields the record or the Rejected of each entry.
+
+    If the last entry lacks a member because the tar is cut there, the two faults are one Rejected.
+    """
     for number, (name, entry) in enumerate(entries.items()):
         key = f"{path.name}/{_printable(name)}"
         try:

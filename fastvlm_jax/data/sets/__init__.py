@@ -1,1 +1,1 @@
-"""Built-in data sets: `fastvlm data NAME` writes one."""
+"""Holds the built-in data sets, which `fastvlm data NAME` writes."""

@@ -1,4 +1,4 @@
-"""easy-VQA (PyPI `easy-vqa` 1.0, MIT): 5,000 drawings of one shape, 48,248 questions, 13 answers."""
+"""Writes easy-VQA (PyPI `easy-vqa` 1.0, MIT): 5,000 drawings of one shape each, 48,248 questions, 13 answers."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ QUESTIONS = {"train": 38_575, "test": 9_673}
 COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 SHAPES = {"circle", "rectangle", "triangle"}
 VOCAB_SIZE = 512
-# The words that templates put around every question, so that each is one token.
+# Words that templates put around every question; the tokenizer is trained on them, so that each is one token.
 TEMPLATE_WORDS = ["user", "assistant", "system", "You are a helpful assistant."]
 
 Talks = dict[int, list[tuple[str, str]]]  # image number -> its (question, answer) pairs
@@ -24,16 +24,21 @@ Talks = dict[int, list[tuple[str, str]]]  # image number -> its (question, answe
 def write_easy_vqa(output: str | os.PathLike, validation_images: int = 200) -> dict[str, int]:
     """Writes the splits `train`, `validation` and `test` and a `tokenizer.model` to the folder `output`.
 
-    One record an image: its PNG bytes and all of its questions as one conversation. `validation` is every n-th image
-    of the published training split, `test` the published one; the tokenizer sees the texts of `train` only. The folder
-    `captions` in it is a second dataset, of the same `train` and `validation` images with what their own questions
-    and answers tell, as in "a blue rectangle". A complete dataset is left as it is.
+    A record is one image: its PNG bytes and all of its questions as one conversation. `validation` is every n-th image
+    of the published training split, `test` is the published test split. The tokenizer is trained on the texts of
+    `train` only. The subfolder `captions` is a second data set: the same `train` and `validation` images with captions
+    made from their own questions and answers, such as "a blue rectangle". A complete data set is left as it is.
+
+    Args:
+      output: local folder.
+      validation_images: number of images in `validation`.
 
     Returns:
-      The number of records of each split.
+      Number of records in each split.
 
     Raises:
-      ValueError: the package is missing or not the published version, or `output` holds another choice of images.
+      ValueError: the package is missing or another version than the published one, or `output` is a file or holds
+        another choice of images.
     """
     if not 0 < validation_images < IMAGES["train"]:
         raise ValueError(f"validation_images {validation_images} must be between 1 and {IMAGES['train'] - 1}")
@@ -75,14 +80,14 @@ def write_easy_vqa(output: str | os.PathLike, validation_images: int = 200) -> d
 
 
 def caption(talks: list[tuple[str, str]]) -> str:
-    """What the questions and answers about an image tell of it: "a blue rectangle", or less where they tell less.
+    """Returns what the questions and answers about an image say about it: "a blue rectangle", or less if they say less.
 
         ("what color is the circle?", "red")            a red circle
         ("is there not a teal shape?", "no")            a teal shape
         ("is there a circle?", "no")                    a shape
 
     Raises:
-      ValueError: they contradict each other.
+      ValueError: the answers contradict each other.
     """
     true = set()
     for question, answer in talks:
@@ -99,6 +104,7 @@ def caption(talks: list[tuple[str, str]]) -> str:
 
 
 def _talks(split: str, questions: list[str], answers: list[str], numbers: list[int]) -> Talks:
+    """Groups a split's questions and answers by image; raises ValueError if there are not as many as published."""
     talks = defaultdict(list)
     for question, answer, number in zip(questions, answers, numbers, strict=True):
         talks[number].append((question, answer))
@@ -113,5 +119,5 @@ def _talks(split: str, questions: list[str], answers: list[str], numbers: list[i
 def _records(split: str, numbers: list[int], talks: Talks, images: dict[int, str]) -> Iterator[Record]:
     for number in numbers:
         turns = [turn for pair in talks[number] for turn in (("user", (pair[0],)), ("assistant", (pair[1],)))]
-        turns[0] = ("user", (0, *filter(None, turns[0][1])))  # a caption answers the image alone
+        turns[0] = ("user", (0, *filter(None, turns[0][1])))  # a caption has no question, only the image
         yield Record(f"{split}/{number}", (pathlib.Path(images[number]).read_bytes(),), tuple(turns))

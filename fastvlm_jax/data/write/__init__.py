@@ -1,4 +1,4 @@
-"""Writes data sets: a source of any format, or records at hand, to shards."""
+"""Writes data sets as shards, from a source in any known format or from records in Python."""
 
 from fastvlm_jax.data.write.dataset import Progress, read_questions, write, write_shards
 from fastvlm_jax.data.write.job import Settings

@@ -1,12 +1,12 @@
-"""A source of any format to shards, by several processes, in steps that survive a kill.
+"""Writes a source of any format as shards, with several processes; a write that was killed goes on when run again.
 
-    parts ──grouped──> jobs ──processes──> OUTPUT/.train.writing/job-*      finished jobs are kept when it is run again
-                                             └─> repeated keys out ─> OUTPUT/train-00000-of-00004.array_record
-                                                                     OUTPUT/index/train-00000-of-00004.array_record.*
-                                                                     OUTPUT/rejected.jsonl, last OUTPUT/manifest.json
+    parts ──grouped──> jobs ──processes──> OUTPUT/.train.writing/job-*      finished jobs are kept for the next run
+                                             └─> drop repeated keys ─> OUTPUT/train-00000-of-00004.array_record
+                                                                       OUTPUT/index/train-00000-of-00004.array_record.*
+                                                                       OUTPUT/rejected.jsonl, then OUTPUT/manifest.json
 
-Which records a shard holds follows from the source and the settings alone: not from the number of processes, nor from
-where an earlier run was stopped. Without its entry in the manifest there is no split.
+The records in a shard depend on the source and the settings alone, not on the number of processes or on where an
+earlier run was stopped. A split exists only when it has its entry in the manifest.
 """
 
 import concurrent.futures
@@ -32,13 +32,21 @@ from fastvlm_jax.data.write.summary import Summary, summarise
 from fastvlm_jax.data.write.workers import share_out
 from fastvlm_jax.files import json_digest, write_whole
 
-_MAX_QUESTIONS = 1 << 20  # bytes
-_SMALL_FILES = 64 << 20  # whole files share a job up to this size together
+_MAX_QUESTIONS = 1 << 20  # bytes of the file
+_SMALL_FILES = 64 << 20  # bytes; whole files share a job until they reach this size together
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a write is: jobs done of all, and what this run wrote."""
+    """Describes how far a write is.
+
+    Attributes:
+      done: number of finished jobs, those of earlier runs included.
+      jobs: number of all jobs.
+      records: number of records that this run wrote.
+      bytes: size of these records.
+      rejected: number of entries that this run rejected.
+    """
 
     done: int = 0
     jobs: int = 0
@@ -60,20 +68,25 @@ def write(
 ) -> Summary:
     """Writes a source as one split of the data set in the folder `output`, or two with `settings.validation_share`.
 
-    A run that was stopped goes on with the jobs that are not finished. Other splits in the folder stay.
+    If an earlier run was stopped, only the jobs that it did not finish are run. Other splits in the folder are kept.
 
     Args:
       source: file or folder, local or gs://.
       output: local folder.
-      format: a name in readers.READERS, or "auto".
-      workers: processes; 0 for one a core.
-      overwrite: replaces a split of another source or other settings, or what is left of writing one.
-      progress: called a few times a second.
+      format: name in readers.READERS, or "auto" to recognise it.
+      options: what the reader must know and cannot find in the source.
+      settings: what is done to the records.
+      workers: number of processes; 0 for one a core.
+      overwrite: whether to replace a split of another source or other settings, or an unfinished write of one.
+      progress: function that is called with the progress a few times a second.
+
+    Returns:
+      Summary of what the splits hold.
 
     Raises:
-      FileNotFoundError: no such source.
-      ValueError: a source of no known format, an occupied output, a record that no process could write.
-      OSError: the disk is full, or the like.
+      FileNotFoundError: the source does not exist.
+      ValueError: the format is unknown, the output is occupied, no record can be used, or a worker process failed.
+      OSError: the output cannot be written, for example because the disk is full.
     """
     options, settings = options or Options(), settings or Settings()
     source, output = epath.Path(source).expanduser(), _local(output)
@@ -89,7 +102,7 @@ def write(
         splits = [settings.split, *([VALIDATION] if settings.validation_share else [])]
         manifest = read_manifest(output)
         if _is_there(output, manifest, splits, described, overwrite):
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed at its very end
+            shutil.rmtree(folder, ignore_errors=True)  # leftover of a run that was killed at its very end
             return summarise(output, manifest, splits, nothing_to_do=True)
         _start(folder, described["fingerprint"], overwrite, output)
         jobs = [
@@ -105,12 +118,12 @@ def write(
 
 
 def write_shards(folder: str | os.PathLike, split: str, records: Iterable[Record], num_shards: int = 1) -> bool:
-    """Writes one split of records at hand; record i goes to shard `i % num_shards`, they are read shard after shard.
+    """Writes `records` as one split. Record i goes to shard `i % num_shards`; they are read shard after shard.
 
-    A split that is already complete is left as it is, and `records` is not read. One that was interrupted is redone.
+    A split that is already complete is left as it is, and `records` is not read. An interrupted split is written anew.
 
     Returns:
-      True if it wrote, False if the split was there.
+      True if the split was written, False if it was there already.
     """
     folder = _local(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +132,7 @@ def write_shards(folder: str | os.PathLike, split: str, records: Iterable[Record
         return False
     names = [f"{split}-{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards)]
     for name in names:
-        for stale in folder.glob(f"{name}.*.partial"):  # of a run that was killed
+        for stale in folder.glob(f"{name}.*.partial"):  # leftover of a run that was killed
             stale.unlink()
     shards: list[Shard] = []
     try:
@@ -140,7 +153,12 @@ def write_shards(folder: str | os.PathLike, split: str, records: Iterable[Record
 
 
 def read_questions(path: str | os.PathLike) -> tuple[str, ...]:
-    """Returns the lines of a text file, one question each; ValueError where there is none, or no text."""
+    """Returns the questions in a text file, one a line.
+
+    Raises:
+      FileNotFoundError: the file cannot be read.
+      ValueError: the file is not text in UTF-8, or holds no question.
+    """
     path = epath.Path(path).expanduser()
     try:
         with path.open("rb") as file:
@@ -157,14 +175,14 @@ def read_questions(path: str | os.PathLike) -> tuple[str, ...]:
 
 def _check(settings: Settings) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_]+", settings.split):
-        raise ValueError(f"--split {settings.split!r}: a split's name is of letters, digits and _")
+        raise ValueError(f"--split {settings.split!r}: a split's name may hold letters, digits and _ only")
     if not 0 <= settings.validation_share < 1:
         raise ValueError(f"--validation_share {settings.validation_share} must be at least 0 and below 1")
     if settings.validation_share and settings.split == VALIDATION:
-        raise ValueError("--validation_share takes records out of another split than validation: change --split")
+        raise ValueError("--validation_share moves records to the split validation: give the rest another --split")
     if settings.max_side < 0 or not 1 <= settings.quality <= 100 or settings.shard_bytes < 1:
         raise ValueError("--max_side must be 0 or more, --quality 1 to 100, the size of a shard at least 1 byte")
-    _ = settings.counter  # an unreadable tokenizer is told now, not by every process
+    _ = settings.counter  # an unreadable tokenizer is an error now, not later in every process
 
 
 def _local(output: str | os.PathLike) -> pathlib.Path:
@@ -179,7 +197,7 @@ def _local(output: str | os.PathLike) -> pathlib.Path:
 
 
 def _sizes(parts: Sequence[Part]) -> dict[str, int]:
-    """Bytes of each file that has parts."""
+    """Returns the size in bytes of each file that has parts."""
     files = list(dict.fromkeys(part.path for part in parts))
 
     def size(file: str) -> int:
@@ -188,14 +206,14 @@ def _sizes(parts: Sequence[Part]) -> dict[str, int]:
         except OSError as error:
             raise FileNotFoundError(f"{file} cannot be read: {error.strerror or error}") from error
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each is a round trip to a bucket
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each size is a round trip to a bucket
         return dict(zip(files, pool.map(size, files), strict=True))
 
 
 def _grouped(parts: Sequence[Part], sizes: dict[str, int]) -> Iterator[list[Part]]:
-    """Parts to jobs. A range of a file is a job; whole files share one until they make a decent shard.
+    """Groups parts into jobs. A range of a file is a job; whole files share a job until they are enough for a shard.
 
-    The less there is in all, the smaller the jobs: many processes then have something to do.
+    The smaller the source, the smaller the jobs, so that many processes have something to do.
     """
     limit = min(max(sum(sizes.values()) // 64, 1 << 20), _SMALL_FILES)
     group: list[Part] = []
@@ -213,9 +231,9 @@ def _grouped(parts: Sequence[Part], sizes: dict[str, int]) -> Iterator[list[Part
 
 
 def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Options, settings: Settings) -> str:
-    """Stands for what decides the contents: the source's files and their sizes, the options, the settings."""
+    """Returns a digest of what decides the contents: the source's files and their sizes, the options, the settings."""
     kept = dataclasses.asdict(settings)
-    for name in ("tokenizer", "template", "turns"):  # of the index alone, which can be made at any time
+    for name in ("tokenizer", "template", "turns"):  # these concern the index alone, which can be made at any time
         del kept[name]
     if not settings.max_side:
         kept["quality"] = None
@@ -227,14 +245,14 @@ def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Opt
 
 @contextlib.contextmanager
 def _locked(output: pathlib.Path, split: str) -> Iterator[pathlib.Path]:
-    """The folder that `split` is written in, while no other process writes to `output`."""
+    """Yields the folder that `split` is written in, while no other process writes to `output`."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output, os.O_RDONLY)
     except OSError as error:
         raise OSError(f"{output} cannot be written to: {error.strerror or error}") from error
     try:
-        with contextlib.suppress(PermissionError):  # some network file systems do not lock folders
+        with contextlib.suppress(PermissionError):  # some network file systems cannot lock folders
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield output / f".{split}.writing"
     except BlockingIOError as error:
@@ -244,7 +262,7 @@ def _locked(output: pathlib.Path, split: str) -> Iterator[pathlib.Path]:
 
 
 def _is_there(output, manifest, splits: list[str], described: dict[str, str], overwrite: bool) -> bool:
-    """Whether the splits are complete; ValueError if they are and of something else."""
+    """Returns whether the splits are complete; raises ValueError if one exists that has another source or settings."""
     present = [split for split in splits if split in manifest["splits"]]
     same = [
         manifest["splits"][split].get("source", {}).get("fingerprint") == described["fingerprint"] for split in present
@@ -260,7 +278,7 @@ def _is_there(output, manifest, splits: list[str], described: dict[str, str], ov
 
 
 def _start(folder: pathlib.Path, fingerprint: str, overwrite: bool, output: pathlib.Path) -> None:
-    """Makes the folder to write in, or takes up the one that a stopped run left."""
+    """Makes the folder to write in, or takes over the one that a stopped run left."""
     plan = folder / "plan"
     if plan.is_file() and plan.read_text() != fingerprint:
         if not overwrite:
@@ -280,7 +298,7 @@ def _run(jobs: list[Job], workers: int, progress: Callable[[Progress], None] | N
     to_do = [job for job in jobs if finished(job) is None]
     state = Progress(len(jobs) - len(to_do), len(jobs))
 
-    def told(job: Job, *counts: int) -> None:
+    def on_report(job: Job, *counts: int) -> None:
         nonlocal state
         records, size, rejected = counts or (0, 0, 0)
         state = Progress(
@@ -293,6 +311,6 @@ def _run(jobs: list[Job], workers: int, progress: Callable[[Progress], None] | N
     if progress:
         progress(state)
     try:
-        share_out(run_job, to_do, workers or len(os.sched_getaffinity(0)), told)
+        share_out(run_job, to_do, workers or len(os.sched_getaffinity(0)), on_report)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None

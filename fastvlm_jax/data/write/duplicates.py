@@ -1,4 +1,4 @@
-"""Keys that occur twice in a source: the first record keeps it, the later ones are rejected."""
+"""Drops records with repeated keys: the first record with a key is kept, later ones are rejected."""
 
 import json
 import pathlib
@@ -14,9 +14,9 @@ from fastvlm_jax.files import write_whole
 
 
 def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None:
-    """Rewrites the shards of finished jobs that hold a key of an earlier record, and brings `done` up to date.
+    """Rewrites the shards of finished jobs that repeat a key of an earlier record, and updates `done`.
 
-    Hashes of 8 bytes are compared for all records; where two are equal, the keys themselves are read and decide.
+    Hashes of 8 bytes are compared for all records; where two are equal, the keys themselves are read and compared.
     """
     places = [(job, result, shard) for job, result in zip(jobs, done, strict=True) for shard in result["shards"]]
     paths = [pathlib.Path(job.folder) / shard["name"] for job, _, shard in places]
@@ -38,11 +38,11 @@ def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None
 
 
 def _later_ones(hashes: np.ndarray, first: np.ndarray, paths: list[pathlib.Path]) -> np.ndarray:
-    """The rows, over all shards, whose key an earlier row has."""
+    """Returns the rows, counted over all shards, whose key an earlier row has too."""
     order = np.argsort(hashes, kind="stable")
     equal = hashes[order[1:]] == hashes[order[:-1]]
     late = []
-    ends = np.flatnonzero(~np.append(equal, False))  # the last of each run of equal hashes
+    ends = np.flatnonzero(~np.append(equal, False))  # last row of each run of equal hashes
     starts = np.append(0, ends[:-1] + 1)
     for start, end in zip(starts[ends > starts], ends[ends > starts], strict=True):
         seen = set()
@@ -56,7 +56,7 @@ def _later_ones(hashes: np.ndarray, first: np.ndarray, paths: list[pathlib.Path]
 
 
 def _records(path: pathlib.Path, rows: Iterable[int]):
-    """(packed record, its key) of some rows of a shard."""
+    """Yields (packed record, its key) for some rows of a shard."""
     reader = ArrayRecordReader(str(path))
     try:
         for row in rows:
@@ -67,13 +67,14 @@ def _records(path: pathlib.Path, rows: Iterable[int]):
 
 
 def _rewrite(path: pathlib.Path, job: Job, result: dict, shard: dict, late: set[int]) -> None:
+    """Writes a shard again without the rows in `late`, and adds these to the duplicates in `result`."""
     keys, kept = load_keys(path), Shard(path, job.settings.counter)
     try:
         for row, (data, key) in enumerate(_records(path, range(len(keys)))):
             if row in late:
                 number = int(keys[row, 1])
                 file = [name for name, start in result["firsts"] if start <= number][-1]
-                reason = "the key is that of an earlier record"
+                reason = "an earlier record has the same key"
                 result["duplicates"].append([number, file, key, reason])
             else:
                 kept.add(unpack(data), data)

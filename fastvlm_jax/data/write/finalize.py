@@ -1,4 +1,4 @@
-"""The last step of a write: shards, index and list of rejected entries get their names, the manifest its entry."""
+"""Finishes a write: gives the shards and their index their names, lists rejected entries, and updates the manifest."""
 
 import json
 import os
@@ -23,12 +23,12 @@ def finalize(
     done: Sequence[dict[str, Any]],
     source: dict[str, str],
 ) -> None:
-    """Makes the splits of finished jobs part of the data set `output`, whose manifest is brought up to date.
+    """Adds the splits of finished jobs to the data set `output` and updates its manifest.
 
-    Killed anywhere, it is done again by the next run: the jobs' own files stay.
+    If it is killed anywhere, the next run does it again: the jobs' own files are kept until it is done.
 
     Raises:
-      ValueError: the jobs have no record between them.
+      ValueError: no job has a record.
     """
     rejected, example = _merge_rejected(output, splits[0], jobs, done)
     if not any(result["shards"] for result in done):
@@ -64,18 +64,18 @@ def finalize(
 
 
 def save_manifest(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest with the fingerprint of what its shards hold."""
+    """Writes the manifest, with a fingerprint of the contents of its shards."""
     content = {name: [split["records"], split["shards"]] for name, split in manifest["splits"].items()}
     manifest["fingerprint"] = json_digest(content)
     write_json(folder / MANIFEST, manifest, sort_keys=True)
 
 
 def _drop(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str]) -> None:
-    """Removes splits, and the validation records that an earlier write took out of them, before new ones come."""
+    """Removes the splits that are written anew, and the validation split that an earlier write took out of them."""
     old = [manifest["splits"][split].get("source") for split in splits if split in manifest["splits"]]
     of_them = [split for split, entry in manifest["splits"].items() if entry.get("source") and entry["source"] in old]
     gone = {*splits, *of_them}
-    if gone & manifest["splits"].keys():  # the entries go before the files do
+    if gone & manifest["splits"].keys():  # first the entries, then the files
         manifest["splits"] = {split: entry for split, entry in manifest["splits"].items() if split not in gone}
         save_manifest(output, manifest)
     for split in gone:
@@ -86,7 +86,7 @@ def _drop(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str])
 
 
 def _link(file: pathlib.Path, name: pathlib.Path) -> None:
-    """Gives a file a second name; its first stays, so that a killed run finds it again."""
+    """Gives a file a second name; it keeps its first, so that the run after a kill finds it again."""
     try:
         os.link(file, name)
     except OSError:  # a file system without hard links
@@ -95,10 +95,10 @@ def _link(file: pathlib.Path, name: pathlib.Path) -> None:
 
 
 def _merge_rejected(output: pathlib.Path, split: str, jobs, done) -> tuple[int, str]:
-    """Brings OUTPUT/rejected.jsonl up to date: lines of other splits stay, those of this one are in source order.
+    """Updates OUTPUT/rejected.jsonl: keeps the lines of other splits, and lists this split's in the source's order.
 
     Returns:
-      How many entries of this split there are, and the first one's reason.
+      Number of rejected entries of this split, and the reason of the first.
     """
     path, count, example = output / REJECTED, 0, ""
     with whole_file(path, "w") as file:

@@ -1,10 +1,10 @@
-"""A share of a write: the entries of some parts of a source, to shards in a folder of their own.
+"""Runs one job of a write: the entries of some parts of a source become shards in the folder of unfinished work.
 
-job-00003.json                             written last: the job is done; names what follows, with checksums
+job-00003.json                             written last, when the job is done; lists its shards with checksums
 job-00003-train-00000.array_record         records
 job-00003-train-00000.array_record.keys    uint64 [records, 2]: hash of the key, number of the entry in the job
 index/job-00003-train-00000.array_record.* sizes and token counts
-job-00003.rejected.jsonl                   [number, file, key, reason] a line
+job-00003.rejected.jsonl                   one [number, file, key, reason] a line
 """
 
 import contextlib
@@ -29,22 +29,23 @@ from fastvlm_jax.images.decode import decode, shrink, size_of
 from fastvlm_jax.text.tokenizer import load_tokenizer
 
 VALIDATION = "validation"
-_REPORT_EVERY = 0.25  # seconds
+_REPORT_EVERY = 0.25  # seconds between reports
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is done to the records of a source.
+    """Holds what is done to the records of a source.
 
     Attributes:
-      split: that they go to.
-      validation_share: of them that goes to the split `validation` instead, chosen by a hash of the key.
-      max_side: images with a longer side are shrunk to it, pixels; 0 for none.
-      quality: of JPEGs that were shrunk.
-      verify: decode every image in full.
-      shard_bytes: a shard ends with the record that reaches this size.
-      tokenizer: its file or folder, to count tokens for the index with; "" for no counting.
-      template, turns: of conversations, as `data.template` and `data.turns` in configs.
+      split: split that the records go to.
+      validation_share: fraction of records that go to the split `validation` instead, chosen by a hash of the key.
+      max_side: longest side of an image, pixels; larger images are shrunk to it; 0 for no limit.
+      quality: JPEG quality of images that are shrunk.
+      verify: whether every image is decoded in full.
+      shard_bytes: size at which a shard ends, bytes; the record that reaches it is its last.
+      tokenizer: file or folder of the tokenizer that counts tokens for the index; "" if they are not counted.
+      template: template of conversations, as `data.template` in configs.
+      turns: how turns become samples, as `data.turns` in configs.
     """
 
     split: str = "train"
@@ -59,7 +60,12 @@ class Settings:
 
     @property
     def counter(self) -> Counter | None:
-        """What counts tokens; ValueError or FileNotFoundError for an unreadable tokenizer."""
+        """Returns the counter of tokens, None without a tokenizer.
+
+        Raises:
+          FileNotFoundError: the tokenizer does not exist.
+          ValueError: the tokenizer cannot be read.
+        """
         return _counter(self.tokenizer, self.template, self.turns) if self.tokenizer else None
 
 
@@ -70,7 +76,7 @@ def _counter(tokenizer: str, template: str, turns: str) -> Counter:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Consecutive parts of a source, and the folder that their shards go to."""
+    """Describes one job: consecutive parts of a source, and the folder that their shards go to."""
 
     number: int
     format: str
@@ -85,10 +91,11 @@ class Job:
 
 
 class Shard:
-    """A shard being written, and its index; both get their names only when they are whole.
+    """Writes a shard and its index; both get their names only when they are complete.
 
     Attributes:
-      bytes: of the records so far.
+      path: name of the finished shard.
+      bytes: size of the records so far.
     """
 
     def __init__(self, path: pathlib.Path, counter: Counter | None = None):
@@ -96,20 +103,20 @@ class Shard:
         self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         self._records = self._images = 0
         self._index = ShardIndex(counter)
-        # One record a group: random access decompresses nothing else.
-        self._writer = _told(path, lambda: ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed"))
+        # One record a group, so that random access reads no other record.
+        self._writer = _as_os_error(path, lambda: ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed"))
 
     def add(self, record: Record, data: bytes, sizes: list[tuple[int, int]] | None = None) -> None:
-        """Adds a record, packed as `data`; `sizes` are those of its images where they are known."""
-        _told(self.path, lambda: self._writer.write(data))
+        """Adds a record, packed as `data`; `sizes` are the (width, height) of its images, if they are known."""
+        _as_os_error(self.path, lambda: self._writer.write(data))
         self._index.add(record, sizes)
         self._records += 1
         self._images += len(record.images)
         self.bytes += len(data)
 
     def close(self) -> dict[str, Any]:
-        """Puts the shard and its index in place; returns its records, images, bytes and sha256."""
-        _told(self.path, self._writer.close)
+        """Puts the shard and its index in place; returns its numbers of records, images and bytes, and its sha256."""
+        _as_os_error(self.path, self._writer.close)
         self._index.save(self.path)
         result = {"records": self._records, "images": self._images, "bytes": self._partial.stat().st_size}
         result["sha256"] = sha256(self._partial)
@@ -117,13 +124,14 @@ class Shard:
         return result
 
     def abandon(self) -> None:
-        with contextlib.suppress(Exception):  # what brought us here is told already
+        """Deletes the unfinished shard."""
+        with contextlib.suppress(Exception):  # the error that led here is already on its way
             self._writer.close()
         self._partial.unlink(missing_ok=True)
 
 
-def _told(path: pathlib.Path, action: Callable) -> Any:
-    """Does what the shard writer does; its RuntimeErrors of many lines become an OSError of one."""
+def _as_os_error(path: pathlib.Path, action: Callable) -> Any:
+    """Calls `action` of the shard writer, and turns its RuntimeErrors of many lines into an OSError of one line."""
     try:
         return action()
     except (RuntimeError, ValueError) as error:
@@ -132,22 +140,22 @@ def _told(path: pathlib.Path, action: Callable) -> Any:
 
 
 def hash_of(key: str) -> int:
-    """Eight bytes that stand for a key."""
+    """Returns a hash of a key, eight bytes as an integer."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
 
 def run(job: Job, report: Callable[[int, int, int], None]) -> None:
-    """Writes the shards of a job; `report(records, bytes, rejected)` tells what came since it was last called.
+    """Writes the shards of a job; calls `report(records, bytes, rejected)` with what was added since the last call.
 
     Raises:
       ValueError: a part cannot be read at all.
-      OSError: the disk is full, or the like.
+      OSError: a shard cannot be written, for example because the disk is full, or a part cannot be read any more.
     """
     folder = pathlib.Path(job.folder)
-    shards: dict[str, Shard] = {}  # the open one of each split
+    shards: dict[str, Shard] = {}  # the open shard of each split
     done: list[dict[str, Any]] = []
     keys: dict[str, list[tuple[int, int]]] = {}
-    firsts: list[tuple[str, int]] = []  # each part's file and the number of its first entry
+    firsts: list[tuple[str, int]] = []  # file of each part and number of its first entry
 
     def close(split: str) -> None:
         shard = shards.pop(split)
@@ -181,20 +189,22 @@ def run(job: Job, report: Callable[[int, int, int], None]) -> None:
 
 
 def save_keys(shard: pathlib.Path, keys: list[tuple[int, int]]) -> None:
+    """Writes the (hash of the key, number of the entry) of each record of a shard, to the file beside it."""
     write_whole(shard.with_name(shard.name + ".keys"), np.array(keys, "<u8").reshape(-1, 2).tobytes())
 
 
 def load_keys(shard: pathlib.Path) -> np.ndarray:
+    """Reads what `save_keys` wrote: uint64 [records, 2]."""
     return np.frombuffer(shard.with_name(shard.name + ".keys").read_bytes(), "<u8").reshape(-1, 2)
 
 
 def read_result(job: Job) -> dict[str, Any]:
-    """Returns what a job says that it wrote."""
+    """Reads what a job recorded when it was done: its shards with their checksums, and its parts."""
     return json.loads((pathlib.Path(job.folder) / f"{job.name}.json").read_bytes())
 
 
 def finished(job: Job) -> dict[str, Any] | None:
-    """Returns what the finished job wrote, if every byte of it is there; None if the job is to be done."""
+    """Returns what the finished job recorded, if its files are there and intact; None if the job must be run."""
     folder = pathlib.Path(job.folder)
     try:
         result = read_result(job)
@@ -216,7 +226,7 @@ def _split_and_hash(key: str, settings: Settings) -> tuple[str, int]:
 
 
 def _entries(job: Job, firsts: list[tuple[str, int]]) -> Iterator[tuple[int, Any]]:
-    """(number, Rejected or a record ready to write) of each entry; `firsts` grows with the parts."""
+    """Yields (number, Rejected or a record ready to write) for each entry, and adds each part to `firsts`."""
     read, number = reader(job.format).read, 0
     for part in job.parts:
         firsts.append((part.path, number))
@@ -235,7 +245,7 @@ def _entries(job: Job, firsts: list[tuple[str, int]]) -> Iterator[tuple[int, Any
 
 
 def _prepare(record: Record, file: str, settings: Settings) -> Rejected | tuple[Record, bytes, list[tuple[int, int]]]:
-    """Checks a record and shrinks its images; returns it with its bytes and the images' (width, height)."""
+    """Checks a record and shrinks its images; returns it with its packed bytes and its images' (width, height)."""
     if reason := check(record):
         return Rejected(file, record.key, reason)
     images, sizes = [], []
@@ -260,6 +270,7 @@ def _prepare(record: Record, file: str, settings: Settings) -> Rejected | tuple[
 
 
 def _reported(entries: Iterator[tuple[int, Any]], report: Callable[[int, int, int], None]) -> Iterator:
+    """Yields the entries as they are, and reports their counts at intervals and at the end."""
     counts, last = [0, 0, 0], time.monotonic()
     for number, entry in entries:
         yield number, entry

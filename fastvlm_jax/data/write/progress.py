@@ -1,4 +1,4 @@
-"""Shows how far a write is: a bar on a terminal, a line every half minute elsewhere."""
+"""Shows the progress of a write: a bar on a terminal, a line every half minute elsewhere."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ _EVERY = 30  # seconds between lines
 
 @contextlib.contextmanager
 def shown(stream: TextIO | None = None) -> Iterator[Callable[[Progress], None]]:
-    """Gives the function that takes a write's progress and shows it on `stream`, stderr by default."""
+    """Yields a function that shows the progress of a write on `stream`, by default on stderr."""
     stream = stream or sys.stderr
     start = last = time.monotonic()
     with tqdm.tqdm(desc="write", unit="job", file=stream, disable=not stream.isatty()) as bar:

@@ -1,4 +1,4 @@
-"""What a write left in its folder, for people to read."""
+"""Summarises for people what a folder holds after a write."""
 
 import dataclasses
 import os
@@ -12,13 +12,14 @@ from fastvlm_jax.data.rejected import Reasons, read_reasons
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a folder holds after a write.
+    """Describes what a folder holds after a write.
 
     Attributes:
-      splits: name to {"records", "images", "shards"}, each a number.
-      rejected: entries that became no record.
-      reasons: (how many, an example) of the most frequent reasons, numbers and quoted names in them left aside.
-      nothing_to_do: the splits were there already.
+      splits: name of a split -> {"records", "images", "shards"}, the number of each.
+      rejected: number of entries that became no record.
+      reasons: (count, example) of the most frequent reasons; reasons that differ only in numbers and quoted names count
+        as one.
+      nothing_to_do: whether the splits were complete before.
     """
 
     splits: dict[str, dict[str, int]]
@@ -27,7 +28,7 @@ class Summary:
     nothing_to_do: bool
 
     def describe(self, output: str | os.PathLike) -> str:
-        """Returns what the command prints."""
+        """Returns the text that the command prints."""
         lines = [
             f"{output} {name}: {split['records']:,} records, {split['images']:,} images, {split['shards']} shards"
             for name, split in self.splits.items()
@@ -39,7 +40,7 @@ class Summary:
 
 
 def summarise(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str], nothing_to_do: bool) -> Summary:
-    """Returns what the manifest and the list of rejected entries say of these splits."""
+    """Returns the summary of these splits, from the manifest and the list of rejected entries."""
     found = {name: manifest["splits"][name] for name in splits}
     return Summary(
         {

@@ -1,4 +1,4 @@
-"""Jobs shared out to processes of their own; a process that dies, or whose parent does, leaves no other hanging."""
+"""Shares jobs out to worker processes; if a worker or the parent dies, no other process is left hanging."""
 
 import contextlib
 import multiprocessing
@@ -8,21 +8,22 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
-def share_out(work: Callable[[Any, Callable], None], jobs: Sequence[Any], workers: int, told: Callable) -> None:
-    """Calls `work(job, report)` for every job, in order; what it reports arrives here as `told(job, *what)`.
+def share_out(work: Callable[[Any, Callable], None], jobs: Sequence[Any], workers: int, on_report: Callable) -> None:
+    """Calls `work(job, report)` for every job, started in order; `report(*args)` calls `on_report(job, *args)` here.
 
-    `told(job)` alone says that the job is done. With one worker all happens in this process.
+    `on_report(job)` without more arguments means that the job is done. With one worker, or one job, everything happens
+    in this process.
 
     Raises:
-      ValueError: the first job that failed, or a process that was killed.
+      ValueError: a job failed, or a worker process was killed. With one worker, `work`'s own errors are raised.
     """
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
-            work(job, lambda *what: told(job, *what))
-            told(job)
+            work(job, lambda *args: on_report(job, *args))
+            on_report(job)
         return
     waiting = list(reversed(jobs))
-    busy: dict[Connection, Any] = {}  # the job of each process
+    busy: dict[Connection, Any] = {}  # connection to a worker -> its job
     spawn = multiprocessing.get_context("spawn")
     processes = {}
     try:
@@ -30,23 +31,23 @@ def share_out(work: Callable[[Any, Callable], None], jobs: Sequence[Any], worker
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_serve, args=(theirs, work), daemon=True)
             process.start()
-            theirs.close()  # or its end would never be seen
+            theirs.close()  # otherwise the death of the worker would not close the connection
             processes[ours] = process
             busy[ours] = waiting.pop()
             ours.send(busy[ours])
         while busy:
             for connection in wait(list(busy)):
                 try:
-                    kind, what = connection.recv()
+                    kind, content = connection.recv()
                 except (EOFError, OSError):
                     processes[connection].join(5)
                     raise ValueError(
                         f"a worker process was killed (status {processes[connection].exitcode}; out of memory?): "
-                        "run the same command again and it goes on, with fewer --workers if memory is short"
+                        "run the same command again to go on, with fewer --workers if memory is short"
                     ) from None
                 if kind == "failed":
-                    raise ValueError(what)
-                told(busy[connection], *what)
+                    raise ValueError(content)
+                on_report(busy[connection], *content)
                 if kind == "done":
                     del busy[connection]
                     if waiting:
@@ -61,12 +62,13 @@ def share_out(work: Callable[[Any, Callable], None], jobs: Sequence[Any], worker
 
 
 def _serve(connection: Connection, work: Callable) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent tells us
+    # Ctrl-C reaches every process of a terminal; the parent stops this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         while True:
             job = connection.recv()
             try:
-                work(job, lambda *what: connection.send(("report", what)))
+                work(job, lambda *args: connection.send(("report", args)))
             except ConnectionError:
                 raise
             except (ValueError, OSError) as error:

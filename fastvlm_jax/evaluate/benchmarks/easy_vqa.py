@@ -12,11 +12,16 @@ from fastvlm_jax.text.conversation import questions
 def evaluate(
     model, variables, processor, data: str, *, limit: int | None = None, progress=None
 ) -> tuple[dict[str, Any], list[Result]]:
-    """Answers the test split of the folder `data`.
+    """Answers and scores the test split of easy-VQA.
+
+    Args:
+      data: folder of the shards, with the splits train, validation and test.
+      limit: number of test questions to ask; None asks all.
+      progress: function that is called after each batch with the number of questions in it.
 
     Returns:
-      The summary, with "baseline_accuracy" that of always giving a question's most frequent training answer, and the
-      single results.
+      (summary, results). "baseline_accuracy" in the summary is the accuracy of giving each question its most frequent
+      answer in the train and validation splits.
     """
     results = answer_records(model, variables, processor, read_shards(data, "test"), limit=limit, progress=progress)
     training = [read_shards(data, split) for split in ("train", "validation")]
@@ -35,17 +40,17 @@ def evaluate(
 
 
 def count_questions(data: str, limit: int | None) -> int:
-    """Questions that `evaluate` will ask."""
+    """Returns the number of questions that `evaluate` will ask."""
     records = read_shards(data, "test")
     total = sum(len(questions(records[i].turns)) for i in range(len(records)))
     return min(total, limit or total)
 
 
 def most_frequent_answers(sources: Sequence[RecordSource]) -> dict[str, str]:
-    """Question text -> its most frequent answer."""
+    """Returns the most frequent answer to each question, by the text of the question."""
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for source in sources:
         for i in range(len(source)):
-            for talk in questions(source[i].turns):
-                counts[question_text(talk[:-1])]["".join(talk[-1][1])] += 1
+            for turns in questions(source[i].turns):
+                counts[question_text(turns[:-1])]["".join(turns[-1][1])] += 1
     return {question: counter.most_common(1)[0][0] for question, counter in counts.items()}

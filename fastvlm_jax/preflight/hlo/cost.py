@@ -1,4 +1,4 @@
-"""The cost of a compiled program along its schedule, loops times their trips: cycles, FLOPs, HBM bytes, collectives."""
+"""Adds up the cost of a compiled program, loops times their trips: cycles, FLOPs, HBM bytes and collectives."""
 
 import dataclasses
 import math
@@ -16,12 +16,19 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One instruction of the schedule, with all its trips.
+    """Holds the cost of one instruction of the schedule.
 
     Attributes:
-      path: its op_name, or that of the loop it stands in.
-      cycles: the compiler's estimate; None of an instruction without one. trips: how often it runs.
-      kernel: name of a Pallas kernel; `kernel_flops` and `kernel_bytes` are those it declares, one trip.
+      path: its op_name, or the op_name of the loop around it.
+      opcode: its HLO opcode.
+      cycles: the compiler's estimate for one trip; None if there is none.
+      trips: how often it runs.
+      flops: FLOPs of one trip, in matrix products and convolutions.
+      traffic: bytes of one trip to and from HBM.
+      loop: name of the computation that it stands in.
+      kernel: name of a Pallas kernel, "" for other instructions.
+      kernel_flops: FLOPs of one trip, as the kernel declares them; for splash attention they are counted here.
+      kernel_bytes: HBM bytes of one trip, as the kernel declares them, or `traffic` if that is more.
     """
 
     path: str
@@ -38,13 +45,16 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A transfer between devices.
+    """Describes a transfer between devices.
 
     Attributes:
-      payload: bytes of the whole: what an all-gather ends with, what a reduction starts from, what a permute sends.
-      group: numbers of the devices that exchange it, in the mesh's order; of a transfer between slices ().
-      asynchronous: the schedule lets other work run meanwhile.
-      loop: the computation that it runs in, `trips` times.
+      kind: one of KINDS; "all-reduce" or "send" between slices.
+      payload: bytes of the whole transfer, one trip: an all-gather's output, a reduction's input, what a permute sends.
+      trips: how often it runs.
+      group: positions in the mesh of the devices that exchange it; () for a transfer between slices.
+      asynchronous: whether the schedule lets other work run at the same time.
+      path: its op_name, or the op_name of the loop around it.
+      loop: name of the computation that it runs in.
     """
 
     kind: str
@@ -58,7 +68,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`unknown` are loops whose trips depend on the data: of each its body, counted once, is a program of its own."""
+    """Holds the operations and transfers of a program.
+
+    Attributes:
+      operations: instructions, with their trips.
+      collectives: transfers between devices, with their trips.
+      unknown: loops whose trips depend on the data: the body of each, counted once, as a program of its own.
+    """
 
     operations: Sequence[Operation]
     collectives: Sequence[Collective]
@@ -66,7 +82,7 @@ class Program:
 
 
 def analyse(module: Module, num_devices: int) -> Program:
-    """Walks the schedule from the entry computation."""
+    """Walks the schedule from the entry computation and collects operations and transfers."""
     operations, collectives, unknown = [], [], []
 
     def visit(computation: Computation, times: int, path: str, into) -> None:
@@ -115,8 +131,8 @@ def _operation(module: Module, computation: Computation, instruction: Instructio
 
 
 def _attention_flops(computation: Computation, kernel: Instruction) -> float:
-    """FLOPs of a splash attention kernel, which declares none: its products over the whole square of T x S."""
-    # The first operands of floats are queries [..., H, T, E] and keys [..., K, S, E]; a batch of one is left out.
+    """Returns the FLOPs of a splash attention kernel, which declares none: its products over the full T x S square."""
+    # The first two float operands are queries [..., H, T, E] and keys [..., K, S, E]; a batch of one has no axis.
     found = [array for name in kernel.operands for array in arrays(computation.by_name[name].shape)]
     queries, keys = [sizes for kind, sizes, _ in found if kind in ("f32", "bf16") and len(sizes) > 2][:2]
     products = 4 if "dkv" in kernel.name else 3 if "dq" in kernel.name else 2
@@ -124,7 +140,7 @@ def _attention_flops(computation: Computation, kernel: Instruction) -> float:
 
 
 def _collectives(module, computation, instruction, times, path, num_devices, channels: set[str]) -> list[Collective]:
-    """The transfers that an instruction starts; a fused one stands in its start, steps and end, and counts once."""
+    """Returns the transfers that an instruction starts. A fused one is in its start, steps and end, and counts once."""
     if instruction.opcode == "send" and "is_host_transfer=true" in instruction.attributes:
         reduces = "_xla_megascale_reduce_operation" in instruction.attributes
         payload = num_bytes(instruction.shape.partition("}, u32")[0])
@@ -151,6 +167,7 @@ def _collectives(module, computation, instruction, times, path, num_devices, cha
 
 
 def _inside(module: Module, computation: Computation) -> list[tuple[Computation, Instruction]]:
+    """Returns the instructions of a computation and of its fusions, each with the computation that holds it."""
     found = []
     for instruction in computation.instructions:
         found.append((computation, instruction))
@@ -171,13 +188,13 @@ def _payload(kind: str, instruction: Instruction, size: int) -> float:
 
 
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
-    """The first group of devices that exchange something, from any of the four ways that it is written in."""
+    """Returns the first group of devices that exchange something, from any of the four notations of the compiler."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return int(pairs[1]), int(pairs[2])
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         ids = _ordered(mesh[2] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
-        return tuple(ids[tuple(_part(axis, size, mesh[3]) for axis, size in sizes.items())].ravel().tolist())
+        return tuple(ids[tuple(_places(axis, size, mesh[3]) for axis, size in sizes.items())].ravel().tolist())
     if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(map(int, groups[1].split(",")))
     if iota := re.search(r"replica_groups=\[(\d+)[\d,]*\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
@@ -188,15 +205,15 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
 
 
 def _ordered(text: str) -> np.ndarray:
-    """Numbers of devices from "[2,4]" or "[2,4]T(1,0)": 0, 1, ... in that shape, transposed."""
+    """Returns device numbers from "[2,4]" or "[2,4]T(1,0)": 0, 1, ... in that shape, transposed."""
     dims, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     shape = [int(size) for size in dims.split(",")]
     ids = np.arange(math.prod(shape)).reshape(shape)
     return ids.transpose([int(axis) for axis in order.split(",")]) if order else ids
 
 
-def _part(axis: str, size: int, used: str) -> slice:
-    """The places along an axis that the first group takes: all, or of 'axis':(before)part only that part."""
+def _places(axis: str, size: int, used: str) -> slice:
+    """Returns the places of the first group along an axis: one, all, or a part if written as 'axis':(before)part."""
     part = re.search(rf"'{re.escape(axis)}'(?::\((\d+)\)(\d+))?", used)
     if part is None:
         return slice(0, 1)
@@ -207,7 +224,7 @@ def _part(axis: str, size: int, used: str) -> slice:
 
 
 def axes_of(group: Sequence[int], mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a group differ; () of a group of another slice numbering."""
+    """Returns the mesh axes along which the devices of a group differ; () if the numbers are not those of the mesh."""
     sizes = tuple(mesh_shape.values())
     if not group or max(group) >= math.prod(sizes):
         return ()

@@ -1,4 +1,4 @@
-"""What an instruction computes and moves: FLOPs of products and convolutions, bytes of HBM."""
+"""Counts the work of an instruction: FLOPs of matrix products and convolutions, and bytes moved to and from HBM."""
 
 import math
 import re
@@ -12,7 +12,7 @@ NO_TRAFFIC = {
 
 
 def flops(module: Module, computation: Computation) -> float:
-    """FLOPs of the matrix products and convolutions of a computation and its fusions; loops inside count nothing."""
+    """Counts the FLOPs of matrix products and convolutions in a computation and its fusions, without loops inside."""
     total = 0.0
     for instruction in computation.instructions:
         if instruction.opcode in ("convolution", "dot"):
@@ -23,7 +23,7 @@ def flops(module: Module, computation: Computation) -> float:
 
 
 def instruction_flops(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """FLOPs of one instruction, of a fusion those of all it holds."""
+    """Counts the FLOPs of one instruction; for a fusion, of all instructions inside it."""
     if instruction.opcode in ("convolution", "dot"):
         return _product(computation, instruction)
     fused = module.called(instruction) if instruction.opcode == "fusion" else None
@@ -31,7 +31,7 @@ def instruction_flops(module: Module, computation: Computation, instruction: Ins
 
 
 def _product(computation: Computation, product: Instruction) -> float:
-    """2 x multiply-adds, without those that fall on padding or on the holes of a dilated input."""
+    """Returns 2 x multiply-adds, without those on padding or on the holes of a dilated input."""
     left, right = (computation.by_name[name].shape for name in product.operands[:2])
     sizes = arrays(left)[0][1], arrays(right)[0][1], arrays(product.shape)[0][1]
     if product.opcode == "dot":
@@ -50,7 +50,7 @@ def _product(computation: Computation, product: Instruction) -> float:
 
 
 def _window(product: Instruction, dim: int) -> dict[str, tuple[int, ...]]:
-    """The window's settings for one spatial dimension, as {"stride": (2,), "pad": (3, 3), ...}."""
+    """Returns the window's settings for one spatial dimension, as {"stride": (2,), "pad": (3, 3), ...}."""
     found = re.search(r"window=\{([^}]*)\}", product.attributes)
     settings = dict(item.split("=") for item in found[1].split()) if found else {}
     return {
@@ -61,12 +61,12 @@ def _window(product: Instruction, dim: int) -> dict[str, tuple[int, ...]]:
 
 
 def _valid(input_size: int, kernel: int, output: int, window: dict[str, tuple[int, ...]]) -> int:
-    """Pairs of an output and a kernel position that meet an input element, along one dimension."""
+    """Counts the pairs of output and kernel position that read an input element, along one dimension."""
     stride, low = window.get("stride", (1,))[0], window.get("pad", (0, 0))[0]
     holes, spread = window.get("lhs_dilate", (1,))[0], window.get("rhs_dilate", (1,))[0]
     last, count = (input_size - 1) * holes, 0
     for k in range(kernel):
-        start = k * spread - low  # where output 0 looks for this kernel position
+        start = k * spread - low  # the input position that output 0 reads for this kernel position
         if holes == 1:
             first = max(0, -(start // stride))
             count += max(0, min(output - 1, (last - start) // stride) - first + 1)
@@ -76,11 +76,11 @@ def _valid(input_size: int, kernel: int, output: int, window: dict[str, tuple[in
 
 
 def traffic(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Bytes that an instruction reads from and writes to HBM, each operand once.
+    """Counts the bytes that an instruction reads from and writes to HBM, each operand once.
 
-    Of an operand that a fusion only slices, or updates in place, the slice counts.
+    If a fusion only slices an operand, or updates it in place, only the slice counts.
     """
-    if instruction.opcode == "copy-start":  # (to, from, counter), one of them on the chip
+    if instruction.opcode == "copy-start":  # (destination, source, counter); one of the first two is on the chip
         return num_bytes(instruction.shape, hbm_only=True)
     if instruction.opcode in NO_TRAFFIC or instruction.opcode.endswith(("-done", "-start")):
         return 0.0
@@ -102,7 +102,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
 
 
 def _used(fused: Computation, parameter: str) -> tuple[float, float]:
-    """(share of a parameter that a fusion reads or updates, share that its output keeps untouched)."""
+    """Returns the fraction of a parameter that a fusion reads or updates, and the fraction that it leaves unchanged."""
     names, whole, part, kept = {parameter}, num_bytes(fused.by_name[parameter].shape), 0.0, 0.0
     for instruction in fused.instructions:
         hits = [n for n in instruction.operands if n in names]

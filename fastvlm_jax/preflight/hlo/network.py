@@ -1,4 +1,4 @@
-"""How long a transfer takes between the chips of a slice and between slices, by bytes over links."""
+"""Estimates how long a transfer takes between the chips of a slice, and between slices: its bytes over the links."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,18 @@ import numpy as np
 from fastvlm_jax.preflight.hlo.cost import Collective
 from fastvlm_jax.preflight.topology import Slice
 
-HOP = 1e-6  # seconds for the first byte to pass one link; the usual rule of thumb, not a published figure
+HOP = 1e-6  # seconds for the first byte to pass one link; a common rule of thumb, not a published figure
 
 
 def seconds(collective: Collective, slices: Slice, devices: Sequence) -> float:
-    """One trip of a transfer; `devices` are those of the mesh, in its order.
+    """Estimates the seconds of one trip of a transfer.
 
-    Between chips, every axis of the slice along which the group lies brings its links (twice, where they close to a
-    ring), shared with the groups that lie between its members; a byte passes each link once in a gather or a scatter,
-    twice in an all-reduce. Between slices, the host's network, a chip's share of it.
+    Between chips, each axis of the slice along which the group lies contributes its links, twice if they form a ring;
+    groups between the members share them. A byte passes each link once in a gather or a scatter, twice in an
+    all-reduce. Between slices, the bandwidth is the chip's share of the host's network.
+
+    Args:
+      devices: devices of the mesh, in its order.
     """
     generation, n = slices.generation, len(collective.group)
     if not n:
@@ -35,7 +38,7 @@ def seconds(collective: Collective, slices: Slice, devices: Sequence) -> float:
 
 
 def link_bandwidth(coords: Sequence[Sequence[int]], slices: Slice) -> tuple[float, int]:
-    """(bytes/s that flow into each chip of a group, links from one end of it to the other)."""
+    """Returns the bytes/s that flow into each chip of a group, and the links from one end of the group to the other."""
     link = slices.generation.link / slices.generation.devices_per_chip
     total, hops = 0.0, 0
     for axis, size in enumerate(slices.shape):

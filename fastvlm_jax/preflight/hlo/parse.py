@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: computations, instructions, shapes, loops and their trips."""
+"""Parses the text of a compiled program: computations, instructions, shapes, loops and their trip counts."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ BYTES = {
     "c64": 8,
     "s4": 0.5,
     "u4": 0.5,
-}  # fmt: skip; other types (tokens, float8) count as 1 byte an element, tokens have none
+}  # fmt: skip; other types (float8) count as 1 byte per element, tokens as 0
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -30,7 +30,12 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line. `operands` are names in the same computation, `attributes` the text behind them."""
+    """Holds one line of the text.
+
+    Attributes:
+      operands: names of instructions in the same computation.
+      attributes: the text behind the operands.
+    """
 
     name: str
     shape: str
@@ -40,19 +45,19 @@ class Instruction:
     is_root: bool
 
     def attribute(self, name: str) -> str:
-        """The value of `name=value`, to the next comma, without a leading %; "" where there is none."""
+        """Returns the value of `name=value`, up to the next comma and without a leading %; "" if there is none."""
         found = re.search(rf"[, ]{name}=%?([^,\s]+)", self.attributes)
         return found[1] if found else ""
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Where in the model it comes from, as jit(train_step)/jvp(FastVLM)/llm/...; "" where the compiler lost it."""
+        """Returns its place in the model, as jit(train_step)/jvp(FastVLM)/llm/...; "" if the compiler has lost it."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """The compiler's estimate, None where it makes none."""
+        """Returns the compiler's estimate of its cycles, None if there is none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else None
 
@@ -63,6 +68,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
+    """Holds a named sequence of instructions, such as a loop body or what a fusion contains."""
+
     name: str
     instructions: tuple[Instruction, ...]
 
@@ -77,22 +84,22 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program. Instructions run in the order of the text."""
+    """Holds a compiled program. Its instructions run in the order of the text."""
 
     computations: dict[str, Computation]
     entry: str
 
     def called(self, instruction: Instruction) -> Computation | None:
-        """The computation of a fusion, a call or an asynchronous wrapper."""
+        """Returns the computation inside a fusion, a call or an asynchronous wrapper; None for other instructions."""
         name = instruction.attribute("calls") or instruction.attribute("to_apply")
         return self.computations.get(name)
 
 
 def parse(text: str) -> Module:
-    """The program of `compiled.as_text()`.
+    """Parses the HLO text of a compiled program, as the compiler dumps it or `compiled.as_text()` returns it.
 
     Raises:
-      ValueError: there is no entry computation.
+      ValueError: the text has no entry computation, or a line that this parser does not know.
     """
     computations, current, lines, entry = {}, None, [], None
     for line in text.splitlines():
@@ -109,14 +116,14 @@ def parse(text: str) -> Module:
         elif lines:  # metadata of a kernel goes on over several lines
             lines[-1] += line
     if entry is None:
-        raise ValueError("the compiler's text has no entry computation: is it another version's?")
+        raise ValueError("the compiled program has no entry computation: preflight may not know this version of libtpu")
     return Module(computations, entry)
 
 
 def _instruction(line: str) -> Instruction:
     found = _LINE.match(line)
     if found is None:
-        raise ValueError(f"the compiler's text has a line that is not understood: {line[:120]}")
+        raise ValueError(f"preflight cannot read this line of the compiled program: {line[:120]}")
     operands, _, attributes = found[4].partition(")")
     names = tuple(re.findall(r"%([\w.\-]+)", operands)) if "%" in operands else ()
     literal = f"{operands})" if found[3] in ("constant", "parameter") else ""
@@ -124,7 +131,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """(type, sizes, layout) of each array of a shape or a tuple of shapes."""
+    """Returns (type, sizes, layout) of each array in a shape or in a tuple of shapes."""
     return [
         (kind, tuple(map(int, sizes.split(","))) if sizes else (), layout)
         for kind, sizes, layout in _ARRAY.findall(shape)
@@ -132,7 +139,11 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
 
 
 def num_bytes(shape: str, hbm_only: bool = False) -> float:
-    """Bytes of a shape without padding; `hbm_only` leaves out what the compiler put in on-chip memory, S(1) and up."""
+    """Returns the bytes of a shape, without padding.
+
+    Args:
+      hbm_only: leaves out the arrays that the compiler put in on-chip memory, S(1) and up.
+    """
     return sum(
         BYTES.get(kind, 0 if kind == "token" else 1) * math.prod(sizes)
         for kind, sizes, layout in arrays(shape)
@@ -141,10 +152,10 @@ def num_bytes(shape: str, hbm_only: bool = False) -> float:
 
 
 def trips(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a while loop of a computation runs, None where that depends on the data.
+    """Returns how often a while loop in a computation runs, None if that depends on the data.
 
-    A loop of `lax.scan` counts by 1 to the one constant that its condition compares with; from 0, or from 1 where the
-    compiler has put its first turn before it.
+    A loop of `lax.scan` counts by 1 up to the one constant in its condition. It starts from 0, or from 1 if the
+    compiler has moved the first iteration in front of the loop.
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
@@ -158,12 +169,12 @@ def trips(module: Module, computation: Computation, loop: Instruction) -> int | 
     counts = {"compare", "constant", "get-tuple-element", "parameter", "fusion", "bitcast", "copy"}
     alone = len(compares) == len(limits) == 1 and {i.opcode for i in inside} <= counts
     if alone and "direction=LT" in compares[0].attributes:
-        return limits[0] - _first(computation, loop, condition)
+        return limits[0] - _start_value(computation, loop, condition)
     return None
 
 
-def _first(computation: Computation, loop: Instruction, condition: Computation) -> int:
-    """What the counter of a loop starts from: the constant in its place of the loop's tuple, 0 where none is seen."""
+def _start_value(computation: Computation, loop: Instruction, condition: Computation) -> int:
+    """Returns the start value of a loop's counter: the constant at its place in the loop's tuple, else 0."""
     counters = [i for i in condition.instructions if i.opcode == "get-tuple-element" and i.shape.startswith("s32[]")]
     state = computation.by_name.get(loop.operands[0])
     if len(counters) != 1 or state is None or state.opcode != "tuple":

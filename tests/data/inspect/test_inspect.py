@@ -1,4 +1,4 @@
-"""`fastvlm data inspect`: what it counts, what it shows, and that nothing in the data gets out of the page."""
+"""Checks the numbers and texts of `fastvlm data inspect`, and that hostile data stays text on its page."""
 
 import base64
 import html.parser
@@ -108,10 +108,10 @@ def test_what_a_split_holds_is_told_by_its_files(tmp_path):
     assert found.images_per_record == {"0": 1, "1": 1, "2": 1}
     assert found.turns == {"1-2": 2, "3-4": 1} and found.formats == {"PNG": 2, "JPEG": 1}
     assert found.reasons == ((1, "the conversation has no answer"),) and found.rejected == 1 and not found.damaged
-    told = inspect(str(tmp_path), "train", True, Outputs(json=str(tmp_path / "deep" / "x.json")))
-    assert "3 records, 3 images" in told and "checksums are right" in told
+    shown = inspect(str(tmp_path), "train", True, Outputs(json=str(tmp_path / "deep" / "x.json")))
+    assert "3 records, 3 images" in shown and "checksums are right" in shown
     assert json.loads((tmp_path / "deep" / "x.json").read_text())["data_sets"][0]["formats"] == {"PNG": 2, "JPEG": 1}
-    assert max(map(len, told.splitlines()[1:])) <= 100
+    assert max(map(len, shown.splitlines()[1:])) <= 100
 
 
 def test_sizes_are_read_from_the_records_where_the_index_is_gone(tmp_path, monkeypatch):
@@ -142,8 +142,8 @@ def test_damaged_shards_are_named_in_a_line(tmp_path):
     data = bytearray(shards[1].read_bytes())
     data[data.index(noise[4][100:200])] ^= 1  # record 1 of shard 1
     shards[1].write_bytes(data)
-    told = inspect(str(tmp_path), "train", False, Outputs())
-    assert "damaged: 1 of 9 records read" in told and "train-00001-of-00003.array_record record 1" in told
+    shown = inspect(str(tmp_path), "train", False, Outputs())
+    assert "damaged: 1 of 9 records read" in shown and "train-00001-of-00003.array_record record 1" in shown
     with pytest.raises(ValueError, match=r"1 of 3 shards are damaged.*\(train-00001-of-00003.array_record\)"):
         inspect(str(tmp_path), "train", True, Outputs())
     shards[0].unlink()
@@ -189,7 +189,7 @@ def test_other_choices_are_told_by_what_they_would_give(tmp_path, tokenizer):
     write_shards(tmp_path, "train", [record] * 24)
     found, *_ = measured(config(row_length=80), Processor(tokenizer, "chatml", 16, 3), tmp_path, seed=0)
     length = found.quantiles["0 %"]
-    assert 80 / 5 < length == found.quantiles["100 %"] <= 80 / 4  # of such texts a row holds four
+    assert 80 / 5 < length == found.quantiles["100 %"] <= 80 / 4  # a row holds four such texts
     lengths, table = usage.choice_table(found)
     assert lengths == [40, 80, 160] and list(table) == [1, 2, 3, 4, 6, 8] and found.compared == 24
     for images, choices in table.items():
@@ -201,7 +201,7 @@ def test_other_choices_are_told_by_what_they_would_give(tmp_path, tokenizer):
             assert choice.lost == 0
     found, *_ = measured(config(row_length=length), Processor(tokenizer, "chatml", 16, 3), tmp_path, seed=0)
     assert found.overlong == 0 and found.token_fill == 1  # a text may be as long as its row
-    # The shortest of these rows is a token too short.
+    # The shortest of the rows compared is one token too short.
     found, *_ = measured(config(row_length=2 * length - 2), Processor(tokenizer, "chatml", 16, 3), tmp_path, seed=0)
     assert [choice is None for choice in usage.choice_table(found)[1][1]] == [True, False, False]
 
@@ -219,7 +219,7 @@ def test_the_index_of_some_records_is_that_of_a_data_set_that_holds_them_alone(t
     write_shards(tmp_path / "some", "train", [records[i] for i in chosen])
     counter = Counter(tokenizer, "chatml", "separate")
     whole, expected = (load_index(read_shards(tmp_path / name, "train"), counter) for name in ("all", "some"))
-    part = usage._part(whole, np.array(chosen))
+    part = usage._subset(whole, np.array(chosen))
     for name in ("num_images", "width", "height", "num_segments", "text", "shortest", "num_refs", "refs"):
         np.testing.assert_array_equal(getattr(part, name), getattr(expected, name))
     assert part.unusable == expected.unusable == dict.fromkeys((0, 5, 6), "the conversation has no answer")
@@ -284,7 +284,7 @@ def test_tokens_are_spelled_one_by_one_and_parts_of_a_character_stay_together(to
 
 
 def test_a_space_that_a_tokenizer_leaves_out_alone_is_spelled(tmp_path):
-    """As Llama's and Vicuna's do."""
+    """Llama's and Vicuna's tokenizers do so."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["what is it red green blue"] * 9), model_prefix=str(tmp_path / "t"), vocab_size=290,
         model_type="bpe", byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
@@ -308,11 +308,11 @@ def test_samples_are_read_off_the_arrays(tmp_path, tokenizer):
     assert [(view.slot, view.columns, view.original.split(",")[0]) for view in sample.views] == [
         (0, 1, "16 x 16 PNG"), (1, 1, "32 x 8 JPEG")
     ]  # fmt: skip
-    np.testing.assert_array_equal(sample.views[0].pixels[0], noise)  # it is of the model's size already
+    np.testing.assert_array_equal(sample.views[0].pixels[0], noise)  # the image has the model's size already
     (text,) = sample.texts
     arrays, _ = build(0, [0])
     assert (text.row, text.start, text.stop) == (0, 0, int((arrays["segment_ids"][0] > 0).sum()))
-    runs = []  # neighbours of one kind together
+    runs = []  # neighbouring pieces of one kind, joined
     for piece in text.pieces:
         kind = f"image {piece.count} {piece.slot}" if piece.kind == "image" else piece.kind
         if runs and runs[-1][1:] == [kind, piece.learnt] and kind == "text":
@@ -419,7 +419,7 @@ def test_the_middle_of_a_very_long_text_is_left_out():
 
 
 class Elements(html.parser.HTMLParser):
-    """The elements of a page, their attributes, and its text."""
+    """Collects the elements of a page, their attributes, and its text."""
 
     def __init__(self, page):
         super().__init__()
@@ -474,7 +474,7 @@ def test_a_page_of_hostile_records_holds_them_as_text_alone(tmp_path, tokenizer,
     assert shown in found.text and "<image × 9, slot 0>" in found.text  # noqa: RUF001
     assert f"user⏎\n<image × 9, slot 0>⏎\n{shown}<|im_end|>⏎\n" in found.text.replace("<|im_start|>", "")  # noqa: RUF001
     assert ("b", "class", "l") in found.attributes
-    # With a data set that can be used whole, the list of the earlier look goes.
+    # If every record can be used, the list of the earlier inspection is deleted.
     write_shards(tmp_path / "good", "train", records)
     run_cli(monkeypatch, capsys, *run, f"--data={tmp_path / 'good'}", f"--output={page}", "--samples=0")
     assert page.is_file() and not listed.exists()

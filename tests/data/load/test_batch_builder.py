@@ -1,4 +1,4 @@
-"""What stands in the arrays of a batch: tiles, buckets, mixtures, truncated texts, substitutes; and its loss."""
+"""Checks the arrays of a batch: tiles, buckets, mixtures, truncated texts, substitutes, and the loss on them."""
 
 import io
 import time
@@ -25,7 +25,7 @@ from fastvlm_jax.train_step import eval_step
 
 
 def picture(width, height, seed=0):
-    """A smooth random picture as PNG."""
+    """Returns a smooth random picture as PNG."""
     noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     buffer = io.BytesIO()
     PIL.Image.fromarray(noise).resize((width, height), PIL.Image.Resampling.BICUBIC).save(buffer, format="PNG")
@@ -145,7 +145,7 @@ def test_the_oldest_questions_of_a_long_conversation_are_left_out_and_its_images
 
 def test_a_record_with_a_bad_checksum_is_replaced_and_named(tmp_path, tokenizer, caplog):
     rng = np.random.default_rng(0)
-    noise = [picture(8, 8, i) + rng.bytes(9000) for i in range(6)]  # bytes after a PNG's end are nothing to it
+    noise = [picture(8, 8, i) + rng.bytes(9000) for i in range(6)]  # decoders ignore bytes after the end of a PNG
     write_shards(tmp_path, "train", [Record(f"r{i}", (image,), ask(("what", "red"))) for i, image in enumerate(noise)])
     (shard,) = tmp_path.glob("*.array_record")
     data = bytearray(shard.read_bytes())
@@ -164,7 +164,7 @@ def test_an_index_of_other_records_is_refused(tmp_path, tokenizer):
         read(tmp_path / name, processor)
     for file in (tmp_path / "a" / "index").glob("*.tokens-*"):
         file.write_bytes((tmp_path / "b" / "index" / file.name).read_bytes())
-    with pytest.raises(ValueError, match=r"the index of .*a does not fit its records: delete .*index"):
+    with pytest.raises(ValueError, match=r"the index of .*a does not match its records: delete .*index"):
         read(tmp_path / "a", processor)
 
 
@@ -211,7 +211,7 @@ def test_the_loss_of_packed_samples_is_that_of_each_alone(tmp_path, tokenizer):
 
 
 def only(batch, number):
-    """The batch with one of its segments alone, at the start of the row."""
+    """Returns the batch with only one of its segments, moved to the start of the row."""
     at = np.flatnonzero(batch.segment_ids[0, 0] == number)
     padding = {"image_index": -1, "source": -1}
     moved = {}
@@ -245,7 +245,7 @@ def test_the_index_names_what_cannot_be_used_in_every_shard(tmp_path, tokenizer)
     talks = [ask(("what", "red"), images=0) if i not in (1, 4) else mute for i in range(6)]
     write_shards(tmp_path, "train", [Record(str(i), (), talk) for i, talk in enumerate(talks)], num_shards=2)
     index = load_index(read_shards(tmp_path, "train"), Counter(tokenizer, "chatml", "separate"))
-    # Read shard after shard: records 0 2 4 | 1 3 5
+    # Records are read shard after shard: 0 2 4 | 1 3 5
     assert index.unusable == {2: "an answer is empty", 3: "an answer is empty"}
     assert index.num_segments.tolist() == [1, 1, 0, 0, 1, 1]
 

@@ -20,14 +20,14 @@ COLORS = ["red", "green", "blue"]
 
 
 def png(number):
-    """A grey square whose level is its number."""
+    """Returns a grey square, as PNG, whose level is `number`."""
     buffer = io.BytesIO()
     PIL.Image.new("L", (20, 20), number).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def record(i, image=None):
-    """One to three questions about image i."""
+    """Returns a record with one to three questions about image i."""
     turns = [("user", (0, f"what is {i}?")), ("assistant", (COLORS[i % 3],))]
     for color in COLORS[: i % 3]:
         turns += [("user", (f"is {i} {color}?",)), ("assistant", ("no",))]
@@ -119,14 +119,14 @@ def test_num_batches_ends_the_stream(folder, processor, straight):
 
 
 def read_back(batch, tokenizer, tokens_per_image=2):
-    """Yields (text, learnt text, level of the grey image that the text reads) of each segment."""
+    """Yields (text, supervised text, level of the grey image that the text refers to) of each segment."""
     for group, row, at in segments_of(batch):
         slots = {int(i) // tokens_per_image for i in batch.image_index[group, row, at] if i >= 0}
         (slot,) = slots
         assert batch.image_mask[group, slot]
         level = int(batch.images[group, slot, 8, 8, 0])
-        learnt = at[batch.loss_mask[group, row, at]]
-        yield tokenizer.decode(batch.tokens[group, row, at]), tokenizer.decode(batch.targets[group, row, learnt]), level
+        answer = at[batch.loss_mask[group, row, at]]
+        yield tokenizer.decode(batch.tokens[group, row, at]), tokenizer.decode(batch.targets[group, row, answer]), level
 
 
 def test_every_segment_reads_its_own_image_and_learns_its_answer(folder, processor):
@@ -147,11 +147,11 @@ def test_targets_are_the_next_token_of_the_same_segment(straight, processor):
             assert batch.positions[group, row, at].tolist() == list(range(len(at)))
             assert batch.targets[group, row, at[:-1]].tolist() == batch.tokens[group, row, at[1:]].tolist()
             assert not batch.loss_mask[group, row, at[-1]]
-            learnt = batch.targets[group, row, at][batch.loss_mask[group, row, at]]
-            assert learnt[-2] == processor.tokenizer.special_id("<|im_end|>")
-            # the answer and its end, nothing before
-            assert batch.loss_mask[group, row, at].tolist() == [False] * (len(at) - 1 - len(learnt)) + [True] * len(
-                learnt
+            answer = batch.targets[group, row, at][batch.loss_mask[group, row, at]]
+            assert answer[-2] == processor.tokenizer.special_id("<|im_end|>")
+            # only the answer and its end are supervised
+            assert batch.loss_mask[group, row, at].tolist() == [False] * (len(at) - 1 - len(answer)) + [True] * len(
+                answer
             ) + [False]
 
 
@@ -202,7 +202,7 @@ def test_a_bad_image_is_replaced_counted_and_named(folder, processor, caplog):
     assert_same(*runs)
     found = [item for batch in runs[0] for item in read_back(batch, processor.tokenizer)]
     assert not any(f" {BAD}?" in text or f" {BAD} " in text for text, _, _ in found)
-    # Record 6 stands in for it, with as many of its questions as there was room for.
+    # Record 6 takes its place, with as many of its questions as fit.
     assert sum(level == BAD + 1 for _, _, level in found) > sum(level == BAD + 2 for _, _, level in found) / 3
     assert all(f" {level}?" in text or f" {level} " in text for text, _, level in found)
 

@@ -1,4 +1,4 @@
-"""Batches are a function of the position: whoever reads them, from wherever, on any number of processes."""
+"""Checks that batches depend on the position alone: not on processes, mesh, restarts or storage."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def picture(rng):
 
 
 def records(name, count, rng):
-    """Text alone, one image and two images; one to three questions; one torn image."""
+    """Yields records with no, one or two images and one to three questions; one image is truncated."""
     for i in range(count):
         images = tuple(picture(rng) for _ in range(rng.choice(3, p=[0.2, 0.6, 0.2])))
         if images and name == "a" and i == 17:
@@ -47,7 +47,7 @@ def records(name, count, rng):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """A mixture of two sets in two resolutions and three shapes, packed."""
+    """Writes a mixture of two data sets, and its settings: two resolutions, three shapes, packed."""
     root, rng = tmp_path_factory.mktemp("mixture"), np.random.default_rng(5)
     for name, count in (("a", 90), ("b", 40)):
         write_shards(root / name, "train", records(name, count, rng), num_shards=3)
@@ -71,7 +71,7 @@ def settings(tmp_path_factory):
 
 
 def read(settings, processes, devices, start, count, **environment):
-    """Batch number -> group -> hash, together from all processes."""
+    """Returns batch number -> group -> hash, merged from all processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -107,7 +107,7 @@ def straight(settings):
 def test_batches_are_the_same_when_processes_and_mesh_change_between_restarts(settings, straight):
     assert all(sorted(groups, key=int) == [str(g) for g in range(8)] for groups in straight.values())
     assert len({json.dumps(groups) for groups in straight.values()}) == 24
-    # 4 processes, 2 with two devices each, 1 with eight devices, 4 again
+    # 4 processes, then 2 with two devices each, 1 with eight, and 4 again
     legs = [(4, 1, 0, 6), (2, 2, 6, 6), (1, 8, 12, 6), (4, 2, 18, 6)]
     resumed = {}
     for leg in legs:

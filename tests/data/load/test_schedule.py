@@ -11,7 +11,7 @@ from fastvlm_jax.images.sizes import Size, make_sizes
 
 
 def index_of(records, sizes=None, shortest=None, unusable=None):
-    """records: for each the number of its images and the text lengths of its segments, which name every image."""
+    """Returns the index of (number of images, text tokens of each segment) pairs; every segment names all images."""
     images = [count for count, _ in records]
     lengths = [length for _, own in records for length in own]
     refs = [list(range(count)) for count, own in records for _ in own]
@@ -30,7 +30,7 @@ def index_of(records, sizes=None, shortest=None, unusable=None):
 
 
 def settings(shape, groups=1, seed=0, tokens=0, **changes):
-    """Squares of 64 pixels with `tokens` tokens an image."""
+    """Returns settings with images of 64 x 64 pixels and `tokens` tokens each."""
     return Settings((Bucket(Size(64, 64, 64, tokens), GroupShape(*shape), 1.0),), groups, seed, **changes)
 
 
@@ -52,7 +52,7 @@ def test_a_group_is_filled_as_worked_by_hand():
     schedule = Schedule([index_of([(1, [4, 6]), (1, [5, 3]), (1, [9])])], settings((2, 2, 10), groups=2, seed=None))
     first, second = groups_of(schedule, 0)
     assert [(place.record, place.slot, place.slots) for place in first] == [(0, 0, 1), (1, 1, 1)]
-    # question, row, offset, length: row 0 |666666----| then 4 beside it; record 1 opens row 1
+    # question, row, offset, length: row 0 |666666----|, then 4 beside it; record 1 opens row 1
     assert [tuple(p) for p in first[0].placements] == [(1, 0, 0, 6), (0, 0, 6, 4)]
     assert [tuple(p) for p in first[1].placements] == [(0, 1, 0, 5), (1, 1, 5, 3)]
     assert [tuple(p) for p in second[0].placements] == [(0, 0, 0, 9)]
@@ -63,7 +63,7 @@ def test_a_group_is_filled_as_worked_by_hand():
 
 
 def test_the_open_group_takes_what_fits_it_best():
-    # 20 tokens and 2 image slots: of the first four the largest, 12; then 8 of the 8 left, not 11 or 4.
+    # 20 tokens, 2 image slots: the largest of the four first, 12; then 8, which fills the 8 left, not 11 or 4.
     index = index_of([(0, [4]), (1, [11]), (1, [12]), (1, [8])])
     schedule = Schedule([index], settings((2, 1, 20)))
     groups = [[place.record for place in groups_of(schedule, k)[0]] for k in range(schedule.batches_per_epoch)]
@@ -115,7 +115,7 @@ def test_epochs_follow_one_another_each_in_its_own_order():
     epochs = [stream(schedule, 12)[8 * e : 8 * e + 8] for e in range(3)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    # Fixed for good: another numpy must give the same order, or no run could be resumed.
+    # Any version of numpy must give this order, or no run could be resumed.
     assert [schedule.draws(e).tolist() for e in range(2)] == [[3, 2, 1, 6, 0, 7, 4, 5], [7, 6, 4, 5, 3, 1, 0, 2]]
 
 
@@ -224,7 +224,7 @@ def test_evaluation_uses_the_largest_resolution():
 
 
 def test_a_record_must_fit_the_groups_of_every_bucket():
-    # One view at 64 px, but at 32 px an overview and four tiles, more than the four images of that size.
+    # One view at 64 px, but an overview and four tiles at 32 px, more than the four slots of that size.
     made = (
         Bucket(Size(32, 32, 32, 4), GroupShape(4, 1, 200), 0.5),
         Bucket(Size(64, 64, 64, 16), GroupShape(1, 1, 200), 0.5),
@@ -234,7 +234,7 @@ def test_a_record_must_fit_the_groups_of_every_bucket():
     assert find_unusable(records, "truncate") == {
         0: "it takes 5 image slots, groups have 4: raise data.images_per_group"
     }
-    # Two rows of 40 tokens: 20 + 20 and 25 with 15 tokens an image; with 16, of 21, 21 and 26 no two share a row.
+    # Two rows of 40 tokens: 20 + 20 and 25 fit at 15 tokens per image; at 16, no two of 21, 21 and 26 share a row.
     made = (
         Bucket(Size(64, 48, 80, 15), GroupShape(1, 2, 40), 1.0),
         Bucket(Size(64, 64, 64, 16), GroupShape(1, 2, 40), 1.0),
@@ -246,7 +246,7 @@ def test_a_record_must_fit_the_groups_of_every_bucket():
 
 
 def test_tiles_take_slots_and_tokens_as_the_image_needs():
-    # 64 px: 2 x 2 tiles and the overview for the large one, 1 x 2 for the wide one, itself for the small one
+    # 64 px: overview and 2 x 2 tiles for the large image, overview and 1 x 2 for the wide one, one view for the small
     index = index_of([(1, [7]), (1, [7]), (1, [7])], [(300, 300), (128, 60), (50, 50)])
     made = settings((7, 1, 100), tokens=4, seed=None, grids=((1, 1), (1, 2), (2, 2)))
     schedule = Schedule([index], made)

@@ -1,4 +1,4 @@
-"""Parquet, TFDS, PDF and our own shards as sources: what their entries become, and what broken ones do."""
+"""Tests Parquet, TFDS, PDF and our own shards as sources: what entries become, and what happens to broken ones."""
 
 import io
 import itertools
@@ -224,7 +224,7 @@ def test_a_broken_file_does_not_cost_the_others(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """TFDS data sets, written by tensorflow_datasets."""
+    """Writes TFDS data sets with tensorflow_datasets, and returns their folder."""
     tfds = pytest.importorskip("tensorflow_datasets")
     features, folder = tfds.features, tmp_path_factory.mktemp("tfds")
     file = lambda i: io.BytesIO(encoded(i))  # noqa: E731
@@ -256,7 +256,7 @@ def prepared(tmp_path_factory):
                 "test": self._generate_examples(2),
             },
             "_generate_examples": lambda self, count: ((i, example(i)) for i in range(count)),
-            "__module__": __name__,
+            "__module__": "sets",  # tfds looks for metadata beside a dotted module
         }
         builder = type(name.capitalize(), (tfds.core.GeneratorBasedBuilder,), body)
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -300,7 +300,7 @@ def test_labels_without_a_name_and_texts_that_are_none_are_rejected(prepared, tm
     (tmp_path / "a" / "label.labels.txt").write_text("cat\ndog\n")
     found = entries(tmp_path / "a", "tfds")
     reasons = [entry.reason for entry in found if isinstance(entry, Rejected)]
-    assert len(found) == 7 and reasons == ["label is [2], of 2 labels"] * 2
+    assert len(found) == 7 and reasons == ["label is [2], but the 2 labels are numbered from 0"] * 2
     shutil.copytree(prepared / "asked" / "1.0.0", tmp_path / "b")
     file = tmp_path / "b" / "asked-train.array_record-00000-of-00001"
     example = ArrayRecordReader(str(file)).read_all()[0]
@@ -379,7 +379,7 @@ def test_a_bad_checksum_costs_one_record_and_a_cut_file_the_missing_ones(tmp_pat
 
 
 def pdf(*pages, trailer=b"", box="0 0 612 792"):
-    """A PDF by hand: each page a list of (text, size, x, y) in Helvetica."""
+    """Returns a PDF made by hand; each page is a list of (text, size, x, y) in Helvetica."""
     objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"", b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
     kids = []
     for page in pages:
@@ -446,7 +446,7 @@ def test_the_picture_shows_the_page_in_black_on_white(manual):
     image = PIL.Image.open(io.BytesIO(record.images[0]))
     assert (image.format, image.mode, image.size) == ("PNG", "RGB", (1224, 1584))
     dark = np.flatnonzero((np.asarray(image).min(2) < 128).any(1)) / 2  # rows of ink, points from the top
-    expected = [792 - (680 - 20 * i) for i in range(5)]  # base lines
+    expected = [792 - (680 - 20 * i) for i in range(5)]  # baselines, points from the top
     assert np.allclose([dark[(dark > y - 12) & (dark <= y + 0.5)].max() for y in expected], expected, atol=1)
     ink = [y for y in dark if min(abs(y - base) for base in expected) > 14]
     assert not ink
@@ -513,7 +513,7 @@ def test_pdfs_without_use_are_rejected(case, tmp_path):
 
 
 def damaged(data, draw):
-    """`data` with bytes flipped, overwritten, cut off, taken out or put in."""
+    """Returns `data` with bytes flipped, overwritten, cut off, removed or inserted."""
     data, kind = bytearray(data), draw.integers(5)
     at = int(draw.integers(max(len(data), 1)))
     if kind == 0:
@@ -531,7 +531,7 @@ def damaged(data, draw):
 
 
 def fuzz(target, format, folder, count, seed):
-    """Every entry of `count` damaged versions of the file `target` is a Record or a Rejected of one line."""
+    """Checks that each entry of `count` damaged versions of the file `target` is a Record or a Rejected of one line."""
     whole, draw = target.read_bytes(), np.random.default_rng(seed)
     outcomes = {"records": 0, "rejected": 0, "refused": 0}
     for i in range(count):
@@ -576,7 +576,7 @@ def test_damaged_files_end_in_records_and_reasons(prepared, tmp_path):
 
 
 def test_damaged_examples_inside_good_files_are_rejected(prepared, tmp_path):
-    """Checksums hide what follows: here they are right, and the entries are not."""
+    """The checksums are right and the entries are not, so that damage reaches the parser."""
     shutil.copytree(prepared / "asked" / "1.0.0", tmp_path / "t")
     file = tmp_path / "t" / "asked-train.array_record-00000-of-00001"
     examples, draw = ArrayRecordReader(str(file)).read_all(), np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Broken and hostile sources: each entry that cannot be read is told in a line, and costs no other."""
+"""Tests broken and hostile sources: each entry that cannot be read is one line, and costs no other entry."""
 
 import gzip
 import io
@@ -20,12 +20,12 @@ from fastvlm_jax.data.record import Record, Rejected, pack, unpack
 
 TALK = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
 OPTIONS = Options()
-# Header and first bytes are all that readers are told to look at: any bytes do.
+# Readers do not look inside images, so any bytes will do.
 PHOTO = bytes(range(1, 250))
 
 
 def read_all(path) -> list[Record | Rejected]:
-    """All entries of a source, each of which must be whole: a record that can be stored, or one line about it."""
+    """Returns all entries of a source, and checks that each is a storable record or a Rejected of one line."""
     module = readers.reader(readers.recognise(epath.Path(path)))
     entries = []
     for part in module.parts(epath.Path(path), OPTIONS):
@@ -56,7 +56,7 @@ def folder(tmp_path) -> epath.Path:
 
 
 def tar_of(*members, layout: int = tarfile.GNU_FORMAT) -> bytes:
-    """A tar of (name, bytes) or (name, a type of member)."""
+    """Returns a tar of members (name, bytes) or (name, type of member)."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=layout) as archive:
         for name, data in members:
@@ -69,7 +69,7 @@ def tar_of(*members, layout: int = tarfile.GNU_FORMAT) -> bytes:
 
 
 def told(entries) -> list[str]:
-    """Keys of records, and of what was rejected with an exclamation mark."""
+    """Returns the keys of the entries, with an exclamation mark after those of rejected entries."""
     return [re.sub("#.*", "", entry.key) + "!" * isinstance(entry, Rejected) for entry in entries]
 
 
@@ -77,7 +77,7 @@ def told(entries) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("../secret.png", "leads out of the images' folder"),
         ("a/../../secret.png", "leads out of the images' folder"),
@@ -105,7 +105,7 @@ def told(entries) -> list[str]:
         ("film.mp4", "'film.mp4' is a video"),
     ],
 )
-def test_only_files_in_the_folder_are_opened(folder, name, told):
+def test_only_files_in_the_folder_are_opened(folder, name, expected):
     (folder / "folder").mkdir()
     os.symlink(folder.parent / "secret.png", folder / "link.png")
     os.symlink(folder.parent, folder / "linked")
@@ -118,7 +118,7 @@ def test_only_files_in_the_folder_are_opened(folder, name, told):
     with open(folder / "huge.png", "wb") as file:
         file.truncate(files.MAX_IMAGE_BYTES + 1)
     (folder / "list.json").write_text(json.dumps([{"id": "a", "image": name, "conversations": TALK}]))
-    assert told in reason(folder / "list.json")
+    assert expected in reason(folder / "list.json")
 
 
 def test_links_inside_the_folder_are_followed(folder):
@@ -130,7 +130,7 @@ def test_links_inside_the_folder_are_followed(folder):
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "expected"),
     [
         ("null", "an entry is None, not an object"),
         ("[]", "an entry is list, not an object"),
@@ -149,10 +149,10 @@ def test_links_inside_the_folder_are_followed(folder):
         ('{"conversations": [{"from": "gpt", "value": 1e999}]}', "a message is inf, not text"),
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "it nests too deep"),
         ('{"id": ' + "9" * 6000 + ', "conversations": 1}', "the conversation is 1, not a list of messages"),
-        ('{"id": "a\xff"}'.encode("latin-1"), "it is not UTF-8 (invalid start byte at byte 9 of it)"),
+        ('{"id": "a\xff"}'.encode("latin-1"), "it is not UTF-8 (invalid start byte at its byte 9)"),
     ],
 )
-def test_a_broken_entry_costs_no_other(folder, entry, told):
+def test_a_broken_entry_costs_no_other(folder, entry, expected):
     entry = entry if isinstance(entry, bytes) else entry.encode()
     good = json.dumps({"id": "a", "image": "0.png", "conversations": TALK}).encode()
     for name, data in (
@@ -162,7 +162,7 @@ def test_a_broken_entry_costs_no_other(folder, entry, told):
         (folder / name).write_bytes(data)
         before, broken, after = read_all(folder / name)
         assert isinstance(before, Record) and isinstance(after, Record)
-        assert broken.reason.startswith(told)
+        assert broken.reason.startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def npz(**arrays: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
         (lambda: b"", "BadZipFile"),
         (lambda: npz(a=npy(np.zeros(3)))[:-30], "BadZipFile"),
@@ -442,17 +442,17 @@ def npz(**arrays: bytes) -> bytes:
         (lambda: npz(**{f"a{i}": npy(np.zeros(1)) for i in range(17)}), "17 arrays are more than 16"),
     ],
 )
-def test_teacher_embeddings_are_numbers_of_the_claimed_size_or_rejected(folder, data, told):
+def test_teacher_embeddings_are_numbers_of_the_claimed_size_or_rejected(folder, data, expected):
     with pytest.raises(ValueError) as error:
         datacompdr.embeddings(data())
-    assert told in str(error.value) and str(error.value).isprintable()
+    assert expected in str(error.value) and str(error.value).isprintable()
 
 
 # Mutations
 
 
 def sources() -> dict[str, bytes]:
-    """A small sound source a format; `data/0.png` ... are the images they name."""
+    """Returns a small intact source in each format; they name the images `data/0.png` ..."""
     two = [{"from": "human", "value": "<image> <image>"}, {"from": "gpt", "value": "\u00e9 \U0001f600"}]
     entries = [{"id": f"id{i}", "image": f"{i % 4}.png", "conversations": [*TALK, *TALK[1:]]} for i in range(6)]
     entries += [{"id": 9, "images": ["0.png", "1.png"], "conversations": two}, {"id": "t", "messages": TALK[1:]}]

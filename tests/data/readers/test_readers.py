@@ -1,4 +1,4 @@
-"""Readers of LLaVA's JSON, tables and WebDataset tars, against the files' own libraries and literals worked by hand."""
+"""Tests the readers of LLaVA's JSON, tables and WebDataset tars against the formats' own libraries and literals."""
 
 import csv
 import gzip
@@ -104,7 +104,7 @@ def test_content_may_be_a_list_of_texts_and_images():
         ([QUESTION, ANSWER], 0, "the conversation has 1 <image> marks for 0 images"),
         ([QUESTION, ANSWER], 2, "the conversation has 1 <image> marks for 2 images"),
         ([ANSWER], 2, "the conversation has 0 <image> marks for 2 images"),
-        ([ANSWER], 1, "no turn of the user for the image to stand in"),
+        ([ANSWER], 1, "the conversation has an image but no turn of the user"),
         (
             [{"from": "dog", "value": ""}],
             0,
@@ -213,7 +213,7 @@ def test_parts_of_lines_hold_each_line_once_wherever_they_are_cut(folder):
 
 
 def test_the_same_id_with_another_conversation_is_another_record(folder):
-    """COCO's image numbers are the ids of the 665K set: some 250,000 repeat with other questions."""
+    """The ids of the 665K set are COCO's image numbers: some 250,000 are repeated with other questions."""
     other = {"id": "a", "image": "0.png", "conversations": [QUESTION, ANSWER | {"value": "blue"}]}
     first = {"id": "a", "image": "0.png", "conversations": [QUESTION, ANSWER]}
     (folder / "list.json").write_text(json.dumps([first, other, first]))

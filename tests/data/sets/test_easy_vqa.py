@@ -105,9 +105,9 @@ def test_every_question_of_an_epoch_appears_once_beside_its_image(folder):
     ):
         for group, row, at in segments_of(batch):
             slot = batch.image_index[group, row, at].max()
-            learnt = at[batch.loss_mask[group, row, at]]
+            supervised = at[batch.loss_mask[group, row, at]]
             text = tokenizer.decode(batch.tokens[group, row, at])
-            answer = tokenizer.decode(batch.targets[group, row, learnt])
+            answer = tokenizer.decode(batch.targets[group, row, supervised])
             found[text, answer, pixels[batch.images[group, slot].tobytes()]] += 1
     assert found == collections.Counter(
         (f"user\n\n{question}\nassistant\n{answer}\n", f"{answer}\n", number)

@@ -1,4 +1,4 @@
-"""`fastvlm data write`: the same bytes whatever happens on the way, and one clear line where it cannot go on."""
+"""Tests `fastvlm data write`: the same bytes after any interruption, and one clear line if it cannot go on."""
 
 import hashlib
 import io
@@ -55,7 +55,7 @@ SCHEMA = pa.schema(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Six files of forty rows; three of those cannot be used."""
+    """Writes six files of forty rows, three of which cannot be used, and returns their folder."""
     folder = tmp_path_factory.mktemp("source") / "set"
     bad = {"row3": {"image": {"bytes": b"", "path": None}}, "row50": row(50, b"\xff\xd8 no picture"),
            "row51": {"conversations": [{"from": "human", "value": "<image>"}]}}  # fmt: skip
@@ -137,10 +137,10 @@ def test_the_index_holds_the_sizes_of_the_images(straight):
 
 
 def test_any_number_of_processes_writes_the_same_bytes(source, straight, tmp_path):
-    told = []
-    write(source, tmp_path / "out", settings=SETTINGS, workers=3, progress=told.append)
+    reports = []
+    write(source, tmp_path / "out", settings=SETTINGS, workers=3, progress=reports.append)
     assert tree(tmp_path / "out") == tree(straight[0])
-    assert told[-1].done == told[-1].jobs == FILES and (told[-1].records, told[-1].rejected) == (237, 3)
+    assert reports[-1].done == reports[-1].jobs == FILES and (reports[-1].records, reports[-1].rejected) == (237, 3)
 
 
 def test_validation_is_chosen_by_the_key_alone(source, straight, tmp_path):
@@ -156,7 +156,7 @@ def test_validation_is_chosen_by_the_key_alone(source, straight, tmp_path):
 
 @pytest.fixture(scope="module")
 def slow(source, tmp_path_factory):
-    """A source that takes seconds (verified and shrunk photos), and what a straight run of the command makes of it."""
+    """Returns a source that takes seconds (verified and shrunk photos), the flags, and the files of a straight run."""
     folder = tmp_path_factory.mktemp("slow")
     for file in range(5):
         images = {f"row{i}": row(i, encoded(i % 3, (600, 500))) for i in range(file * 10, file * 10 + 10)}
@@ -297,7 +297,7 @@ def test_a_lost_shard_is_written_again(source, straight, tmp_path):
     assert tree(out) == tree(straight[0])
 
 
-@pytest.mark.parametrize("shard_bytes", [1, 1500])  # a record a shard, so that whole shards go; or two
+@pytest.mark.parametrize("shard_bytes", [1, 1500])  # one record a shard, so that whole shards vanish; or two records
 def test_of_two_records_with_one_key_the_second_is_rejected(shard_bytes, tmp_path):
     def named(key, i):
         return Record(key, (b"bad" if key == "c" else encoded(i),), (("user", (0,)), ("assistant", (str(i),))))
@@ -310,7 +310,7 @@ def test_of_two_records_with_one_key_the_second_is_rejected(shard_bytes, tmp_pat
     assert [entry["key"] for entry in rejected] == ["a", "c", "b"]  # in the order of the source
     file = str(tmp_path / "in" / "train-00000-of-00001.array_record")
     assert rejected[0] == {
-        "split": "train", "file": file, "key": "a", "reason": "the key is that of an earlier record"
+        "split": "train", "file": file, "key": "a", "reason": "an earlier record has the same key"
     }  # fmt: skip
     assert summary.rejected == 3 and summary.splits["train"]["records"] == summary.splits["train"]["images"] == 4
     shards = list((tmp_path / "out").glob("*.array_record"))

@@ -1,0 +1,137 @@
+"""Tests several real processes on this machine: they train as one, stop together, and name a lost process."""
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from paths import HELPERS, ROOT
+from ports import free_port
+from small import small_config
+
+from fastvlm_jax.metrics.writer import read_metrics
+from fastvlm_jax.train import train
+
+CONFIG = dict(mesh=(1, 2, 2, 1), data__groups=4, steps=12, eval_batches=1, eval_questions=3)
+CONFIG |= dict(model__vision__form="folded", model__vision__batch_norm="frozen", data__image_size=8)
+CONFIG |= dict(model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",))
+DEVICES = 4
+
+
+class Run:
+    """Runs `fastvlm train` in several processes with DEVICES devices in all."""
+
+    def __init__(self, count, data, workdir, *flags, each=()):
+        self.folder = workdir.parent / f"{workdir.name}-{count}-processes"
+        self.folder.mkdir(parents=True)
+        address = f"127.0.0.1:{free_port()}"
+        config = [f"--config.{key.replace('__', '.')}={value}" for key, value in CONFIG.items()]
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, HELPERS / "train_process.py", str(DEVICES // count), "train"),
+                    *("--config", f"{HELPERS / 'small.py'}:{data}", "--workdir", workdir, *config),
+                    *(f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={process}"),
+                    *(*flags, *(each[process] if each else ())),
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=(self.folder / str(process)).open("w"),
+                cwd=ROOT,
+            )
+            for process in range(count)
+        ]
+
+    def statuses(self, seconds=300, leave_out=None):
+        """Waits for the processes, all but `leave_out`, and returns their exit statuses."""
+        waited = [process for i, process in enumerate(self.processes) if i != leave_out]
+        try:
+            return [process.wait(seconds) for process in waited]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def errors(self, process):
+        """Returns the lines that a process printed, without progress and the lines of Gloo and loggers."""
+        lines = (self.folder / str(process)).read_text().splitlines()
+        return [line for line in lines if not re.match(r"\[Gloo\]|small step|WARNING|[IWE]\d{4} ", line)]
+
+
+def wait_for_step(step, workdir, run):
+    while not any(row["step"] >= step for row in read_metrics(workdir)):
+        assert all(process.poll() is None for process in run.processes), [run.errors(i) for i in range(2)]
+        time.sleep(0.05)
+
+
+def losses(workdir):
+    return [row["loss"] for row in read_metrics(workdir) if "loss" in row]
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def straight(easy_vqa, tmp_path_factory):
+    """Returns the workdir of the run that all others must equal: one process, never stopped."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    train(small_config(easy_vqa, **CONFIG), workdir, jax.devices()[:DEVICES])
+    return workdir
+
+
+def test_four_processes_stopped_by_sigterm_of_one_go_on_as_two_and_as_one(easy_vqa, straight, tmp_path):
+    four = Run(4, easy_vqa, tmp_path / "run")
+    wait_for_step(2, tmp_path / "run", four)
+    four.processes[2].send_signal(signal.SIGTERM)
+    assert four.statuses() == [130] * 4
+    (step,) = saved_steps(tmp_path / "run")
+    said = f"fastvlm train: stopped at step {step} of 12, which is saved; the same command goes on from there"
+    assert [four.errors(process) for process in range(4)] == [[said]] * 4
+    assert 2 <= step < 12 and len(losses(tmp_path / "run")) == step
+    shutil.copytree(tmp_path / "run", tmp_path / "one")
+
+    two = Run(2, easy_vqa, tmp_path / "run")
+    assert two.statuses() == [0, 0]
+    train(small_config(easy_vqa, **CONFIG), tmp_path / "one", jax.devices()[:DEVICES])
+    for workdir in ("run", "one"):
+        np.testing.assert_allclose(losses(tmp_path / workdir), losses(straight), rtol=1e-5)
+        assert [row["step"] for row in read_metrics(tmp_path / workdir)] == [*range(1, 13), 12]
+        last, expected = (read_metrics(folder)[-1] for folder in (tmp_path / workdir, straight))
+        np.testing.assert_allclose(last["validation/loss"], expected["validation/loss"], rtol=1e-5)
+        assert last["validation/accuracy"] == expected["validation/accuracy"]
+
+
+@pytest.mark.parametrize(
+    "number, victim",
+    [
+        (signal.SIGKILL, 0),
+        (signal.SIGSTOP, 0),
+        pytest.param(signal.SIGKILL, 1, marks=pytest.mark.full),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.full),
+    ],
+)
+def test_a_process_that_dies_or_freezes_stops_the_other_with_a_line_that_names_it(easy_vqa, tmp_path, number, victim):
+    run = Run(2, easy_vqa, tmp_path / "run", "--config.steps=100000", "--heartbeat_seconds=10")
+    wait_for_step(2, tmp_path / "run", run)
+    run.processes[victim].send_signal(number)
+    begin = time.monotonic()
+    assert run.statuses(60, leave_out=victim) == [1]
+    assert time.monotonic() - begin < (30 if number == signal.SIGSTOP else 15)
+    what = "is frozen or cut off, silent for 10 s" if number == signal.SIGSTOP else "died"
+    again = "start all processes again: they go on from the last checkpoint"
+    assert run.errors(1 - victim) == [f"fastvlm: process {victim} on {socket.gethostname()} {what}; {again}"]
+
+
+def test_processes_of_other_settings_are_refused_with_the_key(easy_vqa, tmp_path):
+    each = [["--config.seed=1"], ["--config.seed=2", "--config.data.prefetch=9"]]
+    run = Run(2, easy_vqa, tmp_path / "run", each=each)
+    assert run.statuses() == [1, 1]
+    said = "process 1 on .* differs from process 0 on .*: config.seed is 2 there and 1 in process 0 "
+    for process in range(2):
+        assert re.search(said, run.errors(process)[0]) and len(run.errors(process)) == 1
+    assert not (tmp_path / "run").exists()

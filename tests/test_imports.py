@@ -31,6 +31,7 @@ evaluate
 distributed
 data.inspect data.sets
 data.load data.write
+data.readers.recognise
 data.readers
 data.index data.rejected
 data.sources
@@ -42,7 +43,7 @@ train_state
 config
 convert
 convert.layouts
-convert.tables convert.heads convert.vocabulary convert.folder
+convert.tables convert.heads convert.vocabulary convert.new_folder
 convert.recognise
 convert.weight_files
 convert.mapping

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.metrics.writer import read_metrics
 from fastvlm_jax.train import Interrupted, train
+from fastvlm_jax.train_state import TrainState
 
 ONE = dict(mesh=(1, 1, 1, 1))
 
@@ -41,28 +43,30 @@ def assert_same(a, b):
 STRAIGHT = dict(steps=8, checkpoint_every=4, keep_checkpoints=5, eval_every=3, eval_batches=1)
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """The names of what the straight run compiles, when it has run."""
-    return []
+class Straight(NamedTuple):
+    """A run from start to end: its workdir, its last state, and the names of the functions it compiled."""
+
+    workdir: pathlib.Path
+    state: TrainState
+    compiled: list[str]
 
 
 @pytest.fixture(scope="module")
-def straight(easy_vqa, tmp_path_factory, compiled):
-    workdir = tmp_path_factory.mktemp("runs") / "straight"
+def straight(easy_vqa, tmp_path_factory):
+    workdir, messages = tmp_path_factory.mktemp("runs") / "straight", []
     handler = logging.Handler()
-    handler.emit = lambda record: compiled.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("jax").addHandler(handler)
     with jax.log_compiles():
         state = run(small_config(easy_vqa, **STRAIGHT, **ONE), workdir)
     logging.getLogger("jax").removeHandler(handler)
-    return workdir, state
+    # "Compiling jit(train_step) with global shapes and types ..."
+    return Straight(workdir, state, [m.split()[1] for m in messages if m.startswith("Compiling ")])
 
 
-def test_step_and_validation_are_compiled_once(straight, compiled):
-    compiled = [message.split()[1] for message in compiled if message.startswith("Compiling ")]
-    assert sum("train_step" in name for name in compiled) == 1, compiled
-    assert sum("eval_step" in name for name in compiled) == 1, compiled
+def test_step_and_validation_are_compiled_once(straight):
+    assert sum("train_step" in name for name in straight.compiled) == 1, straight.compiled
+    assert sum("eval_step" in name for name in straight.compiled) == 1, straight.compiled
 
 
 def test_run_stopped_by_sigterm_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
@@ -78,8 +82,8 @@ def test_run_stopped_by_sigterm_goes_on_bit_for_bit(easy_vqa, straight, tmp_path
         run(config, tmp_path / "run")
     stopped_at = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
     assert 1 <= stopped_at < 8
-    assert_same(run(config, tmp_path / "run"), straight[1])
-    assert losses(tmp_path / "run") == losses(straight[0])
+    assert_same(run(config, tmp_path / "run"), straight.state)
+    assert losses(tmp_path / "run") == losses(straight.workdir)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 9))
 
 
@@ -87,29 +91,27 @@ def test_killed_process_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
     """SIGKILL in the middle of the run; a fresh process resumes from the last finished checkpoint."""
     script = (
         "import pathlib, sys; sys.path.insert(0, 'tests/helpers'); sys.modules['torch'] = None\n"
-        "import conftest, jax\n"
+        "import environment, jax\n"
         "from small import small_config\n"
         "from fastvlm_jax.train import train\n"
         "c = small_config(sys.argv[1], steps=8, checkpoint_every=2, mesh=(1, 1, 1, 1))\n"
         "train(c, pathlib.Path(sys.argv[2]), jax.devices()[:1])\n"
     )
-    root = ROOT
     command = [sys.executable, "-c", script, str(easy_vqa), str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list((tmp_path / "run").glob("checkpoints/2")):
         time.sleep(0.005)
     process.kill()
-    process.wait()
-    assert len(losses(tmp_path / "run")) < 8, "the process was not killed in time to prove anything"
+    assert process.wait() == -signal.SIGKILL and 2 <= len(losses(tmp_path / "run")) < 8, "it was not killed in time"
     state = run(small_config(easy_vqa, steps=8, checkpoint_every=2, **ONE), tmp_path / "run")
-    assert_same(state, straight[1])
-    assert losses(tmp_path / "run") == losses(straight[0])
+    assert_same(state, straight.state)
+    assert losses(tmp_path / "run") == losses(straight.workdir)
 
 
 def test_finished_run_trains_no_further(easy_vqa, straight):
-    before = (straight[0] / "metrics.jsonl").read_text()
-    assert_same(run(small_config(easy_vqa, **STRAIGHT, **ONE), straight[0]), straight[1])
-    assert (straight[0] / "metrics.jsonl").read_text() == before
+    before = (straight.workdir / "metrics.jsonl").read_text()
+    assert_same(run(small_config(easy_vqa, **STRAIGHT, **ONE), straight.workdir), straight.state)
+    assert (straight.workdir / "metrics.jsonl").read_text() == before
 
 
 def test_losses_and_validation_are_the_same_on_a_mesh(easy_vqa, straight, tmp_path, monkeypatch):
@@ -117,14 +119,14 @@ def test_losses_and_validation_are_the_same_on_a_mesh(easy_vqa, straight, tmp_pa
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
     config = small_config(easy_vqa, steps=8, mesh=(1, 2, 2, 2), eval_batches=1, eval_questions=20)
     run(config, tmp_path / "run", devices=8)
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight[0]), rtol=1e-4)
-    last, alone = (read_metrics(workdir)[-1] for workdir in (tmp_path / "run", straight[0]))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight.workdir), rtol=1e-4)
+    last, alone = (read_metrics(workdir)[-1] for workdir in (tmp_path / "run", straight.workdir))
     assert 3 < last["validation/loss"] < 8 and 0 <= last["validation/accuracy"] <= 1
     np.testing.assert_allclose(last["validation/loss"], alone["validation/loss"], rtol=1e-4)
 
 
 def test_checkpoint_holds_position_and_lineage(straight):
-    metadata = checkpoint.open_checkpointer(straight[0], 5).checkpointables_metadata(4)
+    metadata = checkpoint.open_checkpointer(straight.workdir, 5).checkpointables_metadata(4)
     assert metadata.custom_metadata["position"] == 4
     assert metadata.custom_metadata["lineage"]["stage"] == "small"
     assert len(metadata.custom_metadata["lineage"]["data_fingerprint"]) == 64
@@ -133,10 +135,10 @@ def test_checkpoint_holds_position_and_lineage(straight):
 def test_frozen_leaves_are_unchanged_and_all_others_change(easy_vqa, straight, tmp_path):
     groups = (("vision/.*", 0.0, 0.5), ("llm/embedding", 0.0, 0.5), (".*", 1e-2, 0.5))
     config = small_config(
-        easy_vqa, steps=3, parent=str(straight[0]), groups=groups, model__vision__batch_norm="frozen", **ONE
+        easy_vqa, steps=3, parent=str(straight.workdir), groups=groups, model__vision__batch_norm="frozen", **ONE
     )
     state = run(config, tmp_path / "run")
-    before = model_io.read(straight[0]).variables
+    before = model_io.read(straight.workdir).variables
     assert_same(state.batch_stats, before["batch_stats"])
     before, after = flatten_dict(before["params"], sep="/"), flatten_dict(state.params, sep="/")
     frozen = {path for path in before if path.startswith("vision/") or path == "llm/embedding"}
@@ -163,7 +165,7 @@ def test_branched_parent_is_folded_for_a_folded_stage(easy_vqa, straight, tmp_pa
     config = small_config(
         easy_vqa,
         steps=1,
-        parent=str(straight[0]),
+        parent=str(straight.workdir),
         model__vision__form="folded",
         model__vision__batch_norm="frozen",
         **ONE,
@@ -209,9 +211,9 @@ def test_a_run_goes_on_where_its_folders_are_mounted_elsewhere(tmp_path):
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_settings_that_do_not_fit_are_refused_and_nothing_is_written(easy_vqa, straight, tmp_path, changes, words):
-    changes = {key: str(straight[0]) if value == "STRAIGHT" else value for key, value in changes.items()}
+    changes = {key: str(straight.workdir) if value == "STRAIGHT" else value for key, value in changes.items()}
     steps = changes.pop("steps", 8)
-    workdir = straight[0] if steps == 9 else tmp_path / "run"
+    workdir = straight.workdir if steps == 9 else tmp_path / "run"
     before = sorted(workdir.rglob("*"))
     config = small_config(easy_vqa, steps=steps, **{"mesh": (1, 1, 1, 1), **changes})
     with pytest.raises((ValueError, FileNotFoundError), match=words.replace(".*", r"\.\*")):

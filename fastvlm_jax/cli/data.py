@@ -19,13 +19,13 @@ def data(argv: list[str]) -> None:
 
 def write_data(argv: list[str]) -> None:
     """Writes a source of any format as shards, and prints how many records and rejected entries there are."""
-    from fastvlm_jax.data import readers
+    from fastvlm_jax.data.readers import Options, recognise
 
     fv = flags.FlagValues()
     flags.DEFINE_string("source", None, "file or folder to read, local or gs://", flag_values=fv)
     flags.DEFINE_string("output", None, "folder for the shards", flag_values=fv)
     flags.DEFINE_enum(
-        "format", "auto", ["auto", *readers.READERS], "format of the source; auto recognises it", flag_values=fv
+        "format", "auto", ["auto", *recognise.READERS], "format of the source; auto recognises it", flag_values=fv
     )
     flags.DEFINE_string(
         "images", "", "folder that image names in the source are relative to; default: the source's own", flag_values=fv
@@ -51,7 +51,7 @@ def write_data(argv: list[str]) -> None:
     flags.DEFINE_bool("overwrite", False, "replace a split of another source or other settings", flag_values=fv)
     parse(fv, argv, required=("source", "output"))
     from fastvlm_jax.data import write
-    from fastvlm_jax.data.write import progress
+    from fastvlm_jax.data.write import progress_bar
 
     settings = write.Settings(
         split=fv.split, validation_share=fv.validation_share, max_side=fv.max_side, quality=fv.quality,
@@ -59,8 +59,8 @@ def write_data(argv: list[str]) -> None:
         turns=fv.turns,
     )  # fmt: skip
     questions = write.read_questions(fv.questions) if fv.questions else ()
-    options = readers.Options(images=fv.images, questions=questions, split=fv.source_split or fv.split)
-    with progress.shown() as show:
+    options = Options(images=fv.images, questions=questions, split=fv.source_split or fv.split)
+    with progress_bar.shown() as show:
         summary = write.write(
             fv.source, fv.output, format=fv.format, options=options, settings=settings, workers=fv.workers,
             overwrite=fv.overwrite, progress=show,

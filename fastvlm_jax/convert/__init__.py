@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from fastvlm_jax.convert.folder import new_folder
 from fastvlm_jax.convert.layouts import causal_lm, fastvlm, gguf, llava, native, openclip, timm, vit
 from fastvlm_jax.convert.layouts.native import read_lineage
+from fastvlm_jax.convert.new_folder import new_folder
 from fastvlm_jax.convert.recognise import recognise
 from fastvlm_jax.convert.weight_files import DTYPES
 from fastvlm_jax.models.fold import fold_variables

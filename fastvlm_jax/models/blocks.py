@@ -17,16 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fastvlm_jax.models.layers import (
-    BatchNorm,
-    ConvBN,
-    Dense,
-    FoldedConv,
-    SqueezeExcite,
-    drop_path,
-    gelu,
-    layer_scale,
-)
+from fastvlm_jax.models.layers import BatchNorm, ConvBN, Dense, FoldedConv, SqueezeExcite, drop_path, gelu, layer_scale
 
 Array = jax.Array
 FORMS = ("branched", "folded")

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from etils import epath
 
-from fastvlm_jax.data.readers import Options, Part, reader, recognise
+from fastvlm_jax.data.readers import Options, Part
+from fastvlm_jax.data.readers.recognise import reader, recognise
 from fastvlm_jax.data.record import Record, pack
 from fastvlm_jax.data.sources import incomplete_shards, read_manifest
 from fastvlm_jax.data.write.duplicates import drop_duplicates
@@ -73,7 +74,7 @@ def write(
     Args:
       source: file or folder, local or gs://.
       output: local folder.
-      format: name in readers.READERS, or "auto" to recognise it.
+      format: name in READERS of readers/recognise.py, or "auto" to recognise it.
       options: what the reader must know and cannot find in the source.
       settings: what is done to the records.
       workers: number of processes; 0 for one a core.

@@ -22,7 +22,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from fastvlm_jax.data.index import Counter, ShardIndex
-from fastvlm_jax.data.readers import Options, Part, reader
+from fastvlm_jax.data.readers import Options, Part
+from fastvlm_jax.data.readers.recognise import reader
 from fastvlm_jax.data.record import Record, Rejected, check, pack
 from fastvlm_jax.files import put_in_place, sha256, whole_file, write_whole
 from fastvlm_jax.images.decode import decode, shrink, size_of

@@ -54,6 +54,12 @@ def read(folder, processor, **changes):
 
 
 def test_tiles_follow_their_overview_and_placeholders_name_them_in_order(tmp_path, tokenizer):
+    """A large picture takes 5 slots and a small one 1, of the 8 slots of a group, with 3 tokens a slot.
+
+    slots           0          1   2   3   4      5         6   7
+                    overview   its four tiles     small     empty
+    image_index     0 1 2      3 ... 14       \\n  15 16 17
+    """
     pictures = (picture(130, 120), picture(40, 50, 1))
     write_shards(tmp_path, "train", [Record("x", pictures, ask(("what", "red"), images=2))])
     processor = Processor(tokenizer, "chatml", 64, 3, grids=((1, 1), (2, 2)))
@@ -65,11 +71,10 @@ def test_tiles_follow_their_overview_and_placeholders_name_them_in_order(tmp_pat
     )
     np.testing.assert_array_equal(batch.images[0, :6], expected)
     assert not batch.images[0, 6:].any()
-    # 5 views of 3 tokens, then (after a newline) 1 view
     index = batch.image_index[0, 0]
     assert index[index >= 0].tolist() == list(range(18))
-    gap = np.flatnonzero(np.diff(np.flatnonzero(index >= 0)) > 1)
-    assert gap.tolist() == [14]
+    behind = np.flatnonzero(np.diff(np.flatnonzero(index >= 0)) > 1)  # placeholders with text behind them
+    assert behind.tolist() == [14]
 
 
 def test_the_prompt_of_generation_holds_the_views_that_training_saw(tmp_path, tokenizer):

@@ -15,7 +15,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from fastvlm_jax.data.readers import Options, Part, reader, recognise
+from fastvlm_jax.data.readers import Options, Part
+from fastvlm_jax.data.readers.recognise import reader, recognise
 from fastvlm_jax.data.record import Record, Rejected, pack
 from fastvlm_jax.data.write import write_shards
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from fastvlm_jax.data import readers
-from fastvlm_jax.data.readers import Options, datacompdr, files, llava, table, webdataset
+from fastvlm_jax.data.readers import Options, datacompdr, files, llava, recognise, table, webdataset
 from fastvlm_jax.data.record import Record, Rejected, pack, unpack
 
 TALK = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]
@@ -26,7 +25,7 @@ PHOTO = bytes(range(1, 250))
 
 def read_all(path) -> list[Record | Rejected]:
     """Returns all entries of a source, and checks that each is a storable record or a Rejected of one line."""
-    module = readers.reader(readers.recognise(epath.Path(path)))
+    module = recognise.reader(recognise.recognise(epath.Path(path)))
     entries = []
     for part in module.parts(epath.Path(path), OPTIONS):
         for entry in module.read(part, OPTIONS):

@@ -12,8 +12,7 @@ import PIL.Image
 import pytest
 from etils import epath
 
-from fastvlm_jax.data import readers
-from fastvlm_jax.data.readers import Options, Part, llava, table, tar, webdataset
+from fastvlm_jax.data.readers import Options, Part, llava, recognise, table, tar, webdataset
 from fastvlm_jax.data.readers.conversations import about_image, to_turns
 from fastvlm_jax.data.readers.files import key_of, lines
 from fastvlm_jax.data.record import Record, Rejected, check, pack, unpack
@@ -41,7 +40,7 @@ def tar_of(members: list[tuple[str, bytes]], layout: int = tarfile.GNU_FORMAT) -
 
 
 def read_all(path, options=DEFAULT) -> list[Record | Rejected]:
-    module = readers.reader(readers.recognise(epath.Path(path)))
+    module = recognise.reader(recognise.recognise(epath.Path(path)))
     return [entry for part in module.parts(epath.Path(path), options) for entry in module.read(part, options)]
 
 
@@ -424,12 +423,12 @@ def test_formats_are_recognised_by_their_files(folder):
     (folder / "a.tar").write_bytes(tar_of([("0.jpg", b"x")]))
     (folder / "a.csv").write_text("image,text\n")
     (folder / "a.json").write_text("[]")
-    names = {name: readers.recognise(folder / name) for name in ("a.tar", "a.csv", "a.json")}
+    names = {name: recognise.recognise(folder / name) for name in ("a.tar", "a.csv", "a.json")}
     assert names == {"a.tar": "webdataset", "a.csv": "table", "a.json": "llava"}
-    assert readers.recognise(folder) == "webdataset"  # img2dataset writes .json beside its .tar
+    assert recognise.recognise(folder) == "webdataset"  # img2dataset writes .json beside its .tar
     with pytest.raises(ValueError, match=r"0\.png is in no known format \(shards: .*choose one with --format"):
-        readers.recognise(folder / "0.png")
+        recognise.recognise(folder / "0.png")
     with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*/nowhere"):
-        readers.recognise(folder / "nowhere")
+        recognise.recognise(folder / "nowhere")
     with pytest.raises(ValueError, match="unknown format 'zip': choose one of shards, tfds"):
-        readers.reader("zip")
+        recognise.reader("zip")

@@ -1,0 +1,40 @@
+"""Recognises the format of a source, and finds the module that reads it."""
+
+import importlib
+import types
+
+from etils import epath
+
+# Format -> what it reads. Formats are tried in this order, the most reliably recognised first.
+READERS = {
+    "shards": "a folder that `fastvlm data write` wrote",
+    "tfds": "a TFDS data set stored as ArrayRecord",
+    "webdataset": ".tar files",
+    "parquet": ".parquet files",
+    "pdf": ".pdf files",
+    "table": ".csv or .tsv of image and caption",
+    "llava": ".json or .jsonl of conversations",
+}
+
+
+def reader(name: str) -> types.ModuleType:
+    """Returns the module that reads the format `name`; raises ValueError if there is no such format."""
+    if name not in READERS:
+        raise ValueError(f"unknown format {name!r}: choose one of {', '.join(READERS)}")
+    return importlib.import_module(f"fastvlm_jax.data.readers.{name}")
+
+
+def recognise(path: epath.Path) -> str:
+    """Returns the name of the format of `path`, a file or a folder.
+
+    Raises:
+      FileNotFoundError: `path` does not exist.
+      ValueError: `path` is in none of the known formats; the message lists them.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    for name in READERS:
+        if reader(name).recognise(path):
+            return name
+    known = "; ".join(f"{name}: {what}" for name, what in READERS.items())
+    raise ValueError(f"{path} is in no known format ({known}): choose one with --format")

@@ -18,9 +18,8 @@ from fastvlm_jax.convert.mapping import SAME, Leaf
 from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.workdir import FORMAT
 
-SHARED_WRITE_BYTES = (
-    2**20
-)  # arrays of this size are written by all replicas in parts; each part's shape costs a compilation
+# Arrays of at least this size are written by all replicas, each a part; every new shape of a part costs a compilation.
+SHARED_WRITE_BYTES = 2**20
 
 
 def find_latest(checkpointer: ocp.training.Checkpointer) -> int | None:
@@ -47,7 +46,7 @@ def _latest(checkpointer: ocp.training.Checkpointer) -> int | None:
 
 
 def open_checkpointer(workdir: pathlib.Path, keep: int) -> ocp.training.Checkpointer:
-    """Opens an asynchronous checkpointer that keeps the latest `keep` checkpoints and removes killed saves."""
+    """Opens an asynchronous checkpointer that keeps the latest `keep` checkpoints; removes what killed saves left."""
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = SHARED_WRITE_BYTES
     return ocp.training.Checkpointer(
@@ -83,7 +82,7 @@ def save(checkpointer: ocp.training.Checkpointer, state: TrainState, position: i
 
 
 def restore(checkpointer: ocp.training.Checkpointer, target: TrainState) -> tuple[TrainState, int]:
-    """Reads the latest checkpoint, whatever mesh wrote it: (state, data position).
+    """Reads the latest checkpoint, which any mesh may have written: (state, data position).
 
     Args:
       target: the state as ShapeDtypeStructs; their shardings become those of the result.
@@ -127,8 +126,8 @@ def find(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | None:
 def load_variables(checkpoint: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """Opens the parameters and batch statistics of a checkpoint as Leaves, which are read when they are used.
 
-    Orbax stores every array for TensorStore under its path, joined by dots. An export reads the layers of an array one
-    after another, and one chunk of the file may hold them all: the cache keeps the chunk in use.
+    Orbax stores every array in TensorStore's format under its path, joined by dots. An export reads an array layer by
+    layer, but one chunk of the file may hold all layers: a cache keeps the chunk that is in use.
 
     Args:
       checkpoint: folder of the checkpoint.

@@ -21,7 +21,8 @@ class Generation:
       dcn: bytes/s of a chip's share of its host's network.
       shapes: slices that Cloud TPU offers, in chips along each axis; with three axes also multiples of 4x4x4.
       largest: chips in the largest slice.
-      ring: length from which an axis closes to a ring by default; 0 = every axis of a slice of whole 4x4x4 cubes.
+      ring: length from which the links along an axis form a ring by default; 0 = along every axis of a slice that
+        consists of whole 4x4x4 cubes.
       devices_per_chip: devices that JAX shows for a chip; v7x has two, the others one.
     """
 
@@ -49,8 +50,9 @@ DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8,
 # Peak, HBM, ICI and the shapes: https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, seen in 2026. A link is
 # the page's "bidirectional ICI bandwidth per chip" over 2 directions and 4 links (v5e, v6e) or 6; v4's is 50 GB/s, by
 # table 4 of arXiv 2304.01433. DCN: v5e 2 x 100 Gbit/s and v6e 4 x 200 Gbit/s a host of 8 chips, v5p 50 Gbit/s a chip
-# (the same pages); v4 and v7x are taken as v5p, the pages name none. Matrix units: v4, v5e and v5p have 4 a core of
-# 128 x 128, v6e and v7x 2 of 256 x 256 that the compiler counts at twice that a cycle. hbm_limit: libtpu 0.0.52.
+# (the same pages); v4 and v7x have v5p's figure here, because their pages name none. Matrix units: v4, v5e and v5p have
+# 4 of 128 x 128 a core; v6e and v7x have 2 of 256 x 256 a core, for which the compiler counts twice as many FLOPs per
+# cell and cycle. hbm_limit: libtpu 0.0.52.
 GENERATIONS = {
     "v4": Generation(
         "v4", 275e12, 262_144, 32 * GiB, 1200 * GB, 30.75 * GiB, 50 * GB, 6.25 * GB, DEEP, 4096, 0

@@ -30,7 +30,7 @@ def get_base(size: str) -> ml_collections.ConfigDict:
             f"unknown encoder {vision!r}: choose one of {', '.join(VISION_SIZES)} (as in FILE.py:0.5b,mci2)"
         )
     c = ml_collections.ConfigDict()
-    c.stage = ""  # name of the stage; the lineage keeps it
+    c.stage = ""  # name of the stage, recorded in the lineage of its model
     c.seed = 0  # seed of the initial weights, the data order and the randomness of the steps
     # Source of the initial weights: a training workdir, a checkpoint, a model directory of any layout, or parts of
     # several ("vision=DIR,llm=DIR"). Parts that no source gives are initialized; "" initializes all.
@@ -53,7 +53,8 @@ def _model(llm: str, vision: str) -> ml_collections.ConfigDict:
         model.vision.batch_norm = "frozen"  # "train" = batch statistics, updated; "frozen" = stored statistics
         model.vision.drop_path = 0.0  # drop-path rate of the last block; earlier blocks have less, linearly
         model.vision.multiscale = ()  # earlier stages whose pooled outputs join the features (paper, Figure 2)
-        model.vision.multiscale_pool = "average"  # pooling of those outputs: "average", or "depthwise", which learns
+        # Pooling of those outputs: "average", or "depthwise" with learned weights.
+        model.vision.multiscale_pool = "average"
     # Mean of each colour channel that the encoder subtracts from images in [0, 1]; FastVLM's own encoder uses 0.
     model.vision.image_mean = sizes.get("image_mean", (0.0, 0.0, 0.0))
     # Standard deviation of each colour channel that the encoder then divides by.
@@ -61,9 +62,8 @@ def _model(llm: str, vision: str) -> ml_collections.ConfigDict:
     # Activations of the encoder that the backward pass recomputes: a policy of models/remat.py.
     model.vision.remat = "none" if tiny else "full" if "family" in sizes else "depthwise"
     model.llm = ml_collections.ConfigDict({**QWEN2, **LLM_SIZES[llm]})
-    model.llm.remat = (
-        "none" if tiny else "full"
-    )  # activations of the decoder that the backward pass recomputes: a policy too
+    # Activations of the decoder that the backward pass recomputes: a policy of models/remat.py.
+    model.llm.remat = "none" if tiny else "full"
     return model
 
 
@@ -90,10 +90,12 @@ def _data(llm: str, vision: str) -> ml_collections.ConfigDict:
     # keeps most of its pixels; () = one view an image.
     data.grids = ()
     data.decode = "fast"  # "fast" = libjpeg's scaled decoding and OpenCV, "exact" = the pixels of CLIPImageProcessor
-    data.turns = "conversation"  # "separate" makes a segment of its own of every question in a conversation
-    data.overlong = "truncate"  # texts longer than a row lose their oldest questions; "reject" replaces the record
+    # "conversation" makes one segment of all questions of a record, "separate" a segment of each question.
+    data.turns = "conversation"
+    # "truncate" removes the oldest questions of a text that is longer than a row, "reject" replaces its record.
+    data.overlong = "truncate"
     data.max_substituted = 0.01  # fraction of records that may be unusable, and so replaced, before training stops
-    data.groups = 128  # G: groups in a global batch; the data shards of the mesh must divide it
+    data.groups = 128  # G: groups in a global batch; a multiple of the mesh's data shards, replica x data x fsdp
     # N: image slots per group at image_size; groups of smaller images get more slots; each tile takes one.
     data.images_per_group = 1
     data.rows_per_group = 1  # R: rows of text in a group
@@ -120,14 +122,14 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     # gathered layer by layer. tensor: heads and MLP sharded, at most num_kv_heads.
     c.mesh = (1, -1, 1, 1) if tiny else (1, 1, -1, 1)
     c.shard_frozen = True  # False keeps frozen parameters whole on every fsdp device: no gathers, more memory
-    c.accumulate = 1  # parts that a batch's groups are taken in, one after another: less memory, the same step
+    c.accumulate = 1  # parts of a batch's groups that are computed one after another: less memory, the same step
     c.param_dtype = "float32"  # dtype of the parameters; "bfloat16" loses updates smaller than 1/256 of a weight
-    c.moment_dtype = "float32"  # dtype of Adam's first moment; "bfloat16" saves 2 bytes a parameter
+    c.moment_dtype = "float32"  # dtype of Adam's first moment; "bfloat16" saves 2 bytes a trainable parameter
 
     c.wandb = ""  # Weights & Biases project that also gets the metrics; "" = none
     c.log_every = 10  # steps between logged metrics
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
-    c.keep_checkpoints = 2  # latest checkpoints that are kept
+    c.keep_checkpoints = 2  # number of latest checkpoints that are kept
     c.eval_every = 1000  # steps between validations; the last step is always validated
     c.eval_batches = 16  # batches of the validation loss; 0 = no validation loss
     c.eval_questions = 0  # validation questions answered by greedy decoding; 0 = none

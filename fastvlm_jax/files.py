@@ -1,4 +1,4 @@
-"""Files: JSON objects, files that appear whole or not at all, checksums, the user's cache folder."""
+"""Reads and writes JSON objects and files that appear complete or not at all; checksums; the user's cache folder."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def whole_file(path: os.PathLike, mode: str = "wb") -> Iterator[IO]:
-    """Opens a file that gets the name `path` when the block ends well, and is removed when it does not.
+    """Opens a file that gets the name `path` if the block succeeds, and is removed if it fails.
 
     Several hosts may write the same file: each writes to a name of its own, PATH.*.partial, and the last one wins.
     """
@@ -56,7 +56,7 @@ def put_in_place(partial: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def write_whole(path: os.PathLike, data: bytes) -> None:
-    """Writes a file that appears under its name only whole; its folder is made if need be."""
+    """Writes a file that appears under its name only when it is complete; makes its folder if needed."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(data)
@@ -68,13 +68,13 @@ def write_json(path: os.PathLike, content: Any, *, sort_keys: bool = False) -> N
 
 
 def save_arrays(path: os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz file that appears whole."""
+    """Writes an .npz file that appears only when it is complete; its folder must exist."""
     with whole_file(path) as file:
         np.savez(file, **arrays)
 
 
 def sha256(path: os.PathLike) -> str:
-    """Returns the SHA-256 of a file's contents, hexadecimal; `path` is a pathlib or an epath one."""
+    """Returns the SHA-256 of a file's contents, hexadecimal; `path` is a Path of pathlib or of epath."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -85,6 +85,6 @@ def json_digest(content: Any) -> str:
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns the folder for what can be computed again: $FASTVLM_CACHE, else ~/.cache/fastvlm_jax."""
+    """Returns the folder for files that can be computed again: $FASTVLM_CACHE, else ~/.cache/fastvlm_jax."""
     default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastvlm_jax"
     return pathlib.Path(os.environ.get("FASTVLM_CACHE") or default).expanduser()

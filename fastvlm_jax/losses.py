@@ -14,7 +14,7 @@ class Loss(NamedTuple):
     """Holds a loss as three pure functions that `train_step` calls.
 
     Attributes:
-      size: batch -> int32 []; the number that the losses of a whole batch are divided by.
+      size: batch -> int32 []; the number by which the summed losses of a whole batch are divided.
       value: (variables, part of the batch, size, rng) -> (float32 [], (outputs, batch statistics)). The values of the
         parts of a batch add up to the loss of the whole. `outputs` are arrays whose leading axis counts groups.
       report: (batch, size, outputs of the whole batch) -> device scalars to log beside "loss" and "grad_norm".
@@ -28,7 +28,8 @@ class Loss(NamedTuple):
 def next_token(model: FastVLM, num_sources: int = 1) -> Loss:
     """Returns the mean cross-entropy over the supervised tokens of the global batch.
 
-    Its report holds "tokens" (supervised) and, of several data sets, "loss_by_source" [num_sources].
+    Its report holds "tokens", the number of supervised tokens, and with several data sets "loss_by_source"
+    [num_sources].
     """
 
     def size(batch: Batch) -> jax.Array:
@@ -56,7 +57,7 @@ def inputs(batch: Batch) -> dict[str, jax.Array]:
 
 
 def mean_by_source(losses: jax.Array, batch: Batch, num_sources: int) -> jax.Array:
-    """Returns the mean loss of the supervised tokens of each data set [num_sources], NaN for those not in the batch."""
+    """Returns the mean loss of each data set's supervised tokens, [num_sources]; NaN if the batch has none of them."""
     own = batch.source[..., None] == jnp.arange(num_sources)
     counts = jnp.sum(own & batch.loss_mask[..., None], axis=(0, 1, 2))
     return jnp.sum(losses[..., None] * own, axis=(0, 1, 2)) / counts

@@ -1,4 +1,4 @@
-"""Splits parameters into groups by path, trainable and frozen, and makes their schedule and optimizer."""
+"""Splits parameters into trainable and frozen ones, by groups of paths, and makes their schedule and optimizer."""
 
 import re
 from collections.abc import Sequence
@@ -63,14 +63,14 @@ def make_optimizer(
     clip_norm: float,
     moment_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """Returns AdamW with a rate and a decay for each group, behind a clip by the global norm of the gradients.
+    """Returns AdamW with a rate and a decay for each group; the gradients are first clipped by their global norm.
 
     The transformation acts on the flat trainable dict that `split` returns, with gradients in float32.
 
     Args:
       params: all parameters, or their abstract shapes.
       steps: optimizer steps of the whole run.
-      moment_dtype: dtype of the first moment; the second stays in float32, for in bfloat16 it would not move.
+      moment_dtype: dtype of the first moment; the second stays in float32, because in bfloat16 it would not move.
     """
     assigned = assign(params, groups)
     trainable, _ = split(params, groups)

@@ -1,4 +1,4 @@
-"""Makes the mesh and maps logical axes to mesh axes. No other file spells a mesh axis."""
+"""Makes the mesh and maps logical axes to mesh axes. No other file names a mesh axis."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("replica", "data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. A vocabulary x embed-sharded table would be rematerialised whole at every lookup, so the
-# embedding table declares ("vocab", None). There tensor comes first, so that a gather over fsdp is contiguous.
+# Logical axis -> mesh axes. A table that is sharded along vocabulary and embed would be gathered whole at every lookup,
+# so the embedding table declares ("vocab", None). In "vocab", tensor comes first, so that a gather over fsdp is
+# contiguous.
 LOGICAL_AXES = {
     "batch": ("replica", "data", "fsdp"),
     "embed": ("fsdp",),
@@ -25,15 +26,16 @@ LOGICAL_AXES = {
     "vocab": ("tensor", "fsdp"),
     "words": ("tensor",),  # the vocabulary where a layer uses it: gathered along fsdp
 }
-# Parameters that declare no axes (the convolutional encoder) shard their largest divisible dimension above this size.
+# Parameters that declare no axes (those of the convolutional encoder) and have at least this many elements are sharded
+# along their largest dimension that fsdp divides.
 MIN_SHARDED_ELEMENTS = 2**18
 
 
 def make_mesh(sizes: Sequence[int] = (1, -1, 1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over (replica, data, fsdp, tensor); a size of -1 takes the devices that are left.
 
-    The axes follow the links of a TPU slice. With several slices only `replica` crosses between them; its size of 1
-    becomes the number of slices where another size is -1:
+    The axes follow the links of a TPU slice. With several slices, only `replica` crosses between them; a size of 1 for
+    `replica` becomes the number of slices if another size is -1:
 
         2 slices of 4, (2, 1, 4, 1):    slice 0  d0 d1 d2 d3    replica 0
                                         slice 1  d4 d5 d6 d7    replica 1; only gradients cross between replicas
@@ -98,7 +100,7 @@ def check_mesh(mesh: Mesh, *, groups: int, num_kv_heads: int, accumulate: int = 
 
 
 def sharded(init, axes: Sequence[str | None]):
-    """Returns an initializer that names the logical axis of each dimension; KeyError for an unknown name."""
+    """Returns an initializer that names the logical axis of each dimension; raises KeyError for an unknown name."""
     for axis in axes:
         if axis is not None:
             LOGICAL_AXES[axis]
@@ -126,7 +128,7 @@ def gathered(param: jax.Array, axes: Sequence[str | None] | None, dtype) -> jax.
     is reduced into the shards that the state keeps.
 
     Args:
-      axes: logical axes that `sharded` declared; None for a parameter without.
+      axes: logical axes that `sharded` declared; None for a parameter without axes.
     """
     param = param.astype(dtype)
     if jax.sharding.get_abstract_mesh().empty:
@@ -193,7 +195,7 @@ def _words_are_split() -> bool:
 
 
 def table_axes(words: int) -> tuple[str | None, ...]:
-    """Returns the logical axes of a table's gradient [words, D]: whole along fsdp if that does not divide the words."""
+    """Returns the logical axes of a table's gradient [words, D]; whole along fsdp if shards do not divide the words."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["vocab"])
     return ("words" if words % shards else "vocab", None)
@@ -210,7 +212,7 @@ def reduce_words(gradient_VD: jax.Array) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of every field of a Batch: groups over all data axes."""
+    """Returns the sharding of every field of a Batch: its groups are split over all data axes."""
     return NamedSharding(mesh, spec(("batch",)))
 
 

@@ -1,6 +1,6 @@
-"""Makes what a config names: the processor, the parent's weights adapted to this stage, the jitted step.
+"""Builds what a config names: the processor, the parent's weights adapted to this stage, the jitted step.
 
-Training, data inspection, benchmarks and preflight all make them here.
+Training, data inspection, benchmarks and preflight all use this module.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ from fastvlm_jax.train_step import train_step
 
 
 class Stage(NamedTuple):
-    """Holds what a stage trains with.
+    """Holds what a stage needs for training.
 
     Attributes:
       model: the model of the config.
       processor: its tokenizer, template and image settings.
       parent_variables: the parent's variables, adapted to `model`, as arrays or Leaves; None without a parent.
-      parent_lineage: where the parent comes from; None without a parent.
+      parent_lineage: JSON values that say where the parent comes from; None without a parent.
     """
 
     model: FastVLM
@@ -51,7 +51,7 @@ def open_stage(config) -> Stage:
 
     Raises:
       ValueError, FileNotFoundError: the parent does not fit (see `adapt`), the tokenizer does not (see
-        `make_processor`), or the groups freeze an encoder whose BatchNorm statistics would still move.
+        `make_processor`), or the groups freeze an encoder whose BatchNorm statistics would still be updated.
     """
     parent = model_io.read(config.parent) if config.parent else None
     model = fastvlm.build(**config.model.to_dict())
@@ -78,7 +78,8 @@ def open_processor(config) -> Processor:
     """Makes the processor of a config without its model's weights; reads the parent only for its tokenizer.
 
     Raises:
-      ValueError, FileNotFoundError: settings contradict each other, or see `make_processor`.
+      ValueError, FileNotFoundError: settings contradict each other, the parent cannot be read, or as in
+        `make_processor`.
     """
     config_lib.validate(config)
     parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
@@ -86,7 +87,7 @@ def open_processor(config) -> Processor:
 
 
 def open_builder(config, split: str) -> BatchBuilder:
-    """Opens the builder of a config's batches: the split "train" in training's order, any other in the records' order.
+    """Opens the builder of a config's batches: "train" in the order of training, another split in its records' order.
 
     Raises:
       ValueError, FileNotFoundError: see `open_processor` and from_config.make_builder.
@@ -96,7 +97,9 @@ def open_builder(config, split: str) -> BatchBuilder:
 
 
 def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:
-    """Makes the processor of a stage: the parent's tokenizer unless data.tokenizer names one, the config's settings.
+    """Makes the processor of a stage from a tokenizer and the config's settings.
+
+    The tokenizer is read from data.tokenizer or, if that is empty, from the parent, else from the first data folder.
 
     Raises:
       ValueError: the tokenizer has more ids than the model, or a size does not fit the encoder.
@@ -135,7 +138,8 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
     )
 
 
-# Arguments that may differ between parent and stage: a CLIP projection is dropped, a context length computes nothing.
+# Arguments that may differ between parent and stage. Among them are those of the CLIP projection, which is dropped, and
+# the context length, which no computation uses.
 FREE = (
     "form", "batch_norm", "drop_path", "remat", "init_std", "layer_scale_init", "head_features", "head_bias",
     "context_length", "parent", "name",
@@ -143,9 +147,10 @@ FREE = (
 
 
 def adapt(parent: model_io.Loaded, model: FastVLM) -> dict[str, Any]:
-    """Returns the parent's variables in the form that `model` needs, as arrays or Leaves, for the parts the parent has.
+    """Returns the parent's variables in the form that `model` needs, as arrays or Leaves.
 
-    A branched encoder is folded for a folded stage, and a CLIP projection is dropped.
+    Parts that the parent lacks are left out. A branched encoder is folded for a folded stage, and a CLIP projection is
+    dropped.
 
     Raises:
       ValueError: the parent has another size, or is folded where the stage needs the branched form.
@@ -207,7 +212,7 @@ def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, nu
     """Makes the training step of a config on a mesh; call it inside `jax.set_mesh`.
 
     Args:
-      mesh: of devices, or of the abstract devices that preflight compiles for.
+      mesh: mesh of devices, or of the abstract devices that preflight compiles for.
       steps: optimizer steps of the whole run, for the schedule.
       num_sources: number of data sets; with several, the loss of each is reported.
 
@@ -238,9 +243,8 @@ def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, nu
         accumulate=config.accumulate,
         shardings=optim.split(shardings.params, config.groups)[0],
     )
-    everywhere = jax.sharding.NamedSharding(
-        mesh, sharding.spec(())
-    )  # whole on every device, so that every process can read the metrics
+    # Metrics are whole on every device, so that every process can read them.
+    everywhere = jax.sharding.NamedSharding(mesh, sharding.spec(()))
     return Step(jax.jit(fn, donate_argnums=0, out_shardings=(shardings, everywhere)), make_state, abstract)
 
 

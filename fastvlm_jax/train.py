@@ -93,7 +93,11 @@ def run(
     validate: Callable[[TrainState], dict[str, float]],
     save: Callable[[TrainState, int], None],
 ) -> TrainState:
-    """Runs the loop: step, log every `log_every`, checkpoints, validation every `eval_every`."""
+    """Runs the training loop: the steps, and logs, checkpoints and validations at their intervals.
+
+    Raises:
+      FloatingPointError, Interrupted: see `train`.
+    """
     with StopRequest() as stop:
         for step in range(int(state.step) + 1, steps + 1):
             with trace.begin(step, state):

@@ -26,7 +26,7 @@ class TrainState:
 def state_of(
     model: FastVLM, optimizer, groups: optim.Groups, mesh, *, param_dtype: str = "float32", shard_frozen: bool = True
 ):
-    """Returns (make_state, abstract), see stage.Step.
+    """Returns the functions and shapes `make_state` and `abstract` that stage.Step describes.
 
     Args:
       param_dtype: dtype of the parameters; optimizer slots and batch statistics are float32.

@@ -1,4 +1,4 @@
-"""The pure functions of one step: no config, no input or output."""
+"""Defines the pure functions of a training or validation step: they read no config and no files."""
 
 from functools import partial
 
@@ -29,10 +29,10 @@ def train_step(
     Frozen parameters are not differentiated. The step's randomness follows from (seed, step).
 
     Args:
-      loss: what is minimised, see losses.py.
-      accumulate: parts that the groups are taken in, one after another. Their gradients are added, so the step equals
-        that of the whole batch; BatchNorm in training mode sees one part at a time.
-      shardings: of the trainable parameters, by path; their gradients are reduced to these.
+      loss: loss to minimise; see losses.py.
+      accumulate: number of parts of the groups that are computed one after another. Their gradients are added, so the
+        step equals one on the whole batch; only BatchNorm in training mode sees one part at a time.
+      shardings: shardings of the trainable parameters, by path; their gradients are reduced to these.
 
     Returns:
       The new state, and device scalars: "loss", "grad_norm" (before clipping) and what the loss reports.
@@ -71,7 +71,7 @@ def train_step(
         (value, batch_stats, grads), outputs = jax.lax.scan(add, carry, (jnp.arange(accumulate), parts))
         outputs = jax.tree.map(joined, outputs)
 
-    with jax.named_scope("optimizer"):  # as traces show it
+    with jax.named_scope("optimizer"):  # the name in traces
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         params = optim.merge(optax.apply_updates(trainable, updates), frozen)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **loss.report(batch, size, outputs)}
@@ -79,12 +79,12 @@ def train_step(
 
 
 def parts_of(x: jax.Array, count: int) -> jax.Array:
-    """Returns [G, ...] as `count` parts [count, G / count, ...]; part i holds the groups i, i + count, ... of it."""
+    """Splits an array [G, ...] into parts [count, G / count, ...]; part i holds the groups i, i + count, ..."""
     return jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0)
 
 
 def joined(parts: jax.Array) -> jax.Array:
-    """Returns the parts [count, G / count, ...] of `parts_of` as [G, ...], in the order of the groups."""
+    """Joins the parts [count, G / count, ...] that `parts_of` made to [G, ...], in the order of the groups."""
     return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])
 
 

@@ -1,4 +1,4 @@
-"""Decides who may continue a training workdir, and records where its model comes from.
+"""Decides which run may continue in a workdir, and records where its model comes from.
 
 WORKDIR/config.json              the settings and the lineage of the run
 WORKDIR/processor/               tokenizer, template and image settings
@@ -21,8 +21,8 @@ from fastvlm_jax.files import read_object, write_json
 from fastvlm_jax.processor import Processor
 
 FORMAT = "fastvlm_jax workdir"
-# Keys that may change when a run goes on: none changes the result (accumulate does if BatchNorm trains or drop_path
-# draws).
+# Keys that may change when a run resumes, because they do not change its results. The exception is accumulate: it does
+# if BatchNorm is in training mode or drop_path is above 0.
 FREE_KEYS = (
     "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "eval_questions",
     "wandb", "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat", "data.num_threads", "data.prefetch",
@@ -92,7 +92,7 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any
 
 
 def _moved(key: str, there: Any, here: Any) -> bool:
-    """Returns whether only the parent's folder moved: other machines may mount a bucket elsewhere."""
+    """Returns whether a difference is only that the parent's folder moved: machines may mount a bucket elsewhere."""
     names = [[path.rpartition("/")[2] for path in str(paths).split(",")] for paths in (there, here)]
     return key == "parent" and names[0] == names[1]
 
@@ -111,7 +111,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def make_lineage(config: dict[str, Any], parent: dict[str, Any] | None, fingerprint: str) -> dict[str, Any]:
-    """Returns where a model comes from: stage, parent with its own lineage, code version, data fingerprint."""
+    """Returns the record of where a model comes from: stage, parent with its lineage, versions, data fingerprint."""
     return {
         "stage": config["stage"],
         "code": importlib.metadata.version("fastvlm_jax"),

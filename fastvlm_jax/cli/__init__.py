@@ -1,4 +1,4 @@
-"""Runs the commands of `fastvlm`: flags in, one call, exit status out. Each family of commands has a file."""
+"""Runs the commands of `fastvlm`, each with a file of its own: it parses flags, makes one call and prints."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ def main() -> None:
     """
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.WARNING)
-    flags.FLAGS.mark_as_parsed()  # each command parses its own; absl would warn about its unparsed ones in every log
+    flags.FLAGS.mark_as_parsed()  # each command parses its own; absl would warn in every log that these are not parsed
     logging.getLogger("jax").setLevel(logging.ERROR)
     xla_flags.silence_libtpu()
     argv = sys.argv[1:]

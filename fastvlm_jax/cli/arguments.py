@@ -1,4 +1,4 @@
-"""Holds what the commands share: the usage text, the parsing of flags, the writing of JSON."""
+"""Holds what the commands share: the usage text, and functions that parse flags and write JSON."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ GGUF file, or parts of a model from several places: vision=DIR,llm=DIR[,projecto
 
 
 def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (), positional: str = "") -> list[str]:
-    """Parses the flags of a command into `fv` and returns its positional arguments; --help prints them and exits.
+    """Parses the flags of a command into `fv` and returns its positional arguments; --help prints all flags and exits.
 
     Args:
       argv: the command's name, then its arguments.
@@ -63,7 +63,7 @@ def to_json(content: dict, path: str | None) -> str:
 def define_config(fv: flags.FlagValues, argv: list[str], help: str = "config file, FILE.py or FILE.py:ARG") -> None:
     """Defines the flag --config and, for the keys it overrides, --config.KEY.
 
-    Parsing it imports the config file, which may import jax: set XLA's environment before.
+    Parsing the flag imports the config file, which may import jax: set environment variables for XLA before.
     """
     from ml_collections import config_flags
 

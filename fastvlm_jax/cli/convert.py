@@ -1,4 +1,4 @@
-"""Runs `fastvlm convert`: a model goes from one layout to another."""
+"""Runs `fastvlm convert`: writes a model in another layout."""
 
 import pathlib
 

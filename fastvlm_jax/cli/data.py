@@ -1,4 +1,4 @@
-"""Runs `fastvlm data`: data sets are written, inspected and fetched."""
+"""Runs `fastvlm data`: writes, inspects and fetches data sets."""
 
 from absl import flags
 
@@ -69,7 +69,7 @@ def write_data(argv: list[str]) -> None:
 
 
 def inspect_data(argv: list[str]) -> None:
-    """Prints the contents of a data set, and with a config what its run makes of them."""
+    """Prints the contents of a data set and, with a config, how its run would use them."""
     fv = flags.FlagValues()
     flags.DEFINE_string("data", None, "folder of shards; with --config it replaces the config's data", flag_values=fv)
     define_config(fv, argv, "config of a run, FILE.py or FILE.py:ARG: its batches are measured too")

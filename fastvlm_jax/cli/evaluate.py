@@ -1,4 +1,4 @@
-"""Runs `fastvlm evaluate`: a model is scored on a benchmark."""
+"""Runs `fastvlm evaluate`: scores a model on a benchmark."""
 
 import sys
 
@@ -8,7 +8,7 @@ from fastvlm_jax.cli.arguments import parse, to_json
 
 
 def evaluate(argv: list[str]) -> None:
-    """Prints the summary of a model's answers as JSON."""
+    """Lets a model answer the questions of a benchmark, and prints the summary of its scores as JSON."""
     fv = flags.FlagValues()
     flags.DEFINE_string("model", None, "model to score", flag_values=fv)
     flags.DEFINE_enum("benchmark", "easy-vqa", ["easy-vqa"], "benchmark to score it on", flag_values=fv)

@@ -1,4 +1,4 @@
-"""Runs `fastvlm generate`: a model answers prompts."""
+"""Runs `fastvlm generate`: lets a model answer prompts."""
 
 from absl import flags
 

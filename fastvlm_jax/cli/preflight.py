@@ -1,4 +1,4 @@
-"""Runs `fastvlm preflight`: a config is compiled for a TPU slice."""
+"""Runs `fastvlm preflight`: compiles the program of a config for a TPU slice."""
 
 from absl import flags
 
@@ -6,7 +6,7 @@ from fastvlm_jax.cli.arguments import define_config, parse, to_json
 
 
 def preflight(argv: list[str]) -> None:
-    """Prints the TPU compiler's estimates for a config on a slice; exit status 1 if it does not fit."""
+    """Prints the TPU compiler's estimates for a config on a slice; exits with status 1 if the program does not fit."""
     from fastvlm_jax.preflight import topology
 
     topology.set_environment()  # before the config file, which may touch devices

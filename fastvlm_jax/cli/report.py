@@ -1,4 +1,4 @@
-"""Runs `fastvlm report`: a page about training runs."""
+"""Runs `fastvlm report`: writes a page about training runs."""
 
 import pathlib
 

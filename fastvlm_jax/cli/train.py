@@ -9,7 +9,7 @@ from fastvlm_jax.cli.arguments import define_config, parse
 
 
 def train(argv: list[str]) -> None:
-    """Trains the stage of a config in a workdir, or goes on where the workdir stopped."""
+    """Trains the stage of a config in a workdir, or resumes the run that the workdir holds."""
     xla_flags.apply()  # before the config file, which may import jax
     fv = flags.FlagValues()
     define_config(fv, argv)

@@ -1,1 +1,1 @@
-"""Evaluation of a model: answers to questions, their accuracy, and validation during training."""
+"""Evaluates models: answers to questions, their accuracy, and validation during training."""

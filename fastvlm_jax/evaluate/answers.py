@@ -45,7 +45,7 @@ def answer_records(
     max_tokens: int = 16,
     progress=None,
 ) -> list[Result]:
-    """Asks the model each question of the records by itself, without earlier turns, and returns the results in order.
+    """Asks the model each question of the records alone, without earlier turns, and returns the results in order.
 
     All batches have the same shape, so that the decoder is compiled once. A batch encodes each of its images once.
 

@@ -1,4 +1,4 @@
-"""Validation during training: the loss on the held-out split, and the accuracy of answers to its questions."""
+"""Validates a model during training: the loss on the held-out split, and the accuracy of answers to its questions."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ def make_validation(config, model: FastVLM, processor: Processor, batches):
     greedy decoding, come from the first such data set. Without a held-out split the result is empty.
 
     Args:
-      config: config of the run; eval_batches and eval_questions say how much to evaluate, 0 skips the metric.
+      config: config of the run; its eval_batches and eval_questions say how much to evaluate, 0 leaves the metric out.
       batches: sharding of the batches.
     """
     held_out = open_sources(config.data, "validation")

@@ -1,1 +1,1 @@
-"""What a run logs: rates, MFU, memory, traces, Weights & Biases."""
+"""Logs a run: rates, MFU, memory, traces, Weights & Biases."""

@@ -1,4 +1,4 @@
-"""Builds what is logged of a training step: its outputs, and the rates of the steps since the last log."""
+"""Logs training steps: the outputs of a step, and the rates of the steps since the last log."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -15,13 +15,13 @@ from fastvlm_jax.models.fastvlm import FastVLM
 
 
 class StepRecord(NamedTuple):
-    """Holds what the training loop knows of a step.
+    """Holds what the training loop knows about a step.
 
     Attributes:
       step: its number, from 1.
       outputs: the metrics that train_step returned, on the devices.
-      flow: what went through the loader since the last record.
-      substituted: number of records that are known to be unusable by now.
+      flow: counts of what the loader gave out since the last record.
+      substituted: number of records found to be unusable so far.
     """
 
     step: int
@@ -52,7 +52,7 @@ class StepLog:
 
         Args:
           trainable: paths of the parameters that learn.
-          names: of the data sets.
+          names: names of the data sets, as in the metrics.
         """
         self._writer, self._config, self._model, self._trainable = writer, config, model, trainable
         self._names, self._devices, self._steps = names, devices, steps
@@ -60,7 +60,7 @@ class StepLog:
         self.restart_clock(start)
 
     def restart_clock(self, step: int) -> None:
-        """Begins a new interval behind `step`; nothing before it counts in a rate."""
+        """Begins a new interval after `step`; time before it counts in no rate."""
         self._since, self._last = self._writer.seconds(), step
 
     def write(self, record: StepRecord) -> None:

@@ -25,10 +25,10 @@ def parse_steps(text: str, steps: int) -> tuple[int, int]:
 
 
 class Trace:
-    """Traces the steps `chosen` (first, last) of a run of steps start + 1 to steps, as far as the run makes them.
+    """Traces the steps `chosen` (first, last) of a run of steps start + 1 to steps, as far as the run reaches them.
 
-    Every process writes WORKDIR/profile/plugins/profile/steps_FIRST_LAST/HOST.xplane.pb: xprof shows them together. The
-    devices are waited for before the first and after the last of these steps, and at no other time.
+    Every process writes WORKDIR/profile/plugins/profile/steps_FIRST_LAST/HOST.xplane.pb: xprof shows them together.
+    Tracing waits for the devices before the first and after the last of these steps, and at no other time.
     """
 
     def __init__(self, chosen: tuple[int, int], folder: pathlib.Path, start: int, steps: int):
@@ -56,7 +56,7 @@ class Trace:
             print(f"steps {self._first} to {self._last} are traced: {self._folder}", file=sys.stderr)
 
     def close(self) -> None:
-        """Writes the trace so far, of a run that stops early."""
+        """Writes the trace so far, if the run stops before the last chosen step."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

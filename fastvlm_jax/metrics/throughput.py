@@ -23,7 +23,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 def mfu_scalars(
     model: FastVLM, trainable: Collection[str], flow: Flow, seconds: float, *, row_length: int, peak: float | None
 ) -> dict[str, float]:
-    """Returns model FLOPs utilization: FLOPs the steps required / FLOPs the chips can do in `seconds`.
+    """Returns model FLOPs utilization: the FLOPs that the steps require / the FLOPs that the chips can do in `seconds`.
 
     "mfu" is the sum over encoder ("mfu/vision"), language model with loss ("mfu/llm") and projector. All are fractions
     of the whole step's time, not of the time that each part takes.
@@ -42,7 +42,7 @@ def mfu_scalars(
 
 
 def memory_scalars(devices: Sequence[jax.Device]) -> dict[str, float]:
-    """Returns the fullest local device's memory, now and at its peak, in 10**9 bytes; {} if no device reports it."""
+    """Returns the memory in use on the fullest local device, now and at its peak, in 10**9 bytes; {} if unknown."""
     known = [d.memory_stats() for d in devices if d.process_index == jax.process_index()]
     known = [found for found in known if found]
     names = {"hbm_gb": "bytes_in_use", "hbm_peak_gb": "peak_bytes_in_use"}

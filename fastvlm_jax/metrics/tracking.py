@@ -15,7 +15,7 @@ MINUTE = 60.0
 
 
 def check(project: str) -> None:
-    """Raises ValueError, with the mend, unless process 0 can write runs to `project`; "" is no project."""
+    """Raises ValueError, which says what to do, unless process 0 can write runs to `project`; "" means no project."""
     if not project:
         return
     problems = distributed.exchange("wandb", _problem() if jax.process_index() == 0 else None)
@@ -34,14 +34,14 @@ def _problem() -> str | None:
 
 
 def open_run(project: str, workdir: pathlib.Path, name: str, config: dict[str, Any]) -> "Tracker | None":
-    """Opens the run of a workdir in process 0; returns None in the others, and for the project ""."""
+    """Opens the run of a workdir in process 0; returns None in other processes, and for the project ""."""
     return Tracker(project, workdir, name, config) if project and jax.process_index() == 0 else None
 
 
 class Tracker:
-    """Writes to a run of Weights & Biases, the same one whenever its workdir goes on. Only process 0 has one.
+    """Writes to a run of Weights & Biases, the same run whenever its workdir resumes. Only process 0 has a tracker.
 
-    A network that fails never stops the training. A run that cannot start online is written offline into the workdir;
+    A network error never stops the training. A run that cannot start online is written offline into the workdir;
     scalars that cannot be sent stay there too. `wandb sync` sends both later.
     """
 
@@ -79,6 +79,6 @@ class Tracker:
             return
         try:
             act(self._run)
-        except Exception as error:  # whatever it is, the training is worth more than its picture
+        except Exception as error:  # no error of the tracker may stop the training
             print(f"wandb: {str(error).splitlines()[0]}; no longer written to", file=sys.stderr)
             self._run = None

@@ -16,7 +16,7 @@ class MetricsWriter:
     """Writes scalars by step, to the workdir and to a tracker, and keeps the time of the run.
 
     metrics.jsonl holds a JSON object a line with "step", "seconds" and the scalars; seconds count the training before a
-    resume too. A resumed run drops the lines behind the step it resumes from, so that every step stands there once.
+    resume too. A resumed run drops the lines after the step it resumes from, so that every step appears once.
     Only process 0 writes and shows anything; the others keep the time.
     """
 
@@ -40,7 +40,7 @@ class MetricsWriter:
         return self._before + time.monotonic() - self._start
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes the scalars of `step` to all files and prints those that a person follows."""
+        """Writes the scalars of `step` to all files, and prints all but the gradient norm."""
         if not self._writes:
             return
         scalars = {key: float(value) for key, value in scalars.items()}
@@ -71,7 +71,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Reads the rows of metrics.jsonl: none without that file, and not a line that a crash has cut."""
+    """Reads the rows of metrics.jsonl, none if there is no such file; leaves out a line that a crash has cut."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:

@@ -64,7 +64,7 @@ class FastViT(nn.Module):
       layers: number of blocks in each stage.
       embed_dims: channels of each stage.
       mixers: token mixer of each stage, "repmixer" or "attention".
-      mlp_ratio: hidden width of the ConvFFN / its channels.
+      mlp_ratio: hidden width of the ConvFFN, as a multiple of its channels.
       layer_scale_init: initial factor of every residual branch.
       init_std: standard deviation of the initial weights of 1x1 and linear layers; narrow towers need more than the
         published 0.02.

@@ -128,7 +128,7 @@ class ViT(nn.Module):
       num_layers: number of layers.
       num_heads: attention heads of a layer.
       mlp_dim: hidden width of the MLP.
-      activation: activation of the MLP by its transformers name: "quick_gelu", "gelu_pytorch_tanh" or "gelu".
+      activation: activation of the MLP, by its name in transformers: "quick_gelu", "gelu_pytorch_tanh" or "gelu".
       cls_token: whether a class token is put before the patches; the features leave it out.
       pre_norm: whether LayerNorm follows the embeddings and the patch embedding has no bias, as in CLIP.
       epsilon: epsilon of every LayerNorm.

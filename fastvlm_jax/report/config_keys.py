@@ -39,7 +39,8 @@ HEAD = """# Every key of a training config
 
 Made by `python -m fastvlm_jax.report.config_keys` from [config.py](../fastvlm_jax/config.py), not by hand. A key is set
 on the command line (`--config.data.groups=64`) or in a stage file ([configs/](../configs)). The defaults are those of
-the size `0.5b`; where the size `tiny` has another, it stands behind it.
+the size `0.5b`, followed by the default of the size `tiny` if it differs. The sections of the other encoders show the
+defaults of `siglip_so400m_384` and `convnext_l`.
 """
 
 

@@ -1,1 +1,1 @@
-"""Published benchmarks, one file each: the questions, the scoring and the summary."""
+"""Scores models on published benchmarks; each has a file with its questions, scoring and summary."""

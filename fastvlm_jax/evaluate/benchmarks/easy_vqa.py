@@ -1,4 +1,4 @@
-"""easy-VQA: questions about one coloured shape, scored by exact match on the published test split."""
+"""Scores answers on easy-VQA, questions about one coloured shape, by exact match on the published test split."""
 
 import collections
 from collections.abc import Sequence

@@ -16,7 +16,7 @@ from fastvlm_jax.data.sources import fingerprint
 from fastvlm_jax.distributed import Interrupted, StopRequest
 from fastvlm_jax.evaluate.validation import make_validation
 from fastvlm_jax.metrics import profiling, tracking
-from fastvlm_jax.metrics.log import StepLog, StepRecord
+from fastvlm_jax.metrics.step_log import StepLog, StepRecord
 from fastvlm_jax.metrics.writer import MetricsWriter
 from fastvlm_jax.stage import make_mesh, make_step, open_stage
 from fastvlm_jax.train_state import TrainState

@@ -16,7 +16,7 @@ from fastvlm_jax.images import decode as image_lib
 from fastvlm_jax.images.resize import fit_into, tiles_into
 from fastvlm_jax.images.sizes import Grid, Size, best_grid, nearest, slots_of
 from fastvlm_jax.text.bpe import read_settings
-from fastvlm_jax.text.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render
+from fastvlm_jax.text.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render, template_of
 from fastvlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "preprocessor_config.json"
@@ -298,7 +298,9 @@ def load_processor(
     try:
         size, mean, std = _image_settings(settings)
         size = size or image_size or 0
-        found = own["template"] if own else _template(folder / CHAT_TEMPLATE, tokenizer)
+        chat = folder / CHAT_TEMPLATE
+        written = chat.read_text(encoding="utf-8") if chat.is_file() else ""
+        found = own["template"] if own else template_of(written, tokenizer)
         if not size or tokens_per_image is not None:
             count = tokens_per_image(size) if size else 0
         elif own:
@@ -332,12 +334,6 @@ def _image_settings(settings: dict[str, Any]) -> tuple[int, tuple[float, ...], t
     if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise ValueError(f"image_mean {mean} and image_std {std} must be three numbers each, image_std positive")
     return size, mean, std
-
-
-def _template(path: pathlib.Path, tokenizer: Tokenizer) -> str | None:
-    """Returns the name of the template in a chat_template.jinja that this package wrote; None for any other file."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else None
-    return next((name for name, known in TEMPLATES.items() if chat_template(known, tokenizer) == text), None)
 
 
 @functools.lru_cache(maxsize=4096)

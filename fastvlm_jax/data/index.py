@@ -33,7 +33,7 @@ from fastvlm_jax.text.tokenizer import Tokenizer
 
 TURNS = ("separate", "conversation")
 FOLDER = "index"
-_VERSION = 1  # version of the index files and of how tokens are counted
+_VERSION = 2  # version of the index files and of how tokens are counted
 _ALONE = 4096  # most records that are counted without starting other processes
 
 

@@ -1,6 +1,7 @@
 """The record, the unit of a data set: encoded images and the conversation about them."""
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import msgpack
@@ -80,6 +81,9 @@ def check(record: Record) -> str | None:
     if roles != ["user", "assistant"] * (len(roles) // 2):
         if roles[-1] == "user" and roles[:-1] == ["user", "assistant"] * (len(roles) // 2):
             return "the last question has no answer"
+        for number, (role, following) in enumerate(itertools.pairwise(roles), 1):
+            if role == following:
+                return f"turns {number} and {number + 1} are both of the {role}: join them, or leave one out"
         return "the turns do not alternate between user and assistant"
     for _, content in talk[1::2]:
         if not any(isinstance(part, str) and part.strip() for part in content):

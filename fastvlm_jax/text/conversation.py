@@ -36,7 +36,7 @@ class Template:
       after: text after the content, by role. The assistant's begins with the mark that ends an answer; supervised.
       system: content of the system turn added to a conversation that has none; None adds no turn.
       opening: text between the assistant's `before` and its answer; supervised.
-      after_image: text after each image.
+      after_image: text after each image that is not the last thing in its turn.
       user_text: whether to keep the text of the user and the system, besides images and answers.
     """
 
@@ -170,7 +170,8 @@ def chat_template(template: Template, tokenizer: Tokenizer) -> str:
         "{%- for message in messages %}{{- before[message['role']] }}",
         "{%- if message['content'] is string %}" + shown + "{{- message['content'] }}{% endif %}",
         "{%- else %}{%- for part in message['content'] %}",
-        "{%- if part['type'] == 'image' %}{{- " + json.dumps(tokenizer.image + template.after_image) + " }}",
+        "{%- if part['type'] == 'image' %}{{- " + json.dumps(tokenizer.image) + " }}"
+        "{%- if not loop.last %}{{- " + json.dumps(template.after_image) + " }}{% endif %}",
         "{%- else %}" + shown + "{{- part['text'] }}{% endif %}{%- endif %}",
         "{%- endfor %}{%- endif %}",
         "{{- after[message['role']] }}",
@@ -179,6 +180,42 @@ def chat_template(template: Template, tokenizer: Tokenizer) -> str:
     if before["assistant"]:
         lines += ["{%- if add_generation_prompt %}{{- " + json.dumps(before["assistant"]) + " }}{% endif %}"]
     return "\n".join(line for line in lines if line)
+
+
+def template_of(text: str, tokenizer: Tokenizer) -> str | None:
+    """Returns the name of the template that `chat_template` wrote as `text`; None for any other text."""
+
+    def lines(text: str) -> list[str]:  # but for the line of images, which had a newline behind every image before
+        return [line for line in text.split("\n") if "part['type'] == 'image'" not in line]
+
+    return next(
+        (name for name, known in TEMPLATES.items() if lines(chat_template(known, tokenizer)) == lines(text)), None
+    )
+
+
+def answered(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """Returns the turns of a conversation that are trained on: from the first question to the last answer.
+
+        assistant("hi") user(0, "what shape?") assistant("circle") user("why?")
+        -> user(0, "what shape?") assistant("circle")
+
+    A leading turn of the assistant is dropped, as in LLaVA's `preprocess`. A last question without an answer is left
+    out; LLaVA gives such a conversation no loss at all. If no question with an answer remains, all turns are returned.
+
+    Raises:
+      ValueError: a turn that is left out holds an image.
+    """
+    system, talk = split_system(turns)
+    roles = [role for role, _ in talk]
+    first = 1 if roles[:2] == ["assistant", "user"] else 0
+    last = len(talk) - (1 if roles[-2:] == ["assistant", "user"] else 0)
+    if first >= last - 1:
+        return tuple(turns)
+    for why, left_out in (("opens the conversation", talk[:first]), ("has no answer", talk[last:])):
+        images = [part for _, content in left_out for part in content if isinstance(part, int)]
+        if images:
+            raise ValueError(f"image {images[0]} (counted from 0) is in a turn that is left out, as it {why}")
+    return (*system, *talk[first:last])
 
 
 def questions(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
@@ -235,11 +272,13 @@ def _parts(turns: Sequence[Turn], template: Template, generation_prompt: bool) -
         yield from _split_marks(template.before[role])
         if supervised:
             yield from _split_marks(template.opening, supervised)
-        for part in content:
+        content = [part for part in content if part != ""]
+        for number, part in enumerate(content, 1):
             if isinstance(part, int):
                 yield _Part("image", part)
-                yield from _split_marks(template.after_image)
-            elif part and (supervised or template.user_text):
+                if number < len(content):  # LLaVA strips the newline behind an image that ends its turn
+                    yield from _split_marks(template.after_image)
+            elif supervised or template.user_text:
                 yield _Part("text", part, supervised)
         yield from _split_marks(template.after[role], supervised)
     if generation_prompt:

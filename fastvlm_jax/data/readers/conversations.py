@@ -8,16 +8,9 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from fastvlm_jax.text.conversation import Turn
+from fastvlm_jax.text.conversation import Turn, answered
+from fastvlm_jax.text.prompt import MARK, ROLES, split_marks
 
-MARK = "<image>"
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 MAX_NAME = 80  # most characters of a name or value that an error message repeats
 
 
@@ -27,7 +20,8 @@ def to_turns(messages: Any, num_images: int) -> tuple[Turn, ...]:
     A message is a mapping of `from` and `value` (LLaVA) or `role` and `content` (OpenAI, where content may be a list of
     `{"type": "text", "text": ...}` and `{"type": "image"}`). The i-th `<image>` mark of the conversation is image i. In
     a turn with one mark the image comes first, as in LLaVA's `preprocess_multimodal`; with several marks the order is
-    kept. If there is one image and no mark, the image opens the user's first turn.
+    kept. If there is one image and no mark, the image opens the user's first turn. A leading turn of the assistant and
+    a last question without an answer are left out, see `answered`.
 
     Raises:
       ValueError: the conversation is malformed or has another number of images; the message is a short line.
@@ -47,9 +41,9 @@ def to_turns(messages: Any, num_images: int) -> tuple[Turn, ...]:
         raise ValueError(f"the conversation has {marks} {MARK} marks for {num_images} images")
     turns, seen = [], 0
     for role, text in talk:
-        turns.append((role, _content(text, seen)))
+        turns.append((role, split_marks(text, seen)))
         seen += text.count(MARK)
-    return tuple(turns)
+    return answered(turns)
 
 
 def about_image(caption: str, key: str, questions: Sequence[str]) -> tuple[Turn, ...]:
@@ -105,20 +99,3 @@ def _piece(piece: Any) -> str:
     if kind in ("image", "image_url"):
         return MARK
     raise ValueError(f"a message holds a part of type {shown(kind)}: only text and image are known")
-
-
-def _content(text: str, first_image: int) -> tuple[str | int, ...]:
-    pieces = text.split(MARK)
-    if len(pieces) == 1:
-        return (text,)
-    if len(pieces) == 2:
-        text = "".join(pieces).strip()
-        return (first_image, text) if text else (first_image,)
-    content: list[str | int] = []
-    for number, piece in enumerate(pieces):
-        if number:
-            content.append(first_image + number - 1)
-        # Spaces at the ends of a turn mean as little as spaces beside a mark.
-        if piece := piece.strip():
-            content.append(piece)
-    return tuple(content)

@@ -12,7 +12,8 @@ USAGE = """usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --hel
   generate  --model DIR --image FILE --prompt TEXT [--max_tokens N] [--temperature T] [--top_p P]
   evaluate  --model DIR --benchmark easy-vqa --data DIR [--limit N] [--output FILE.json]
   convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
-  data      write --source PATH --output DIR [--images DIR] [--validation_share S] [--max_side N] [--verify]
+  data      write --source PATH --output DIR [--images DIR]... [--follow_links] [--validation_share S]
+                  [--max_side N] [--verify]
             inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--json FILE] [--verify]
             easy-vqa --output DIR
   preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]

@@ -27,9 +27,12 @@ def write_data(argv: list[str]) -> None:
     flags.DEFINE_enum(
         "format", "auto", ["auto", *recognise.READERS], "format of the source; auto recognises it", flag_values=fv
     )
-    flags.DEFINE_string(
-        "images", "", "folder that image names in the source are relative to; default: the source's own", flag_values=fv
-    )
+    flags.DEFINE_multi_string(
+        "images", [],
+        "folder that image names in the source are relative to; default: the source's own. Give it several times to "
+        "look each name up in one folder after the other", flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_bool("follow_links", False, "follow links that lead out of the folders of images", flag_values=fv)
     flags.DEFINE_string(
         "questions", None, "text file with a question a line; one is asked about each caption", flag_values=fv
     )
@@ -59,7 +62,7 @@ def write_data(argv: list[str]) -> None:
         turns=fv.turns,
     )  # fmt: skip
     questions = write.read_questions(fv.questions) if fv.questions else ()
-    options = Options(images=fv.images, questions=questions, split=fv.source_split or fv.split)
+    options = Options(tuple(fv.images), questions, fv.source_split or fv.split, fv.follow_links)
     with progress_bar.shown() as show:
         summary = write.write(
             fv.source, fv.output, format=fv.format, options=options, settings=settings, workers=fv.workers,

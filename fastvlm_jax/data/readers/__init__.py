@@ -26,12 +26,20 @@ class Options:
     """Holds what a reader must know and cannot find in the source.
 
     Attributes:
-      images: folder that image paths are relative to; "" for the folder of the file that names them.
+      images: folder that image paths are relative to, or several, of which each path is looked up in the first that has
+        it; "" for the folder of the file that names them.
       questions: questions about images that have only a caption; the record's key picks one. Without any, the user's
         turn is the image alone.
       split: split to read, in a source that has several.
+      follow_links: whether links in a folder of images may lead out of all of these folders.
     """
 
-    images: str = ""
+    images: str | tuple[str, ...] = ""
     questions: tuple[str, ...] = ()
     split: str = "train"
+    follow_links: bool = False
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Returns the folders that `images` names."""
+        return tuple(filter(None, (self.images,) if isinstance(self.images, str) else self.images))

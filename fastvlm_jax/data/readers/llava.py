@@ -8,6 +8,7 @@ and `value`. A part is a range of bytes: whole entries of a list, or the lines t
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from fastvlm_jax.data.readers.files import (
     listed,
     loads,
     looks_like,
+    opened,
     read_images,
     whole_number,
 )
@@ -55,7 +57,8 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
     check_images_folder(options)
     for file in listed(path, SUFFIXES):
         if not _is_list(file):
-            size = file.stat().length
+            with opened(file) as source:
+                size = source.seek(0, os.SEEK_END)
             found += [Part(str(file), start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)]
             continue
         start, count, end = 0, 0, 0
@@ -109,8 +112,8 @@ def _name(entry: Any) -> str:
 def _record(entry: dict[str, Any], key: str, folder: epath.Path) -> Record:
     if entry.get("video") or entry.get("videos"):
         raise ValueError("it is about a video: only images are read")
-    images = entry.get("image") if entry.get("image") is not None else entry.get("images")
-    names = [] if images is None else images if isinstance(images, list) else [images]
+    images = entry.get("image") if entry.get("image") not in (None, "") else entry.get("images")
+    names = [] if images in (None, "", [""]) else images if isinstance(images, list) else [images]
     names = [text_of(name, "the name of an image") for name in names]
     messages = entry.get("conversations") if "conversations" in entry else entry.get("messages")
     turns = to_turns(messages, len(names))
@@ -121,7 +124,7 @@ def _is_list(path: epath.Path) -> bool:
     """Returns whether the file is one JSON list; False for an object a line. Raises ValueError if it is neither."""
     if path.name.lower().endswith(".jsonl"):
         return False
-    with path.open("rb") as file:
+    with opened(path) as file:
         first = file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
         if first[:1] == b"[":
             return True
@@ -163,7 +166,7 @@ def _scan(path: epath.Path) -> Iterator[tuple[int, int]]:
 
     The file is decoded as Latin-1: each byte is one character, and JSON's punctuation is the same as in UTF-8.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         text, base, first = file.read(_CHUNK).decode("latin-1"), 0, True
         at = text.index("[") + 1
         while True:
@@ -201,7 +204,7 @@ def _next(text: str, at: int, first: bool) -> int:
 
 def _list_entries(part: Part) -> Iterator[tuple[int, bytes, Any]]:
     """Yields (first byte, bytes, value) of each element in a part of a list; a broken one's value is a ValueError."""
-    with epath.Path(part.path).open("rb") as file:
+    with opened(epath.Path(part.path)) as file:
         file.seek(part.start)
         text = file.read(part.stop - part.start).decode("latin-1")
     at = 0
@@ -221,7 +224,7 @@ def _list_entries(part: Part) -> Iterator[tuple[int, bytes, Any]]:
 
 def _line_entries(part: Part) -> Iterator[tuple[int, bytes, Any]]:
     """Yields (first byte, bytes, value) of each line that begins in a part; a broken one's value is a ValueError."""
-    with epath.Path(part.path).open("rb") as file:
+    with opened(epath.Path(part.path)) as file:
         at = part.start
         if at:
             file.seek(at - 1)

@@ -26,6 +26,7 @@ from fastvlm_jax.data.readers.files import (
     lines,
     listed,
     looks_like,
+    opened,
     read_images,
 )
 from fastvlm_jax.data.record import Record, Rejected
@@ -152,7 +153,7 @@ def _rows(path: epath.Path, start: int, columns: _Columns | None) -> Iterator[_R
 
 @contextlib.contextmanager
 def _open(path: epath.Path) -> Iterator[IO[bytes]]:
-    with path.open("rb") as file:
+    with opened(path) as file:
         yield gzip.GzipFile(fileobj=file) if _is_gz(path) else file
 
 

@@ -240,8 +240,11 @@ def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Opt
         kept["quality"] = None
     start = os.fspath(source).rstrip("/")
     files = [[part.path.removeprefix(start), part.start, part.stop, sizes[part.path]] for part in parts]
-    content = [format, files, dataclasses.asdict(options), kept]
-    return json_digest(content)
+    told = dataclasses.asdict(options)
+    told["images"] = options.roots if len(options.roots) > 1 else "".join(options.roots)
+    if not options.follow_links:  # data sets written before there was this option keep their fingerprint
+        del told["follow_links"]
+    return json_digest([format, files, told, kept])
 
 
 @contextlib.contextmanager

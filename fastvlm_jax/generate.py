@@ -1,6 +1,5 @@
 """Batched text generation: one prefill, then decoding with a KV cache."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from fastvlm_jax import sharding
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.models.fastvlm import FastVLM
-from fastvlm_jax.processor import Image, Processor
+from fastvlm_jax.processor import Processor
 
 
 def sample(logits_BV: jax.Array, rng: jax.Array, temperature: float, top_p: float) -> jax.Array:
@@ -108,9 +107,9 @@ def generate(
     model: FastVLM,
     variables: Any,
     processor: Processor,
-    images: Sequence[Image],
-    prompts: Sequence[str],
-    image_of: Sequence[int] | None = None,
+    images: Any,
+    prompts: Any,
+    image_of: Any = None,
     *,
     max_tokens: int = 256,
     temperature: float = 0.0,
@@ -122,9 +121,9 @@ def generate(
     """Generates an answer to each prompt.
 
     Args:
-      images: images that the prompts are about; none for a conversation in text only.
-      prompts: one question per answer.
-      image_of: index of the image that each prompt is about; for the default see Processor.__call__.
+      images: images that the prompts are about; None or [] for text alone. See Processor.__call__.
+      prompts: texts or conversations, or a single one; the last turn of a conversation is the question.
+      image_of: number of the image, or numbers of the images, of each prompt; see Processor.__call__.
       max_tokens: longest answer in tokens.
       temperature, top_p: see `sample`.
       seed: seed of the sampling.
@@ -132,10 +131,10 @@ def generate(
       max_length: context length in tokens, for prompt, image and answer together.
 
     Returns:
-      The answers as text, without the end token and without surrounding white space.
+      The answers as text, one per prompt, without the end token and without surrounding white space.
 
     Raises:
-      FileNotFoundError: an image file does not exist.
+      MissingImage: an image file does not exist; a FileNotFoundError and a ValueError.
       ValueError: an option is out of range, a prompt leaves no room for `max_tokens` in `max_length`, an image cannot
         be read, or the model lacks its language model, tokenizer or encoder.
     """
@@ -149,11 +148,13 @@ def generate(
         raise ValueError(
             "this model has no language model or no tokenizer: load it with both, as vision=DIR,projector=DIR,llm=DIR"
         )
-    if len(images) and model.vision_args is None:
+    batch = processor(images, prompts, image_of, length=length, max_length=max_length - max_tokens)
+    if not batch.tokens.shape[1]:
+        return []
+    if batch.images.shape[1] and model.vision_args is None:
         raise ValueError(
             "this model has no encoder and reads no images: load it with one, as vision=DIR,projector=DIR,llm=DIR"
         )
-    batch = processor(images, prompts, image_of, length=length, max_length=max_length - max_tokens)
     end = processor.end_id
     out = generate_tokens(
         model,

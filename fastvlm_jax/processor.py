@@ -13,10 +13,12 @@ import numpy as np
 
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.images import decode as image_lib
+from fastvlm_jax.images.inputs import Image, share_images, to_pixels
 from fastvlm_jax.images.resize import fit_into, tiles_into
 from fastvlm_jax.images.sizes import Grid, Size, best_grid, nearest, slots_of
 from fastvlm_jax.text.bpe import read_settings
 from fastvlm_jax.text.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render, template_of
+from fastvlm_jax.text.prompt import place_images, read_prompts
 from fastvlm_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 SETTINGS = "preprocessor_config.json"
@@ -24,8 +26,6 @@ PROCESSOR = "processor_config.json"  # settings of transformers' processor, whic
 CHAT_TEMPLATE = "chat_template.jinja"
 OWN = "fastvlm_jax"  # key of the settings that transformers does not have
 FITS = ("pad", "crop")
-
-Image = str | os.PathLike | bytes | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +108,10 @@ class Processor:
         """Returns an image as uint8 [image_size, image_size, 3], with the pixels of transformers' CLIPImageProcessor.
 
         Args:
-          image: file, encoded bytes or uint8 [H, W, 3].
+          image: file, bytes, Pillow image or array, see `to_pixels`.
 
         Raises:
-          FileNotFoundError: there is no such file.
+          MissingImage: there is no such file; a FileNotFoundError and a ValueError.
           ValueError: the file, which the message names, or array is not an image; or the model is text-only.
         """
         return self.views(self.decode(image), self.size, (1, 1))[0]
@@ -128,41 +128,31 @@ class Processor:
         """Returns how an image is fitted into its first slot; with tiles the overview is stretched, as in LLaVA."""
         return self.fit if slots_of(grid) == 1 else "stretch"
 
-    def decode(self, image: Image) -> np.ndarray:
-        """Decodes a file, encoded bytes or an array to uint8 [H, W, 3]; see `pixels` for the errors."""
+    def decode(self, image: Image, name: str = "the image") -> np.ndarray:
+        """Decodes an image to uint8 [H, W, 3]; see `pixels` for the errors, which call the image `name`."""
         if not self.image_size:
             raise ValueError("this model is text-only but was given an image: leave the image out")
-        where = ""
-        if isinstance(image, (str, os.PathLike)):
-            where, path = f"{image}: ", pathlib.Path(image).expanduser()
-            if not path.is_file():
-                raise FileNotFoundError(f"there is no image {image}")
-            image = path.read_bytes()
-        if isinstance(image, (bytes, bytearray)):
-            try:
-                image = image_lib.decode(bytes(image))
-            except ValueError as error:
-                raise ValueError(f"{where}{error}") from error
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-            raise ValueError(f"an image array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-        return image
+        return to_pixels(image, name)
 
     def __call__(
         self,
-        images: Sequence[Image] | Image,
-        texts: Sequence[str] | str,
-        image_of: Sequence[int] | None = None,
+        images: Any,
+        texts: Any,
+        image_of: Any = None,
         *,
         length: int | None = None,
         max_length: int | None = None,
     ) -> Batch:
-        """Makes a batch to generate from: one group with a row per text, which ends where its answer begins.
+        """Makes a batch to generate from: one group with a row per prompt, which ends where its answer begins.
 
         Args:
-          images: N images, or a single one; none for text alone.
-          texts: R questions, or a single one.
-          image_of: index of the image that each text reads; by default image i for text i, or the one image for all.
-          length: number of tokens per row, T; the default is the longest text, rounded up to a multiple of 16.
+          images: N images, or a single one; a list with the images of each prompt; None or [] for text alone. See
+            images/inputs.py.
+          texts: R prompts, or a single one: a text or a conversation, see `read_prompts`. Its `<image>` marks say where
+            the images stand; without marks they stand first.
+          image_of: number of the image, or numbers of the images, of each prompt. By default one prompt is about all
+            images, one image is for all prompts, and otherwise image i is for prompt i.
+          length: number of tokens per row, T; the default is the longest prompt, rounded up to a multiple of 16.
           max_length: largest number of tokens that the model can read; no limit by default.
 
         Returns:
@@ -170,28 +160,20 @@ class Processor:
           right. All images have one size: with aspect buckets, the one nearest to their mean aspect.
 
         Raises:
-          FileNotFoundError: there is no such image file.
-          ValueError: images and texts do not match, an image is unreadable, or a text is too long.
+          MissingImage: there is no such image file; a FileNotFoundError and a ValueError.
+          ValueError: images and prompts do not match, have another form or cannot be read, or a prompt is too long; the
+            message is one line.
         """
-        texts = [texts] if isinstance(texts, str) else texts
-        images = [images] if isinstance(images, Image) else images
-        if image_of is None:
-            if len(images) > 1 and len(images) != len(texts):
-                raise ValueError(f"{len(images)} images for {len(texts)} texts: set image_of to the image of each text")
-            image_of = range(len(texts)) if len(images) > 1 else [0] * len(texts)
-        elif len(image_of) != len(texts) or not all(0 <= i < len(images) for i in image_of):
-            raise ValueError(f"image_of must give each of {len(texts)} texts one of {len(images)} images: {image_of}")
-        decoded = [self.decode(image) for image in images]
+        prompts = read_prompts(texts)
+        given, image_of = share_images(images, image_of, [prompt.images for prompt in prompts])
+        decoded = [self.decode(image, name) for name, image in given]
         size, grids = self.layout([(image.shape[1], image.shape[0]) for image in decoded])
         slots = tuple(map(slots_of, grids))
-        turns = [(("user", (i, text) if len(images) else (text,)),) for text, i in zip(texts, image_of, strict=True)]
-        segments = [self.segment(turn, True, slots, size.tokens) for turn in turns]
-        longest = max((len(segment.tokens) for segment in segments), default=0)
-        length = -(-longest // 16) * 16 if length is None else length
-        if longest > min(length, max_length or longest):
-            limit = min(length, max_length or length)
-            raise ValueError(f"the prompt is {longest} tokens long, more than the {limit} allowed: shorten it")
-        shape = (1, len(texts), length)
+        chat = TEMPLATES[self.template].user_text
+        talks = [place_images(prompt, numbers, chat) for prompt, numbers in zip(prompts, image_of, strict=True)]
+        segments = [self.segment(turns, True, slots, size.tokens) for turns in talks]
+        length = self._row_length(segments, length, max_length)
+        shape = (1, len(segments), length)
         views = [self.views(image, size, grid) for image, grid in zip(decoded, grids, strict=True)]
         pixels = np.concatenate([np.zeros((0, size.height, size.width, 3), np.uint8), *views])[None]
         tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -210,6 +192,18 @@ class Processor:
             segment_ids=segment_ids,
             positions=positions,
         )
+
+    def _row_length(self, segments: Sequence[Segment], length: int | None, max_length: int | None) -> int:
+        """Returns the number of tokens of a row; see `__call__`."""
+        for name, value in (("length", length), ("max_length", max_length)):
+            if value is not None and (type(value) is bool or not isinstance(value, int | np.integer) or value < 1):
+                raise ValueError(f"{name} must be a positive whole number of tokens or None, not {value!r:.40}")
+        longest = max((len(segment.tokens) for segment in segments), default=0)
+        length = -(-longest // 16) * 16 if length is None else int(length)
+        limit = length if max_length is None else min(length, max_length)
+        if longest > limit:
+            raise ValueError(f"the prompt is {longest} tokens long, more than the {limit} allowed: shorten it")
+        return length
 
     def layout(self, images: Sequence[tuple[int, int]]) -> tuple[Size, list[Grid]]:
         """Returns the common size of images of these (width, height) in a batch, and the grid of tiles of each."""

@@ -9,11 +9,12 @@ def generate(argv: list[str]) -> None:
     """Prints the answer to each prompt on a line of its own."""
     fv = flags.FlagValues()
     flags.DEFINE_string("model", None, "model that answers", flag_values=fv)
-    flags.DEFINE_multi_string("image", [], "image file; repeat it for several", flag_values=fv)
+    flags.DEFINE_multi_string("image", [], "image file; repeat it for several images", flag_values=fv)
     flags.DEFINE_multi_string(
         "prompt",
         None,
-        "question; repeat it for several, prompt i about image i or all about the one image",
+        "question; <image> marks the place of an image. One question is about all images; repeat it for several, "
+        "all about the one image or question i about image i",
         flag_values=fv,
     )
     flags.DEFINE_integer("max_tokens", 256, "length of the longest answer, tokens", flag_values=fv)

@@ -49,7 +49,7 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> np.ndarray:
         if header.kind == "JPEG":
             image = _decode_jpeg(data, header, at_least)
         else:
-            image = _to_rgb(open_with_pillow(data, header.kind))
+            image = to_rgb(open_with_pillow(data, header.kind))
             if image.shape[:2] != (header.height, header.width):
                 raise ValueError("its header and its pixels disagree about its size")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on bad bytes
@@ -145,7 +145,7 @@ def _decode_jpeg(data: bytes, header: Header, at_least: tuple[int, int] | None) 
     except ValueError as error:
         if not _HARMLESS.search(str(error)):
             raise
-        return _to_rgb(open_with_pillow(data, "JPEG"))  # raises if the file is truncated
+        return to_rgb(open_with_pillow(data, "JPEG"))  # raises if the file is truncated
     if color == "CMYK":  # stored inverted, like all CMYK JPEGs
         size = image.shape[1::-1]
         return np.asarray(PIL.Image.frombytes("CMYK", size, (255 - image).tobytes()).convert("RGB"))
@@ -184,7 +184,8 @@ def _count_scans(data: bytes) -> int:
     return sum(int(np.count_nonzero(pairs == 0xDAFF)) for pairs in places)
 
 
-def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
+def to_rgb(image: PIL.Image.Image) -> np.ndarray:
+    """Returns a Pillow image of any mode as uint8 [H, W, 3]; see `decode`."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white

@@ -6,6 +6,7 @@
                                        ->  ("user", ("hi",))  ("assistant", ("hello",))  ("user", ("why?",))
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastvlm_jax.text.conversation import Content, Turn, split_system
@@ -25,10 +26,12 @@ class Prompt(NamedTuple):
     """Holds what is asked, before its images are numbered.
 
     Attributes:
+      name: name of the prompt in messages.
       talk: (role, text with a mark for each image) or, in our own form, (role, content) pairs.
       images: images that the messages themselves hold, in the order of their marks.
     """
 
+    name: str
     talk: tuple[tuple[str, str | Content], ...]
     images: tuple[Any, ...] = ()
 
@@ -53,17 +56,22 @@ def read_prompts(prompts: Any) -> list[Prompt]:
     found = []
     for name, prompt in named:
         try:
-            found.append(_read(prompt))
+            found.append(_read(name, prompt))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return found
 
 
-def place_images(prompt: Prompt, num_images: int) -> tuple[Turn, ...]:
-    """Returns the turns of a prompt about `num_images` images.
+def place_images(prompt: Prompt, images: Sequence[int], chat: bool = True) -> tuple[Turn, ...]:
+    """Returns the turns of a prompt about the images of these numbers.
 
-    The i-th `<image>` mark is image i, and is placed as in training, see `split_marks`. Without marks the images open
-    the user's first turn, in order.
+    The i-th `<image>` mark, or the number i in a turn of our own form, is images[i]; marks are placed as in training,
+    see `split_marks`. Without either, the images open the user's first turn, in order.
+
+    Args:
+      prompt: what is asked.
+      images: numbers of the images in the batch.
+      chat: whether the template reads the user's text; without it, a prompt is one turn with an image.
 
     Raises:
       ValueError: the prompt marks or numbers other images than there are; the message is one line.
@@ -71,25 +79,25 @@ def place_images(prompt: Prompt, num_images: int) -> tuple[Turn, ...]:
     talk = list(prompt.talk)
     numbers = {part for _, content in talk if not isinstance(content, str) for part in content if isinstance(part, int)}
     marks = sum(content.count(MARK) for _, content in talk if isinstance(content, str))
-    if numbers and (marks or numbers != set(range(num_images))):
+    if numbers and (marks or numbers != set(range(len(images)))):
         raise ValueError(
-            f"its turns name the images {sorted(numbers)[:8]} and hold {marks} {MARK} marks: number each of its "
-            f"{num_images} images, from 0, and write no mark"
+            f"{prompt.name}: its turns name the images {sorted(numbers)[:8]} and hold {marks} {MARK} marks: number "
+            f"each of its {len(images)} images, from 0, and write no mark"
         )
+    if marks and marks != len(images):
+        raise ValueError(f"{prompt.name}: it has {marks} {MARK} marks for {len(images)} images: give one for each mark")
+    if not chat and (len(talk) > 1 or not images):
+        raise ValueError(f"{prompt.name}: this model's template reads images, no text: give one turn, with an image")
     if not numbers and not marks:
         first = next(i for i, (role, _) in enumerate(talk) if role == "user")
         content = talk[first][1]
-        opened = MARK * num_images + content if isinstance(content, str) else (*range(num_images), *content)
+        opened = MARK * len(images) + content if isinstance(content, str) else (*range(len(images)), *content)
         talk[first] = ("user", opened)
-    elif marks and marks != num_images:
-        raise ValueError(f"it has {marks} {MARK} marks for {num_images} images: give as many as there are marks")
     turns, seen = [], 0
     for role, content in talk:
-        if isinstance(content, str):
-            turns.append((role, split_marks(content, seen)))
-            seen += content.count(MARK)
-        else:
-            turns.append((role, tuple(content)))
+        parts = split_marks(content, seen) if isinstance(content, str) else content
+        seen += content.count(MARK) if isinstance(content, str) else 0
+        turns.append((role, tuple(part if isinstance(part, str) else images[part] for part in parts)))
     return tuple(turns)
 
 
@@ -128,9 +136,9 @@ def _is_turn(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str)
 
 
-def _read(prompt: Any) -> Prompt:
+def _read(name: str, prompt: Any) -> Prompt:
     if isinstance(prompt, str):
-        return Prompt((("user", _text(prompt)),))
+        return Prompt(name, (("user", _text(prompt)),))
     if not isinstance(prompt, list | tuple) or not prompt:
         what = "an empty list" if isinstance(prompt, list | tuple) else kind_of(prompt)
         raise ValueError(f"it is {what}: give a text or a list of messages")
@@ -141,7 +149,7 @@ def _read(prompt: Any) -> Prompt:
     if not roles or roles != (["user", "assistant"] * len(roles))[: len(roles)] or roles[-1] != "user":
         found = ", ".join(roles[:8]) or "nothing"
         raise ValueError(f"its turns must be user, assistant, user ... and end with the user's question, not {found}")
-    return Prompt(talk, tuple(image for _, _, images in read for image in images))
+    return Prompt(name, talk, tuple(image for _, _, images in read for image in images))
 
 
 def _message(message: Any) -> tuple[str, str | Content, list[Any]]:

@@ -66,7 +66,7 @@ def answer_records(
     for batch in batched(asked, images_per_batch):
         images = list(dict.fromkeys(key for key, *_ in batch))
         pictures = {key: image for key, image, *_ in batch}
-        texts = [question_text(turns) for _, _, turns, _ in batch]
+        prompts = [turns for _, _, turns, _ in batch]  # as turns, in which a typed <image> stays text
         image_of = [images.index(key) for key, *_ in batch]
         padding = ROWS_PER_BATCH - len(batch)
         answers = generate(
@@ -74,14 +74,14 @@ def answer_records(
             variables,
             processor,
             [pictures[key] for key in images] + [pictures[images[0]]] * (images_per_batch - len(images)),
-            texts + texts[:1] * padding,
+            prompts + prompts[:1] * padding,
             image_of + [0] * padding,
             max_tokens=max_tokens,
             length=length,
         )
         results += [
-            Result(key, image, text, truth, answer)
-            for (key, image, _, truth), text, answer in zip(batch, texts, answers, strict=False)
+            Result(key, image, question_text(turns), truth, answer)
+            for (key, image, turns, truth), answer in zip(batch, answers, strict=False)
         ]
         if progress:
             progress(len(batch))

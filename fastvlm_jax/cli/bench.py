@@ -2,17 +2,14 @@
 
 from absl import flags
 
-from fastvlm_jax.cli.arguments import USAGE, define_config, parse, to_json
+from fastvlm_jax.cli import help
+from fastvlm_jax.cli.arguments import define_config, parse, to_json
 
 
 def bench(argv: list[str]) -> None:
     """Times the training input of a config against other ways to read the same images."""
-    if len(argv) < 2 or argv[1] != "input":
-        if {"--help", "-h"} & set(argv):
-            print(USAGE)
-            raise SystemExit(0)
-        raise ValueError(f"unknown command {(argv[1] if len(argv) > 1 else '')!r}: `fastvlm bench` has input")
-    fv, argv = flags.FlagValues(), argv[1:]
+    name = help.choose("fastvlm bench", argv[1:], ("input",), help.group("bench"))
+    fv, argv = flags.FlagValues(), [f"bench {name}", *argv[2:]]
     define_config(fv, argv)
     flags.DEFINE_float("seconds", 20.0, "time that each contestant runs for, s", lower_bound=0.1, flag_values=fv)
     flags.DEFINE_string("output", None, "JSON file for the result", flag_values=fv)

@@ -2,19 +2,15 @@
 
 from absl import flags
 
-from fastvlm_jax.cli.arguments import USAGE, define_config, parse
+from fastvlm_jax.cli import help
+from fastvlm_jax.cli.arguments import define_config, parse
 
 
 def data(argv: list[str]) -> None:
     """Runs the command behind `fastvlm data`."""
     commands = {"write": write_data, "inspect": inspect_data, "easy-vqa": easy_vqa_data}
-    if len(argv) < 2 or argv[1] not in commands:
-        if {"--help", "-h"} & set(argv):
-            print(USAGE)
-            raise SystemExit(0)
-        given = argv[1] if len(argv) > 1 else ""
-        raise ValueError(f"unknown command {given!r}: `fastvlm data` has {', '.join(commands)}")
-    commands[argv[1]](argv[1:])
+    name = help.choose("fastvlm data", argv[1:], commands, help.group("data"))
+    commands[name]([f"data {name}", *argv[2:]])
 
 
 def write_data(argv: list[str]) -> None:

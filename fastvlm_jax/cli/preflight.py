@@ -2,14 +2,16 @@
 
 from absl import flags
 
+from fastvlm_jax.cli import help
 from fastvlm_jax.cli.arguments import define_config, parse, to_json
 
 
 def preflight(argv: list[str]) -> None:
     """Prints the TPU compiler's estimates for a config on a slice; exits with status 1 if the program does not fit."""
-    from fastvlm_jax.preflight import topology
+    if not help.asks_help(argv):
+        from fastvlm_jax.preflight import topology
 
-    topology.set_environment()  # before the config file, which may touch devices
+        topology.set_environment()  # before the config file, which may touch devices
     fv = flags.FlagValues()
     define_config(fv, argv)
     flags.DEFINE_string("topology", None, "TPU slice, as v5e:4x4 or v5p:4x4x4; two slices: v5e:16x16*2", flag_values=fv)

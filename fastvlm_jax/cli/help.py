@@ -1,0 +1,147 @@
+"""Explains the commands: the text of --help, what a group of commands prints, and what was meant by a mistyped name."""
+
+import difflib
+import re
+import sys
+import textwrap
+from collections.abc import Iterable
+
+from absl import flags
+
+# Command -> the sentence and the example that open its --help.
+ABOUT = {
+    "train": (
+        "Trains the stage that a config describes; the same command goes on with a run that was stopped.",
+        "fastvlm train --config configs/stage2_instruct.py:0.5b --workdir runs/mine --config.data.path=data/mine "
+        "--config.parent=MODEL",
+    ),
+    "generate": (
+        "Lets a model answer questions about images, one after the other.",
+        'fastvlm generate --model runs/mine --image cat.jpg --prompt "What is it doing?"',
+    ),
+    "evaluate": (
+        "Lets a model answer the questions of a data set, and prints its scores as JSON.",
+        "fastvlm evaluate --model runs/quickstart/stage2_instruct --benchmark easy-vqa --data data/easy_vqa",
+    ),
+    "convert": (
+        "Writes a model in another layout, for PyTorch or for this program; the layout of the source is recognised.",
+        "fastvlm convert --source runs/mine --target fastvlm-mine --layout hf",
+    ),
+    "data write": (
+        "Writes images and texts of any known format as shards, the form that training reads.",
+        "fastvlm data write --source mine.json --images images --output data/mine --validation_share 0.1",
+    ),
+    "data inspect": (
+        "Shows what a data set holds and, with the config of a run, how the run would use it.",
+        "fastvlm data inspect --data data/mine",
+    ),
+    "data easy-vqa": (
+        "Writes easy-VQA, the data set of the quickstart, as shards.",
+        "fastvlm data easy-vqa --output data/easy_vqa",
+    ),
+    "preflight": (
+        "Compiles the program of a config for a TPU slice, without a TPU, and estimates its memory and time.",
+        "fastvlm preflight --config configs/stage2_instruct.py:0.5b --topology v5e:4x4",
+    ),
+    "bench input": (
+        "Times the training input of a config on this machine, beside other ways to read the same images.",
+        "fastvlm bench input --config configs/stage2_instruct.py:0.5b --config.data.path=data/mine "
+        "--config.data.tokenizer=MODEL",
+    ),
+    "report": (
+        "Writes a page about training runs: their losses, rates and differences, and answered test questions.",
+        "fastvlm report runs/first runs/second --output report.html",
+    ),
+}
+_WIDTH = 108  # characters of a line of help
+_COLUMN = 30  # where the meanings begin
+_ASKED = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
+
+
+def asks_help(argv: list[str]) -> bool:
+    """Returns whether a command line asks for help."""
+    return not _ASKED.isdisjoint(argv)
+
+
+def choose(program: str, argv: list[str], commands: Iterable[str], text: str) -> str:
+    """Returns the command that argv[0] names.
+
+    If it asks for help in place of a command, `text` is printed and the process ends with status 0; if there is no
+    command at all, `text` goes to stderr and the status is 2, as for any wrong usage.
+
+    Args:
+      program: what stands before the command, as "fastvlm data".
+      argv: the rest of the command line.
+      commands: names of the commands.
+      text: the help.
+
+    Raises:
+      flags.Error: there is no such command; the message names the most similar one.
+    """
+    if argv and argv[0] in commands:
+        return argv[0]
+    if argv[:1] == ["help"] or asks_help(argv):
+        print(text)
+        raise SystemExit(0)
+    if not argv:
+        print(text, file=sys.stderr)
+        raise SystemExit(2)
+    raise flags.Error(f"unknown command {argv[0]!r}{meant(argv[0], commands)}; `{program}` has {', '.join(commands)}")
+
+
+def group(name: str) -> str:
+    """Returns the help of a group of commands: each with its sentence and its example."""
+    own = {command.split()[1]: about for command, about in ABOUT.items() if command.startswith(f"{name} ")}
+    lines = [f"`fastvlm {name}` has {', '.join(own)}; `fastvlm {name} COMMAND --help` explains the flags of one."]
+    for command, (sentence, example) in own.items():
+        lines += ["", f"{command}: {sentence}", f"  {example}"]
+    return "\n".join(lines)
+
+
+def command(name: str, fv: flags.FlagValues, required: Iterable[str], positional: str) -> str:
+    """Returns the help of a command: its sentence, its example and its flags, the required ones first.
+
+    Args:
+      name: command in ABOUT.
+      fv: its flags, in the order in which they are listed.
+      required: names of the flags that must be given.
+      positional: name of its positional arguments, "" if it takes none.
+    """
+    sentence, example = ABOUT[name]
+    lines = [sentence, "", f"  {example}", "", "flags (* must be given):"]
+    if positional:
+        lines.append(_entry("*", positional, "one or more"))
+    ordered = sorted((flag for flag in fv if "." not in flag), key=lambda flag: flag not in required)
+    for flag in ordered:
+        lines.append(_entry("*" if flag in required else " ", _written(fv[flag]), _meaning(fv[flag])))
+        if flag == "config":
+            lines.append(_entry(" ", "--config.KEY=VALUE", "another value for a key of the config; see docs/config.md"))
+    return "\n".join(lines)
+
+
+def _written(flag: flags.Flag) -> str:
+    """Returns a flag as one writes it: "--limit=N"."""
+    value = {"bool": "", "int": "=N", "float": "=X"}.get(flag.flag_type(), "=...")
+    return f"--{flag.name}{value}"
+
+
+def _meaning(flag: flags.Flag) -> str:
+    """Returns what a flag does, its choices and its default."""
+    # absl adds its own words to the help of an enum and of a flag that may be repeated.
+    text = re.sub(r"^<.*?>: |;\s+repeat this option to specify a list of values$", "", flag.help)
+    if choices := getattr(flag.parser, "enum_values", None):
+        text += f"; one of {', '.join(choices)}"
+    if flag.default is not False and flag.default not in (None, "", []) and "default" not in text:
+        text += f" (default {flag.default})"
+    return text
+
+
+def _entry(mark: str, written: str, meaning: str) -> str:
+    lines = textwrap.wrap(meaning, _WIDTH - _COLUMN)
+    return f"{mark} {written:<{_COLUMN - 2}}" + f"\n{' ' * _COLUMN}".join(lines)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean X?)" for the known name that is most similar to a mistyped one, "" if none is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

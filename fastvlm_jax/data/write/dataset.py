@@ -1,9 +1,10 @@
 """Writes a source of any format as shards, with several processes; a write that was killed goes on when run again.
 
     parts ──grouped──> jobs ──processes──> OUTPUT/.train.writing/job-*      finished jobs are kept for the next run
-                                             └─> drop repeated keys ─> OUTPUT/train-00000-of-00004.array_record
-                                                                       OUTPUT/index/train-00000-of-00004.array_record.*
-                                                                       OUTPUT/rejected.jsonl, then OUTPUT/manifest.json
+                                             └─> drop repeated keys, settle what is validation
+                                                   └─> OUTPUT/train-00000-of-00004.array_record
+                                                       OUTPUT/index/train-00000-of-00004.array_record.*
+                                                       OUTPUT/rejected.jsonl, then OUTPUT/manifest.json
 
 The records in a shard depend on the source and the settings alone, not on the number of processes or on where an
 earlier run was stopped. A split exists only when it has its entry in the manifest.
@@ -27,8 +28,11 @@ from fastvlm_jax.data.record import Record, pack
 from fastvlm_jax.data.sources import incomplete_shards, read_manifest
 from fastvlm_jax.data.write.duplicates import drop_duplicates
 from fastvlm_jax.data.write.finalize import finalize, save_manifest
-from fastvlm_jax.data.write.job import VALIDATION, Job, Settings, Shard, finished, read_result
+from fastvlm_jax.data.write.held_out import RULE
+from fastvlm_jax.data.write.job import VALIDATION, Job, Settings, finished, read_result
 from fastvlm_jax.data.write.job import run as run_job
+from fastvlm_jax.data.write.settle import settle
+from fastvlm_jax.data.write.shard import Shard
 from fastvlm_jax.data.write.summary import Summary, summarise
 from fastvlm_jax.data.write.workers import share_out
 from fastvlm_jax.files import json_digest, write_whole
@@ -113,6 +117,8 @@ def write(
         _run(jobs, workers, progress)
         done = [read_result(job) for job in jobs]
         drop_duplicates(jobs, done)
+        if settings.validation_share:
+            settle(jobs, done)
         finalize(output, manifest, splits, jobs, done, described)
         shutil.rmtree(folder)
         return summarise(output, manifest, splits, nothing_to_do=False)
@@ -240,6 +246,8 @@ def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Opt
         kept["quality"] = None
     start = os.fspath(source).rstrip("/")
     files = [[part.path.removeprefix(start), part.start, part.stop, sizes[part.path]] for part in parts]
+    if settings.validation_share:
+        kept["held_out"] = RULE
     told = dataclasses.asdict(options)
     told["images"] = options.roots if len(options.roots) > 1 else "".join(options.roots)
     if not options.follow_links:  # data sets written before there was this option keep their fingerprint

@@ -1,6 +1,5 @@
 """Drops records with repeated keys: the first record with a key is kept, later ones are rejected."""
 
-import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,8 +8,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from fastvlm_jax.data.record import unpack
-from fastvlm_jax.data.write.job import Job, Shard, load_keys, save_keys
-from fastvlm_jax.files import write_whole
+from fastvlm_jax.data.write.job import Job, save_result
+from fastvlm_jax.data.write.shard import Shard, load_keys, load_pictures, save_keys, save_pictures
 
 
 def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None:
@@ -22,9 +21,11 @@ def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None
     paths = [pathlib.Path(job.folder) / shard["name"] for job, _, shard in places]
     if not paths:
         return
-    hashes = [load_keys(path)[:, 0] for path in paths]
-    first = np.cumsum([0] + [len(column) for column in hashes])
-    late = _later_ones(np.concatenate(hashes), first, paths)
+    keys = [load_keys(path) for path in paths]
+    first = np.cumsum([0] + [len(rows) for rows in keys])
+    # Place in the source: the shards of a job's splits hold its entries interleaved.
+    places_of = [rows[:, 1] + np.uint64(job.number << 40) for rows, (job, *_) in zip(keys, places, strict=True)]
+    late = _later_ones(np.concatenate(keys)[:, 0], np.concatenate(places_of), first, paths)
     changed = {}
     for number, (job, result, shard) in enumerate(places):
         start, stop = np.searchsorted(late, first[number : number + 2])
@@ -34,12 +35,12 @@ def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None
             changed[job.number] = (job, result)
     for job, result in changed.values():
         result["shards"] = [shard for shard in result["shards"] if shard["records"]]
-        write_whole(pathlib.Path(job.folder) / f"{job.name}.json", json.dumps(result).encode())
+        save_result(job, result)
 
 
-def _later_ones(hashes: np.ndarray, first: np.ndarray, paths: list[pathlib.Path]) -> np.ndarray:
-    """Returns the rows, counted over all shards, whose key an earlier row has too."""
-    order = np.argsort(hashes, kind="stable")
+def _later_ones(hashes: np.ndarray, place: np.ndarray, first: np.ndarray, paths: list[pathlib.Path]) -> np.ndarray:
+    """Returns the rows, counted over all shards, whose key a row with a lower place in the source has too."""
+    order = np.lexsort((place, hashes))
     equal = hashes[order[1:]] == hashes[order[:-1]]
     late = []
     ends = np.flatnonzero(~np.append(equal, False))  # last row of each run of equal hashes
@@ -83,3 +84,6 @@ def _rewrite(path: pathlib.Path, job: Job, result: dict, shard: dict, late: set[
         kept.abandon()
         raise
     save_keys(path, [tuple(pair) for row, pair in enumerate(keys.tolist()) if row not in late])
+    if job.settings.validation_share:
+        gone = {int(keys[row, 1]) for row in late}
+        save_pictures(path, [tuple(pair) for pair in load_pictures(path).tolist() if pair[0] not in gone])

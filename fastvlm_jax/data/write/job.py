@@ -1,31 +1,25 @@
 """Runs one job of a write: the entries of some parts of a source become shards in the folder of unfinished work.
 
-job-00003.json                             written last, when the job is done; lists its shards with checksums
-job-00003-train-00000.array_record         records
-job-00003-train-00000.array_record.keys    uint64 [records, 2]: hash of the key, number of the entry in the job
-index/job-00003-train-00000.array_record.* sizes and token counts
-job-00003.rejected.jsonl                   one [number, file, key, reason] a line
+job-00003.json                       written last, when the job is done; lists its shards with checksums
+job-00003-train-00000.array_record   records; the files beside it are described in shard.py
+job-00003.rejected.jsonl             one [number, file, key, reason] a line
 """
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-
-from fastvlm_jax.data.index import Counter, ShardIndex
+from fastvlm_jax.data.index import Counter
 from fastvlm_jax.data.readers import Options, Part
 from fastvlm_jax.data.readers.recognise import reader
 from fastvlm_jax.data.record import Record, Rejected, check, pack
-from fastvlm_jax.files import put_in_place, sha256, whole_file, write_whole
+from fastvlm_jax.data.write.held_out import lead_of, limit_of, picture_hashes
+from fastvlm_jax.data.write.shard import Shard, hash_of, load_keys, load_pictures, save_keys, save_pictures
+from fastvlm_jax.files import sha256, whole_file, write_whole
 from fastvlm_jax.images.decode import decode, shrink, size_of
 from fastvlm_jax.text.tokenizer import load_tokenizer
 
@@ -39,7 +33,8 @@ class Settings:
 
     Attributes:
       split: split that the records go to.
-      validation_share: fraction of records that go to the split `validation` instead, chosen by a hash of the key.
+      validation_share: fraction of the pictures that go to the split `validation` instead, with all their records; see
+        held_out.py.
       max_side: longest side of an image, pixels; larger images are shrunk to it; 0 for no limit.
       quality: JPEG quality of images that are shrunk.
       verify: whether every image is decoded in full.
@@ -91,58 +86,64 @@ class Job:
         return f"job-{self.number:05d}"
 
 
-class Shard:
-    """Writes a shard and its index; both get their names only when they are complete.
+class JobShards:
+    """Writes the records of a job to shards of their splits; each split has one open shard.
 
-    Attributes:
-      path: name of the finished shard.
-      bytes: size of the records so far.
+    Args:
+      job: job that the records belong to.
+      mark: text in the names of the shards, so that they can stand beside others of the same job.
     """
 
-    def __init__(self, path: pathlib.Path, counter: Counter | None = None):
-        self.path, self.bytes = path, 0
-        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        self._records = self._images = 0
-        self._index = ShardIndex(counter)
-        # One record a group, so that random access reads no other record.
-        self._writer = _as_os_error(path, lambda: ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed"))
+    def __init__(self, job: Job, mark: str = ""):
+        self._job, self._prefix = job, f"{job.name}{mark}"
+        self._open: dict[str, Shard] = {}  # by split, as all of these
+        self._keys: dict[str, list[tuple[int, int]]] = {}
+        self._pictures: dict[str, list[tuple[int, int]]] = {}
+        self._done: list[dict[str, Any]] = []
 
-    def add(self, record: Record, data: bytes, sizes: list[tuple[int, int]] | None = None) -> None:
-        """Adds a record, packed as `data`; `sizes` are the (width, height) of its images, if they are known."""
-        _as_os_error(self.path, lambda: self._writer.write(data))
-        self._index.add(record, sizes)
-        self._records += 1
-        self._images += len(record.images)
-        self.bytes += len(data)
+    def add(self, number: int, record: Record, data: bytes, sizes=None, held_out: bool | None = None) -> None:
+        """Adds a record to its split.
 
-    def close(self) -> dict[str, Any]:
-        """Puts the shard and its index in place; returns its numbers of records, images and bytes, and its sha256."""
-        _as_os_error(self.path, self._writer.close)
-        self._index.save(self.path)
-        result = {"records": self._records, "images": self._images, "bytes": self._partial.stat().st_size}
-        result["sha256"] = sha256(self._partial)
-        put_in_place(self._partial, self.path)
-        return result
+        Args:
+          number: number of the entry in the job.
+          record, data, sizes: see Shard.add.
+          held_out: whether it goes to validation; None decides it by its own pictures alone.
+        """
+        settings = self._job.settings
+        pictures = picture_hashes(record) if settings.validation_share else []
+        if held_out is None:
+            held_out = bool(pictures) and lead_of(pictures) < limit_of(settings.validation_share)
+        split = VALIDATION if held_out else settings.split
+        if split not in self._open:
+            count = sum(shard["split"] == split for shard in self._done)
+            name = f"{self._prefix}-{split}-{count:05d}.array_record"
+            self._open[split] = Shard(pathlib.Path(self._job.folder) / name, settings.counter)
+            self._keys[split], self._pictures[split] = [], []
+        self._open[split].add(record, data, sizes)
+        self._keys[split].append((hash_of(record.key.encode()), number))
+        self._pictures[split] += [(number, picture) for picture in pictures]
+        if self._open[split].bytes >= settings.shard_bytes:
+            self._close(split)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Closes all shards; returns name, split, numbers of records, images and bytes, and sha256 of each."""
+        for split in sorted(self._open):
+            self._close(split)
+        return self._done
 
     def abandon(self) -> None:
-        """Deletes the unfinished shard."""
-        with contextlib.suppress(Exception):  # the error that led here is already on its way
-            self._writer.close()
-        self._partial.unlink(missing_ok=True)
+        """Deletes the unfinished shards."""
+        for shard in self._open.values():
+            shard.abandon()
 
-
-def _as_os_error(path: pathlib.Path, action: Callable) -> Any:
-    """Calls `action` of the shard writer, and turns its RuntimeErrors of many lines into an OSError of one line."""
-    try:
-        return action()
-    except (RuntimeError, ValueError) as error:
-        line = (str(error).splitlines() or [""])[0]
-        raise OSError(f"{path} cannot be written: {line}"[:300]) from error
-
-
-def hash_of(key: str) -> int:
-    """Returns a hash of a key, eight bytes as an integer."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+    def _close(self, split: str) -> None:
+        shard = self._open[split]
+        self._done.append({"name": shard.path.name, "split": split, **shard.close()})
+        del self._open[split]
+        save_keys(shard.path, self._keys.pop(split))
+        pictures = self._pictures.pop(split)
+        if self._job.settings.validation_share:
+            save_pictures(shard.path, pictures)
 
 
 def run(job: Job, report: Callable[[int, int, int], None]) -> None:
@@ -152,51 +153,25 @@ def run(job: Job, report: Callable[[int, int, int], None]) -> None:
       ValueError: a part cannot be read at all.
       OSError: a shard cannot be written, for example because the disk is full, or a part cannot be read any more.
     """
-    folder = pathlib.Path(job.folder)
-    shards: dict[str, Shard] = {}  # the open shard of each split
-    done: list[dict[str, Any]] = []
-    keys: dict[str, list[tuple[int, int]]] = {}
+    folder, shards = pathlib.Path(job.folder), JobShards(job)
     firsts: list[tuple[str, int]] = []  # file of each part and number of its first entry
-
-    def close(split: str) -> None:
-        shard = shards.pop(split)
-        done.append({"name": shard.path.name, "split": split, **shard.close()})
-        save_keys(shard.path, keys.pop(split))
-
     try:
         with whole_file(folder / f"{job.name}.rejected.jsonl", "w") as rejected:
             for number, entry in _reported(_entries(job, firsts), report):
                 if isinstance(entry, Rejected):
                     rejected.write(json.dumps([number, *entry]) + "\n")
-                    continue
-                record, data, sizes = entry
-                split, hashed = _split_and_hash(record.key, job.settings)
-                if split not in shards:
-                    count = sum(shard["split"] == split for shard in done)
-                    name = f"{job.name}-{split}-{count:05d}.array_record"
-                    shards[split], keys[split] = Shard(folder / name, job.settings.counter), []
-                shards[split].add(record, data, sizes)
-                keys[split].append((hashed, number))
-                if shards[split].bytes >= job.settings.shard_bytes:
-                    close(split)
-            for split in sorted(shards):
-                close(split)
+                else:
+                    shards.add(number, *entry)
+            done = shards.close()
     finally:
-        for shard in shards.values():
-            shard.abandon()
+        shards.abandon()
     counter = job.settings.counter and job.settings.counter.id
-    result = {"shards": done, "firsts": firsts, "counter": counter, "duplicates": []}
-    write_whole(folder / f"{job.name}.json", json.dumps(result).encode())
+    save_result(job, {"shards": done, "firsts": firsts, "counter": counter, "duplicates": []})
 
 
-def save_keys(shard: pathlib.Path, keys: list[tuple[int, int]]) -> None:
-    """Writes the (hash of the key, number of the entry) of each record of a shard, to the file beside it."""
-    write_whole(shard.with_name(shard.name + ".keys"), np.array(keys, "<u8").reshape(-1, 2).tobytes())
-
-
-def load_keys(shard: pathlib.Path) -> np.ndarray:
-    """Reads what `save_keys` wrote: uint64 [records, 2]."""
-    return np.frombuffer(shard.with_name(shard.name + ".keys").read_bytes(), "<u8").reshape(-1, 2)
+def save_result(job: Job, result: dict[str, Any]) -> None:
+    """Records what a job did; it counts as done from then on."""
+    write_whole(pathlib.Path(job.folder) / f"{job.name}.json", json.dumps(result).encode())
 
 
 def read_result(job: Job) -> dict[str, Any]:
@@ -215,15 +190,11 @@ def finished(job: Job) -> dict[str, Any] | None:
             path = folder / shard["name"]
             whole &= path.stat().st_size == shard["bytes"] and sha256(path) == shard["sha256"]
             whole &= len(load_keys(path)) == shard["records"]
+            whole &= not job.settings.validation_share or len(load_pictures(path)) >= shard["records"]
             whole &= any((folder / "index").glob(f"{path.name}.sizes.*"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result if whole else None
-
-
-def _split_and_hash(key: str, settings: Settings) -> tuple[str, int]:
-    hashed = hash_of(key)
-    return (VALIDATION if hashed < settings.validation_share * 2**64 else settings.split), hashed
 
 
 def _entries(job: Job, firsts: list[tuple[str, int]]) -> Iterator[tuple[int, Any]]:

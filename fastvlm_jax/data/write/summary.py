@@ -33,6 +33,12 @@ class Summary:
             f"{output} {name}: {split['records']:,} records, {split['images']:,} images, {split['shards']} shards"
             for name, split in self.splits.items()
         ]
+        if len(self.splits) > 1 and not all(split["records"] for split in self.splits.values()):
+            empty = next(name for name, split in self.splits.items() if not split["records"])
+            lines.append(
+                f"{empty} is empty: a picture (of records without one, a text) stands in one split only, and all "
+                "records hang together by theirs; training will run without validation"
+            )
         if self.rejected:
             lines.append(f"rejected: {self.rejected:,} entries, all named in {pathlib.Path(output) / REJECTED}")
             lines += [f"{count:10,}  {reason}" for count, reason in self.reasons]

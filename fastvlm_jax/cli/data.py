@@ -37,7 +37,10 @@ def write_data(argv: list[str]) -> None:
         "source_split", None, "split to read of a source that has several; default: --split", flag_values=fv
     )
     flags.DEFINE_float(
-        "validation_share", 0.0, "fraction of the records that go to the split validation instead", flag_values=fv
+        "validation_share",
+        0.0,
+        "fraction of the pictures that goes to validation, with all their records",
+        flag_values=fv,
     )
     flags.DEFINE_integer(
         "max_side", 0, "longest side of an image, pixels; larger images are shrunk to it; 0 = no limit", flag_values=fv

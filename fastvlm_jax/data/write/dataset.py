@@ -98,7 +98,8 @@ def write(
     _check(settings)
     format = recognise(source) if format == "auto" else format
     parts = reader(format).parts(source, options)
-    if format == "shards" and not overwrite and source.exists() and output.exists() and output.samefile(source):
+    local = "://" not in os.fspath(source) and source.exists() and output.exists()
+    if format == "shards" and not overwrite and local and output.samefile(os.fspath(source)):
         raise ValueError(f"--output {output} is the source: name another folder")
     sizes = _sizes(parts)
     described = {"format": format, "path": os.fspath(source)}

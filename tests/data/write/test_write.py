@@ -144,7 +144,7 @@ def test_any_number_of_processes_writes_the_same_bytes(source, straight, tmp_pat
     assert reports[-1].done == reports[-1].jobs == FILES and (reports[-1].records, reports[-1].rejected) == (237, 3)
 
 
-def test_validation_is_chosen_by_the_key_alone(source, straight, tmp_path):
+def test_validation_does_not_depend_on_the_other_files(source, straight, tmp_path):
     only = tmp_path / "set"
     only.mkdir()
     shutil.copy(source / "train-00004.parquet", only)

@@ -130,6 +130,19 @@ def test_saved_and_loaded_is_the_same_processor(request, template, kind, setting
         assert not list(tmp_path.glob("*processor*"))
 
 
+def test_a_chat_template_of_an_earlier_version_is_recognised(json_file, tmp_path):
+    """It had a newline behind every image; a folder without image settings names its template nowhere else."""
+    Processor(load_tokenizer(json_file), "chatml", 0, 0).save(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    lines = file.read_text().split("\n")
+    (number,) = (i for i, line in enumerate(lines) if "'image'" in line)
+    lines[number] = """{%- if part['type'] == 'image' %}{{- "<image>\\n" }}"""
+    file.write_text("\n".join(lines))
+    assert load_processor(tmp_path).template == "chatml"
+    file.write_text("\n".join(lines[:-1]))
+    assert load_processor(tmp_path).template == "qwen_2"  # another template: the default
+
+
 def test_the_id_that_ends_an_answer(sentencepiece_file, llama_file):
     assert Processor(load_tokenizer(sentencepiece_file), "qwen_2", 0, 0).end_id == 3
     assert Processor(load_tokenizer(llama_file), "vicuna_v1", 0, 0).end_id == 2
@@ -261,10 +274,11 @@ def test_transformers_chat_template_gives_the_ids_of_render(
     processor.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     turns = [("user", (0, "is it red?")), ("assistant", (" no\n",)), ("user", ("what color\nis it? ",))]
+    turns += [("assistant", ("red",)), ("user", (1,)), ("assistant", ("no",)), ("user", (2, 3))]
     turns = [("system", ("no",))] * system + turns
     part = {int: lambda _: {"type": "image"}, str: lambda text: {"type": "text", "text": text}}
     messages = [{"role": role, "content": [part[type(c)](c) for c in content]} for role, content in turns]
-    as_text = [m | {"content": m["content"][-1]["text"]} if m["role"] != "user" else m for m in messages]
+    as_text = [m if m["role"] == "user" else m | {"content": m["content"][-1]["text"]} for m in messages]
     ids = processor.segment(tuple(turns), generation_prompt).tokens.tolist()
     for written in (messages, as_text):
         found = theirs.apply_chat_template(written, add_generation_prompt=generation_prompt, return_dict=False)

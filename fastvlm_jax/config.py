@@ -89,6 +89,8 @@ def _data(llm: str, vision: str) -> ml_collections.ConfigDict:
     # AnyRes grids, as (rows, columns) of tiles ((2, 2),): an image becomes an overview and the tiles of the grid that
     # keeps most of its pixels; () = one view an image.
     data.grids = ()
+    # What is behind transparent pixels: "white" as in transformers, "drop" shows their stored colours as LLaVA does.
+    data.transparency = "white"
     data.decode = "fast"  # "fast" = libjpeg's scaled decoding and OpenCV, "exact" = the pixels of CLIPImageProcessor
     # "conversation" makes one segment of all questions of a record, "separate" a segment of each question.
     data.turns = "conversation"

@@ -14,6 +14,7 @@ import numpy as np
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.images import decode as image_lib
 from fastvlm_jax.images.inputs import Image, share_images, to_pixels
+from fastvlm_jax.images.modes import TRANSPARENCIES
 from fastvlm_jax.images.resize import fit_into, tiles_into
 from fastvlm_jax.images.sizes import Grid, Size, best_grid, nearest, slots_of
 from fastvlm_jax.text.bpe import read_settings
@@ -43,6 +44,7 @@ class Processor:
       fit: how an image without tiles is fitted into its size, "pad" or "crop"; see `fit_into`.
       grids: (rows, columns) of the AnyRes tiles to choose from; empty without AnyRes.
       sizes: sizes of all resolutions and aspect buckets; empty if there is only the square of `image_size`.
+      transparency: what is behind transparent pixels, "white" or "drop"; see `images.modes.to_rgb`.
     """
 
     tokenizer: Tokenizer
@@ -54,12 +56,16 @@ class Processor:
     fit: str = "pad"
     grids: tuple[Grid, ...] = ()
     sizes: tuple[Size, ...] = ()
+    transparency: str = "white"
 
     def __post_init__(self):
         if self.template not in TEMPLATES:
             raise ValueError(f"unknown data.template {self.template!r}: choose one of {', '.join(TEMPLATES)}")
         if self.fit not in FITS:
             raise ValueError(f"unknown data.fit {self.fit!r}: choose one of {', '.join(FITS)}")
+        if self.transparency not in TRANSPARENCIES:
+            options = ", ".join(TRANSPARENCIES)
+            raise ValueError(f"unknown data.transparency {self.transparency!r}: choose one of {options}")
         if not all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids):
             raise ValueError(f"data.grids: {self.grids} must be pairs of rows and columns, such as ((2, 2),)")
         if self.grids and any(size.height != size.width for size in self.sizes):
@@ -99,9 +105,9 @@ class Processor:
         return _segment(self.tokenizer, self.template, tokens, turns, generation_prompt, slots)
 
     def grid(self, width: int, height: int, side: int | None = None) -> Grid:
-        """Returns the (rows, columns) of tiles of `side` pixels for an image of that size; (1, 1) without AnyRes."""
+        """Returns the (rows, columns) of tiles of `side` pixels for an image of that size; (0, 0) without AnyRes."""
         if not self.grids:
-            return (1, 1)
+            return (0, 0)
         return self.grids[int(best_grid(width, height, self.grids, side or self.image_size))]
 
     def pixels(self, image: Image) -> np.ndarray:
@@ -114,14 +120,14 @@ class Processor:
           MissingImage: there is no such file; a FileNotFoundError and a ValueError.
           ValueError: the file, which the message names, or array is not an image; or the model is text-only.
         """
-        return self.views(self.decode(image), self.size, (1, 1))[0]
+        return self.views(self.decode(image), self.size, (0, 0))[0]
 
     def views(self, image: np.ndarray, size: Size, grid: Grid) -> np.ndarray:
         """Returns the views of a uint8 [h, w, 3] image that the model sees: uint8 [slots, H, W, 3], overview first."""
         out = np.empty((slots_of(grid), size.height, size.width, 3), np.uint8)
         fit_into(image, out[0], self.overview(grid), self.background, True)
         if len(out) > 1:
-            tiles_into(image, out[1:], grid, self.background, True)
+            tiles_into(image, out[1:], grid, True)
         return out
 
     def overview(self, grid: Grid) -> str:
@@ -132,7 +138,7 @@ class Processor:
         """Decodes an image to uint8 [H, W, 3]; see `pixels` for the errors, which call the image `name`."""
         if not self.image_size:
             raise ValueError("this model is text-only but was given an image: leave the image out")
-        return to_pixels(image, name)
+        return to_pixels(image, name, self.transparency)
 
     def __call__(
         self,
@@ -244,6 +250,7 @@ class Processor:
                 "fit": self.fit,
                 "grids": self.grids,
                 "sizes": self.sizes,
+                "transparency": self.transparency,
             },
         }
         # transformers counts (size // patch_size)^2 placeholders plus num_additional_image_tokens.
@@ -309,7 +316,8 @@ def load_processor(
         grids = tuple((int(rows), int(columns)) for rows, columns in own.get("grids", ()))
         if any(min(item) < 1 or max(item[:3]) > image_lib.MAX_SIDE for item in sizes):
             raise ValueError(f"sizes {sizes} must be positive, up to {image_lib.MAX_SIDE} a side")
-        return Processor(tokenizer, found, size, count, mean, std, own.get("fit", "pad"), grids, sizes)
+        fit, transparency = own.get("fit", "pad"), own.get("transparency", "white")
+        return Processor(tokenizer, found, size, count, mean, std, fit, grids, sizes, transparency)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise ValueError(f"{path}: the image settings cannot be read: {reason}") from error

@@ -135,6 +135,7 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
         data.fit,
         tuple(map(tuple, data.grids)),
         sum(sizes, ()) if data.aspects or data.resolutions else (),
+        data.transparency,
     )
 
 

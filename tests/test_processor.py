@@ -60,6 +60,28 @@ def test_files_bytes_and_arrays_are_the_same_image(processor, tmp_path):
     assert (batch.images == batch.images[:, :1]).all()
 
 
+@pytest.mark.parametrize("transparency, ground", [("white", 255), ("drop", 0)])
+def test_transparent_pictures_are_the_same_in_every_form_and_in_a_saved_processor(
+    processor, tmp_path, transparency, ground
+):
+    drawn = np.zeros((64, 64, 4), np.uint8)
+    drawn[20:40, 20:40] = 90, 60, 30, 255  # a square on a transparent ground, whose stored colour is black
+    dataclasses.replace(processor, transparency=transparency).save(tmp_path)
+    loaded = load_processor(tmp_path)
+    assert loaded.transparency == transparency
+    (tmp_path / "a.png").write_bytes(png(drawn))
+    expected = np.full((64, 64, 3), ground, np.uint8)
+    expected[20:40, 20:40] = 90, 60, 30
+    forms = [tmp_path / "a.png", png(drawn), io.BytesIO(png(drawn)), PIL.Image.fromarray(drawn), drawn, drawn / 255]
+    batch = loaded(forms, ["no"] * len(forms))
+    np.testing.assert_array_equal(batch.images[0], np.stack([expected] * len(forms)))
+
+
+def test_an_unknown_transparency_is_named(processor):
+    with pytest.raises(ValueError, match="unknown data.transparency 'black': choose one of white, drop"):
+        dataclasses.replace(processor, transparency="black")
+
+
 def test_length_is_a_multiple_of_16_or_as_given(processor):
     assert processor([], "no" + " red" * 8).tokens.shape[-1] == 32
     assert processor([], "no", length=40).tokens.shape[-1] == 40

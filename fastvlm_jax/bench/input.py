@@ -277,10 +277,10 @@ def _run_raw(build: BatchBuilder, images: Sequence[_Image], count: int) -> float
                 mode, background, exact = processor.overview(image.grid), processor.background, build.exact
                 data = image.data if isinstance(image.data, bytes) else image.data.read_bytes()
                 at_least = None if exact else image_lib.enough(data, out.shape[1:3], image.grid, mode)
-                pixels = image_lib.decode(data, at_least)
+                pixels = image_lib.decode(data, at_least, processor.transparency)
                 image_lib.fit_into(pixels, out[0], mode, background, exact)
                 if len(out) > 1:
-                    tiles_into(pixels, out[1:], image.grid, background, exact)
+                    tiles_into(pixels, out[1:], image.grid, exact)
                 seen[thread] += len(out)
 
     threads = [threading.Thread(target=work, args=(thread,)) for thread in range(count)]

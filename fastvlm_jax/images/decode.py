@@ -9,9 +9,10 @@ import PIL.Image
 import simplejpeg
 
 from fastvlm_jax.images.header import MAX_SIDE, Header, chunk, open_with_pillow, read_header, unreadable
+from fastvlm_jax.images.modes import shrink_with_alpha, to_array, to_rgb
 from fastvlm_jax.images.resize import crop_scaled, fit_into, pad_scaled, resize, room_for, tiled_scaled, tiles_into
 
-__all__ = ["MAX_SIDE", "decode", "fit_into", "shrink", "size_of", "views_into"]
+__all__ = ["MAX_SIDE", "decode", "decode_with_alpha", "fit_into", "shrink", "size_of", "views_into"]
 
 # Decoding a scan of a progressive JPEG visits every pixel, even if the scan is an empty one of 10 bytes. Encoders write
 # about 10 scans.
@@ -30,26 +31,32 @@ def size_of(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def decode(data: bytes, at_least: tuple[int, int] | None = None) -> np.ndarray:
+def decode(data: bytes, at_least: tuple[int, int] | None = None, transparency: str = "white") -> np.ndarray:
     """Decodes an encoded image (JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF) to uint8 [H, W, 3].
 
-    EXIF rotation is applied, transparency is shown over black, 16-bit channels keep their high byte, and an animation
-    or a TIFF of several pages gives the first frame or page.
+    EXIF rotation is applied, 16-bit channels keep their high byte, and an animation or a TIFF of several pages gives
+    the first frame or page.
 
     Args:
       data: bytes of the file.
       at_least: smallest sufficient (height, width), pixels. A JPEG is then decoded at the smallest of the scales 1/1,
         1/2, 1/4 and 1/8 that is no smaller, which saves time. None decodes at full size.
+      transparency: "white" or "drop", see `to_rgb`.
 
     Raises:
       ValueError: the image is empty, of an unknown format, truncated, damaged, or larger than MAX_PIXELS or MAX_SIDE.
     """
+    return to_rgb(decode_with_alpha(data, at_least), transparency)
+
+
+def decode_with_alpha(data: bytes, at_least: tuple[int, int] | None = None) -> np.ndarray:
+    """Decodes an image as `decode` does, but to uint8 [H, W, 4] if a pixel is not opaque; see `to_array`."""
     header = read_header(data)
     try:
         if header.kind == "JPEG":
             image = _decode_jpeg(data, header, at_least)
         else:
-            image = to_rgb(open_with_pillow(data, header.kind))
+            image = to_array(open_with_pillow(data, header.kind))
             if image.shape[:2] != (header.height, header.width):
                 raise ValueError("its header and its pixels disagree about its size")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on bad bytes
@@ -60,32 +67,34 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> np.ndarray:
 def views_into(
     data: bytes,
     out: np.ndarray,
-    grid: tuple[int, int] = (1, 1),
+    grid: tuple[int, int] = (0, 0),
     mode: str = "pad",
     background: tuple[int, int, int] = (0, 0, 0),
     exact: bool = False,
+    transparency: str = "white",
 ) -> None:
     """Decodes an image and writes the views of it that a model sees: an overview and, with a grid, tiles (AnyRes).
 
     For a 2 x 2 grid, `out` holds five views of the same H x W:
 
         out[0]  the whole image, fitted by `fit_into`
-        out[1]  out[2]     the image padded to 2H x 2W, cut into tiles
+        out[1]  out[2]     the image padded with black to 2H x 2W, cut into tiles
         out[3]  out[4]
 
     Args:
       data: bytes of the file.
-      out: uint8 [1 + rows * columns, H, W, 3], or [1, H, W, 3] for the grid (1, 1). Every pixel is written.
-      grid: (rows, columns) of tiles; (1, 1) gives the overview alone.
+      out: uint8 [1 + rows * columns, H, W, 3]. Every pixel is written.
+      grid: (rows, columns) of tiles; (0, 0) gives the overview alone.
       mode: how the overview is fitted: pad, crop or stretch, see `fit_into`. LLaVA and FastVLM stretch it for AnyRes.
-      background: RGB colour around the overview and the tiles.
+      background: RGB colour around the overview.
       exact: whether to give the pixels of LLaVA's and FastVLM's `process_anyres_image` instead of the fast path's.
+      transparency: "white" or "drop", see `to_rgb`.
 
     Raises:
       ValueError: as for `decode`, or `out` has another number of views.
     """
     rows, columns = grid
-    views = 1 if grid == (1, 1) else 1 + rows * columns
+    views = 1 + rows * columns
     if out.ndim != 4 or len(out) != views:
         raise ValueError(f"a grid of {rows} x {columns} needs {views} views, but out is {list(out.shape)}")
     at_least = None
@@ -93,10 +102,10 @@ def views_into(
         at_least = enough(data, out.shape[1:3], grid, mode)
         if views == 1 and mode == "pad" and _decode_into(data, at_least, out[0], background):
             return
-    image = decode(data, at_least)
+    image = decode(data, at_least, transparency)
     fit_into(image, out[0], mode, background, exact)
     if views > 1:
-        tiles_into(image, out[1:], grid, background, exact)
+        tiles_into(image, out[1:], grid, exact)
 
 
 def enough(data: bytes, box: tuple[int, int], grid: tuple[int, int], mode: str) -> tuple[int, int]:
@@ -104,15 +113,15 @@ def enough(data: bytes, box: tuple[int, int], grid: tuple[int, int], mode: str) 
     size, (height, width), (rows, columns) = read_header(data).upright, box, grid
     wanted = crop_scaled(size, box) if mode == "crop" else pad_scaled(size, box)
     wanted = box if mode == "stretch" else wanted
-    tiled = (0, 0) if grid == (1, 1) else tiled_scaled(size, (rows * height, columns * width))
+    tiled = (0, 0) if grid == (0, 0) else tiled_scaled(size, (rows * height, columns * width))
     return max(wanted[0], tiled[0]), max(wanted[1], tiled[1])
 
 
 def shrink(data: bytes, max_side: int, quality: int = 92) -> bytes:
     """Re-encodes an image with a longer side of `max_side` pixels; returns `data` itself if its sides are no longer.
 
-    JPEG, AVIF and lossy WebP become upright JPEG (4:4:4) without EXIF. Other formats become PNG, with transparency over
-    black as in `decode`.
+    JPEG, AVIF and lossy WebP become upright JPEG (4:4:4) without EXIF. Other formats, and images that are not opaque,
+    become upright PNG, which keeps the transparency.
 
     Raises:
       ValueError: as for `decode`.
@@ -122,15 +131,22 @@ def shrink(data: bytes, max_side: int, quality: int = 92) -> bytes:
     if max(size) <= max_side:
         return data
     height, width = (max(1, round(side * max_side / max(size))) for side in size)
+    pixels = decode_with_alpha(data, (height, width))
+    if pixels.shape[2] == 4:
+        return _as_png(shrink_with_alpha(pixels, height, width))
     small = np.empty((height, width, 3), np.uint8)
-    resize(decode(data, (height, width)), small)
+    resize(pixels, small)
     if header.kind in ("JPEG", "AVIF") or (header.kind == "WEBP" and not chunk(data, 12, "<4sI", b"VP8L")):
         if header.color == "Gray":
             grey = np.ascontiguousarray(small[..., :1])
             return simplejpeg.encode_jpeg(grey, quality, "GRAY", "Gray", fastdct=False)
         return simplejpeg.encode_jpeg(small, quality, "RGB", "444", fastdct=False)
+    return _as_png(small)
+
+
+def _as_png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    PIL.Image.fromarray(small).save(buffer, "PNG")
+    PIL.Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -145,7 +161,7 @@ def _decode_jpeg(data: bytes, header: Header, at_least: tuple[int, int] | None) 
     except ValueError as error:
         if not _HARMLESS.search(str(error)):
             raise
-        return to_rgb(open_with_pillow(data, "JPEG"))  # raises if the file is truncated
+        return to_array(open_with_pillow(data, "JPEG"))  # raises if the file is truncated
     if color == "CMYK":  # stored inverted, like all CMYK JPEGs
         size = image.shape[1::-1]
         return np.asarray(PIL.Image.frombytes("CMYK", size, (255 - image).tobytes()).convert("RGB"))
@@ -182,18 +198,6 @@ def _count_scans(data: bytes) -> int:
     """Counts start-of-scan marks, FF DA, at even and odd offsets: 5 times as fast as `bytes.count`, without the GIL."""
     places = (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
     return sum(int(np.count_nonzero(pairs == 0xDAFF)) for pairs in places)
-
-
-def to_rgb(image: PIL.Image.Image) -> np.ndarray:
-    """Returns a Pillow image of any mode as uint8 [H, W, 3]; see `decode`."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range is not known: convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-        image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "black"), image)
-    return np.asarray(image.convert("RGB"))
 
 
 def _make_upright(image: np.ndarray, orientation: int) -> np.ndarray:

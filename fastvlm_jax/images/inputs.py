@@ -20,8 +20,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from fastvlm_jax.images.decode import decode, to_rgb
+from fastvlm_jax.images.decode import decode_with_alpha
 from fastvlm_jax.images.header import MAX_PIXELS, MAX_SIDE, unreadable
+from fastvlm_jax.images.modes import to_array, to_rgb
 
 Image = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | PIL.Image.Image | np.ndarray
 _FORMS = "a path, bytes, a file opened as 'rb', a Pillow image or an array"
@@ -69,13 +70,14 @@ def share_images(
     return _named("images", list(given)), _numbers(image_of, len(given), count)
 
 
-def to_pixels(image: Image, name: str = "the image") -> np.ndarray:
+def to_pixels(image: Image, name: str = "the image", transparency: str = "white") -> np.ndarray:
     """Returns an image as uint8 [H, W, 3].
 
     Args:
       image: path or data URL, encoded bytes, file opened as "rb", Pillow image, or array [H, W], [H, W, 1], [H, W, 3]
         or [H, W, 4] of uint8, bool, or floats in [0, 1].
       name: name of the image in messages.
+      transparency: "white" or "drop", see `to_rgb`.
 
     Raises:
       MissingImage: there is no such file.
@@ -83,15 +85,15 @@ def to_pixels(image: Image, name: str = "the image") -> np.ndarray:
     """
     try:
         if isinstance(image, str | os.PathLike):
-            return _from_path(image)
+            return to_rgb(_from_path(image), transparency)
         if isinstance(image, bytes | bytearray | memoryview):
-            return decode(bytes(image))
+            return to_rgb(decode_with_alpha(bytes(image)), transparency)
         if isinstance(image, PIL.Image.Image):
-            return _from_pillow(image)
+            return to_rgb(_from_pillow(image), transparency)
         if hasattr(image, "read"):
-            return decode(_bytes_of(image))
+            return to_rgb(decode_with_alpha(_bytes_of(image)), transparency)
         if hasattr(image, "__array__"):
-            return _from_array(_array_of(image))
+            return to_rgb(_from_array(_array_of(image)), transparency)
     except MissingImage as error:
         raise MissingImage(f"{name}: {error}") from error
     except ValueError as error:
@@ -146,7 +148,7 @@ def _from_path(path: str | os.PathLike) -> np.ndarray:
     shown = repr(text)[1:-1] if isinstance(text, str) else repr(text)
     shown = shown if len(shown) <= 300 else f"{shown[:300]}..."
     if isinstance(text, str) and text.startswith("data:"):
-        return decode(_from_data_url(text))
+        return decode_with_alpha(_from_data_url(text))
     if isinstance(text, str) and text.startswith(("http://", "https://")):
         raise ValueError(f"{shown} is an address of the web: download the image, and give its file")
     try:
@@ -158,7 +160,7 @@ def _from_path(path: str | os.PathLike) -> np.ndarray:
     if data is None:
         raise MissingImage(f"there is no image {shown or 'with an empty name'}")
     try:
-        return decode(data)
+        return decode_with_alpha(data)
     except ValueError as error:
         raise ValueError(f"{shown}: {error}") from error
 
@@ -191,7 +193,7 @@ def _from_pillow(image: PIL.Image.Image) -> np.ndarray:
     _check_size(image.height, image.width)
     try:
         image.load()
-        return to_rgb(PIL.ImageOps.exif_transpose(image))
+        return to_array(PIL.ImageOps.exif_transpose(image))
     except Exception as error:  # a lazily opened file fails here, as in `decode`
         raise unreadable(error) from error
 
@@ -221,7 +223,7 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     elif array.dtype != np.uint8:
         raise ValueError(f"an array must be uint8, bool, or floats in [0, 1], not {array.dtype} {list(array.shape)}")
     if array.ndim == 3 and array.shape[2] == 4:
-        return to_rgb(PIL.Image.fromarray(np.ascontiguousarray(array)))
+        return np.ascontiguousarray(array)
     array = array if array.ndim == 3 else array[..., None]
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 

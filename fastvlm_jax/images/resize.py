@@ -44,25 +44,22 @@ def fit_into(
         raise ValueError(f"unknown mode {mode!r} to fit images: choose pad, crop or stretch")
 
 
-def tiles_into(
-    image: np.ndarray, out: np.ndarray, grid: tuple[int, int], background: Background = (0, 0, 0), exact: bool = False
-) -> None:
-    """Resizes and pads an image to rows * H x columns * W and writes its tiles, row by row.
+def tiles_into(image: np.ndarray, out: np.ndarray, grid: tuple[int, int], exact: bool = False) -> None:
+    """Resizes an image to rows * H x columns * W, its aspect kept, on black, and writes its tiles, row by row.
 
-    Exact tiles on a black background equal the ones of LLaVA and FastVLM (`resize_and_pad_image`,
-    `divide_to_patches`).
+    Exact tiles equal the ones of LLaVA and FastVLM (`resize_and_pad_image`, `divide_to_patches`), which pad with black
+    whatever the encoder's mean is.
 
     Args:
       image: uint8 [h, w, 3].
       out: uint8 [rows * columns, H, W, 3], overwritten.
       grid: (rows, columns) of tiles.
-      background: RGB colour around the image.
       exact: see `fit_into`.
     """
     rows, columns = grid
     _, height, width, _ = out.shape
     canvas = np.empty((rows * height, columns * width, 3), np.uint8)
-    inside = _letterbox(canvas, _tiled(image.shape[:2], canvas.shape[:2]), background)
+    inside = _letterbox(canvas, _tiled(image.shape[:2], canvas.shape[:2]), (0, 0, 0))
     (_resize_exactly if exact else resize)(image, inside)
     out.reshape(rows, columns, height, width, 3)[:] = canvas.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Grid = tuple[int, int]  # rows, columns
+Grid = tuple[int, int]  # rows, columns of tiles; (0, 0) without AnyRes
 
 
 class Size(NamedTuple):
@@ -94,6 +94,6 @@ def best_grid(widths: np.ndarray, heights: np.ndarray, grids: Sequence[Grid], si
 
 
 def slots_of(grid: Grid) -> int:
-    """Returns the number of image slots of an image: one for the overview, and one per tile if there are several."""
+    """Returns the number of image slots of an image: one for the overview, and one per tile."""
     rows, columns = grid
-    return 1 if rows * columns == 1 else 1 + rows * columns
+    return 1 + rows * columns

@@ -100,13 +100,15 @@ class FastVLM(nn.Module):
         Without a language model, returns the encoder's own features [G, N * L, C].
         """
         G, N, H, W, _ = images.shape
-        dtype = jnp.dtype(self.dtype)
+        dtype, mean, std = jnp.dtype(self.dtype), self.vision.image_mean, self.vision.image_std
+        normalized = any(mean) or any(x != 1 for x in std)
+        # Each step in bfloat16 would round: together they would move a colour by up to 1.4 of 255.
+        precise = jnp.dtype(jnp.float32) if normalized else dtype
         if images.dtype == jnp.uint8:
-            images = images.astype(dtype) / 255
-        images = constrain(images.astype(dtype).reshape(G * N, H, W, 3), ("batch", None, None, None))
-        mean, std = self.vision.image_mean, self.vision.image_std
-        if any(mean) or any(x != 1 for x in std):
-            images = (images - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
+            images = images.astype(precise) / 255
+        images = constrain(images.astype(precise).reshape(G * N, H, W, 3), ("batch", None, None, None))
+        if normalized:
+            images = ((images - jnp.asarray(mean, precise)) / jnp.asarray(std, precise)).astype(dtype)
         mask = None if image_mask is None else image_mask.reshape(G * N)
         features = self.vision(images, mask, train=train)
         features = features.reshape(G, -1, features.shape[-1])

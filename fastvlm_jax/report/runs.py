@@ -1,6 +1,5 @@
 """Draws a run on one HTML page: the loss curves of its stages and a sheet of answered test questions."""
 
-import io
 import os
 import pathlib
 import textwrap
@@ -11,11 +10,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import PIL.Image
 
 from fastvlm_jax import model_io
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.evaluate.answers import Result, answer_records
+from fastvlm_jax.images.decode import decode
 from fastvlm_jax.metrics.writer import read_metrics
 from fastvlm_jax.workdir import read_run
 
@@ -139,7 +138,7 @@ def plot_samples(results: Sequence[Result], path: pathlib.Path) -> None:
     for axis in axes.flat:
         axis.axis("off")
     for axis, result in zip(axes.flat, results, strict=False):
-        axis.imshow(PIL.Image.open(io.BytesIO(result.image)).convert("RGB"), interpolation="nearest")
+        axis.imshow(decode(result.image), interpolation="nearest")
         right = result.answer == result.truth
         given = textwrap.shorten(result.answer, 24, placeholder="...") or "(nothing)"
         words = given if right else f"{given}  (truth: {result.truth})"

@@ -192,11 +192,12 @@ def llava_anyres(image, size, rows, columns):
 
 
 @pytest.mark.parametrize("height, width", SIZES)
-@pytest.mark.parametrize("grid", [(2, 2), (1, 3), (3, 1)])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (1, 3), (3, 1)])
 def test_exact_views_equal_llavas(height, width, grid):
     image = PIL.Image.fromarray(photo(height, width))
     out = np.full((1 + grid[0] * grid[1], 32, 32, 3), 77, np.uint8)
-    views_into(encode(image, format="PNG"), out, grid, "stretch", exact=True)
+    clip_mean = (122, 116, 104)  # around a padded overview; tiles are on black for every encoder
+    views_into(encode(image, format="PNG"), out, grid, "stretch", clip_mean, exact=True)
     np.testing.assert_array_equal(out, llava_anyres(image, 32, *grid))
 
 
@@ -209,13 +210,13 @@ def test_tiles_are_in_reading_order():
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop", "stretch"])
-@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize("grid", [(0, 0), (2, 2), (1, 2)])
 @pytest.mark.parametrize("height, width", [(1500, 2000), (1000, 300), (90, 120)])
 def test_fast_views_of_a_jpeg_are_close_to_exact_ones(mode, grid, height, width):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     data = encode(PIL.Image.fromarray(smooth(height, width)), format="JPEG", quality=97, exif=exif)
-    views = np.empty((2, 1 if grid == (1, 1) else 1 + grid[0] * grid[1], 128, 128, 3), np.uint8)
+    views = np.empty((2, 1 + grid[0] * grid[1], 128, 128, 3), np.uint8)
     for exact in (0, 1):
         views[exact] = 77
         views_into(data, views[exact], grid, mode, (60, 60, 60), bool(exact))
@@ -226,12 +227,12 @@ def test_fast_views_of_a_jpeg_are_close_to_exact_ones(mode, grid, height, width)
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop", "stretch"])
-@pytest.mark.parametrize("grid", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("grid", [(0, 0), (2, 2)])
 @pytest.mark.parametrize("height, width", [(512, 1024), (1024, 512), (600, 600)])
 def test_fast_views_of_a_jpeg_lose_no_detail(mode, grid, height, width):
     noise = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
     data = encode(PIL.Image.fromarray(noise), format="JPEG", quality=97)
-    views = np.empty((2, 1 if grid == (1, 1) else 5, 128, 128, 3), np.uint8)
+    views = np.empty((2, 1 + grid[0] * grid[1], 128, 128, 3), np.uint8)
     for exact in (0, 1):
         views_into(data, views[exact], grid, mode, exact=bool(exact))
     fast, exact = abs(np.diff(views.astype(int), axis=3)).mean((2, 3, 4))

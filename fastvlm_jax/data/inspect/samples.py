@@ -163,7 +163,7 @@ def _views(processor: Processor, originals: Sequence[bytes], pixels: np.ndarray,
         grid = processor.grid(width, height, size.side)
         original = f"{width} x {height} {header.kind}, {max(len(image) // 1000, 1):,} kB"
         own = pixels[at : at + slots_of(grid)]
-        views.append(View(original, slot + at, grid[1], own))
+        views.append(View(original, slot + at, max(grid[1], 1), own))
         at += len(own)
     return views
 

@@ -134,8 +134,9 @@ class BatchBuilder:
         at = 0
         for i, (image, grid) in enumerate(zip(item.record.images, item.grids, strict=True)):
             own = views[at : at + slots_of(grid)]
+            mode, background = self.processor.overview(grid), self.processor.background
             try:
-                views_into(image, own, grid, self.processor.overview(grid), self.processor.background, self.exact)
+                views_into(image, own, grid, mode, background, self.exact, self.processor.transparency)
             except ValueError as error:
                 return _Unusable(item.record.key, f"image {i}: {error}" if len(item.grids) > 1 else str(error))
             at += len(own)
@@ -170,7 +171,7 @@ class BatchBuilder:
         return self.processor.segment(talk, False, slots if self.processor.grids else (), size.tokens)
 
     def _grid(self, image: bytes, size: Size) -> tuple[int, int]:
-        return self.processor.grid(*size_of(image), size.side) if self.processor.grids else (1, 1)
+        return self.processor.grid(*size_of(image), size.side) if self.processor.grids else (0, 0)
 
     def _check_lengths(self, segments: list[Segment], place: Place, row_length: int) -> None:
         for question, _, _, length in place.placements:

@@ -54,27 +54,41 @@ def read(folder, processor, **changes):
 
 
 def test_tiles_follow_their_overview_and_placeholders_name_them_in_order(tmp_path, tokenizer):
-    """A large picture takes 5 slots and a small one 1, of the 8 slots of a group, with 3 tokens a slot.
+    """A large picture takes 5 slots and a small one 2, of the 8 slots of a group, with 3 tokens a slot.
 
-    slots           0          1   2   3   4      5         6   7
-                    overview   its four tiles     small     empty
-    image_index     0 1 2      3 ... 14       \\n  15 16 17
+    slots           0          1   2   3   4      5          6          7
+                    overview   its four tiles     overview   its tile   empty
+    image_index     0 1 2      3 ... 14       \\n  15 16 17   18 19 20
     """
     pictures = (picture(130, 120), picture(40, 50, 1))
     write_shards(tmp_path, "train", [Record("x", pictures, ask(("what", "red"), images=2))])
     processor = Processor(tokenizer, "chatml", 64, 3, grids=((1, 1), (2, 2)))
     (batch,) = read(tmp_path, processor)
-    assert batch.image_mask[0].tolist() == [True] * 6 + [False] * 2
+    assert batch.image_mask[0].tolist() == [True] * 7 + [False]
     large, small = (processor.decode(image) for image in pictures)
     expected = np.concatenate(
         [processor.views(large, processor.size, (2, 2)), processor.views(small, processor.size, (1, 1))]
     )
-    np.testing.assert_array_equal(batch.images[0, :6], expected)
-    assert not batch.images[0, 6:].any()
+    np.testing.assert_array_equal(batch.images[0, :7], expected)
+    assert not batch.images[0, 7:].any()
     index = batch.image_index[0, 0]
-    assert index[index >= 0].tolist() == list(range(18))
+    assert index[index >= 0].tolist() == list(range(21))
     behind = np.flatnonzero(np.diff(np.flatnonzero(index >= 0)) > 1)  # placeholders with text behind them
     assert behind.tolist() == [14]
+
+
+@pytest.mark.parametrize("decode", ["fast", "exact"])
+@pytest.mark.parametrize("transparency, ground", [("white", 255), ("drop", 0)])
+def test_training_shows_transparent_pictures_as_the_processor_does(tmp_path, tokenizer, decode, transparency, ground):
+    drawn = np.zeros((64, 64, 4), np.uint8)
+    drawn[20:40, 20:40] = 9, 6, 3, 255
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(drawn).save(buffer, format="PNG")
+    write_shards(tmp_path, "train", [Record("x", (buffer.getvalue(),), ask(("what", "red")))])
+    (batch,) = read(tmp_path, Processor(tokenizer, "chatml", 64, 3, transparency=transparency), decode=decode)
+    expected = np.full((64, 64, 3), ground, np.uint8)
+    expected[20:40, 20:40] = 9, 6, 3
+    np.testing.assert_array_equal(batch.images[0, 0], expected)
 
 
 def test_the_prompt_of_generation_holds_the_views_that_training_saw(tmp_path, tokenizer):
@@ -102,7 +116,7 @@ def test_an_image_goes_to_the_bucket_of_its_shape(tmp_path, tokenizer):
         size = min(sizes, key=lambda s: abs(np.log(s.width / s.height * height / width)))
         batch = found[size.height, size.width]
         assert batch.images.shape[1] == 2 * 64 * 64 // (size.height * size.width)
-        expected = processor.views(processor.decode(record.images[0]), size, (1, 1))[0]
+        expected = processor.views(processor.decode(record.images[0]), size, (0, 0))[0]
         np.testing.assert_array_equal(batch.images[0, 0], expected)
         assert (batch.image_index >= 0).sum() == size.tokens
         np.testing.assert_array_equal(processor(record.images[0], "what").images[0, 0], expected)
@@ -364,13 +378,15 @@ def test_generation_uses_the_resolution_of_the_model_not_one_of_its_training(tok
 
 
 def test_the_overview_beside_tiles_is_stretched_and_a_lone_view_is_padded(tokenizer):
-    processor = Processor(tokenizer, "chatml", 64, 3, grids=((1, 1), (1, 2)))
+    processor = Processor(tokenizer, "chatml", 64, 3, image_mean=(0.5, 0.5, 0.5), grids=((1, 1), (1, 2)))
     white = np.full((60, 128, 3), 255, np.uint8)
     overview, left, right = processor.views(white, processor.size, (1, 2))
     assert overview.min() == 255
     assert left[0].max() == right[-1].max() == 0 and left[32].min() == right[32].min() == 255
-    (alone,) = processor.views(white, processor.size, (1, 1))
-    assert alone[0].max() == 0 and alone[32].min() == 255
+    overview, tile = processor.views(white, processor.size, (1, 1))
+    assert overview.min() == 255 and tile[0].max() == 0 and tile[32].min() == 255
+    (alone,) = processor.views(white, processor.size, (0, 0))
+    assert alone[0].min() == alone[0].max() == 127 and alone[32].min() == 255
 
 
 def test_a_place_that_no_record_fits_stays_empty_and_training_goes_on(tmp_path, tokenizer):

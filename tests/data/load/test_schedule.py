@@ -224,10 +224,10 @@ def test_evaluation_uses_the_largest_resolution():
 
 
 def test_a_record_must_fit_the_groups_of_every_bucket():
-    # One view at 64 px, but an overview and four tiles at 32 px, more than the four slots of that size.
+    # An overview and a tile at 64 px, but an overview and four tiles at 32 px, more than the four slots of that size.
     made = (
         Bucket(Size(32, 32, 32, 4), GroupShape(4, 1, 200), 0.5),
-        Bucket(Size(64, 64, 64, 16), GroupShape(1, 1, 200), 0.5),
+        Bucket(Size(64, 64, 64, 16), GroupShape(2, 1, 200), 0.5),
     )
     index = index_of([(1, [7]), (1, [7])], [(40, 40), (20, 20)])
     records = make_record_lengths([index], Settings(made, 1, 0, grids=((1, 1), (2, 2))))
@@ -246,14 +246,14 @@ def test_a_record_must_fit_the_groups_of_every_bucket():
 
 
 def test_tiles_take_slots_and_tokens_as_the_image_needs():
-    # 64 px: overview and 2 x 2 tiles for the large image, overview and 1 x 2 for the wide one, one view for the small
+    # 64 px: an overview, and 2 x 2 tiles for the large image, 1 x 2 for the wide one, one for the small one
     index = index_of([(1, [7]), (1, [7]), (1, [7])], [(300, 300), (128, 60), (50, 50)])
     made = settings((7, 1, 100), tokens=4, seed=None, grids=((1, 1), (1, 2), (2, 2)))
     schedule = Schedule([index], made)
     groups = [
         [(p.record, p.slot, p.slots, p.placements[0].length) for p in g] for k in (0, 1) for g in groups_of(schedule, k)
     ]
-    assert groups == [[(0, 0, 5, 27)], [(1, 0, 3, 19), (2, 3, 1, 11)]]
+    assert groups == [[(0, 0, 5, 27)], [(1, 0, 3, 19), (2, 3, 2, 15)]]
 
 
 def test_a_mixture_of_text_short_and_long_samples_fills_its_slots():

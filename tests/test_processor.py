@@ -78,7 +78,7 @@ def test_transparent_pictures_are_the_same_in_every_form_and_in_a_saved_processo
 
 
 def test_an_unknown_transparency_is_named(processor):
-    with pytest.raises(ValueError, match="unknown data.transparency 'black': choose one of white, drop"):
+    with pytest.raises(ValueError, match=r"unknown data\.transparency 'black': choose one of white, drop"):
         dataclasses.replace(processor, transparency="black")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import PIL.Image
 
 TRANSPARENCIES = ("white", "drop")
-_BITS_PER_SAMPLE = 258  # TIFF tag
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
 
 
 def to_array(image: PIL.Image.Image) -> np.ndarray:
@@ -59,9 +59,12 @@ def shrink_with_alpha(pixels: np.ndarray, height: int, width: int) -> np.ndarray
 
 def _to_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     """Returns 16-bit grey, which convert() would clip to white, as L, or as LA if a level counts as transparent."""
-    levels = np.asarray(image)
-    shift = 4 if getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE) == (12,) else 8
-    grey = PIL.Image.fromarray((levels.clip(0, 65535) >> shift).astype(np.uint8))
+    tags = getattr(image, "tag_v2", {})
+    top = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
+    levels = np.asarray(image).clip(0, top)
+    if tags.get(_PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds for fewer bits only
+        levels = top - levels
+    grey = PIL.Image.fromarray((levels >> top.bit_length() - 8).astype(np.uint8))
     key = image.info.get("transparency")
     if not isinstance(key, int):
         return grey

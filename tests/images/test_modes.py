@@ -9,6 +9,7 @@ import PIL.features
 import PIL.Image
 import PIL.ImageOps
 import pytest
+import simplejpeg
 import torch_reference  # noqa: F401 (makes torchvision importable)
 from pictures import encode, exif, photo, png
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -68,6 +69,11 @@ def files():
     found["1 with a transparent level", "PNG"] = encode(picture("1"), format="PNG", transparency=0)
     clear = picture("RGB").getpixel((3, 3))
     found["RGB with a transparent colour", "PNG"] = encode(picture("RGB"), format="PNG", transparency=clear)
+    cmyk = found["CMYK", "JPEG"]
+    adobe = cmyk.index(b"\xff\xee")
+    found["CMYK without Adobe's mark", "JPEG"] = cmyk[:adobe] + cmyk[adobe + 16 :]
+    inverted = np.ascontiguousarray(255 - np.asarray(picture("CMYK")))
+    found["YCCK", "JPEG"] = simplejpeg.encode_jpeg(inverted, 90, "CMYK", "420")
     found["RGB stored as RGB", "JPEG"] = encode(picture("RGB"), format="JPEG", keep_rgb=True)
     pages = dict(save_all=True, append_images=[PIL.Image.new("RGBA", (130, 90), "red")])
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
@@ -165,12 +171,19 @@ def test_a_transparent_level_of_16_bits_is_white():
     assert decode(data, transparency="drop")[0, :, 0].tolist() == [0x12, 0x12, 0xFF]
 
 
-def test_grey_of_12_bits_keeps_its_brightness():
-    packed = bytes([0xFF, 0xF8, 0x00, 0x00, 0x00, 0x00])  # levels 0xFFF, 0x800, 0, 0
-    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 8 * 12 + 4), (278, 1), (279, len(packed))]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed
-    assert decode(data)[0, :, 0].tolist() == [255, 128, 0, 0]
+@pytest.mark.parametrize(
+    "bits, white, pixels, expected",
+    [
+        (12, 1, bytes([0xFF, 0xF8, 0x00, 0x40, 0x00, 0x00]), [255, 128, 64, 0]),  # levels 0xFFF, 0x800, 0x400, 0
+        (16, 1, struct.pack("<4H", 0xFFFF, 0x8000, 0x00FF, 0), [255, 128, 0, 0]),
+        (16, 0, struct.pack("<4H", 0xFFFF, 0x8000, 0x00FF, 0), [0, 127, 255, 255]),  # as X-ray films: 0 is white
+    ],
+)
+def test_deep_grey_of_a_tiff_keeps_its_brightness(bits, white, pixels, expected):
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: white, 273: 8 + 2 + 8 * 12 + 4, 278: 1, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
+    assert decode(data)[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "HSV"])
@@ -195,3 +208,11 @@ def test_shrinking_keeps_what_is_seen_and_what_is_behind(kind, options):
         difference = abs(decode(small, transparency=transparency) - expected)
         # Behind pixels that are nearly transparent, 8 bits hold little of a colour.
         assert difference.max() <= 3 if transparency == "white" else difference.mean() < 2
+
+
+def test_shrinking_mixes_no_hidden_colour_into_an_edge():
+    pixels = np.zeros((90, 90, 4), np.uint8)
+    pixels[20:55, 31:66] = 255  # a white square on transparent black: white everywhere
+    small = shrink(encode(PIL.Image.fromarray(pixels), format="PNG"), 40)
+    assert decode(small).min() >= 254
+    assert decode(small, transparency="drop")[[0, -1]].max() == 0

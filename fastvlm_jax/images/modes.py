@@ -33,7 +33,7 @@ def to_rgb(pixels: np.ndarray, transparency: str = "white") -> np.ndarray:
 
     Args:
       pixels: uint8 [H, W, 3] or [H, W, 4].
-      transparency: "white" shows transparent pixels over white, as transformers does since version 5. "drop" shows
+      transparency: "white" shows transparent pixels over white, as transformers 5.23 does. "drop" shows
         the colours that are stored behind the transparency, as LLaVA's and ml-fastvlm's `convert("RGB")` does.
     """
     if pixels.shape[2] == 3:

@@ -15,6 +15,7 @@ CASES = [(p.stem, size) for p in CONFIGS.glob("stage*.py") for size in ("0.5b", 
 # The paper's comparisons: the language model of LLaVA-1.5, and other encoders.
 CASES += [("stage1_align", "vicuna-7b,clip_vit_l_336"), ("stage2_instruct", "vicuna-7b,mci2")]
 CASES += [("stage1_align", "0.5b,siglip_so400m_384"), ("stage2_instruct", "smollm2-135m,convnext_l")]
+CASES += [("own_data", size) for size in ("tiny", "0.5b")]
 CASES += [("quickstart", stage) for stage in ("stage1_align", "stage15_pretrain", "stage2_instruct")]
 # Qwen2's published counts, with the embedding counted once where it is tied.
 QWEN2 = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}

@@ -23,6 +23,7 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
                   [--max_side N] [--verify]
             inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--json FILE] [--verify]
             easy-vqa --output DIR
+            tokenizer --data DIR [--vocab_size N]
   preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]
   bench     input --config FILE.py[:ARG] --config.data.path=DIR [--seconds N] [--output FILE.json]
   report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]

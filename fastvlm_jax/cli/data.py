@@ -8,7 +8,7 @@ from fastvlm_jax.cli.arguments import define_config, parse
 
 def data(argv: list[str]) -> None:
     """Runs the command behind `fastvlm data`."""
-    commands = {"write": write_data, "inspect": inspect_data, "easy-vqa": easy_vqa_data}
+    commands = {"write": write_data, "inspect": inspect_data, "easy-vqa": easy_vqa_data, "tokenizer": train_tokenizer}
     name = help.choose("fastvlm data", argv[1:], commands, help.group("data"))
     commands[name]([f"data {name}", *argv[2:]])
 
@@ -111,6 +111,18 @@ def easy_vqa_data(argv: list[str]) -> None:
     from fastvlm_jax.data.sets.easy_vqa import write_easy_vqa
 
     print(f"{fv.output}: {write_easy_vqa(fv.output)}")
+
+
+def train_tokenizer(argv: list[str]) -> None:
+    """Trains a tokenizer on the texts of a data set, for a small model that is trained from scratch."""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("data", None, "folder of shards; the tokenizer is written beside them", flag_values=fv)
+    flags.DEFINE_string("split", "train", "split whose texts it is trained on", flag_values=fv)
+    flags.DEFINE_integer("vocab_size", 512, "largest number of ids", lower_bound=1, flag_values=fv)
+    parse(fv, argv, required=("data",))
+    from fastvlm_jax.data.write.tokenizer import write_tokenizer
+
+    print(f"wrote {write_tokenizer(fv.data, fv.vocab_size, fv.split)}")
 
 
 def define_tokenizer(fv: flags.FlagValues) -> None:

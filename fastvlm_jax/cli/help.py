@@ -39,6 +39,10 @@ ABOUT = {
         "Writes easy-VQA, the data set of the quickstart, as shards.",
         "fastvlm data easy-vqa --output data/easy_vqa",
     ),
+    "data tokenizer": (
+        "Trains a tokenizer on the texts of a data set, for a small model that is trained from scratch.",
+        "fastvlm data tokenizer --data data/mine",
+    ),
     "preflight": (
         "Compiles the program of a config for a TPU slice, without a TPU, and estimates its memory and time.",
         "fastvlm preflight --config configs/stage2_instruct.py:0.5b --topology v5e:4x4",

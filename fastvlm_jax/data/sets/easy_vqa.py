@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_manifest
 from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.data.write.tokenizer import TEMPLATE_WORDS
 from fastvlm_jax.text.tokenizer import train_sentencepiece
 
 IMAGES = {"train": 4000, "test": 1000}
@@ -15,8 +16,6 @@ QUESTIONS = {"train": 38_575, "test": 9_673}
 COLORS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 SHAPES = {"circle", "rectangle", "triangle"}
 VOCAB_SIZE = 512
-# Words that templates put around every question; the tokenizer is trained on them, so that each is one token.
-TEMPLATE_WORDS = ["user", "assistant", "system", "You are a helpful assistant."]
 
 Talks = dict[int, list[tuple[str, str]]]  # image number -> its (question, answer) pairs
 

@@ -1,0 +1,114 @@
+"""Reads training runs for a report, names them apart, and draws their losses over the steps."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from fastvlm_jax.metrics.writer import read_metrics
+from fastvlm_jax.workdir import read_run
+
+Rows = Sequence[dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Describes a training run.
+
+    Attributes:
+      name: what the report calls it, different for each of its runs.
+      rows: lines of its metrics.jsonl.
+      config: its settings.
+      start: step at which its curve begins: 0, or where the run ended whose weights it started from.
+    """
+
+    name: str
+    rows: Rows
+    config: dict[str, Any]
+    start: int
+
+    def last(self, key: str) -> float | None:
+        """Returns the last value of a metric, None if it was never written."""
+        return next((row[key] for row in reversed(self.rows) if key in row), None)
+
+    def points(self, key: str, scale: float = 1.0) -> list[tuple[float, float]]:
+        """Returns the (step, value) of a metric, the steps counted from `start`, the values times `scale`."""
+        return [(self.start + row["step"], scale * row[key]) for row in self.rows if key in row]
+
+
+def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
+    """Reads training runs; each begins where the one among them ended that it started from.
+
+    Raises:
+      ValueError: a folder is no workdir, has no metrics yet, or is named twice.
+    """
+    found, runs = [], []
+    for workdir in workdirs:
+        rows = read_metrics(workdir)
+        if not rows:
+            raise ValueError(f"{workdir} has no metrics.jsonl: name the workdir of a training run")
+        found.append((workdir, rows, read_run(workdir)))
+    for name, (_, rows, run) in zip(names(workdirs, [run["config"]["stage"] for *_, run in found]), found, strict=True):
+        parent = {key: value for key, value in (run["lineage"]["parent"] or {}).items() if key != "step"}
+        before = [other for other, (*_, theirs) in zip(runs, found, strict=False) if theirs["lineage"] == parent]
+        start = before[-1].start + int(run["lineage"]["parent_step"] or 0) if before else 0
+        runs.append(Run(name, rows, run["config"], start))
+    return runs
+
+
+def names(workdirs: Sequence[pathlib.Path], stages: Sequence[str]) -> list[str]:
+    """Returns a name for each run: its stage, or the shortest ends of the paths that differ if stages repeat.
+
+        a/stage1 (stage "align"), a/stage2 (stage "instruct")     align, instruct
+        first/tune, second/tune (both of stage "instruct")        first/tune, second/tune
+        runs/slow, runs/fast (both of stage "instruct")           slow, fast
+
+    Raises:
+      ValueError: a workdir is named twice.
+    """
+    if all(stages) and len(set(stages)) == len(stages):
+        return list(stages)
+    parts = [workdir.expanduser().resolve().parts for workdir in workdirs]
+    if len(set(parts)) < len(parts):
+        twice = next(workdir for workdir, own in zip(workdirs, parts, strict=True) if parts.count(own) > 1)
+        raise ValueError(f"{twice} is named twice: name each workdir once")
+    length = 1
+    while len({own[-length:] for own in parts}) < len(parts):
+        length += 1
+    return ["/".join(own[-length:]) for own in parts]
+
+
+def plot_losses(runs: Sequence[Run], path: pathlib.Path) -> None:
+    """Draws training loss, validation loss and validation accuracy of all runs, a colour each."""
+    figure, axis = plt.subplots(figsize=(9, 4.2))
+    shown = {key for key in ("validation/loss", "validation/accuracy") if any(run.points(key) for run in runs)}
+    accuracy_axis = axis.twinx() if "validation/accuracy" in shown else None
+    for i, run in enumerate(runs):
+        if points := run.points("loss"):
+            axis.plot(*zip(*points, strict=True), "-", color=f"C{i}", label=run.name)
+        if points := run.points("validation/loss"):
+            axis.plot(*zip(*points, strict=True), "o--", color=f"C{i}", markersize=5)
+        if points := run.points("validation/accuracy", 100):
+            accuracy_axis.plot(*zip(*points, strict=True), "s:", color=f"C{i}", markersize=5, alpha=0.6)
+    for start in {run.start for run in runs} - {0}:
+        axis.axvline(start, color="0.85", linewidth=1)
+    if "validation/loss" in shown:
+        axis.plot([], [], "o--", color="0.2", label="validation loss")
+    if accuracy_axis:
+        axis.plot([], [], "s:", color="0.35", label="validation accuracy (right)")
+        accuracy_axis.set(ylabel="validation accuracy, %", ylim=(0, 101))
+        accuracy_axis.spines["top"].set_visible(False)
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
+    axis.spines["top"].set_visible(False)
+    columns = min(4, len(runs) + len(shown))
+    lines = -(-(len(runs) + len(shown)) // columns)
+    figure.tight_layout(rect=(0, 0, 1, 0.99 - 0.06 * lines))
+    entries = axis.get_legend_handles_labels()
+    figure.legend(*entries, loc="upper center", ncol=columns, frameon=False, fontsize=9, columnspacing=1.2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,122 @@
+"""The page about runs: names that keep them apart, curves and legends, rates, settings that differ."""
+
+import json
+import pathlib
+import re
+
+import matplotlib
+import pytest
+from command import fastvlm
+
+from fastvlm_jax.report.curves import names, plot_losses, read_runs
+from fastvlm_jax.report.runs import write_report
+
+CONFIG = {"stage": "instruct", "seed": 0, "data": {"image_size": 192, "path": "data/a"}}
+LINEAGE = {"stage": "instruct", "data_fingerprint": "x", "parent": None, "parent_step": None}
+
+
+def workdir(folder, rows, config=CONFIG, lineage=LINEAGE):
+    folder.mkdir(parents=True)
+    run = {"format": "fastvlm_jax workdir", "config": config, "lineage": lineage}
+    (folder / "config.json").write_text(json.dumps(run))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def row(step, **metrics):
+    return {"step": step, "seconds": step / 2, **{key.replace("__", "/"): value for key, value in metrics.items()}}
+
+
+def texts(runs, tmp_path):
+    """All words of the drawing, from an SVG that keeps them as text."""
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_losses(runs, tmp_path / "loss.svg")
+    return re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "loss.svg").read_text())
+
+
+def tables(page):
+    """{title: [[cell, ...], ...]} of the tables of a page."""
+    found = re.findall(r"<h2>([^<]*)</h2>\s*<table>(.*?)</table>", page.read_text(), re.S)
+    return {
+        title: [re.findall(r"<t[hd]>([^<]*)", line) for line in body.split("<tr>")[1:]] for title, body in found
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "paths, stages, expected",
+    [
+        (["r/one", "r/two"], ["align", "instruct"], ["align", "instruct"]),
+        (["runs/slow", "runs/fast"], ["instruct", "instruct"], ["slow", "fast"]),
+        (["first/tune", "second/tune"], ["instruct", "instruct"], ["first/tune", "second/tune"]),
+        (["a/x/tune", "b/x/tune", "b/y/tune"], ["s"] * 3, ["a/x/tune", "b/x/tune", "b/y/tune"]),
+        (["a/x/tune", "b/y/tune"], ["s", "s"], ["x/tune", "y/tune"]),
+        (["a/one", "b/two", "c/three"], ["s", "s", "t"], ["one", "two", "three"]),
+        (["r/one"], [""], ["one"]),
+    ],
+)
+def test_runs_are_named_by_their_stage_or_the_shortest_path_that_keeps_them_apart(paths, stages, expected):
+    assert names([pathlib.Path(path) for path in paths], stages) == expected
+
+
+def test_two_runs_of_one_stage_begin_at_step_0_and_have_their_own_legend(tmp_path):
+    runs = [row(10, loss=2.0), row(20, loss=1.0)]
+    found = read_runs([workdir(tmp_path / "a/tune", runs), workdir(tmp_path / "b/tune", runs[:1])])
+    assert [(run.name, run.start, run.points("loss")) for run in found] == [
+        ("a/tune", 0, [(10, 2.0), (20, 1.0)]),
+        ("b/tune", 0, [(10, 2.0)]),
+    ]
+    words = texts(found, tmp_path)
+    assert "a/tune" in words and "b/tune" in words
+    # Nothing was validated: no legend and no axis for it.
+    assert not any("validation" in word for word in words)
+
+
+def test_a_stage_begins_where_the_one_ended_that_it_started_from(tmp_path):
+    first = workdir(tmp_path / "align", [row(8, loss=3.0)], {**CONFIG, "stage": "align"}, {**LINEAGE, "stage": "align"})
+    child = {**LINEAGE, "parent": {**LINEAGE, "stage": "align", "step": 6}, "parent_step": 6}
+    rows = [row(4, loss=2.0), row(4, validation__loss=2.5, validation__accuracy=0.5)]
+    found = read_runs([first, workdir(tmp_path / "instruct", rows, lineage=child)])
+    assert [(run.name, run.start) for run in found] == [("align", 0), ("instruct", 6)]
+    assert found[1].points("loss") == [(10, 2.0)] and found[1].points("validation/accuracy", 100) == [(10, 50.0)]
+    assert {"align", "instruct", "validation loss", "validation accuracy (right)"} <= set(texts(found, tmp_path))
+
+
+def test_the_page_shows_results_rates_and_the_settings_that_differ(tmp_path):
+    rates = {"step_seconds": 0.5, "images/s": 32.0, "tokens/s": 1234.5}
+    slow = [row(1, loss=9.0, step_seconds=60.0), *(row(s, loss=1 / s, **rates) for s in (2, 3, 4))]
+    other = {**CONFIG, "data": {"image_size": 128, "path": "data/a"}, "extra": "<b>"}
+    first = workdir(tmp_path / "a/tune", [*slow, row(4, validation__accuracy=0.75)])
+    second = workdir(tmp_path / "b/tune", [row(1, loss=2.0)], other)
+    page, loss = write_report([first, second], tmp_path / "page.html")
+    assert loss == tmp_path / "page_loss.png" and loss.stat().st_size > 5000
+    assert tables(page) == {
+        "Results": [
+            ["run", "steps", "seconds", "last loss", "validation accuracy"],
+            ["a/tune", "4", "2", "0.25", "0.75"],
+            ["b/tune", "1", "0", "2", "-"],
+        ],
+        # Medians; the first log of a run holds its compilation.
+        "Rates (medians)": [
+            ["run", "seconds a step", "images/s", "tokens/s"],
+            ["a/tune", "0.5", "32", "1,234"],
+            ["b/tune", "-", "-", "-"],
+        ],
+        "Settings that differ": [
+            ["key", "a/tune", "b/tune"],
+            ["data.image_size", "192", "128"],
+            ["extra", "-", "&lt;b&gt;"],
+        ],
+    }
+
+
+def test_one_run_has_no_table_of_differences_and_all_settings(tmp_path):
+    page, _ = write_report([workdir(tmp_path / "run", [row(1, loss=2.0)])], tmp_path / "page.html")
+    assert list(tables(page)) == ["Results"]
+    assert "&#34;image_size&#34;: 192" in page.read_text()
+
+
+def test_a_run_that_is_named_twice_is_refused(tmp_path, monkeypatch, capsys):
+    run = workdir(tmp_path / "run", [row(1, loss=2.0)])
+    argv = ("report", run, tmp_path / "run/../run", f"--output={tmp_path / 'page.html'}")
+    status, out, err = fastvlm(monkeypatch, capsys, *argv)
+    assert (status, out) == (1, "") and err.count("\n") == 1 and "run is named twice: name each workdir once" in err

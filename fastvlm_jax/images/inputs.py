@@ -193,7 +193,8 @@ def _from_pillow(image: PIL.Image.Image) -> np.ndarray:
     _check_size(image.height, image.width)
     try:
         image.load()
-        return to_array(PIL.ImageOps.exif_transpose(image))
+        # Pillow itself rotates a TIFF; a copy of it would lose the tags that `to_array` reads.
+        return to_array(image if hasattr(image, "tag_v2") else PIL.ImageOps.exif_transpose(image))
     except Exception as error:  # a lazily opened file fails here, as in `decode`
         raise unreadable(error) from error
 

@@ -16,6 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from fastvlm_jax.images.decode import decode, shrink, size_of, views_into
+from fastvlm_jax.images.inputs import to_pixels
 from fastvlm_jax.images.modes import to_array, to_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -184,6 +185,7 @@ def test_deep_grey_of_a_tiff_keeps_its_brightness(bits, white, pixels, expected)
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + pixels
     assert decode(data)[0, :, 0].tolist() == expected
+    assert to_pixels(opened(data))[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "HSV"])

@@ -1,28 +1,46 @@
-"""Turns rows of named columns into records: finds the columns of the images, the questions and the answers.
+"""Finds the columns of the images, the questions and the answers among named columns; rows.py reads the rows.
 
-The first of these layouts that the columns allow is used; column names are compared in lower case:
+Every format goes through here, so that a name means the same in all of them: the columns of Parquet files and tables,
+the keys of JSON objects, the features of TFDS. The first of these layouts that the columns allow is used; names are
+compared in lower case:
 
     conversations, messages   messages of `from` and `value` or `role` and `content`       LLaVA-OneVision
-    texts                     pairs of `user` and `assistant`                              The Cauldron, DocMatix
-    question + answer(s)      one of each, or a list of each                               VQA sets
+    prompt + completion       two lists of such messages                                   TRL
+    texts, qa ...             pairs of `user` and `assistant`, or `question` and `answer`  The Cauldron, DocMatix
+    question + answer(s)      one of each, or a list of each                               VQA sets, Alpaca
     caption, text ...         a text, or several                                           caption sets
     label                     the name of a class                                          classification sets
+    json                      an object with such keys                                     tars stored as Parquet
 """
 
-import collections
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from fastvlm_jax.data.readers import Options
-from fastvlm_jax.data.readers.conversations import MARK, about_image, text_of, to_turns
-from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.readers import pictures
 
-IMAGES = ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+# Columns that name images, or hold them; the first that has any is read.
+IMAGES = (
+    "image", "images", "img", "imgs", "bytes",
+    "path", "filename", "file_name", "filepath", "file_path", "file", "image_path",
+    "image_paths", "img_path", "img_paths", "image_file", "image_files", "image_name", "image_names", "image_filename",
+    "image_url", "image_urls", "img_url", "picture", "pictures", "photo", "photos", "jpg", "jpeg", "png", "webp",
+    "image_bytes", "image_data", "image_base64", "img_base64", "image_base64_str",
+)  # fmt: skip
+# Of these, the ones that name other files as often.
+ANY_FILE = ("path", "filename", "file_name", "filepath", "file_path", "file", "bytes")
+_BYTES = ("image", "images", "img", "imgs", "jpg", "jpeg", "png", "webp", "image_bytes", "image_data", "bytes")
+_SOUND_OR_VIDEO = re.compile(r"(video|audio)s?(_.*)?")
 _MESSAGES = ("conversations", "conversation", "messages")
+_PAIRS = ("texts", "qa", "qas", "qa_pairs")
 _QUESTIONS = ("question", "questions", "query", "prompt", "instruction", "problem")
-_ANSWERS = ("multiple_choice_answer", "answer", "answers", "response", "output", "solution", "label")
-_CAPTIONS = ("caption", "captions", "recaption", "text", "texts", "txt", "description", "sentence", "sentences")
+_ANSWERS = (
+    "multiple_choice_answer", "answer", "answers", "response", "output", "completion", "solution", "label",
+)  # fmt: skip
+CAPTIONS = (
+    "caption", "captions", "recaption", "text", "texts", "txt", "title", "description", "sentence", "sentences",
+)  # fmt: skip
+_PAIR_KEYS = (("user", "assistant"), ("question", "answer"))
 EXPECTED = (
     "an image column and one of: conversations, messages, texts of user and assistant, question and answer, caption, "
     "text, label"
@@ -30,112 +48,126 @@ EXPECTED = (
 
 
 class Plan(NamedTuple):
-    """Holds the names of the columns that a record is made from."""
+    """Holds the names of the columns that a record is made from.
+
+    Attributes:
+      images: columns that hold images, all of which are read.
+      named: columns that name images, of which the first that has any is read.
+      kind: layout of the text: "messages", "pairs", "answers", "captions", "row", or "" for none.
+      texts: columns of the text.
+      id: column of the row's id, or None.
+      others: all other columns; nothing that looks like a picture may be in them.
+    """
 
     images: tuple[str, ...]
-    kind: str  # "messages", "pairs", "answers" or "captions"
+    named: tuple[str, ...]
+    kind: str
     texts: tuple[str, ...]
     id: str | None
+    others: tuple[str, ...]
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Returns all columns but the others, each once."""
+        identity = (self.id,) if self.id else ()
+        return tuple(dict.fromkeys((*self.images, *self.named, *self.texts, *identity)))
 
 
 def plan(kinds: Mapping[str, str]) -> Plan:
     """Returns the plan for a table's columns.
 
     Args:
-      kinds: column name -> "image", "text", "messages", "pairs" or "other".
+      kinds: column name -> "image" (encoded images), "binary", "text", "messages", "pairs", "object" or "other".
 
     Raises:
       ValueError: the columns fit no known layout; the message names them.
     """
-    images = tuple(name for name, kind in kinds.items() if kind == "image")
-    named = {name.lower(): name for name in kinds}
-    identity = next((named[name] for name in ("id", "image_id", "question_id") if name in named), None)
+    found = try_plan(kinds)
+    if not found.kind:
+        raise ValueError(f"the columns are {', '.join(kinds) or 'none'}: expected are {EXPECTED}")
+    return found
+
+
+def try_plan(kinds: Mapping[str, str]) -> Plan:
+    """Returns the plan for the columns of one row, as `plan` does; its kind is "" if they fit no known layout."""
+    lower = {name.lower(): name for name in kinds}
+    images = tuple(
+        name
+        for name, kind in kinds.items()
+        if (kind == "image" and not is_sound_or_video(name)) or (kind == "binary" and name.lower() in _BYTES)
+    )
+    named = tuple(
+        lower[name]
+        for name in IMAGES
+        if name in lower
+        and lower[name] not in images
+        and kinds[lower[name]] not in ("messages", "pairs")
+        and (name not in ANY_FILE or kinds[lower[name]] == "text")
+    )
+    kind, texts = _layout({name.lower(): kind for name, kind in kinds.items()}, bool(images or named))
+    texts = tuple(lower[name] for name in texts)
+    identity = next((lower[name] for name in ("id", "image_id", "question_id") if name in lower), None)
+    used = {*images, *named, *texts, identity}
+    return Plan(images, named, kind, texts, identity, tuple(name for name in kinds if name not in used))
+
+
+def _layout(kinds: Mapping[str, str], pictured: bool) -> tuple[str, tuple[str, ...]]:
+    """Returns the layout and its columns, of columns named in lower case; ("", ()) if they fit none."""
 
     def first(names: Iterable[str], kind: str) -> str | None:
-        return next((named[name] for name in names if name in named and kinds[named[name]] == kind), None)
+        return next((name for name in names if kinds.get(name) == kind), None)
 
-    messages = next((name for name, kind in kinds.items() if kind == "messages"), None) or first(_MESSAGES, "text")
-    pairs = next((name for name, kind in kinds.items() if kind == "pairs"), None)
+    if kinds.get("prompt") == kinds.get("completion") == "messages":
+        return "messages", ("prompt", "completion")
+    if messages := first(_MESSAGES, "messages") or first(kinds, "messages") or first(_MESSAGES, "text"):
+        return "messages", (messages,)
+    if pairs := first(kinds, "pairs"):
+        return "pairs", (pairs,)
     question, answer = first(_QUESTIONS, "text"), first(_ANSWERS, "text")
-    caption = first((*_CAPTIONS, "label"), "text")
-    if messages:
-        return Plan(images, "messages", (messages,), identity)
-    if images and pairs:
-        return Plan(images, "pairs", (pairs,), identity)
-    if images and question and answer:
-        return Plan(images, "answers", (question, answer), identity)
-    if images and caption:
-        return Plan(images, "captions", (caption,), identity)
-    raise ValueError(f"the columns are {', '.join(kinds) or 'none'}: expected are {EXPECTED}")
+    if question and answer:
+        context = ("input",) if question == "instruction" and kinds.get("input") == "text" else ()
+        return "answers", (question, answer, *context)
+    if pairs := first(_PAIRS[1:], "text"):
+        return "pairs", (pairs,)
+    if (caption := first((*CAPTIONS, "label"), "text")) and pictured:
+        return "captions", (caption,)
+    if kinds.get("json") in ("text", "object"):
+        return "row", ("json",)
+    return "", ()
 
 
-def to_record(key: str, images: Sequence[bytes], row: Mapping[str, Any], plan: Plan, options: Options) -> Record:
-    """Returns the record of a row, given the bytes of its images.
-
-    Raises:
-      ValueError: the row cannot become a record; the message is a short line that says why.
-    """
-    extra = {"id": row[plan.id]} if plan.id and isinstance(row.get(plan.id), str | int) else {}
-    values = [row[name] for name in plan.texts]
-    for name, value in zip(plan.texts, values, strict=True):
-        if value is None or (isinstance(value, str | list) and not len(value)):
-            raise ValueError(f"{name} is {'null' if value is None else 'empty'}")
-    if plan.kind == "messages":
-        turns = to_turns(_parsed(plan.texts[0], values[0]), len(images))
-    else:
-        if not images:
-            raise ValueError(f"{' and '.join(plan.images)} {'is' if len(plan.images) == 1 else 'are'} null or empty")
-        if plan.kind == "captions":
-            captions = [text_of(text, plan.texts[0]) for text in _listed(values[0])]
-            if len(captions) > 1:
-                extra["captions"] = captions
-            if len(images) > 1:
-                raise ValueError(f"{len(images)} images have only a caption, not a conversation")
-            return Record(key, tuple(images), about_image(captions[0], key, options.questions), extra)
-        pairs = _pairs(values[0]) if plan.kind == "pairs" else _answered(*values, extra)
-        turns = to_turns(_with_marks(pairs, len(images)), len(images))
-    return Record(key, tuple(images), turns, extra)
+def is_sound_or_video(name: str) -> str | None:
+    """Returns "sound" or "video" for the name of a column of such, None for other names."""
+    match = _SOUND_OR_VIDEO.fullmatch(name.lower())
+    return match and {"audio": "sound", "video": "video"}[match[1]]
 
 
-def _parsed(name: str, value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is text that is not JSON") from error
-    return value
+def kind_of(name: str, value: Any) -> str:
+    """Returns what a record can take from a value of a row; the kinds are those of `plan`."""
+    name = name.lower()
+    inner = value[0] if isinstance(value, list | tuple) and value else value
+    if isinstance(inner, bytes):
+        return "image" if name in _BYTES or pictures.is_picture(inner) else "other"
+    if isinstance(inner, Mapping) and name not in IMAGES:
+        listed = inner is not value or all(isinstance(column, list | tuple) for column in inner.values())
+        if listed and is_messages(inner):
+            return "messages"
+        if listed and pair_keys(inner):
+            return "pairs"
+        if isinstance(inner.get("bytes"), bytes):
+            return "image"
+    if isinstance(inner, str):
+        return "text"
+    if name in _MESSAGES and value is not None:
+        return "messages"  # what is wrong with them is told when they are read
+    return "object" if isinstance(value, Mapping) else "other"
 
 
-def _listed(value: Any) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
+def is_messages(keys: Iterable[str]) -> bool:
+    """Returns whether an object with these keys is a message."""
+    return {"from", "value"} <= set(keys) or {"role", "content"} <= set(keys)
 
 
-def _pairs(value: list) -> list[tuple[Any, Any]]:
-    if any(not isinstance(pair, Mapping) for pair in value):
-        raise ValueError("texts holds a null")
-    return [(pair.get("user"), pair.get("assistant")) for pair in value]
-
-
-def _answered(questions: Any, answers: Any, extra: dict) -> list[tuple[Any, Any]]:
-    """Pairs a question with its most frequent answer, or a list of questions with a list of as many answers."""
-    if isinstance(questions, list):
-        answers = _listed(answers)
-        if len(questions) != len(answers):
-            raise ValueError(f"there are {len(questions)} questions and {len(answers)} answers")
-        return list(zip(questions, answers, strict=True))
-    if isinstance(answers, list):
-        answers = [text_of(answer, "an answer") for answer in answers]
-        if len(answers) > 1:
-            extra["answers"] = answers
-        answers = collections.Counter(answers).most_common(1)[0][0]
-    return [(questions, answers)]
-
-
-def _with_marks(pairs: list[tuple[Any, Any]], num_images: int) -> list[dict[str, Any]]:
-    """Returns the messages of question-answer pairs; without an image mark, all images open the first question."""
-    texts = [
-        text_of(text, what) for pair in pairs for text, what in zip(pair, ("a question", "an answer"), strict=True)
-    ]
-    if not any(MARK in text for text in texts):
-        texts[0] = MARK * num_images + texts[0]
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+def pair_keys(keys: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the keys of the question and the answer in an object with these keys, None if it is no pair."""
+    return next((pair for pair in _PAIR_KEYS if {*pair} <= set(keys)), None)

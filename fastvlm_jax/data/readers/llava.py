@@ -1,10 +1,10 @@
-"""Reads LLaVA's files: a JSON list, or one JSON object a line, of `id`, `image` or `images`, and `conversations`.
+"""Reads JSON lists, or one JSON object a line: LLaVA's `id`, `image` or `images`, and `conversations`, and their like.
 
     [{"id": "000000033471", "image": "coco/train2017/000000033471.jpg",
       "conversations": [{"from": "human", "value": "<image>\\nWhat is on the bus?"}, {"from": "gpt", "value": "..."}]}]
 
-Also read: entries without an image, `messages` instead of `conversations`, and `role` and `content` instead of `from`
-and `value`. A part is a range of bytes: whole entries of a list, or the lines that begin in the range.
+columns.py says which other keys are read. A part is a range of bytes: whole entries of a list, or the lines that begin
+in the range.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from fastvlm_jax.data.readers import Options, Part
-from fastvlm_jax.data.readers.conversations import shown, text_of, to_turns
+from fastvlm_jax.data.readers.conversations import shown, text_of
 from fastvlm_jax.data.readers.files import (
     check_images_folder,
     images_folder,
@@ -26,9 +26,9 @@ from fastvlm_jax.data.readers.files import (
     loads,
     looks_like,
     opened,
-    read_images,
     whole_number,
 )
+from fastvlm_jax.data.readers.rows import row_record
 from fastvlm_jax.data.record import Record, Rejected
 
 SUFFIXES = (".json", ".jsonl")
@@ -88,7 +88,7 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
                 if key in seen:
                     raise ValueError(f"the same entry stands at byte {seen[key]}")
                 seen[key] = at
-                yield _record(entry, key, folder)
+                yield row_record(key, entry, folder, options)
             except ValueError as error:
                 yield Rejected(part.path, key, str(error))
     except (OSError, ValueError) as error:
@@ -107,17 +107,6 @@ def _name(entry: Any) -> str:
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise ValueError(f"the id is {shown(name)}, not text or a whole number")
     return text_of(str(name), "the id")
-
-
-def _record(entry: dict[str, Any], key: str, folder: epath.Path) -> Record:
-    if entry.get("video") or entry.get("videos"):
-        raise ValueError("it is about a video: only images are read")
-    images = entry.get("image") if entry.get("image") not in (None, "") else entry.get("images")
-    names = [] if images in (None, "", [""]) else images if isinstance(images, list) else [images]
-    names = [text_of(name, "the name of an image") for name in names]
-    messages = entry.get("conversations") if "conversations" in entry else entry.get("messages")
-    turns = to_turns(messages, len(names))
-    return Record(key, read_images(folder, names), turns)
 
 
 def _is_list(path: epath.Path) -> bool:

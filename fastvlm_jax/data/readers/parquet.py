@@ -1,7 +1,8 @@
-"""Reads Parquet files as hubs publish them: images as bytes beside conversations, questions or captions.
+"""Reads Parquet files as hubs publish them: images as bytes or names beside conversations, questions or captions.
 
 Row groups are read a few rows at a time, and only the columns that records need. Columns are recognised by their types
-and, where several fit, by their names (columns.py). In a folder, files named `train-...`, `validation-...` or
+and, where several fit, by their names (columns.py); of all other columns the first value is looked at, so that pictures
+under a name that is not known are found too. In a folder, files named `train-...`, `validation-...` or
 `test-...` belong to that split; files with other names belong to every split.
 """
 
@@ -14,13 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from fastvlm_jax.data.readers import Options, Part, columns
-from fastvlm_jax.data.readers.files import MAX_RECORD_BYTES, checked, images_folder, read_image
+from fastvlm_jax.data.readers import Options, Part, columns, pictures
+from fastvlm_jax.data.readers.files import check_images_folder, images_folder
 from fastvlm_jax.data.readers.folders import any_below, below
+from fastvlm_jax.data.readers.rows import to_record
 from fastvlm_jax.data.record import Record, Rejected
 
 _PART_BYTES = 64 << 20  # bytes of the row groups in a part
 _ROWS = 16  # rows in memory at a time
+_MAX_NULLS = 100_000  # rows that are searched for the first value of a column that is not known
 _SPLIT = re.compile(r"(train|training|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 _SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 
@@ -37,9 +40,10 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
     """Returns runs of row groups of about 64 MB; a file that cannot be opened is one part.
 
     Raises:
-      FileNotFoundError: `path` does not exist, or holds no file of this split.
+      FileNotFoundError: `path` or `options.images` does not exist, or `path` holds no file of this split.
       ValueError: no file has columns that a record can be made from, or two files would give their rows the same keys.
     """
+    check_images_folder(options)
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     files = _of_split(below(path, ".parquet"), path, options.split) if path.is_dir() else [path]
@@ -60,7 +64,7 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
     with path.open("rb") as file:
         try:
             table = _opened(file)
-            plan = columns.plan(_kinds(table.schema_arrow))
+            plan = _plan(table)
         except _BROKEN as error:
             yield Rejected(part.path, name_of(path), _line(error))
             return
@@ -74,7 +78,7 @@ _BROKEN = (pa.ArrowException, ValueError, OSError, MemoryError, NotImplementedEr
 
 
 def _rows_of(table: pq.ParquetFile, group: int, plan: columns.Plan, path, options) -> Iterator[Record | Rejected]:
-    wanted = [*plan.images, *plan.texts, *([plan.id] if plan.id else [])]
+    folder, wanted = images_folder(path, options), [*plan.needed, *plan.others]
     first = row = sum(table.metadata.row_group(i).num_rows for i in range(group))
     end = first + table.metadata.row_group(group).num_rows
     batches = table.iter_batches(_ROWS, row_groups=[group], columns=wanted, use_threads=False)
@@ -91,8 +95,7 @@ def _rows_of(table: pq.ParquetFile, group: int, plan: columns.Plan, path, option
         for values in rows:
             key = f"{name_of(path)}/{row}"
             try:
-                images = _images(values, plan, path, options)
-                yield columns.to_record(key, images, values, plan, options)
+                yield to_record(key, values, plan, folder, options)
             except ValueError as error:
                 yield Rejected(str(path), key, str(error))
             row += 1
@@ -121,7 +124,7 @@ def _parts_of(path: epath.Path) -> tuple[list[Part], str]:
     try:
         with path.open("rb") as file:
             table = _opened(file)
-            columns.plan(_kinds(table.schema_arrow))
+            _plan(table)
             # Asking a damaged file about single columns ends the process (pyarrow 26: an exception crosses its C++).
             sizes = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
     except _BROKEN as error:
@@ -140,55 +143,83 @@ def _opened(file) -> pq.ParquetFile:
     return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
 
 
-def _kinds(schema: pa.Schema) -> dict[str, str]:
-    return {field.name: kind for field in schema if (kind := _kind(field.name.lower(), field.type))}
+def _plan(table: pq.ParquetFile) -> columns.Plan:
+    """Returns the plan for a file. Its other columns are only those that may hold pictures, videos or sounds."""
+    kinds = {field.name: _kind(field.type) for field in table.schema_arrow}
+    first = {}
+    for name in columns.try_plan(kinds).others:
+        if any(_is_text(of) or _is_binary(of) for of in _leaves(table.schema_arrow.field(name).type)):
+            first[name] = _first_value(table, name)
+    kinds |= {name: "image" for name, value in first.items() if kinds[name] == "binary" and _is_picture(value)}
+    plan = columns.plan(kinds)
+    others = [
+        name for name in plan.others if any(pictures.found_in(first.get(name))) or columns.is_sound_or_video(name)
+    ]
+    return plan._replace(others=tuple(others))
 
 
-def _kind(name: str, of: pa.DataType) -> str:
-    """Returns what a record can take from a column, "other" for nothing; the kinds are those of `columns.plan`."""
-    inner = of.value_type if pa.types.is_list(of) or pa.types.is_large_list(of) else of
-    if pa.types.is_dictionary(inner):
-        inner = inner.value_type
+def _is_picture(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, bytes) and pictures.is_picture(first)
+
+
+def _leaves(of: pa.DataType) -> Iterator[pa.DataType]:
+    of = _inner(of)
+    if pa.types.is_struct(of):
+        for i in range(of.num_fields):
+            yield from _leaves(of.field(i).type)
+    else:
+        yield of
+
+
+def _first_value(table: pq.ParquetFile, name: str) -> Any:
+    """Returns the first value of a column that is not null and not empty; None if there is none in its first rows."""
+    rows = 0
+    for batch in table.iter_batches(_ROWS, columns=[name], use_threads=False):
+        values = batch.column(0).to_pylist()
+        if (value := next((value for value in values if value not in (None, "", [])), None)) is not None:
+            return value
+        if (rows := rows + len(values)) >= _MAX_NULLS:
+            break
+    return None
+
+
+def _kind(of: pa.DataType) -> str:
+    """Returns what a record can take from a column; the kinds are those of `columns.plan`."""
+    inner = _inner(of)
     if pa.types.is_struct(inner):
         fields = {inner.field(i).name: inner.field(i).type for i in range(inner.num_fields)}
+        listed = inner is not of or all(_is_list(field) for field in fields.values())
         if "bytes" in fields and _is_binary(fields["bytes"]):
             return "image"
-        if inner is not of and ({"from", "value"} <= fields.keys() or {"role", "content"} <= fields.keys()):
+        if listed and columns.is_messages(fields):
             return "messages"
-        if inner is not of and {"user", "assistant"} <= fields.keys():
+        if listed and columns.pair_keys(fields):
             return "pairs"
+        return "other" if inner is not of else "object"
     if _is_binary(inner):
-        return "image" if name in columns.IMAGES else "other"
-    if pa.types.is_string(inner) or pa.types.is_large_string(inner):
-        return "text"
-    return "other"
+        return "binary"
+    return "text" if _is_text(inner) else "other"
+
+
+def _inner(of: pa.DataType) -> pa.DataType:
+    """Returns the type of the values in a list and in a dictionary of values; else the type itself."""
+    of = of.value_type if _is_list(of) else of
+    return of.value_type if pa.types.is_dictionary(of) else of
+
+
+def _is_list(of: pa.DataType) -> bool:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(kind(of) for kind in (*kinds, pa.types.is_list_view, pa.types.is_large_list_view))
+
+
+def _is_text(of: pa.DataType) -> bool:
+    return pa.types.is_string(of) or pa.types.is_large_string(of) or pa.types.is_string_view(of)
 
 
 def _is_binary(of: pa.DataType) -> bool:
-    return pa.types.is_binary(of) or pa.types.is_large_binary(of)
-
-
-def _images(row: dict[str, Any], plan: columns.Plan, path: epath.Path, options: Options) -> list[bytes]:
-    found, size = [], 0
-    for name in plan.images:
-        value = row[name]
-        for image in value if isinstance(value, list) else [value]:
-            if image is None:
-                if isinstance(value, list):
-                    raise ValueError(f"{name} holds a null")
-                continue
-            if isinstance(image, dict):
-                data = image["bytes"]
-                if data is None and isinstance(image.get("path"), str):
-                    data = read_image(images_folder(path, options), image["path"])
-                elif data is None:
-                    continue
-                image = data
-            found.append(checked(image, name))
-            size += len(image)
-            if size > MAX_RECORD_BYTES:
-                raise ValueError(f"its images are more than {MAX_RECORD_BYTES >> 20} MB together")
-    return found
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(kind(of) for kind in kinds)
 
 
 def _line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """Reads CSV and TSV lists of image paths and captions, the form in which CC3M, CC12M and their recaptions are shared.
 
-    image,caption                  a header names the columns (see IMAGE and CAPTION; others are not read);
+    image,caption                  a header names the columns, as columns.py knows them;
     0001.jpg,"a dog, running"      without a header there are two columns, the image first
 
 A .tsv has one row a line, and quotes in it are text unless they enclose the whole field. Either name may end in `.gz`.
@@ -17,8 +17,8 @@ from typing import IO, NamedTuple
 
 from etils import epath
 
-from fastvlm_jax.data.readers import Options, Part
-from fastvlm_jax.data.readers.conversations import about_image, shown
+from fastvlm_jax.data.readers import Options, Part, columns
+from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.data.readers.files import (
     check_images_folder,
     images_folder,
@@ -27,14 +27,12 @@ from fastvlm_jax.data.readers.files import (
     listed,
     looks_like,
     opened,
-    read_images,
 )
+from fastvlm_jax.data.readers.rows import row_record
 from fastvlm_jax.data.record import Record, Rejected
 
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-IMAGE = ("image", "path", "filename", "file_name", "filepath", "file", "image_path", "img_path")
-CAPTION = ("caption", "text", "title", "description")
-ADDRESS = ("url", "image_url")
+_ADDRESSES = ("url", "urls", "image_url", "image_urls", "img_url")
 MAX_LINE = 1 << 20  # bytes
 MAX_ROW_LINES = 32  # a quoted caption may hold newlines, but a quote that is never closed must not swallow the file
 PART_ROWS = 20_000
@@ -42,9 +40,7 @@ PART_ROWS_GZ = 500_000  # more, because a .gz is unpacked from its beginning for
 
 
 class _Columns(NamedTuple):
-    image: int
-    caption: int
-    count: int
+    names: list[str]
     header: int  # first byte of the header; -1 without one
 
 
@@ -58,15 +54,15 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
 
     Raises:
       FileNotFoundError: `path` or `options.images` does not exist, or `path` is a folder without such files.
-      ValueError: a file has no column of image files or no column of captions.
+      ValueError: a file has no columns that a record can be made from.
     """
     check_images_folder(options)
     found = []
     for file in listed(path, SUFFIXES):
-        columns, length = _columns(file), PART_ROWS_GZ if _is_gz(file) else PART_ROWS
-        if columns is None:
+        head, length = _columns(file), PART_ROWS_GZ if _is_gz(file) else PART_ROWS
+        if head is None:
             continue
-        starts = [row.at for i, row in enumerate(_rows(file, 0, columns)) if i % length == 0]
+        starts = [row.at for i, row in enumerate(_rows(file, 0, head)) if i % length == 0]
         # The last part has no end, so that its reader meets the damage that ended the rows, if any.
         found += [
             Part(str(file), start, stop) for start, stop in itertools.zip_longest(starts, starts[1:], fillvalue=-1)
@@ -80,22 +76,22 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
     folder = images_folder(path, options)
     seen: dict[str, int] = {}
     try:
-        columns = _columns(path)
-        for row in _rows(path, part.start, columns):
+        head = _columns(path)
+        for row in _rows(path, part.start, head):
             if part.stop >= 0 and row.at >= part.stop:
                 return
             key = f"byte {row.at}"
             try:
                 if row.wrong:
                     raise ValueError(row.wrong)
-                if len(row.fields) != columns.count:
-                    raise ValueError(f"the row has {len(row.fields)} columns in place of {columns.count}")
-                image, caption = row.fields[columns.image].strip(), row.fields[columns.caption].strip()
-                key = key_of(image, "\t".join([image, caption]).encode())
+                if len(row.fields) != len(head.names):
+                    raise ValueError(f"the row has {len(row.fields)} columns in place of {len(head.names)}")
+                cells = dict(zip(head.names, (field.strip() or None for field in row.fields), strict=True))
+                key = _key(cells, path)
                 if key in seen:
                     raise ValueError(f"the same row stands at byte {seen[key]}")
                 seen[key] = row.at
-                yield Record(key, read_images(folder, [image]), about_image(caption, key, options.questions))
+                yield row_record(key, cells, folder, options)
             except ValueError as error:
                 yield Rejected(part.path, key, str(error))
     except (OSError, ValueError) as error:
@@ -113,21 +109,37 @@ def _columns(path: epath.Path) -> _Columns | None:
         return None
     if row.wrong:
         raise ValueError(f"the first row of {path} cannot be read: {row.wrong}")
-    names = [field.strip().lower() for field in row.fields]
-    image = next((names.index(name) for name in IMAGE if name in names), -1)
-    caption = next((names.index(name) for name in CAPTION if name in names), -1)
-    if image >= 0 and caption >= 0:
-        return _Columns(image, caption, len(names), row.at)
-    if any(name in ADDRESS or "://" in name for name in names):
+    names = [field.strip() for field in row.fields]
+    plan = _plan(names)
+    named = [name for name in plan.named if name.lower() not in _ADDRESSES]
+    addresses = any(name.lower() in _ADDRESSES or "://" in name for name in names)
+    if addresses and not named:
         raise ValueError(
             f"{path} lists addresses, not files: download the images first, with img2dataset into .tar files"
         )
-    if len(names) == 2 and image < 0 and caption < 0:
-        return _Columns(0, 1, 2, -1)
+    if len({name.lower() for name in names}) < len(names) and plan.kind:
+        raise ValueError(f"{path} has two columns of one name among {shown(', '.join(names))}: rename one of them")
+    if plan.kind:
+        return _Columns(names, row.at)
+    if len(names) == 2 and not plan.named and not _plan([names[0], names[1], "image"]).kind:
+        return _Columns(["image", "caption"], -1)
     raise ValueError(
-        f"{path} has the columns {shown(', '.join(names))}: it needs one of {', '.join(IMAGE)} and one of "
-        f"{', '.join(CAPTION)}, or just two columns, image and caption"
+        f"{path} has the columns {shown(', '.join(names))}: it needs one of image, path, filename ... and one of "
+        "caption, text, title ..., or question and answer, or conversations (see docs/data.md); or just two columns, "
+        "image and caption"
     )
+
+
+def _plan(names: list[str]) -> columns.Plan:
+    return columns.try_plan(dict.fromkeys(names, "text"))
+
+
+def _key(cells: dict[str, str | None], path: epath.Path) -> str:
+    """Returns the key of a row: the name of its image, else its id, and a digest of what is read from it."""
+    plan = _plan(list(cells))
+    images = [cells[name] for name in plan.named if cells[name]][:1]
+    name = next(iter(images), None) or (plan.id and cells[plan.id]) or path.stem
+    return key_of(name, "\t".join(images + [cells[name] or "" for name in plan.texts]).encode())
 
 
 class _Row(NamedTuple):
@@ -136,7 +148,7 @@ class _Row(NamedTuple):
     wrong: str = ""  # why the row cannot be read
 
 
-def _rows(path: epath.Path, start: int, columns: _Columns | None) -> Iterator[_Row]:
+def _rows(path: epath.Path, start: int, head: _Columns | None) -> Iterator[_Row]:
     """Yields the rows from byte `start` of the unpacked file on, without the header; a broken row says why."""
     tabs = ".tsv" in path.name.lower()[-7:]
     at, pending = start, []  # lines read ahead: (length, line)
@@ -145,7 +157,7 @@ def _rows(path: epath.Path, start: int, columns: _Columns | None) -> Iterator[_R
         while pending or (line := next(source, None)):
             pending = pending or [line]
             row, used = _parse_tabs(pending) if tabs else _parse_commas(pending, source)
-            if not (columns and at == columns.header) and (row.fields or row.wrong):
+            if not (head and at == head.header) and (row.fields or row.wrong):
                 yield row._replace(at=at)
             at += sum(length for length, _ in pending[:used])
             pending = pending[used:]

@@ -13,9 +13,10 @@ from etils import epath
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from fastvlm_jax.data.readers import Options, Part, columns
+from fastvlm_jax.data.readers import Options, Part, columns, pictures
 from fastvlm_jax.data.readers.array_records import entries
-from fastvlm_jax.data.readers.files import MAX_RECORD_BYTES, checked
+from fastvlm_jax.data.readers.files import images_folder
+from fastvlm_jax.data.readers.rows import to_record
 from fastvlm_jax.data.record import Record, Rejected
 
 _INFO, _FEATURES = "dataset_info.json", "features.json"
@@ -75,18 +76,15 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
     """Yields the examples of a part as records; a damaged example is a Rejected."""
     path = epath.Path(part.path)
     layout = _layout(path.parent)
-    plan = _plan(layout)
+    plan, folder = _plan(layout), images_folder(path, options)
     for number, data, reason in entries(part.path, part.start, part.stop):
         key = f"{path.name}/{number}"
         if data is not None:
             try:
                 values = _values(data)
-                wanted = (*plan.images, *plan.texts, *([plan.id] if plan.id else []))
-                row = {name: _value(values, name, layout[name]) for name in wanted}
-                images = [checked(image, name) for name in plan.images for image in row[name]]
-                if sum(map(len, images)) > MAX_RECORD_BYTES:
-                    raise ValueError(f"its images are more than {MAX_RECORD_BYTES >> 20} MB together")
-                yield columns.to_record(key, images, row, plan, options)
+                row = {name: _value(values, name, layout[name]) for name in plan.needed}
+                row |= {name: _untyped(values.get(layout[name].path, [])) for name in plan.others}
+                yield to_record(key, row, plan, folder, options)
                 continue
             except ValueError as error:
                 reason = str(error)
@@ -171,7 +169,7 @@ def _flatten(path: str, feature: dict[str, Any], many: bool, found: list[_Featur
     kind = feature["pythonClassName"].rpartition(".")[2]
     if "featuresDict" in feature:
         features = feature["featuresDict"]["features"]
-        if many and ({"from", "value"} <= features.keys() or {"role", "content"} <= features.keys()):
+        if many and columns.is_messages(features):
             found.append(_Feature(path, "messages", many))
             return
         for key, child in features.items():
@@ -206,10 +204,19 @@ def _value(values: Mapping[str, list], name: str, feature: _Feature) -> Any:
     return found if feature.many else next(iter(found), None)
 
 
-def _texts(values: list, name: str) -> list[str]:
+def _untyped(values: list) -> list:
+    return [value.decode(errors="replace") if _is_text(value) else value for value in values]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, bytes) and not pictures.is_picture(value)
+
+
+def _texts(values: list, name: str) -> list[str | bytes]:
+    """Returns the texts of a feature; encoded pictures, which are strings to TFDS too, as they are."""
     try:
-        return [value.decode() for value in values]
-    except (UnicodeDecodeError, AttributeError) as error:
+        return [value if pictures.is_picture(value) else value.decode() for value in values]
+    except (UnicodeDecodeError, AttributeError, TypeError) as error:
         raise ValueError(f"{name} is not text in UTF-8") from error
 
 

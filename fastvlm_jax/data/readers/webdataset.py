@@ -1,24 +1,40 @@
 """Reads WebDataset tars: members with the same name up to its first dot make one entry.
 
-    000000012.jpg      the image: jpg, jpeg, png, webp, gif, tif, tiff or bmp; 000000012.0.jpg, .1.jpg for several
+    000000012.jpg      the image: jpg, jpeg, png, webp, gif, tif, tiff, bmp or avif; 000000012.0.jpg, .1.jpg for several
     000000012.txt      its caption
-    000000012.json     `conversations` or `messages`, used instead of any caption; or else `caption` or `text`, used if
-                       there is no .txt (img2dataset writes both)
+    000000012.json     an object with the keys of columns.py; its caption is used if there is no .txt (img2dataset
+                       writes both)
     .syn.json .paug.json .npz      of DataCompDR: `synthetic_captions`, `augmentation` and `teacher` in `extra`
 
-Other members of an entry (`.cls`, `.url.txt`, `.seg.png`) are not read. A part is a tar. The members of an entry need
-not be neighbours: up to PENDING entries are collected at a time, and yielded in the order of their first members.
+Maps of the pixels beside an image (`.seg.png`, `.mask.png`, `.depth.png` ...) and members that are neither pictures nor
+films (`.cls`, `.url.txt`) are not read. Any other picture or film (`.left.jpg`, `.svg`, `.mp4`) costs its entry.
+
+A part is a tar. The members of an entry need not be neighbours: up to PENDING entries are collected at a time, and
+yielded in the order of their first members.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import IO, Any
 
 from etils import epath
 
-from fastvlm_jax.data.readers import Options, Part, datacompdr, tar
-from fastvlm_jax.data.readers.conversations import about_image, shown, text_of, to_turns
-from fastvlm_jax.data.readers.files import MAX_IMAGE_BYTES, MAX_RECORD_BYTES, checked, key_of, listed, loads, looks_like
+from fastvlm_jax.data.readers import Options, Part, datacompdr, pictures, tar
+from fastvlm_jax.data.readers.columns import CAPTIONS, kind_of
+from fastvlm_jax.data.readers.conversations import shown
+from fastvlm_jax.data.readers.files import (
+    MAX_IMAGE_BYTES,
+    MAX_RECORD_BYTES,
+    check_images_folder,
+    checked,
+    images_folder,
+    key_of,
+    listed,
+    loads,
+    looks_like,
+)
+from fastvlm_jax.data.readers.rows import row_record
 from fastvlm_jax.data.record import Record, Rejected
 
 SUFFIXES = (".tar",)
@@ -26,7 +42,9 @@ PENDING = 50_000  # entries
 MAX_TEXT = 16 << 20  # bytes of a text or JSON member
 MAX_NPZ = 64 << 20  # bytes
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
-_IMAGE = re.compile(r"(?:(\d{1,9})\.)?(?:jpe?g|png|webp|gif|tiff?|bmp)")
+_IMAGE = re.compile(rf"(?:(\d{{1,9}})\.)?(?:{pictures.SUFFIXES})")
+# Extensions of maps that belong to the pixels of an image, and are no image of their own.
+_MAP = re.compile(rf"(?:.*[._-])?(?:seg|segmentation|semantic|mask|depth|normals?|edges?)\.(?:{pictures.SUFFIXES})")
 _META = re.compile(r"__[^/]*__")  # members that WebDataset itself writes
 _PICKLES = ("pth", "pth.gz", "pt", "pt.gz", "pkl", "pickle", "pyd")
 
@@ -40,6 +58,7 @@ def recognise(path: epath.Path) -> bool:
 
 def parts(path: epath.Path, options: Options) -> list[Part]:
     """Returns one part for a tar, or for each tar in a folder; raises FileNotFoundError if there is none."""
+    check_images_folder(options)
     return [Part(str(file)) for file in listed(path, SUFFIXES)]
 
 
@@ -97,7 +116,7 @@ def _records(
     for number, (name, entry) in enumerate(entries.items()):
         key = f"{path.name}/{_printable(name)}"
         try:
-            yield _record(key, entry, file, options)
+            yield _record(key, entry, file, path, options)
         except ValueError as error:
             if cut and number == len(entries) - 1:
                 cut = cut._replace(key=key)
@@ -107,47 +126,55 @@ def _records(
         yield cut
 
 
-def _record(key: str, entry: _Entry, file: IO[bytes], options: Options) -> Record:
+def _record(key: str, entry: _Entry, file: IO[bytes], path: epath.Path, options: Options) -> Record:
     for extension, member in entry.items():
         if member.wrong:
             raise ValueError(f"{shown(member.name)} {member.wrong}")
         if extension in _PICKLES:
             name = shown(member.name)
             raise ValueError(f"{name} is a Python pickle, which can run code: take the edition of the data with .npz")
-    images = _images(entry, file)
+    _refuse_unread(entry)
     about = loads(_bytes(file, entry["json"], MAX_TEXT)) if "json" in entry else {}
     if not isinstance(about, dict):
         raise ValueError(f"{shown(entry['json'].name)} holds {shown(about)}, not an object")
-    messages = about.get("conversations") if "conversations" in about else about.get("messages")
-    if messages is not None:
-        turns = to_turns(messages, len(images))
-    elif len(images) != 1:
-        raise ValueError(f"{len(images)} images and no conversation among its members {shown(', '.join(entry))}")
-    else:
-        turns = about_image(_caption(entry, about, file), key, options.questions)
-    return Record(key, images, turns, _extra(entry, file))
+    row = {name: value.strip() if isinstance(value, str) else value for name, value in about.items()}
+    images = _images(entry, file)
+    if images:
+        row["jpg"] = images
+    if "txt" in entry:
+        row = {k: v for k, v in row.items() if k.lower() not in CAPTIONS or kind_of(k, v) != "text"}
+        row["txt"] = _text(entry, file)
+    if not row.keys() - {"jpg"}:
+        raise ValueError(f"no caption and no conversation among its members {shown(', '.join(entry))}")
+    record = row_record(key, row, images_folder(path, options), options)
+    return dataclasses.replace(record, extra=record.extra | _extra(entry, file))
 
 
-def _images(entry: _Entry, file: IO[bytes]) -> tuple[bytes, ...]:
+def _refuse_unread(entry: _Entry) -> None:
+    """Raises ValueError for a picture, a film or a sound that is not read; maps beside an image are none."""
+    pictured = any(_IMAGE.fullmatch(extension) for extension in entry)
+    for extension, member in entry.items():
+        if _IMAGE.fullmatch(extension) or not pictures.is_name(member.name) or (pictured and _MAP.fullmatch(extension)):
+            continue
+        raise ValueError(
+            f"{shown(member.name)} is not read: an entry has pictures KEY.jpg (.png, .webp, .gif, .tif, .bmp, .avif), "
+            "or KEY.0.jpg, KEY.1.jpg ..., and no film or sound"
+        )
+
+
+def _images(entry: _Entry, file: IO[bytes]) -> list[bytes]:
     found = [(int(match[1] or -1), entry[name]) for name in entry if (match := _IMAGE.fullmatch(name))]
     members = [member for _, member in sorted(found, key=lambda numbered: numbered[0])]
     if sum(member.size for member in members) > MAX_RECORD_BYTES:
         raise ValueError(f"its images are more than {MAX_RECORD_BYTES >> 20} MB together")
-    return tuple(checked(_bytes(file, member, MAX_IMAGE_BYTES), member.name) for member in members)
+    return [checked(_bytes(file, member, MAX_IMAGE_BYTES), member.name) for member in members]
 
 
-def _caption(entry: _Entry, about: dict[str, Any], file: IO[bytes]) -> str:
-    if "txt" in entry:
-        try:
-            return _bytes(file, entry["txt"], MAX_TEXT).decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{shown(entry['txt'].name)} is not UTF-8 ({error.reason} at byte {error.start})"
-            ) from error
-    caption = about.get("caption") if about.get("caption") is not None else about.get("text")
-    if caption is None:
-        raise ValueError(f"no caption and no conversation among its members {shown(', '.join(entry))}")
-    return text_of(caption, "the caption").strip()
+def _text(entry: _Entry, file: IO[bytes]) -> str:
+    try:
+        return _bytes(file, entry["txt"], MAX_TEXT).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(entry['txt'].name)} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _extra(entry: _Entry, file: IO[bytes]) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def told(entries) -> list[str]:
         ("huge.png", "'huge.png' is over 256 MB"),
         ("http://example.org/0.png", "is an address, not a file: download the images first"),
         ("file:///etc/passwd", "leads out of the images' folder"),
-        ("data:image/png;base64,AAAA", "is an address, not a file"),
+        ("data:image/png;base64,AAAA", "'image' holds base64 text that is no picture"),
+        ("data:image/svg+xml,%3Csvg", "is an address, not a file"),
         ("film.mp4", "'film.mp4' is a video"),
     ],
 )
@@ -137,9 +138,10 @@ def test_links_inside_the_folder_are_followed(folder):
         ('{"id": NaN}', "the id is nan, not text or a whole number"),
         ('{"id": {}}', "the id is dict, not text or a whole number"),
         ('{"id": "\\ud83d"}', "the id holds half a surrogate pair"),
-        ('{"id": "a"}', "the conversation is None, not a list of messages"),
+        ('{"id": "a"}', "the keys are 'id': expected are an image column and one of: conversations"),
         ('{"image": 3, "conversations": []}', "the name of an image is 3, not text"),
-        ('{"image": {"bytes": ""}}', "the name of an image is dict, not text"),
+        ('{"image": {"bytes": ""}}', "'image' is empty (0 bytes)"),
+        ('{"image": {"pixels": []}}', "'image' is an object of 'pixels'"),
         ('{"image": ["0.png", null]}', "the name of an image is None, not text"),
         ('{"video": "a.mp4", "conversations": []}', "it is about a video: only images are read"),
         ('{"conversations": []}', "the conversation is empty"),
@@ -318,7 +320,7 @@ def test_names_links_and_kinds_of_members_that_are_no_files_are_rejected(folder)
         "a.tar/.hidden.jpg!": "no name of the form KEY.EXTENSION",
         "a.tar/10!": "is empty (0 bytes)",
         "a.tar/11!": "no caption and no conversation among its members 'jpg'",
-        "a.tar/12!": "0 images and no conversation among its members 'svg, txt'",
+        "a.tar/12!": "'12.svg' is not read",
         "a.tar/13!": "is not UTF-8",
     }
     assert expected.keys() == found.keys() - {"a.tar/14"}

@@ -97,21 +97,6 @@ def images_folder(path: epath.Path, options: Options) -> ImagesFolder:
     return ImagesFolder(roots, options.follow_links)
 
 
-def read_images(folder: ImagesFolder, names: list[str]) -> tuple[bytes, ...]:
-    """Returns the bytes of all images of one record, read by `read_image`.
-
-    Raises:
-      ValueError: as in `read_image`, or the images are over MAX_RECORD_BYTES together.
-    """
-    images, size = [], 0
-    for name in names:
-        images.append(read_image(folder, name))
-        size += len(images[-1])
-        if size > MAX_RECORD_BYTES:
-            raise ValueError(f"its images are more than {MAX_RECORD_BYTES >> 20} MB together")
-    return tuple(images)
-
-
 def read_image(folder: ImagesFolder, name: str) -> bytes:
     """Returns the bytes of the file that a list calls `name`: in the first root that has it, local or gs://.
 

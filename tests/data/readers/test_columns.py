@@ -259,7 +259,8 @@ MARKS = [
     "see ![](data:image/png;base64,iVBORw0KGgoAAAANSUhEUg==)",
 ]  # fmt: skip
 PROSE = [
-    "the `<video>` tag", "<video src='a.mp4'></video>", "<Image>\n</Image> in XML", '<img src="a.png">', "the <img> tag",
+    "the `<video>` tag", "<video src='a.mp4'></video>", "<Image>\n</Image> in XML",
+    '<img src="a.png">', "the <img> tag",
     "an [image] of it", "a < b > c", "<image-rendering>", "look at a.jpg", "data:image/png;base64,... is a data URL",
 ]  # fmt: skip
 

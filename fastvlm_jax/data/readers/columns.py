@@ -13,6 +13,7 @@ compared in lower case:
     json                      an object with such keys                                     tars stored as Parquet
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ IMAGES = (
 # Of these, the ones that name other files as often.
 ANY_FILE = ("path", "filename", "file_name", "filepath", "file_path", "file", "bytes")
 _BYTES = ("image", "images", "img", "imgs", "jpg", "jpeg", "png", "webp", "image_bytes", "image_data", "bytes")
-_SOUND_OR_VIDEO = re.compile(r"(video|audio)s?(_.*)?")
+_SOUND_OR_VIDEO = re.compile(r"(video|audio)s?(_.*)?", re.IGNORECASE | re.DOTALL)
 _MESSAGES = ("conversations", "conversation", "messages")
 _PAIRS = ("texts", "qa", "qas", "qa_pairs")
 _QUESTIONS = ("question", "questions", "query", "prompt", "instruction", "problem")
@@ -90,6 +91,12 @@ def plan(kinds: Mapping[str, str]) -> Plan:
 
 def try_plan(kinds: Mapping[str, str]) -> Plan:
     """Returns the plan for the columns of one row, as `plan` does; its kind is "" if they fit no known layout."""
+    return _plan(tuple(kinds.items()))
+
+
+@functools.lru_cache(maxsize=16)  # the rows of a file have few sets of columns
+def _plan(columns: tuple[tuple[str, str], ...]) -> Plan:
+    kinds = dict(columns)
     lower = {name.lower(): name for name in kinds}
     images = tuple(
         name
@@ -138,8 +145,8 @@ def _layout(kinds: Mapping[str, str], pictured: bool) -> tuple[str, tuple[str, .
 
 def is_sound_or_video(name: str) -> str | None:
     """Returns "sound" or "video" for the name of a column of such, None for other names."""
-    match = _SOUND_OR_VIDEO.fullmatch(name.lower())
-    return match and {"audio": "sound", "video": "video"}[match[1]]
+    match = _SOUND_OR_VIDEO.fullmatch(name)
+    return match and {"audio": "sound", "video": "video"}[match[1].lower()]
 
 
 def kind_of(name: str, value: Any) -> str:
@@ -148,7 +155,7 @@ def kind_of(name: str, value: Any) -> str:
     inner = value[0] if isinstance(value, list | tuple) and value else value
     if isinstance(inner, bytes):
         return "image" if name in _BYTES or pictures.is_picture(inner) else "other"
-    if isinstance(inner, Mapping) and name not in IMAGES:
+    if isinstance(inner, dict) and name not in IMAGES:
         listed = inner is not value or all(isinstance(column, list | tuple) for column in inner.values())
         if listed and is_messages(inner):
             return "messages"
@@ -160,7 +167,7 @@ def kind_of(name: str, value: Any) -> str:
         return "text"
     if name in _MESSAGES and value is not None:
         return "messages"  # what is wrong with them is told when they are read
-    return "object" if isinstance(value, Mapping) else "other"
+    return "object" if isinstance(value, dict) else "other"
 
 
 def is_messages(keys: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ Messages may hold images themselves, in parts as chat interfaces have them, or i
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastvlm_jax.text.conversation import Turn, answered
@@ -25,6 +25,7 @@ _KINDS = {
     "image": "image", "image_url": "image", "input_image": "image",
 }  # fmt: skip
 _QWEN = re.compile(r"<img>([^<>\r\n]{1,4096})</img>")
+_MARK_OR_QWEN = re.compile(f"{MARK}|{_QWEN.pattern}")
 # Marks of other models and of videos, and pictures in a text: as plain text they would teach the letters. Tags of HTML
 # and XML that are closed again, and anything in backticks, are talk about code.
 _FOREIGN = re.compile(
@@ -131,7 +132,7 @@ def shown(value: Any) -> str:
 
 def as_list(value: Any) -> Any:
     """Returns an object of lists, as tables store objects, as a list of objects; any other value as it is."""
-    if isinstance(value, Mapping) and value and all(isinstance(column, list | tuple) for column in value.values()):
+    if isinstance(value, dict) and value and all(isinstance(column, list | tuple) for column in value.values()):
         lengths = {len(column) for column in value.values()}
         if len(lengths) > 1:
             raise ValueError(f"the lists of {shown(', '.join(map(str, value)))} differ in length")
@@ -141,6 +142,8 @@ def as_list(value: Any) -> Any:
 
 def check_marks(text: str) -> str:
     """Returns a text; raises ValueError, which names the mark, if it holds one that stands for no image here."""
+    if "<" not in text and "[" not in text and "data:" not in text:
+        return text  # the usual case, which need not be searched
     for found in _FOREIGN.finditer(text):
         if not (found[1] and f"</{found[1]}>" in text):
             raise ValueError(f"a text holds {shown(found[0].strip())}: an image of the entry is marked {MARK}")
@@ -148,14 +151,14 @@ def check_marks(text: str) -> str:
 
 
 def _role_and_content(message: Any) -> tuple[str, Any]:
-    if not isinstance(message, Mapping):
+    if not isinstance(message, dict):
         raise ValueError(f"a message is {shown(message)}, not an object with from and value")
     named = message.get("from") if "from" in message else message.get("role")
     role = ROLES.get(named) if isinstance(named, str) else None
     if role is None:
         raise ValueError(f"a message is from {shown(named)}: the roles are {', '.join(ROLES)}")
     content = message.get("value") if "value" in message else message.get("content")
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
+    if not isinstance(content, str | list | tuple):
         text_of(content, "a message")
     return role, content
 
@@ -163,11 +166,12 @@ def _role_and_content(message: Any) -> tuple[str, Any]:
 def _text_and_images(part: Any, held: list[Any]) -> str:
     """Returns the text of a part of a message, with a mark for each image, and adds to `held` what it holds."""
     if isinstance(part, str):
-        text = check_marks(_QWEN.sub(MARK, text_of(part, "a message")))
-        # The marks that stood in the text, and the names of the others, in order.
-        held += [None if found[0] == MARK else found[1] for found in re.finditer(f"{MARK}|{_QWEN.pattern}", part)]
-        return text
-    kept = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+        text = text_of(part, "a message")
+        if "<" in text:
+            held += [None if found[0] == MARK else found[1] for found in _MARK_OR_QWEN.finditer(text)]
+            text = _QWEN.sub(MARK, text)
+        return check_marks(text)
+    kept = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     images = [key for key in PART_KEYS if kept.get(key) not in (None, "")]
     named = kept.get("type", "image" if images else "text" if "text" in kept else part)
     kind = _KINDS.get(named) if isinstance(named, str) else None

@@ -144,18 +144,28 @@ def _opened(file) -> pq.ParquetFile:
 
 
 def _plan(table: pq.ParquetFile) -> columns.Plan:
-    """Returns the plan for a file. Its other columns are only those that may hold pictures, videos or sounds."""
-    kinds = {field.name: _kind(field.type) for field in table.schema_arrow}
-    first = {}
+    """Returns the plan for a file. Its other columns are only those that may hold pictures, videos or sounds.
+
+    A column is looked at in every row if its first value is like a picture or is damaged, and, in a file without a
+    column of encoded images, if it has any text.
+    """
+    types = {field.name: field.type for field in table.schema_arrow}
+    kinds = {name: _kind(of) for name, of in types.items()}
+    looked_at = {name for name in types if columns.is_sound_or_video(name)}
     for name in columns.try_plan(kinds).others:
-        if any(_is_text(of) or _is_binary(of) for of in _leaves(table.schema_arrow.field(name).type)):
-            first[name] = _first_value(table, name)
-    kinds |= {name: "image" for name, value in first.items() if kinds[name] == "binary" and _is_picture(value)}
+        try:
+            value = _first_value(table, name) if any(map(_is_text_or_binary, _leaves(types[name]))) else None
+        except _BROKEN:
+            looked_at.add(name)
+            continue
+        if kinds[name] == "binary" and _is_picture(value):
+            kinds[name] = "image"
+        elif any(pictures.found_in(value)):
+            looked_at.add(name)
     plan = columns.plan(kinds)
-    others = [
-        name for name in plan.others if any(pictures.found_in(first.get(name))) or columns.is_sound_or_video(name)
-    ]
-    return plan._replace(others=tuple(others))
+    if not plan.images:
+        looked_at |= {name for name in plan.others if any(map(_is_text, _leaves(types[name])))}
+    return plan._replace(others=tuple(name for name in plan.others if name in looked_at))
 
 
 def _is_picture(value: Any) -> bool:
@@ -215,6 +225,10 @@ def _is_list(of: pa.DataType) -> bool:
 
 def _is_text(of: pa.DataType) -> bool:
     return pa.types.is_string(of) or pa.types.is_large_string(of) or pa.types.is_string_view(of)
+
+
+def _is_text_or_binary(of: pa.DataType) -> bool:
+    return _is_text(of) or _is_binary(of)
 
 
 def _is_binary(of: pa.DataType) -> bool:

@@ -33,7 +33,7 @@ _PICTURE = re.compile(
     rb"|....ftyp(?:avi|hei|hev|mif|msf)|\s*<svg",
     re.DOTALL,
 )
-_DEPTH = 4  # levels of lists and objects that are searched
+_DEPTH = 16  # levels of lists and objects that are searched
 
 
 def is_picture(data: bytes) -> bool:
@@ -68,8 +68,8 @@ def found_in(value: Any, depth: int = _DEPTH) -> Iterator[str | bytes]:
     elif isinstance(value, str):
         if is_name(value) or _is_encoded(value):
             yield value
-    elif depth and isinstance(value, Mapping | list | tuple):
-        for inner in value.values() if isinstance(value, Mapping) else value:
+    elif depth and isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from found_in(inner, depth - 1)
 
 
@@ -78,8 +78,8 @@ def texts_in(value: Any) -> Iterator[str]:
     value = _unpacked(value)
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for inner in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from texts_in(inner)
 
 
@@ -109,15 +109,15 @@ def read(values: Iterable[tuple[str, Any]], folder: ImagesFolder) -> list[bytes]
     return images
 
 
-def _read(name: str, value: Any, folder: ImagesFolder) -> Iterator[bytes]:
+def _read(name: str, value: Any, folder: ImagesFolder, depth: int = _DEPTH) -> Iterator[bytes]:
     value = _unpacked(value)
     if value is None or value == "" or (isinstance(value, list) and value in ([], [""])):
         return
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, bytes):
             yield checked(item, name)
-        elif isinstance(item, Mapping):
-            yield from _read_object(name, item, folder)
+        elif isinstance(item, dict):
+            yield from _read_object(name, item, folder, depth)
         elif not isinstance(item, str):
             raise ValueError(f"the name of an image is {shown(item)}, not text, in {shown(name)}")
         elif _is_encoded(item):
@@ -138,11 +138,13 @@ def _unpacked(value: Any) -> Any:
     return value
 
 
-def _read_object(name: str, value: Mapping[str, Any], folder: ImagesFolder) -> Iterator[bytes]:
+def _read_object(name: str, value: Mapping[str, Any], folder: ImagesFolder, depth: int) -> Iterator[bytes]:
+    if not depth:
+        raise ValueError(f"{shown(name)} nests too deep")
     if (data := next((value[key] for key in DATA_KEYS if value.get(key) is not None), None)) is not None:
         yield checked(data, name) if isinstance(data, bytes) else _decoded(name, data)
     elif (key := next((key for key in NAME_KEYS if value.get(key) not in (None, "")), None)) is not None:
-        yield from _read(name, value[key], folder)
+        yield from _read(name, value[key], folder, depth - 1)
     elif not value.keys() & {*DATA_KEYS, *NAME_KEYS}:
         keys = shown(", ".join(map(str, value)))
         raise ValueError(f"{shown(name)} is an object of {keys}: an image is one of bytes, path or url")

@@ -58,7 +58,7 @@ def to_record(key: str, row: Mapping[str, Any], plan: Plan, folder: ImagesFolder
     if plan.kind == "row":
         (name,) = plan.texts
         inner = _parsed(name, row[name])
-        if not isinstance(inner, Mapping) or "json" in map(str.lower, inner):
+        if not isinstance(inner, dict) or "json" in map(str.lower, inner):
             raise ValueError(f"{name} is {shown(inner)}, not an object with the keys of an entry")
         return row_record(key, {**inner, **{k: v for k, v in row.items() if k != name}}, folder, options)
     _refuse_sound_and_video(row)
@@ -82,7 +82,7 @@ def to_record(key: str, row: Mapping[str, Any], plan: Plan, folder: ImagesFolder
 def _refuse_sound_and_video(row: Mapping[str, Any]) -> None:
     for name, value in row.items():
         what = is_sound_or_video(name)
-        if what and (any(value.values()) if isinstance(value, Mapping) else value):
+        if what and (any(value.values()) if isinstance(value, dict) else value):
             raise ValueError(f"it is about a {what}: only images are read, and {shown(name)} is not empty")
 
 
@@ -200,8 +200,9 @@ def _messages(kind: str, names: tuple[str, ...], values: list[Any], num_images: 
     else:
         pairs = _answered(*values[:2], extra)
         if len(values) > 2 and values[2]:
-            question, answer = pairs[0]
-            pairs = [(f"{text_of(question, 'a question')}\n{text_of(values[2], names[2])}", answer), *pairs[1:]]
+            if len(pairs) > 1:
+                raise ValueError(f"{names[2]} stands beside a list of questions: write it into each of them")
+            pairs = [(f"{text_of(pairs[0][0], 'a question')}\n{text_of(values[2], names[2])}", pairs[0][1])]
     return _with_marks(pairs, num_images)
 
 
@@ -219,7 +220,7 @@ def _listed(value: Any) -> list:
 
 
 def _pairs(name: str, value: Any) -> list[tuple[Any, Any]]:
-    if not isinstance(value, list) or any(not isinstance(pair, Mapping) for pair in value):
+    if not isinstance(value, list) or any(not isinstance(pair, dict) for pair in value):
         raise ValueError(f"{name} holds a null" if isinstance(value, list) else f"{name} is no list of pairs")
     keys = [pair_keys(pair) for pair in value]
     if None in keys or not keys:

@@ -347,6 +347,9 @@ IN_MESSAGES = {
         {"messages": said({"type": "image_url", "image_url": {"url": "https://example.org/a"}}, WHAT)},
         "is an address, not a file: download the images first",
     ),
+    "an object that nests without end": (
+        {"image": json.loads('{"url": ' * 400 + '"red.png"' + "}" * 400)} | QA, "'image' nests too deep",
+    ),
     "base64 that is cut": ({"image": RED64[:41]} | QA, "'image' holds base64 text that is no picture, or cut"),
 }  # fmt: skip
 
@@ -386,6 +389,13 @@ def test_columns_of_lists_and_of_lists_of_structs(folder):
     pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
     (found,) = entries(folder / "a.parquet")
     assert (found.images, found.turns) == TWO
+
+
+def test_a_name_in_a_later_row_of_an_unknown_column_is_found(folder):
+    table = pa.table({"chart": ["none", "red.png"], "question": ["what?"] * 2, "answer": ["this"] * 2})
+    pq.write_table(table, folder / "a.parquet")
+    alone, chart = entries(folder / "a.parquet")
+    assert isinstance(alone, Record) and "'chart' holds 'red.png'" in chart.reason
 
 
 def test_sounds_and_unread_columns_of_parquet_cost_only_their_rows(folder):

@@ -174,8 +174,12 @@ def _is_picture(value: Any) -> bool:
 
 
 def _leaves(of: pa.DataType) -> Iterator[pa.DataType]:
-    of = _inner(of)
-    if pa.types.is_struct(of):
+    """Yields the types of the single values in a nested type."""
+    if _is_list(of) or pa.types.is_dictionary(of):
+        yield from _leaves(of.value_type)
+    elif pa.types.is_map(of):
+        yield from (*_leaves(of.key_type), *_leaves(of.item_type))
+    elif pa.types.is_struct(of):
         for i in range(of.num_fields):
             yield from _leaves(of.field(i).type)
     else:

@@ -113,7 +113,7 @@ def _columns(path: epath.Path) -> _Columns | None:
     plan = _plan(names)
     named = [name for name in plan.named if name.lower() not in _ADDRESSES]
     addresses = any(name.lower() in _ADDRESSES or "://" in name for name in names)
-    if addresses and not named:
+    if addresses and not named and plan.kind in ("", "captions"):
         raise ValueError(
             f"{path} lists addresses, not files: download the images first, with img2dataset into .tar files"
         )

@@ -398,6 +398,32 @@ def test_a_name_in_a_later_row_of_an_unknown_column_is_found(folder):
     assert isinstance(alone, Record) and "'chart' holds 'red.png'" in chart.reason
 
 
+@pytest.mark.parametrize(
+    ("value", "of"),
+    [
+        ([[["red.png"]]], pa.list_(pa.list_(pa.string()))),
+        ([[("a", "red.png")]], pa.map_(pa.string(), pa.string())),
+        ([{"inner": [{"raw": RED}]}], pa.struct({"inner": pa.list_(pa.struct({"raw": pa.binary()}))})),
+        (["red.png"], pa.dictionary(pa.int8(), pa.string())),
+        ([b"\0\0\0\x18ftypheic" + bytes(20)], pa.list_(pa.binary())),
+    ],
+)
+def test_pictures_in_nested_types_of_unknown_columns_are_found(value, of, folder):
+    value = [value] if pa.types.is_list(of) and not isinstance(value[0], list) else value
+    pq.write_table(pa.table({"chart": pa.array(value, of)} | {k: [v] for k, v in QA.items()}), folder / "a.parquet")
+    (found,) = entries(folder / "a.parquet")
+    if pa.types.is_list(of) and pa.types.is_binary(of.value_type):
+        assert found.images == (value[0][0],)  # whether it can be decoded is told when shards are written
+    else:
+        assert isinstance(found, Rejected) and "'chart' holds" in found.reason
+
+
+def test_a_table_of_questions_may_tell_the_page_that_they_are_from(folder):
+    (folder / "a.csv").write_text("url,question,answer\nhttps://example.org/page,what?,this\n")
+    (found,) = entries(folder / "a.csv")
+    assert (found.images, found.turns) == ((), (("user", ("what?",)), ("assistant", ("this",))))
+
+
 def test_sounds_and_unread_columns_of_parquet_cost_only_their_rows(folder):
     struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     table = pa.table({

@@ -253,6 +253,12 @@ def test_what_tells_of_the_same_picture_or_of_none_is_left_alone(beside, contain
     assert isinstance(found, Record) and found.images == (RED,), found
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_file_that_is_no_picture_makes_no_picture(container, folder):
+    (found,) = entries(CONTAINERS[container](folder, QA | {"file": "main.py"}))
+    assert (found.images, found.turns) == ((), (("user", ("what?",)), ("assistant", ("this",)))), found
+
+
 MARKS = [
     "<video>\nwhat?", "<Image> what?", "<|image|>what?", "<image_1> what?", "<image 2>", "<|image_1|>", "[IMG] what?",
     "<|vision_start|><|image_pad|><|vision_end|>what?", "<img>\nwhat?", "<im_patch>", "<audio>", "<ImageHere>what?",

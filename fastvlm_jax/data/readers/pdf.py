@@ -1,4 +1,4 @@
-"""Turns PDFs into records: the picture of a page, and a question whose answer is the page's own exact text.
+"""Turns PDFs into records: the picture of a page, and a question whose answer is the text that the picture shows.
 
 A page gets one of three kinds of conversation, chosen by its key among the kinds that its text allows:
 
@@ -20,20 +20,18 @@ import statistics
 from collections.abc import Iterator
 
 import pypdfium2 as pdfium
-import pypdfium2.raw as raw
 from etils import epath
 
 from fastvlm_jax.data.readers import Options, Part
 from fastvlm_jax.data.readers.folders import any_below, below
+from fastvlm_jax.data.readers.pdf_text import Line, shown_lines
 from fastvlm_jax.data.record import Record, Rejected
 
 LONG_SIDE = 1584  # pixels
 _MAX_BYTES = 512 << 20  # bytes of a file
 _MAX_POINTS = 14_400  # points; the longest side that the format allows, 200 inches
 _MAX_RATIO = 20.0  # longer side / shorter side of a page
-_MAX_CHARACTERS = 20_000  # characters of a page; a page with more is not made for reading
 _LARGER = 1.2  # least font size of a heading / font size of the text
-_HYPHEN = "\x02"  # PDFium's character for a hyphen at the end of a line, inside a word
 TRANSCRIBE = ("Transcribe the text of this page.", "What does this page say?", "Read out the text in the image.")
 NEXT_LINE = ("What does the line after '{}' say?", "Which line follows '{}'?")
 HEADING = ("What is the heading of this page?", "Which heading does the page have?")
@@ -100,9 +98,8 @@ def _page(document: pdfium.PdfDocument, number: int, key: str) -> Record:
             raise ValueError(f"a page of {width:.0f} x {height:.0f} points cannot be drawn")
         if max(width, height) > _MAX_RATIO * min(width, height):
             raise ValueError(f"a page of {width:.0f} x {height:.0f} points is too narrow to be read")
-        lines = _lines(page)
+        picture, lines = shown_lines(page, LONG_SIDE / max(width, height))
         question, answer = _conversation(lines, key)
-        picture = page.render(scale=LONG_SIDE / max(width, height)).to_pil().convert("RGB")
     finally:
         page.close()
     file = io.BytesIO()
@@ -110,43 +107,7 @@ def _page(document: pdfium.PdfDocument, number: int, key: str) -> Record:
     return Record(key, (file.getvalue(),), (("user", (0, question)), ("assistant", (answer,))))
 
 
-def _lines(page: pdfium.PdfPage) -> list[tuple[str, float]]:
-    """Returns the lines of a page from top to bottom, as the file orders them, and the font size of each in points."""
-    text = page.get_textpage()
-    try:
-        count = text.count_chars()
-        if count > _MAX_CHARACTERS:
-            raise ValueError(f"the page has {count} characters: too many for a page of text")
-        whole = text.get_text_range()
-        if not whole.strip():
-            raise ValueError("the page has no text")
-        if "\ufffd" in whole or "\x00" in whole:
-            raise ValueError("the text of the page is incomplete: a font does not say which letters it draws")
-        sizes = [raw.FPDFText_GetFontSize(text, i) for i in range(count)]
-        letters = [_letter(raw.FPDFText_GetUnicode(text, i)) for i in range(count)]
-    finally:
-        text.close()
-    lines, line, heights = [], "", []
-    for letter, size in [*zip(letters, sizes, strict=True), ("\n", 0.0)]:
-        if letter in ("\r", "\n", _HYPHEN):
-            line += "-" * (letter == _HYPHEN)
-            if line := " ".join(line.split()):
-                lines.append((line, statistics.median(heights) if heights else 0.0))
-            line, heights = "", []
-        else:
-            line += letter
-            if not letter.isspace():
-                heights.append(size)
-    return lines
-
-
-def _letter(code: int) -> str:
-    if 0xD800 <= code < 0xE000:
-        raise ValueError("the text of the page holds half a surrogate pair")
-    return chr(code)
-
-
-def _conversation(lines: list[tuple[str, float]], key: str) -> tuple[str, str]:
+def _conversation(lines: list[Line], key: str) -> tuple[str, str]:
     """Returns the question and answer of a page, which its lines and its key determine."""
     draw = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
     texts = [text for text, _ in lines]
@@ -166,7 +127,7 @@ def _is_quotable(text: str) -> bool:
     return 8 <= len(text) <= 120 and len(re.findall(r"\w{2,}", text)) >= 2 and "'" not in text
 
 
-def _heading(lines: list[tuple[str, float]]) -> str | None:
+def _heading(lines: list[Line]) -> str | None:
     """Returns the line whose font is clearly larger than the text and all other lines; None if there is none."""
     if len(lines) < 4:
         return None

@@ -478,7 +478,7 @@ def test_questions_without_one_answer_are_not_asked(pages, kinds, tmp_path):
 
     (tmp_path / "a.pdf").write_bytes(pdf(*pages))
     document = module.pdfium.PdfDocument(tmp_path / "a.pdf")
-    lines = module._lines(document[0])
+    _, lines = module.shown_lines(document[0], 2.0)
     asked = {module._conversation(lines, f"{i}")[0] for i in range(60)}
     document.close()
     found = {"next" if "'" in q else "heading" if "heading" in q else "all" for q in asked}

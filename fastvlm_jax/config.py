@@ -85,7 +85,7 @@ def _data(llm: str, vision: str) -> ml_collections.ConfigDict:
     data.resolutions = ()
     # Aspect buckets, as (width, height) pairs ((1, 1), (4, 3), (3, 4)): an image goes to the nearest; () = squares.
     data.aspects = ()
-    data.fit = "pad"  # "pad" shows the whole image on a background, "crop" fills the size and cuts off the rest
+    data.fit = "pad"  # "pad" shows the whole image on a background, "crop" fills the size, "stretch" keeps no aspect
     # AnyRes grids, as (rows, columns) of tiles ((2, 2),): an image becomes an overview and the tiles of the grid that
     # keeps most of its pixels; () = one view an image.
     data.grids = ()

@@ -132,10 +132,12 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
         processor = load_processor(folder, lambda size: 0, template, 0)
         processor = dataclasses.replace(processor, image_size=0)
     else:
-        file = path / CONFIG
-        size = llava.image_size(file, read_json(file)) if layout == "llava" else IMAGE_SIZE
+        file, size, fit, grids = path / CONFIG, IMAGE_SIZE, None, ()
+        if layout == "llava":
+            size = llava.image_size(file, read_json(file))
+            fit, grids = llava.image_fit(file, read_json(file))
         template = "qwen_2" if config["llm"].get("qkv_bias", True) else None
-        processor = load_processor(path, fastvlm.build(**config).tokens_per_image, template, size)
+        processor = load_processor(path, fastvlm.build(**config).tokens_per_image, template, size, fit, grids)
     tokenizer, vocab_size = processor.tokenizer, fastvlm.build(llm=config["llm"]).llm_args["vocab_size"]
     # `<image>` may lie one past the last embedding row: image features take its place.
     if tokenizer.vocab_size - (tokenizer.image_id == vocab_size) > vocab_size:

@@ -3,30 +3,29 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.images import decode as image_lib
 from fastvlm_jax.images.inputs import Image, share_images, to_pixels
 from fastvlm_jax.images.modes import TRANSPARENCIES
 from fastvlm_jax.images.resize import fit_into, tiles_into
+from fastvlm_jax.images.settings import ImageSettings, image_files, read_image_files, read_image_settings
 from fastvlm_jax.images.sizes import Grid, Size, best_grid, nearest, slots_of
-from fastvlm_jax.text.bpe import read_settings
 from fastvlm_jax.text.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render, template_of
+from fastvlm_jax.text.generation_config import FILE as GENERATION
+from fastvlm_jax.text.generation_config import GenerationConfig, read_generation_config
 from fastvlm_jax.text.prompt import place_images, read_prompts
-from fastvlm_jax.text.tokenizer import Tokenizer, load_tokenizer
+from fastvlm_jax.text.tokenizer import PAD, Tokenizer, load_tokenizer
 
-SETTINGS = "preprocessor_config.json"
-PROCESSOR = "processor_config.json"  # settings of transformers' processor, which joins tokenizer and image settings
 CHAT_TEMPLATE = "chat_template.jinja"
-OWN = "fastvlm_jax"  # key of the settings that transformers does not have
-FITS = ("pad", "crop")
+FITS = ("pad", "crop", "stretch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +40,13 @@ class Processor:
       image_mean: mean with which the encoder normalises RGB in [0, 1]. It is also the colour around images that are
         not square, as in LLaVA: black for FastVLM.
       image_std: standard deviation with which the encoder normalises RGB in [0, 1].
-      fit: how an image without tiles is fitted into its size, "pad" or "crop"; see `fit_into`.
+      fit: how an image without tiles is fitted into its size, "pad", "crop" or "stretch"; see `fit_into`.
       grids: (rows, columns) of the AnyRes tiles to choose from; empty without AnyRes.
       sizes: sizes of all resolutions and aspect buckets; empty if there is only the square of `image_size`.
       transparency: what is behind transparent pixels, "white" or "drop"; see `images.modes.to_rgb`.
+      generation: settings of the model's generation_config.json; None if it has none.
+      published: contents, by file name, of the settings that a folder of transformers gave; an export holds them
+        unchanged while they describe this processor.
     """
 
     tokenizer: Tokenizer
@@ -57,6 +59,8 @@ class Processor:
     grids: tuple[Grid, ...] = ()
     sizes: tuple[Size, ...] = ()
     transparency: str = "white"
+    generation: GenerationConfig | None = dataclasses.field(default=None, hash=False)
+    published: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         if self.template not in TEMPLATES:
@@ -73,8 +77,24 @@ class Processor:
 
     @property
     def end_id(self) -> int:
-        """Returns the id that ends an answer."""
+        """Returns the id of the template's mark that ends an answer, which the model is trained to write."""
         return self.tokenizer.special_id(end_mark(TEMPLATES[self.template], self.tokenizer))
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Returns all ids that end an answer: `end_id`, then those of the generation_config.json.
+
+        A model without that file also ends at `<|endoftext|>`, as Qwen2 does.
+        """
+        stored = self.generation.end_ids if self.generation is not None else ()
+        if not stored and self.tokenizer.pad == PAD:
+            stored = (self.tokenizer.special_id(PAD),)
+        return tuple(dict.fromkeys((self.end_id, *stored)))
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """Returns the sampling of the generation_config.json, arguments of `generate.generate`; greedy if none."""
+        return (self.generation or GenerationConfig({})).sampling
 
     @property
     def size(self) -> Size:
@@ -220,51 +240,32 @@ class Processor:
             best = int(nearest(aspect, sizes))
         return sizes[best], [self.grid(width, height) for width, height in images]
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes the tokenizer's files, chat_template.jinja and, for images, transformers' processor settings."""
+    def save(self, folder: str | os.PathLike, *, export: bool = False, padded_before: bool = False) -> None:
+        """Writes the tokenizer's files, chat_template.jinja, and the settings of transformers for answers and images.
+
+        Args:
+          folder: folder to write into.
+          export: whether the folder is for PyTorch: settings that were read from such a folder are written unchanged.
+          padded_before: whether the folder's reader pads images before it applies the settings, as ml-fastvlm does.
+        """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
         (folder / CHAT_TEMPLATE).write_text(chat_template(TEMPLATES[self.template], self.tokenizer))
-        if not self.image_size:
-            return
-        side = {"height": self.image_size, "width": self.image_size}
-        settings = {
-            "image_processor_type": "LlavaImageProcessor",  # CLIPImageProcessor with `do_pad`, which pads to a square
-            "processor_class": "LlavaProcessor",
-            "do_convert_rgb": True,
-            "do_pad": True,
-            "do_resize": True,
-            "size": {"shortest_edge": self.image_size},
-            "resample": 3,  # bicubic
-            "do_center_crop": True,
-            "crop_size": side,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.image_mean),
-            "image_std": list(self.image_std),
-            OWN: {
+        contents: dict[str, Any] = {}
+        if self.generation is not None:
+            contents[GENERATION] = self.generation.with_ends(self.end_ids).settings
+        if self.image_size:
+            own = {
                 "template": self.template,
                 "tokens_per_image": self.tokens_per_image,
-                "fit": self.fit,
                 "grids": self.grids,
                 "sizes": self.sizes,
                 "transparency": self.transparency,
-            },
-        }
-        # transformers counts (size // patch_size)^2 placeholders plus num_additional_image_tokens.
-        columns = math.isqrt(self.tokens_per_image)
-        patch_size = self.image_size // max(columns, 1)
-        if columns**2 != self.tokens_per_image or self.image_size // max(patch_size, 1) != columns:
-            columns, patch_size = 1, self.image_size
-        joined = {
-            "processor_class": "LlavaProcessor",
-            "patch_size": patch_size,
-            "num_additional_image_tokens": self.tokens_per_image - columns**2,
-            "vision_feature_select_strategy": "full",
-        }
-        for name, value in ((SETTINGS, settings), (PROCESSOR, joined)):
+            }
+            settings = ImageSettings(self.image_size, self.image_mean, self.image_std, self.fit)
+            contents |= image_files(settings, own, self.published, export, padded_before)
+        for name, value in contents.items():
             (folder / name).write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -273,6 +274,8 @@ def load_processor(
     tokens_per_image: Callable[[int], int] | None = None,
     template: str | None = None,
     image_size: int | None = None,
+    fit: str | None = None,
+    grids: tuple[Grid, ...] = (),
 ) -> Processor:
     """Loads a processor from a folder of `Processor.save`, of transformers, or with a tokenizer alone.
 
@@ -284,6 +287,9 @@ def load_processor(
       template: name of the template if the folder does not name one of conversation.TEMPLATES. The default is vicuna_v1
         for a tokenizer with Llama's `</s>`, else qwen_2.
       image_size: side of the images in pixels if the folder gives none. Without it the model is then text-only.
+      fit, grids: see Processor, for a model whose config.json gives them; by default the image settings decide.
+
+    A warning names the settings that would change ids, pixels or answers and that this package does not compute.
 
     Raises:
       FileNotFoundError: the folder holds no tokenizer.
@@ -291,14 +297,12 @@ def load_processor(
     """
     folder = pathlib.Path(folder).expanduser()
     tokenizer = load_tokenizer(folder)
-    joined = read_settings(folder / PROCESSOR)
-    nested = joined.get("image_processor")
-    path = folder / (PROCESSOR if isinstance(nested, dict) else SETTINGS)
-    settings = nested if isinstance(nested, dict) else read_settings(path)
-    own = settings.get(OWN, {})
+    generation = read_generation_config(folder)
+    files = read_image_files(folder)
+    own, joined = files.own, files.joined
     try:
-        size, mean, std = _image_settings(settings)
-        size = size or image_size or 0
+        images = read_image_settings(files.settings)
+        size = images.size or image_size or 0
         chat = folder / CHAT_TEMPLATE
         written = chat.read_text(encoding="utf-8") if chat.is_file() else ""
         found = own["template"] if own else template_of(written, tokenizer)
@@ -313,29 +317,22 @@ def load_processor(
             count -= joined.get("vision_feature_select_strategy") == "default"
         found = found or template or ("vicuna_v1" if tokenizer.end == "</s>" else "qwen_2")
         sizes = tuple(Size(*map(int, item)) for item in own.get("sizes", ()))
-        grids = tuple((int(rows), int(columns)) for rows, columns in own.get("grids", ()))
+        grids = tuple((int(rows), int(columns)) for rows, columns in own.get("grids", grids))
         if any(min(item) < 1 or max(item[:3]) > image_lib.MAX_SIDE for item in sizes):
             raise ValueError(f"sizes {sizes} must be positive, up to {image_lib.MAX_SIDE} a side")
-        fit, transparency = own.get("fit", "pad"), own.get("transparency", "white")
-        return Processor(tokenizer, found, size, count, mean, std, fit, grids, sizes, transparency)
+        fit, transparency = own.get("fit", fit or images.fit), own.get("transparency", "white")
+        processor = Processor(
+            tokenizer, found, size, count, images.mean, images.std, fit, grids, sizes, transparency, generation,
+            files.published,
+        )  # fmt: skip
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = error if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-        raise ValueError(f"{path}: the image settings cannot be read: {reason}") from error
-
-
-def _image_settings(settings: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Returns the size (0 if there is none), mean and std of a CLIP-like image processor."""
-    size = settings.get("crop_size") or settings.get("size") or 0
-    if isinstance(size, dict):
-        sides = {value for key, value in size.items() if key in ("height", "width", "shortest_edge")}
-        size = sides.pop() if len(sides) == 1 else size
-    mean = tuple(float(value) for value in settings.get("image_mean", [0] * 3))
-    std = tuple(float(value) for value in settings.get("image_std", [1] * 3))
-    if type(size) is not int or not 0 <= size <= image_lib.MAX_SIDE:
-        raise ValueError(f"size {size!r} must be one side of a square, up to {image_lib.MAX_SIDE}")
-    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-        raise ValueError(f"image_mean {mean} and image_std {std} must be three numbers each, image_std positive")
-    return size, mean, std
+        raise ValueError(f"{files.path}: the image settings cannot be read: {reason}") from error
+    # An image that was padded to a square, as config.json may ask for, has no part that a centre crop could cut off.
+    ignored = [item for item in images.unused if fit != "pad" or not item.startswith(("do_center_crop", "size"))]
+    if size and ignored:
+        logging.warning("%s: not computed here, so pixels may differ: %s", files.path, ", ".join(ignored))
+    return processor
 
 
 @functools.lru_cache(maxsize=4096)

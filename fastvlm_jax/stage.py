@@ -107,9 +107,9 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
     """
     data = config.data
     if data.tokenizer or parent is None or parent.processor is None:
-        tokenizer = load_tokenizer(data.tokenizer or data_sets(data)[0][0])
+        tokenizer, generation = load_tokenizer(data.tokenizer or data_sets(data)[0][0]), None
     else:
-        tokenizer = parent.processor.tokenizer
+        tokenizer, generation = parent.processor.tokenizer, parent.processor.generation
     if tokenizer.vocab_size > model.llm_args["vocab_size"]:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids and model.llm.vocab_size is {model.llm_args['vocab_size']}; "
@@ -136,11 +136,12 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
         tuple(map(tuple, data.grids)),
         sum(sizes, ()) if data.aspects or data.resolutions else (),
         data.transparency,
+        generation,
     )
 
 
 # Arguments that may differ between parent and stage. Among them are those of the CLIP projection, which is dropped, and
-# the context length, which no computation uses.
+# the context length, which the stage's config sets.
 FREE = (
     "form", "batch_norm", "drop_path", "remat", "init_std", "layer_scale_init", "head_features", "head_bias",
     "context_length", "parent", "name",

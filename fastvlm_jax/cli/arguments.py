@@ -16,7 +16,8 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
 
   train     --config FILE.py[:ARG] --workdir DIR [--profile FIRST:LAST] [--config.KEY=VALUE ...]
             [--coordinator_address HOST:PORT --num_processes N --process_id I]
-  generate  --model DIR --prompt TEXT [--image FILE ...] [--max_tokens N] [--temperature T] [--top_p P]
+  generate  --model DIR --prompt TEXT [--image FILE ...] [--max_tokens N] [--sampling greedy|model]
+            [--temperature T] [--top_p P] [--top_k K] [--repetition_penalty R]
   evaluate  --model DIR --benchmark easy-vqa --data DIR [--limit N] [--output FILE.json]
   convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
   data      write --source PATH --output DIR [--images DIR]... [--follow_links] [--validation_share S]

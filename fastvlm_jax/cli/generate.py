@@ -18,8 +18,23 @@ def generate(argv: list[str]) -> None:
         flag_values=fv,
     )
     flags.DEFINE_integer("max_tokens", 256, "length of the longest answer, tokens", flag_values=fv)
+    flags.DEFINE_enum(
+        "sampling",
+        "greedy",
+        ["greedy", "model"],
+        "how tokens are chosen: always the likeliest, or as the model's generation_config.json says; the four flags "
+        "below replace single settings",
+        flag_values=fv,
+    )
     flags.DEFINE_float("temperature", 0.0, "sampling temperature; 0 = greedy decoding", flag_values=fv)
     flags.DEFINE_float("top_p", 1.0, "probability mass of the likeliest tokens to sample from", flag_values=fv)
+    flags.DEFINE_integer("top_k", 0, "number of likeliest tokens to sample from; 0 = all", flag_values=fv)
+    flags.DEFINE_float(
+        "repetition_penalty",
+        1.0,
+        "what the logits of tokens in prompt and answer are divided by (multiplied if negative); 1 = nothing changes",
+        flag_values=fv,
+    )
     flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=fv)
     flags.DEFINE_enum(
         "dtype",
@@ -28,14 +43,24 @@ def generate(argv: list[str]) -> None:
         "dtype of parameters and computation; default: float32 parameters, the model's computation",
         flag_values=fv,
     )
-    flags.DEFINE_integer("max_length", 8192, "context length: tokens of prompt, images and answer", flag_values=fv)
+    flags.DEFINE_integer(
+        "max_length",
+        None,
+        "most tokens of prompt, images and answer; default: the model's context length",
+        flag_values=fv,
+    )
     parse(fv, argv, required=("model", "prompt"))
     import fastvlm_jax
     from fastvlm_jax.generate import generate
 
     model, variables, processor = fastvlm_jax.load(fv.model, fv.dtype)
+    stored = fv.sampling == "model" and processor is not None
+    if stored and processor.generation is None:
+        raise ValueError(f"{fv.model} has no generation_config.json for --sampling=model: give --temperature instead")
+    options = ("temperature", "top_p", "top_k", "repetition_penalty")
+    sampling = {name: fv[name].value for name in options if fv[name].present}
     answers = generate(
-        model, variables, processor, fv.image, fv.prompt, max_tokens=fv.max_tokens, temperature=fv.temperature,
-        top_p=fv.top_p, seed=fv.seed, max_length=fv.max_length,
+        model, variables, processor, fv.image, fv.prompt, max_tokens=fv.max_tokens, seed=fv.seed,
+        max_length=fv.max_length, **{**(processor.sampling if stored else {}), **sampling},
     )  # fmt: skip
     print("\n".join(answers))

@@ -10,6 +10,7 @@ import numpy as np
 from fastvlm_jax.convert.mapping import Tensor
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.generation_config import GenerationConfig
 
 
 def with_image_token(
@@ -83,3 +84,16 @@ def special_ids(processor: Processor) -> dict[str, int]:
         "eos_token_id": processor.end_id,
         "pad_token_id": pad,
     }
+
+
+def with_generation(processor: Processor, ids: Mapping[str, int]) -> Processor:
+    """Returns a processor that has a generation_config.json: its own, or greedy decoding until any of its `end_ids`.
+
+    Args:
+      ids: result of `special_ids`.
+    """
+    if processor.generation is not None:
+        return processor
+    ends = processor.end_ids
+    eos = ends[0] if len(ends) == 1 else list(ends)
+    return dataclasses.replace(processor, generation=GenerationConfig({"do_sample": False, **ids, "eos_token_id": eos}))

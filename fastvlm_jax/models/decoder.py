@@ -135,7 +135,7 @@ class Decoder(nn.Module):
       tie_embeddings: whether the logits reuse the embedding table instead of a separate `lm_head`.
       init_std: standard deviation of the initial weights; narrow models learn much sooner with 1 / sqrt(width) than
         with 0.02.
-      context_length: number of positions the weights were trained for; exports record it, no computation uses it.
+      context_length: number of positions the weights were trained for: generation keeps within it, exports record it.
       remat: policy of models/remat.py that says what the backward pass recomputes.
     """
 

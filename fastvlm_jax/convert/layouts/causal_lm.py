@@ -8,7 +8,7 @@ from typing import Any
 from fastvlm_jax.convert.layouts.text_config import read_text_config, text_config
 from fastvlm_jax.convert.mapping import described, shapes_of, to_jax, to_torch
 from fastvlm_jax.convert.tables.decoder import decoder_rows
-from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids
+from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_generation
 from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
@@ -54,5 +54,4 @@ def write(
     config = text_config(llm, **ids)
     name = "Qwen2ForCausalLM" if llm.qkv_bias else "LlamaForCausalLM"
     write_json(folder / CONFIG, {"architectures": [name], "dtype": stored, **config})
-    write_json(folder / "generation_config.json", {"do_sample": False, **ids})
-    processor.save(folder)
+    with_generation(processor, ids).save(folder, export=True)

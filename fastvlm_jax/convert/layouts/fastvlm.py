@@ -16,7 +16,7 @@ from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_to
 from fastvlm_jax.convert.tables.decoder import decoder_rows
 from fastvlm_jax.convert.tables.projector import projector_rows
 from fastvlm_jax.convert.tables.timm import tower_rows
-from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_image_token
+from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_generation, with_image_token
 from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
@@ -108,8 +108,7 @@ def write(
         "text_config": text_config(llm, **ids),
     }
     write_json(folder / CONFIG, config)
-    write_json(folder / "generation_config.json", {"do_sample": False, **ids})
-    processor.save(folder)
+    with_generation(processor, ids).save(folder, export=True)
 
 
 def vision_config(vision: FastViT) -> dict[str, Any]:

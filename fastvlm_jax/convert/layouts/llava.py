@@ -17,7 +17,7 @@ from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_to
 from fastvlm_jax.convert.tables import apple
 from fastvlm_jax.convert.tables.decoder import decoder_rows
 from fastvlm_jax.convert.tables.projector import projector_rows
-from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_image_token
+from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_generation, with_image_token
 from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
@@ -77,6 +77,31 @@ def image_size(file: pathlib.Path, config: Mapping[str, Any]) -> int:
     return int(size)
 
 
+def image_fit(file: pathlib.Path, config: Mapping[str, Any]) -> tuple[str | None, tuple[tuple[int, int], ...]]:
+    """Returns how ml-fastvlm fits images into the square: (fit, grids), see `Processor`; fit None means as CLIP does.
+
+    Args:
+      file, config: see `image_size`.
+
+    Raises:
+      ValueError: image_aspect_ratio or image_grid_pinpoints asks for something else.
+    """
+    side = image_size(file, config)
+    aspect, pinpoints = config.get("image_aspect_ratio"), config.get("image_grid_pinpoints")
+    if aspect in ("pad", "square", None):
+        return ("pad" if aspect == "pad" else None), ()
+    try:
+        grids = tuple((height // side, width // side) for width, height in pinpoints)
+    except (TypeError, ValueError):
+        grids = ()
+    if aspect != "anyres" or not grids or any(min(grid) < 1 for grid in grids):
+        raise ValueError(
+            f"{file}: image_aspect_ratio is {aspect!r} with image_grid_pinpoints {pinpoints!r}, this package reads "
+            "'pad', 'square', or 'anyres' with a list of [width, height]"
+        )
+    return "pad", grids
+
+
 def write(
     folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, processor: Processor, dtype: str | None
 ) -> None:
@@ -115,15 +140,15 @@ def write(
     model = fastvlm.build(**model_config)
     vision, llm = fastvlm.make_encoder(**model.vision_args), Decoder(**model.llm_args)
     stored = save_weights(folder, to_torch(rows(vision, llm), variables, shapes_of(model)), dtype)
-    ids = special_ids(processor)
+    ids, side = special_ids(processor), processor.image_size
     config = text_config(llm, **ids)
     config |= {
         "architectures": ["LlavaQwen2ForCausalLM"],
         "model_type": "llava_qwen2",
         "torch_dtype": stored,
         "image_token_index": processor.tokenizer.image_id,
-        "image_aspect_ratio": "pad",
-        "image_grid_pinpoints": None,
+        "image_aspect_ratio": "anyres" if processor.grids else "pad" if processor.fit == "pad" else "square",
+        "image_grid_pinpoints": [[columns * side, rows * side] for rows, columns in processor.grids] or None,
         "mm_hidden_size": vision.features,
         "mm_patch_merge_type": "flat",
         "mm_projector_lr": None,
@@ -132,7 +157,7 @@ def write(
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
-        "mm_vision_tower": f"{TOWER}_{processor.image_size}",
+        "mm_vision_tower": f"{TOWER}_{side}",
         "tokenizer_model_max_length": 8192,
         "tokenizer_padding_side": "right",
         "tune_mm_mlp_adapter": False,
@@ -141,8 +166,7 @@ def write(
         "use_mm_proj": True,
     }
     write_json(folder / CONFIG, config)
-    write_json(folder / "generation_config.json", {"do_sample": False, **ids})
-    processor.save(folder)
+    with_generation(processor, ids).save(folder, export=True, padded_before=True)
 
 
 def _plain(vision: FastViT, key: str):

@@ -5,7 +5,6 @@ The formats are a Hugging Face `tokenizer.json`, Qwen's tiktoken ranks, and `voc
 
 import base64
 import binascii
-import json
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,18 +13,22 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from fastvlm_jax.files import read_object
+from fastvlm_jax.text.image_token import IMAGE, place_image
+from fastvlm_jax.text.tokenizer_config import (
+    CONFIG,
+    QWEN2_WORDS,
+    class_of,
+    content_of,
+    obey,
+    read_settings,
+    without_prefix,
+    write_tokenizer,
+)
 
-PAD, START, END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
-CONFIG = "tokenizer_config.json"
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 Offsets = list[tuple[int, int]]
 
-# How Qwen2 splits words: contractions, letters after at most one other character, single digits, punctuation,
-# newlines, spaces.
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 KINDS = ("qwen2", "smollm", "gpt2")
 MAX_SHORT, MAX_KEPT = 64, 1024  # longest cached text in characters, number of cached texts
 MAX_TOKEN = 1024  # bytes, as splitting a token takes time quadratic in its length; Qwen2's longest has 128
@@ -50,33 +53,38 @@ class JsonTokenizer:
           ValueError: the tokenizer has no special token that ends a turn.
         """
         self.files = (source,)
+        self.config = config or {}
+        self.changed = False  # whether `<image>` was added to the tokens that `config` describes
+        obey(model, self.config)
         self._model = model
-        self._short: dict[str, tuple[list[int], Offsets]] = {}  # cache: templates repeat short texts
+        self._behind = without_prefix(model)
+        self._short: dict[tuple[str, bool], tuple[list[int], Offsets]] = {}  # cache: templates repeat short texts
         model.encode_special_tokens = True
         model.no_padding()
         model.no_truncation()
         end_id = model.token_to_id(END) or 0
         if model.token_to_id(IMAGE) is None and end_id >= model.get_vocab_size(with_added_tokens=False):
             model.add_special_tokens([IMAGE])
+            self.changed = True
         tokens = model.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in tokens.items() if token.special}
         self.vocab_size = max(model.get_vocab().values(), default=-1) + 1
         if isinstance(model.post_processor, processors.ByteLevel):
             # GPT-2's trimmed offsets leave out the space of " red", so the space would get no loss.
             model.post_processor = processors.ByteLevel(trim_offsets=False)
-        config = config or {}
-        named, added = _content(config.get("bos_token")), config.get("add_bos_token")
+        config = self.config
+        named, added = content_of(config.get("bos_token")), config.get("add_bos_token")
         text = model.encode("a", add_special_tokens=False).ids
         first = model.encode("a", add_special_tokens=True).ids[:1]
         # `add_bos_token` in tokenizer_config.json decides; without it, a token that the post-processor prepends is bos.
         self.bos = first[0] if first != text[:1] and added is not False else None
         if added is True and named in self._special:
             self.bos = self._special[named]
-        ends = (END, _content(config.get("eos_token")), "</s>", PAD)
+        ends = (END, content_of(config.get("eos_token")), "</s>", PAD)
         self.end = next((name for name in ends if name in self._special), None)
         if self.end is None:
             raise ValueError(f"{source} has no special token that ends a turn: it needs {END}, an eos_token or </s>")
-        pads = (PAD, _content(config.get("unk_token")), "<unk>", _content(config.get("pad_token")), self.end)
+        pads = (PAD, content_of(config.get("unk_token")), "<unk>", content_of(config.get("pad_token")), self.end)
         self.pad = next(name for name in pads if name in self._special)
         self.image = IMAGE if IMAGE in self._special else self.pad
         self.image_id = self._special[self.image]
@@ -84,15 +92,20 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self.encode_with_offsets(text)[0])
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        if text in self._short:
-            return self._short[text]
+    def encode_with_offsets(self, text: str, behind_special: bool = False) -> tuple[list[int], Offsets]:
+        behind = behind_special and self._behind is not None
+        if (text, behind) in self._short:
+            return self._short[text, behind]
         text.encode()  # raises ValueError for half a surrogate pair, which JSON can hold
-        encoding = self._model.encode(text, add_special_tokens=False)
+        encoding = (self._behind if behind else self._model).encode(text, add_special_tokens=False)
         found = encoding.ids, encoding.offsets
         if len(text) <= MAX_SHORT and len(self._short) < MAX_KEPT:
-            self._short[text] = found
+            self._short[text, behind] = found
         return found
+
+    @property
+    def prefix_once(self) -> bool:
+        return self._behind is not None
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -102,14 +115,13 @@ class JsonTokenizer:
             raise ValueError(no_special(self.files[0], name))
         return self._special[name]
 
-    def with_image(self) -> "JsonTokenizer":
-        if self.image == IMAGE:
-            return self
-        model = tokenizers.Tokenizer.from_str(self._model.to_str())
-        return add_image(model, self)
+    def with_image(self, rows: int) -> "JsonTokenizer":
+        return (
+            self if self.image == IMAGE and self.image_id < rows else with_image(self._model, self, rows, self.config)
+        )
 
     def save(self, folder: str | os.PathLike) -> None:
-        write_tokenizer(self._model, self, pathlib.Path(folder))
+        write_tokenizer(self._model, self, pathlib.Path(folder), self.config, self.changed)
 
 
 def bpe_tokenizer(
@@ -221,8 +233,8 @@ def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
         vocab, merges = models.BPE.read_file(str(path), str(merges_file))
     except Exception as error:  # the library raises a bare Exception
         raise ValueError(f"{path} and merges.txt cannot be read: {error}".replace("\n", " ")) from error
-    config = read_settings(path.with_name(CONFIG))
-    name = str(config.get("tokenizer_class", "Qwen2Tokenizer")).removesuffix("Fast")
+    config = read_settings(path.parent / CONFIG)
+    name = class_of(config) or "Qwen2Tokenizer"
     kind = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt2"}.get(name)
     if kind is None:
         raise ValueError(
@@ -230,9 +242,9 @@ def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
         )
     entries = config.get("added_tokens_decoder") or {}
     try:
-        special = {_content(entry): int(at) for at, entry in entries.items()}
+        special = {content_of(entry): int(at) for at, entry in entries.items()}
         special = special or {str(key): int(at) for key, at in read_settings(added_file).items()}
-        plain = [_content(entry) for entry in entries.values() if not entry.get("special", True)]
+        plain = [content_of(entry) for entry in entries.values() if not entry.get("special", True)]
         if None in special:
             raise ValueError("one has no content")
     except (ValueError, TypeError, AttributeError) as error:
@@ -241,62 +253,26 @@ def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
     return bpe_tokenizer(vocab, merges, special, kind, path, plain=plain, config=config)
 
 
-def write_tokenizer(model: tokenizers.Tokenizer, names: Any, folder: pathlib.Path) -> None:
-    """Writes the files from which transformers' AutoTokenizer loads `model`.
-
-    These are tokenizer.json and tokenizer_config.json; for Qwen2 also vocab.json and merges.txt, which transformers 4
-    reads when the slow tokenizer is requested.
+def with_image(model: tokenizers.Tokenizer, names: Any, rows: int, stored: Mapping[str, Any]) -> JsonTokenizer:
+    """Returns a tokenizer with `<image>` on an id below `rows`; see image_token.py.
 
     Args:
-      model: tokenizer to write.
-      names: object with the attributes `bos`, `end`, `pad` and `image` of a `Tokenizer`.
-      folder: existing folder to write into.
-    """
-    is_qwen2 = _is_qwen2(model)
-    model.save(str(folder / "tokenizer.json"))
-    if is_qwen2:
-        model.model.save(str(folder))
-    added = model.get_added_tokens_decoder()
-    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    config = {
-        # Other classes rebuild the tokenizer by their own rules instead of reading tokenizer.json.
-        "tokenizer_class": "Qwen2Tokenizer" if is_qwen2 else "PreTrainedTokenizerFast",
-        "added_tokens_decoder": {str(i): {flag: getattr(added[i], flag) for flag in flags} for i in sorted(added)},
-        "add_bos_token": names.bos is not None,
-        "bos_token": None if names.bos is None else model.id_to_token(names.bos),
-        "eos_token": names.end,
-        "pad_token": names.pad,
-        "unk_token": names.pad,
-        "extra_special_tokens": {"image_token": names.image},
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 1 << 30,
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def add_image(model: tokenizers.Tokenizer, names: Any) -> JsonTokenizer:
-    """Adds `<image>` to `model` on the next free id and returns the tokenizer.
-
-    Args:
-      model: tokenizer of the library, changed in place.
+      model: tokenizer of the library.
       names: `Tokenizer` whose `bos`, `end`, `pad` and first file the result keeps.
+      rows: size of the model's vocabulary.
+      stored: contents of the tokenizer_config.json of `model`.
     """
-    model.add_special_tokens([tokenizers.AddedToken(IMAGE, normalized=False)])
     bos = None if names.bos is None else model.id_to_token(names.bos)
+    used = {bos, names.end, "<s>", "</s>", START, END, PAD}
     config = {"add_bos_token": bos is not None, "bos_token": bos, "eos_token": names.end, "pad_token": names.pad}
-    return JsonTokenizer(model, names.files[0], config)
+    placed = JsonTokenizer(place_image(model, rows, used, PAD), names.files[0], {**stored, **config})
+    placed.changed = True
+    return placed
 
 
 def no_special(path: pathlib.Path, name: str) -> str:
     """Returns the error message for a special token that the tokenizer in `path` lacks."""
     return f"{path} has no special token {name}: choose a template that the tokenizer was made for"
-
-
-def _is_qwen2(model: tokenizers.Tokenizer) -> bool:
-    """Returns whether transformers' Qwen2Tokenizer, whose word splitting and NFC form are fixed, equals `model`."""
-    words, form = json.loads(model.pre_tokenizer.__getstate__()) if model.pre_tokenizer else {}, model.normalizer
-    patterns = [part.get("pattern") for part in words.get("pretokenizers", ())]
-    return {"Regex": QWEN2_WORDS} in patterns and isinstance(form, normalizers.NFC)
 
 
 def _last_two(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
@@ -319,14 +295,3 @@ def byte_spelling() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Reads the object in a JSON file; returns an empty one if there is no such file."""
-    return read_object(path) if path.is_file() else {}
-
-
-def _content(token: Any) -> str | None:
-    """Returns the text of a token as transformers writes it, a string or an object with `content`; else None."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None

@@ -127,10 +127,11 @@ def render(
     """
     first = [] if tokenizer.bos is None else [tokenizer.bos]
     tokens, image_index, supervised = [*first], [-1] * len(first), [False] * len(first)
+    before = ""  # kind of the parts before these
     for kind, group in itertools.groupby(_parts(turns, template, generation_prompt), key=lambda part: part.kind):
         parts = list(group)
         if kind == "text":
-            ids, offsets = tokenizer.encode_with_offsets("".join(part.value for part in parts))
+            ids, offsets = tokenizer.encode_with_offsets("".join(part.value for part in parts), before == "special")
             tokens += ids
             image_index += [-1] * len(ids)
             supervised += _supervised(parts, offsets)
@@ -146,6 +147,7 @@ def render(
                 tokens += [tokenizer.image_id] * count
                 image_index += range(first * tokens_per_image, first * tokens_per_image + count)
                 supervised += [False] * count
+        before = kind
     return Segment(np.array(tokens, np.int32), np.array(image_index, np.int32), np.array(supervised, bool))
 
 
@@ -156,7 +158,12 @@ def end_mark(template: Template, tokenizer: Tokenizer) -> str:
 
 
 def chat_template(template: Template, tokenizer: Tokenizer) -> str:
-    """Returns `template` as the Jinja text that transformers' `apply_chat_template` reads."""
+    """Returns `template` as the Jinja text that transformers' `apply_chat_template` reads.
+
+    A tokenizer that puts a space before the first text alone sees all of it as one text: the template writes the spaces
+    that `render` gets before the first text and behind images.
+    """
+    space = " " * tokenizer.prefix_once
     before, after = dict(template.before), dict(template.after)
     after["assistant"] = after["assistant"].replace("{end}", tokenizer.end)
     answered = {**before, "assistant": before["assistant"] + template.opening}
@@ -164,13 +171,14 @@ def chat_template(template: Template, tokenizer: Tokenizer) -> str:
     shown = "{%- if true %}" if template.user_text else "{%- if message['role'] == 'assistant' %}"
     lines = [
         "{{- bos_token }}" * (tokenizer.bos is not None),
+        "{{- ' ' }}" * (tokenizer.bos is not None and tokenizer.prefix_once and bool(before["user"])),
         "{%- set before = " + json.dumps(answered) + " %}",
         "{%- set after = " + json.dumps(after) + " %}",
         "{%- if messages[0]['role'] != 'system' %}{{- " + json.dumps(system) + " }}{% endif %}" if system else "",
         "{%- for message in messages %}{{- before[message['role']] }}",
         "{%- if message['content'] is string %}" + shown + "{{- message['content'] }}{% endif %}",
         "{%- else %}{%- for part in message['content'] %}",
-        "{%- if part['type'] == 'image' %}{{- " + json.dumps(tokenizer.image) + " }}"
+        "{%- if part['type'] == 'image' %}{{- " + json.dumps(tokenizer.image + space) + " }}"
         "{%- if not loop.last %}{{- " + json.dumps(template.after_image) + " }}{% endif %}",
         "{%- else %}" + shown + "{{- part['text'] }}{% endif %}{%- endif %}",
         "{%- endfor %}{%- endif %}",

@@ -11,21 +11,11 @@ import numpy as np
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as spm_format
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from fastvlm_jax.text.bpe import (
-    END,
-    IMAGE,
-    MAX_TOKEN,
-    PAD,
-    JsonTokenizer,
-    Offsets,
-    add_image,
-    no_special,
-    write_tokenizer,
-)
+from fastvlm_jax.text.bpe import END, IMAGE, MAX_TOKEN, PAD, JsonTokenizer, Offsets, no_special, with_image
+from fastvlm_jax.text.tokenizer_config import CONFIG, SPACE, prefix_scheme, read_settings, write_tokenizer
 
-SPACE = "▁"  # SentencePiece's spelling of a space
 _PIECE = spm_format.ModelProto.SentencePiece
 _NORMAL, _CONTROL, _UNKNOWN, _BYTE = _PIECE.NORMAL, _PIECE.CONTROL, _PIECE.UNKNOWN, _PIECE.BYTE
 
@@ -56,11 +46,18 @@ class SentencePieceTokenizer:
             raise ValueError(
                 f"{path} has user-defined pieces or no byte fallback for unknown characters, unlike Llama's"
             )
+        self.config = read_settings(path.parent / CONFIG)
         self._prefix = text.add_dummy_prefix
+        self._scheme = prefix_scheme(self.config) or "always"  # where the space is put, if there is one
+        self.prefix_once = self._prefix and self._scheme == "first"
+        self._behind = self._model if self._scheme == "always" else _without_prefix(self._format)
+        if self._scheme == "never":
+            self._model = self._behind
         self.vocab_size = self._model.vocab_size()
         pieces = enumerate(self._format.pieces)
         self._special = {piece.piece: i for i, piece in pieces if piece.type in (_CONTROL, _UNKNOWN)}
-        self.bos = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        bos = self._model.bos_id() if self.config.get("add_bos_token") is not False else -1
+        self.bos = bos if bos >= 0 else None
         ends = [END] * (END in self._special) + [self._model.id_to_piece(i) for i in [self._model.eos_id()] if i >= 0]
         if not ends:
             raise ValueError(f"{path} has no special token that ends a turn: it needs {END} or an eos piece")
@@ -76,7 +73,8 @@ class SentencePieceTokenizer:
         text.encode()  # raises ValueError for half a surrogate pair, which JSON can hold
         return self.encode_with_offsets(text)[0] if SPACE in text else self._model.encode(text)
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+    def encode_with_offsets(self, text: str, behind_special: bool = False) -> tuple[list[int], Offsets]:
+        model = self._behind if behind_special and self.prefix_once else self._model
         ids, spans, at = [], [], 0
         for part in [text] if self._prefix else re.split(f"({SPACE})", text):
             if part == SPACE and not self._prefix:
@@ -86,7 +84,7 @@ class SentencePieceTokenizer:
                 # SentencePiece's offsets count UTF-8 bytes; to_char[b] is the index of byte b's character.
                 char_bytes = [len(char.encode()) for char in part] if not part.isascii() else [1] * len(part)
                 to_char = np.append(np.repeat(np.arange(len(part)), char_bytes), len(part)) + at
-                for piece in self._model.encode(part, return_type="proto").pieces:
+                for piece in model.encode(part, return_type="proto").pieces:
                     ids.append(piece.id)
                     spans.append((int(to_char[piece.begin]), int(to_char[piece.end])))
             at += len(part)
@@ -102,15 +100,17 @@ class SentencePieceTokenizer:
             raise ValueError(no_special(self.files[0], name))
         return self._special[name]
 
-    def with_image(self) -> "SentencePieceTokenizer | JsonTokenizer":
-        return self if self.image == IMAGE else add_image(self._converted(), self)
+    def with_image(self, rows: int) -> "SentencePieceTokenizer | JsonTokenizer":
+        if self.image == IMAGE and self.image_id < rows:
+            return self
+        return with_image(self._converted(), self, rows, self.config)
 
     def save(self, folder: str | os.PathLike) -> None:
         folder = pathlib.Path(folder)
         for file in self.files:
             with contextlib.suppress(shutil.SameFileError):
                 shutil.copyfile(file, folder / "tokenizer.model")
-        write_tokenizer(self._converted(), self, folder)
+        write_tokenizer(self._converted(), self, folder, self.config, False)
 
     def _converted(self) -> tokenizers.Tokenizer:
         """Returns the same model for the `tokenizers` library, whose list of merges replaces SentencePiece's scores."""
@@ -141,8 +141,11 @@ class SentencePieceTokenizer:
         model = tokenizers.Tokenizer(bpe)
         steps = [decoders.ByteFallback(), decoders.Fuse()]
         if self._prefix:
-            model.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-            steps = [decoders.Replace(SPACE, " "), *steps, decoders.Strip(" ", 1, 0)]
+            if self._scheme == "always":
+                model.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+            else:
+                model.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=self._scheme, split=False)
+            steps = [decoders.Replace(SPACE, " "), *steps, *[decoders.Strip(" ", 1, 0)] * (self._scheme != "never")]
         model.decoder = decoders.Sequence(steps)
         if self.bos is not None:
             first = self._model.id_to_piece(self.bos)
@@ -151,3 +154,11 @@ class SentencePieceTokenizer:
             )
         model.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in self._special])
         return model
+
+
+def _without_prefix(model: spm_format.ModelProto) -> sentencepiece.SentencePieceProcessor:
+    """Returns the same model without the space that it puts before a text."""
+    other = spm_format.ModelProto()
+    other.CopyFrom(model)
+    other.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=other.SerializeToString())

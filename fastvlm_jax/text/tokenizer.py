@@ -16,6 +16,7 @@ from fastvlm_jax.files import write_whole
 from fastvlm_jax.text import bpe
 from fastvlm_jax.text.bpe import END, IMAGE, PAD, START, Offsets, bpe_tokenizer
 from fastvlm_jax.text.spm import SentencePieceTokenizer
+from fastvlm_jax.text.tokenizer_config import warn_not_computed
 
 __all__ = ["END", "IMAGE", "PAD", "START", "Tokenizer", "bpe_tokenizer", "load_tokenizer", "train_sentencepiece"]
 
@@ -38,6 +39,8 @@ class Tokenizer(Protocol):
       pad: name of the special token for padding, which is never read.
       image: name of the token at an image's placeholders: `<image>`, or `pad` if the vocabulary has no such token.
       image_id: id of `image`, always inside the vocabulary.
+      prefix_once: whether a space is put before the first text of a conversation and before a text behind an image,
+        but not before one behind a special token (Llama's with `legacy: false`).
     """
 
     vocab_size: int
@@ -47,12 +50,15 @@ class Tokenizer(Protocol):
     pad: str
     image: str
     image_id: int
+    prefix_once: bool
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, none of them special; raises ValueError for half a surrogate pair."""
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+    def encode_with_offsets(self, text: str, behind_special: bool = False) -> tuple[list[int], Offsets]:
         """Returns the ids of `text` and, for each, the span `[start, end)` of characters that it encodes.
+
+        `behind_special` says that a special token precedes the text, see `prefix_once`.
 
         If several tokens share the bytes of one character, each span is the character or empty at its start.
         If Unicode's NFC form joins a letter and its combining mark, the span is the letter's.
@@ -64,10 +70,11 @@ class Tokenizer(Protocol):
     def special_id(self, name: str) -> int:
         """Returns the id of a special token such as `<|im_end|>`; raises ValueError if there is none of that name."""
 
-    def with_image(self) -> "Tokenizer":
-        """Returns this tokenizer with `<image>`, which transformers requires, on the next free id if it was missing.
+    def with_image(self, rows: int) -> "Tokenizer":
+        """Returns this tokenizer with `<image>`, which transformers requires, on an id below `rows`.
 
-        That id may lie beyond the model's vocabulary, which then needs another row.
+        Raises:
+          ValueError: the model has fewer rows than the tokenizer ids.
         """
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -77,11 +84,14 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Loads a `tokenizer.json`, a SentencePiece `.model`, a `.tiktoken`, a `vocab.json`, or a folder that holds one.
 
+    A warning names settings of its tokenizer_config.json that would change ids or answers and are not computed.
+
     Raises:
       FileNotFoundError: there is no such file, or the folder holds no tokenizer.
       ValueError: the file does not hold the kind of tokenizer that its name says.
     """
     path = pathlib.Path(path).expanduser()
+    warn_not_computed(path if path.is_dir() else path.parent)
     if path.is_file():
         by_suffix = {".json": bpe.read_json, ".tiktoken": bpe.read_tiktoken}
         return READERS.get(path.name, by_suffix.get(path.suffix, SentencePieceTokenizer))(path)

@@ -54,4 +54,4 @@ def write(
     config = text_config(llm, **ids)
     name = "Qwen2ForCausalLM" if llm.qkv_bias else "LlamaForCausalLM"
     write_json(folder / CONFIG, {"architectures": [name], "dtype": stored, **config})
-    with_generation(processor, ids).save(folder, export=True)
+    with_generation(processor, processor.end_ids).save(folder, export=True)

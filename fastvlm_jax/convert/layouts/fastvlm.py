@@ -16,7 +16,7 @@ from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_to
 from fastvlm_jax.convert.tables.decoder import decoder_rows
 from fastvlm_jax.convert.tables.projector import projector_rows
 from fastvlm_jax.convert.tables.timm import tower_rows
-from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_generation, with_image_token
+from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_image_token
 from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
@@ -87,7 +87,7 @@ def write(
       ValueError: transformers cannot express a size of the model, or the variables belong to another model.
     """
     model_config, variables = without_head(model_config, variables)
-    processor, model_config, variables = with_image_token(processor, model_config, variables)
+    processor = with_image_token(processor, model_config)
     model = fastvlm.build(**model_config)
     vision, llm = fastvlm.make_encoder(**model.vision_args), Decoder(**model.llm_args)
     tower = vision_config(vision)
@@ -108,7 +108,7 @@ def write(
         "text_config": text_config(llm, **ids),
     }
     write_json(folder / CONFIG, config)
-    with_generation(processor, ids).save(folder, export=True)
+    processor.save(folder, export=True)
 
 
 def vision_config(vision: FastViT) -> dict[str, Any]:

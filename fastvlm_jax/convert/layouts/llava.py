@@ -17,7 +17,7 @@ from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_to
 from fastvlm_jax.convert.tables import apple
 from fastvlm_jax.convert.tables.decoder import decoder_rows
 from fastvlm_jax.convert.tables.projector import projector_rows
-from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_generation, with_image_token
+from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_image_token
 from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import Decoder
@@ -136,7 +136,7 @@ def write(
         params = dict(variables["params"])
         params["vision"] = {**params["vision"], "head": {"kernel": projection}}
         variables = {**variables, "params": params}
-    processor, model_config, variables = with_image_token(processor, model_config, variables)
+    processor = with_image_token(processor, model_config)
     model = fastvlm.build(**model_config)
     vision, llm = fastvlm.make_encoder(**model.vision_args), Decoder(**model.llm_args)
     stored = save_weights(folder, to_torch(rows(vision, llm), variables, shapes_of(model)), dtype)
@@ -166,7 +166,7 @@ def write(
         "use_mm_proj": True,
     }
     write_json(folder / CONFIG, config)
-    with_generation(processor, ids).save(folder, export=True, padded_before=True)
+    processor.save(folder, export=True, padded_before=True)
 
 
 def _plain(vision: FastViT, key: str):

@@ -203,8 +203,8 @@ def test_tied_checkpoint_may_repeat_the_embedding_as_its_head(hf_copy):
         convert.load_weights(hf_copy)
 
 
-def test_vocabulary_without_room_for_the_image_token_gets_a_row(tmp_path):
-    """With Qwen2's 151,646 ids only, `<image>` becomes id 151,646, with a row that copies the first."""
+def test_vocabulary_without_room_for_the_image_token_keeps_its_rows(tmp_path):
+    """With Qwen2's 151,646 ids only, `<image>` takes the id of <|endoftext|>, where an answer still ends."""
     words = 151_646
     config = {**STUB, "llm": {**LLM, "vocab_size": words}}
     _, variables = random_variables(config)
@@ -214,12 +214,17 @@ def test_vocabulary_without_room_for_the_image_token_gets_a_row(tmp_path):
     loaded = model_io.read(tmp_path / "native")
     write(tmp_path / "hf", "hf", loaded.variables, loaded.config, loaded.processor)
     described = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert described["image_token_index"] == words and described["text_config"]["vocab_size"] == words + 64
+    assert described["image_token_index"] == words - 3 and described["text_config"]["vocab_size"] == words
     rows = load_file(tmp_path / "hf" / "model.safetensors")["model.language_model.embed_tokens.weight"]
-    np.testing.assert_array_equal(rows[:words], variables["params"]["llm"]["embedding"])
-    np.testing.assert_array_equal(rows[words:], np.repeat(rows[:1], 64, axis=0))
-    _, info = transformers.FastVlmForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    np.testing.assert_array_equal(rows, variables["params"]["llm"]["embedding"])
+    theirs, info = transformers.FastVlmForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
     assert not any(info.values()), info
+    assert theirs.generation_config.eos_token_id == [words - 1, words - 3]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.convert_tokens_to_ids("<image>") == words - 3 and tokenizer.pad_token == "<|im_end|>"
+    assert tokenizer("12 cats").input_ids == processor.tokenizer.encode("12 cats")
 
 
 def test_values_beyond_float16_are_refused_and_nothing_is_written(processor, tmp_path):

@@ -250,7 +250,7 @@ def test_special_tokens_inside_the_vocabulary_keep_it_as_long_as_it_is():
 def test_an_image_token_is_added_on_demand(request, kind, tmp_path):
     tokenizer = smollm() if kind == "smollm" else load_tokenizer(request.getfixturevalue(kind))
     size = tokenizer.vocab_size
-    added = tokenizer.with_image()
+    added = tokenizer.with_image(size + 1)
     at = tokenizer.image_id if tokenizer.image == "<image>" else size
     assert (added.image, added.image_id, added.special_id("<image>")) == ("<image>", at, at)
     assert (tokenizer.vocab_size, added.vocab_size) == (size, max(size, at + 1))

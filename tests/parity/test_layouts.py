@@ -73,7 +73,11 @@ def published(tokenizer_file, tmp_path_factory):
         weight_map |= dict.fromkeys(names[i::3], shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     load_tokenizer(tokenizer_file).save(folder)
-    settings = {"image_processor_type": "LlavaImageProcessor", "crop_size": {"height": 256, "width": 256}}
+    settings = {
+        "image_processor_type": "LlavaImageProcessor",
+        "do_pad": True,
+        "crop_size": {"height": 256, "width": 256},
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder
 

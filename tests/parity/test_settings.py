@@ -222,8 +222,9 @@ def test_an_export_without_spare_ids_has_the_same_distribution_and_loss(full_voc
     length = int(batch.segment_ids.sum())
     ids = np.asarray(batch.tokens)[0, :, :length]
     reference = transformers.AutoProcessor.from_pretrained(exported, backend="pil")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what color is it?"}]
     fields = reference.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what color is it?"}]}],
+        [{"role": "user", "content": content}],
         tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,
     )  # fmt: skip
     assert fields["input_ids"].tolist() == ids.tolist()

@@ -95,17 +95,24 @@ class GenerationConfig:
 
 
 def read_generation_config(folder: pathlib.Path) -> GenerationConfig | None:
-    """Reads the generation_config.json of a model directory; None if there is none.
+    """Reads the generation_config.json of a model directory, without one the end ids in its config.json; None if none.
 
     A warning names the settings that would change answers and that this package does not compute.
 
     Raises:
-      ValueError: the file is damaged, or its eos_token_id is not an id or a list of ids; the message names it.
+      ValueError: a file is damaged, or its eos_token_id is not an id or a list of ids; the message names it.
     """
-    file = folder / FILE
-    if not file.is_file():
+    file, settings = folder / FILE, {}
+    if file.is_file():
+        settings = read_object(file)
+    elif (file := folder / "config.json").is_file():
+        whole = read_object(file)
+        text = whole.get("text_config")
+        ends = [part["eos_token_id"] for part in (whole, text) if isinstance(part, dict) and "eos_token_id" in part]
+        settings = {"eos_token_id": ends[0]} if ends else {}
+    if not settings:
         return None
-    config = GenerationConfig(read_object(file), str(file))
+    config = GenerationConfig(settings, str(file))
     config.end_ids  # noqa: B018 (raises an error for a file that cannot be obeyed)
     if unused := config.unused():
         logging.warning("%s: not computed here, so answers may differ: %s", file, ", ".join(unused))

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from random_model import random_variables
 from safetensors.numpy import load_file, save_file
 from torch_reference import jit, randomise, to_nchw, transformers
 
@@ -36,21 +37,6 @@ def processor(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_sentencepiece(["what is in the picture? a red circle, a blue square"], path, LLM["vocab_size"])
     return Processor(load_tokenizer(path), "qwen_2", image_size=32, tokens_per_image=1)
-
-
-def random_variables(config):
-    """Returns (model, variables) with every leaf random; variances and scales lie in [0.5, 2]."""
-    model, rng = fastvlm.build(**config), np.random.default_rng(0)
-    shapes = shapes_of(model)
-
-    def leaf(path, shape):
-        if path.endswith(("scale", "var")) or "layer_scale" in path:
-            return rng.uniform(0.5, 2, shape).astype(np.float32)
-        gain = 0.2 if len(shape) == 1 else 0.7 * np.prod(shape[-4:-1]) ** -0.5
-        return (gain * rng.standard_normal(shape)).astype(np.float32)
-
-    flat = {path: leaf(path, shape) for path, shape in shapes.items()}
-    return model, flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def write(target, layout, variables, config, processor, **options):

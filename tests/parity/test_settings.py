@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from random_model import random_variables
 from safetensors.numpy import load_file
 from small import ask
 from torch_reference import jit, randomise, transformers
 
 import fastvlm_jax
 from fastvlm_jax import convert, model_io
-from fastvlm_jax.convert.mapping import shapes_of
 from fastvlm_jax.generate import generate, generate_tokens, penalise, sample
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.processor import Processor, load_processor
@@ -32,24 +32,6 @@ GENERATION = {
 }
 
 
-def random_variables(config):
-    """Returns variables of unit gain, all from one seed."""
-    rng = np.random.default_rng(0)
-
-    def leaf(shape):
-        gain = 0.7 * np.prod(shape[-4:-1]) ** -0.5 if len(shape) > 1 else 0.2
-        return (gain * rng.standard_normal(shape)).astype(np.float32)
-
-    tree = {}
-    for path, shape in shapes_of(fastvlm.build(**config)).items():
-        node = tree
-        *parents, name = path.split("/")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = 1 + leaf(shape) if name in ("scale", "var") else leaf(shape)
-    return tree
-
-
 def write(source, target, layout):
     loaded = model_io.read(source)
     convert.write(target, layout, loaded.variables, loaded.config, loaded.processor, loaded.lineage)
@@ -66,7 +48,7 @@ def vicuna(llama_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("settings") / "vicuna"
     config = transformers.LlamaConfig(
         vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=96, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        intermediate_size=48, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     randomise(transformers.LlamaForCausalLM(config), 1).save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(llama_file.read_bytes())
@@ -84,7 +66,7 @@ def test_settings_come_back_as_they_were(vicuna, tmp_path):
     out = write(write(vicuna, tmp_path / "native", "native"), tmp_path / "hf", "hf")
     for name in ("generation_config.json", "tokenizer_config.json"):
         assert content(out, name) == content(vicuna, name)
-    assert content(out, "config.json")["max_position_embeddings"] == 96
+    assert content(out, "config.json")["max_position_embeddings"] == 128
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["preprocessor_config.json", "processor_config.json"])
@@ -93,7 +75,7 @@ def test_image_settings_come_back_as_they_were(nested, sentencepiece_file, tmp_p
     tokenizer = load_tokenizer(sentencepiece_file)
     config = {"vision": STUB, "llm": {**LLM, "vocab_size": tokenizer.vocab_size}, "dtype": "float32"}
     first = Processor(tokenizer, "qwen_2", 32, fastvlm.build(**config).tokens_per_image(32))
-    convert.write(tmp_path / "first", "hf", random_variables(config), config, first, {})
+    convert.write(tmp_path / "first", "hf", random_variables(config)[1], config, first, {})
     images = {
         "image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "do_resize": True, "resample": 3,
         "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "image_mean": [0, 0, 0],
@@ -134,13 +116,13 @@ def test_greedy_answers_with_a_repetition_penalty_equal_those_of_transformers(vi
 
 
 def test_sampling_draws_from_the_distribution_of_transformers(vicuna):
-    """Chi-square of 50,000 draws against the stored settings' processors, at the 99.9th percentile."""
+    """Chi-square of 50,000 draws from 64 tokens against the stored settings' processors, at the 99.9th percentile."""
     sampling = load_processor(vicuna).sampling
-    seen = torch.tensor([[3, 9, 11, 250]])
-    logits = np.random.default_rng(3).normal(0, 1.5, (1, 400)).astype(np.float32)
+    seen = torch.tensor([[3, 9, 11, 50]])
+    logits = np.random.default_rng(3).normal(0, 1.5, (1, 64)).astype(np.float32)
     warpers = transformers.generation.logits_process
     scores = warpers.RepetitionPenaltyLogitsProcessor(sampling["repetition_penalty"])(seen, torch.from_numpy(logits))
-    marked = np.isin(np.arange(400), seen.numpy())[None]
+    marked = np.isin(np.arange(64), seen.numpy())[None]
     penalised = penalise(logits, marked, sampling["repetition_penalty"])
     np.testing.assert_allclose(penalised, scores.numpy(), rtol=1e-6)
     for warper in (
@@ -150,9 +132,9 @@ def test_sampling_draws_from_the_distribution_of_transformers(vicuna):
     ):
         scores = warper(seen, scores)
     expected = torch.softmax(scores, -1).numpy()[0] * DRAWS
-    many = np.broadcast_to(penalised, (DRAWS, 400))
+    many = np.broadcast_to(penalised, (DRAWS, 64))
     drawn = sample(many, jax.random.key(0), sampling["temperature"], sampling["top_p"], sampling["top_k"])
-    counts = np.bincount(np.asarray(drawn), minlength=400)
+    counts = np.bincount(np.asarray(drawn), minlength=64)
     kept = expected > 0
     assert 3 < kept.sum() <= 12 and not counts[~kept].any()
     statistic = float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
@@ -163,11 +145,11 @@ def test_sampling_draws_from_the_distribution_of_transformers(vicuna):
 def test_a_prompt_and_its_answer_stay_within_the_context_length(vicuna):
     loaded = fastvlm_jax.load(vicuna)
     length = int(loaded[2]([], ["red " * 5]).segment_ids.sum())
-    assert generate(*loaded, [], ["red " * 5], max_tokens=96 - length)
+    assert generate(*loaded, [], ["red " * 5], max_tokens=128 - length)
     for options, message in (
-        (dict(max_tokens=97 - length), rf"the prompt is {length} tokens long, more than the {length - 1} allowed"),
-        (dict(max_length=97), "max_length=97 is beyond the model's context length of 96 tokens"),
-        (dict(max_tokens=96), "max_tokens=96 must be less than the model's context length, 96 tokens"),
+        (dict(max_tokens=129 - length), rf"the prompt is {length} tokens long, more than the {length - 1} allowed"),
+        (dict(max_length=129), "max_length=129 is beyond the model's context length of 128 tokens"),
+        (dict(max_tokens=128), "max_tokens=128 must be less than the model's context length, 128 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(*loaded, [], ["red " * 5], **options)
@@ -202,7 +184,7 @@ def full_vocabulary(llama_file, tmp_path_factory):
     tokenizer = load_tokenizer(llama_file)
     llm = {**LLM, "vocab_size": tokenizer.vocab_size, "qkv_bias": False, "tie_embeddings": False}
     config = {"vision": STUB, "llm": llm, "dtype": "float32"}
-    variables = random_variables(config)
+    variables = random_variables(config)[1]
     variables["params"]["llm"]["lm_head"]["kernel"][:, 0] *= 8
     processor = Processor(tokenizer, "vicuna_v1", 32, fastvlm.build(**config).tokens_per_image(32))
     folder = tmp_path_factory.mktemp("full")
@@ -229,14 +211,14 @@ def test_an_export_without_spare_ids_has_the_same_distribution_and_loss(full_voc
     )  # fmt: skip
     assert fields["input_ids"].tolist() == ids.tolist()
     args = (batch.images, batch.tokens, batch.image_index, batch.positions, batch.segment_ids)
-    ours = np.asarray(jit(model.apply)(variables, *args))[0, :, :length]
+    ours = torch.from_numpy(np.array(jit(model.apply)(variables, *args)))[0, :, :length]
     with torch.no_grad():
         scores = theirs(input_ids=fields["input_ids"], pixel_values=fields["pixel_values"]).logits
         loss = torch.nn.functional.cross_entropy(scores[0, :-1], fields["input_ids"][0, 1:])
-    p = torch.softmax(torch.from_numpy(ours), -1)
-    assert np.abs(torch.softmax(scores, -1) - p).max() < 1e-6
+    p = torch.softmax(ours, -1)
+    assert (torch.softmax(scores, -1) - p).abs().max() < 1e-6
     assert p[..., 0].max() > 0.8  # copies of this row would take most of the rest
-    ours_loss = torch.nn.functional.cross_entropy(torch.from_numpy(ours)[0, :-1], fields["input_ids"][0, 1:])
+    ours_loss = torch.nn.functional.cross_entropy(ours[0, :-1], fields["input_ids"][0, 1:])
     assert abs(float(loss) - float(ours_loss)) < 1e-6 * float(loss)
 
 
@@ -254,7 +236,7 @@ def test_spare_rows_of_a_padded_vocabulary_hold_the_image_token(llama_file, tmp_
     tokenizer = load_tokenizer(llama_file)
     llm = {**LLM, "vocab_size": tokenizer.vocab_size + 5, "qkv_bias": False}
     config = {"vision": STUB, "llm": llm, "dtype": "float32"}
-    variables = random_variables(config)
+    variables = random_variables(config)[1]
     convert.write(tmp_path / "hf", "hf", variables, config, Processor(tokenizer, "vicuna_v1", 32, 4), {})
     described = content(tmp_path / "hf", "config.json")
     assert described["image_token_index"] == tokenizer.vocab_size

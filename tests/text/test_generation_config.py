@@ -56,6 +56,12 @@ def test_settings_that_would_change_answers_are_named_once_and_in_one_line(tmp_p
     )
 
 
+@pytest.mark.parametrize("config", [{"eos_token_id": [5, 6]}, {"text_config": {"eos_token_id": [5, 6]}}])
+def test_without_the_file_the_end_ids_are_those_of_config_json(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 9, **config}))
+    assert read_generation_config(tmp_path).end_ids == (5, 6)
+
+
 def test_a_folder_without_the_file_has_no_settings(tmp_path):
     assert read_generation_config(tmp_path) is None
 

@@ -13,7 +13,7 @@ from fastvlm_jax.batch import Batch
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
-from fastvlm_jax.text.tokenizer import IMAGE
+from fastvlm_jax.text.tokenizer import PAD
 
 
 def sample(logits_BV: jax.Array, rng: jax.Array, temperature: float, top_p: float, top_k: int = 0) -> jax.Array:
@@ -230,7 +230,7 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         repetition_penalty=repetition_penalty,
-        image_id=tokenizer.image_id if tokenizer.image == IMAGE else None,
+        image_id=None if tokenizer.image == PAD else tokenizer.image_id,  # <|endoftext|> ends texts, none holds it
     )
     return [tokenizer.decode(until(row, ends)).strip() for row in np.asarray(out)]
 

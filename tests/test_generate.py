@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from small import small_config
 
-from fastvlm_jax.generate import generate, generate_tokens, sample, until
+from fastvlm_jax.generate import generate, generate_tokens, penalise, sample, seen_in, until
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
@@ -67,6 +67,59 @@ def test_rows_are_filled_with_the_end_mark_once_they_reached_it(model_and_rest):
         length = list(reference).index(end) if end in reference else 8
         np.testing.assert_array_equal(row[:length], reference[:length])
         assert (row[length:] == end).all()
+
+
+def test_the_first_of_several_end_ids_ends_an_answer(model_and_rest):
+    model, variables, processor = model_and_rest
+    batch = processor(images(3), QUESTIONS)
+    free = np.asarray(generate_tokens(model, variables, batch, jax.random.key(0), max_tokens=8, end=511))
+    ends = (510, int(free[0, 4]), int(free[0, 2]))
+    got = np.asarray(generate_tokens(model, variables, batch, jax.random.key(0), max_tokens=8, end=ends))
+    for row, reference in zip(got.tolist(), free.tolist(), strict=True):
+        length = next((i for i, token in enumerate(reference) if token in ends), 7) + 1
+        assert row == reference[:length] + [510] * (8 - length)
+    assert until(got[0], ends) == free[0, :2].tolist()
+
+
+def test_a_model_without_settings_ends_at_its_end_mark_and_at_the_end_of_a_text(sentencepiece_file, llama_file):
+    assert Processor(load_tokenizer(sentencepiece_file), "chatml", 0, 0).end_ids == (3, 0)  # <|im_end|>, <|endoftext|>
+    assert Processor(load_tokenizer(llama_file), "vicuna_v1", 0, 0).end_ids == (2,)  # </s>; <unk> ends nothing
+
+
+def test_a_penalty_divides_positive_logits_of_seen_tokens_and_multiplies_negative_ones():
+    seen = jnp.array([[True, True, False, False]])
+    assert penalise(jnp.array([[3.0, -1.0, 3.0, -1.0]]), seen, 2.0).tolist() == [[1.5, -2.0, 3.0, -1.0]]
+
+
+def test_padding_is_not_seen_and_placeholders_count_as_the_image_token(model_and_rest):
+    _, _, processor = model_and_rest
+    batch = processor(images(1), QUESTIONS[:1])
+    text = set(np.asarray(batch.tokens)[(np.asarray(batch.image_index) < 0) & (np.asarray(batch.segment_ids) > 0)])
+    assert 0 not in text and (np.asarray(batch.segment_ids) == 0).any()
+    assert set(np.flatnonzero(seen_in(batch, 512, None)[0])) == text
+    assert set(np.flatnonzero(seen_in(batch, 512, 300)[0])) == text | {300}
+
+
+def test_top_k_draws_only_from_the_most_likely_tokens():
+    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
+    keys = jax.random.split(jax.random.key(0), 2000)
+    assert set(np.asarray(jax.vmap(lambda key: sample(logits, key, 1.0, 1.0, 3)[0])(keys)).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": -1},
+        {"top_k": 1.5},
+        {"repetition_penalty": 0},
+        {"top_p": "a"},
+        {"temperature": None},
+        {"max_tokens": 0},
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options, model_and_rest):
+    with pytest.raises(ValueError, match=rf"^[^\n]*{next(iter(options))}=[^\n]*$"):
+        generate(*model_and_rest, [], ["hello"], **options)
 
 
 def test_text_alone_is_answered_without_images(model_and_rest):

@@ -115,6 +115,7 @@ def bad_inputs(tmp_path, workdir, easy_vqa):
         "empty image": ([*ask, f"--image={empty}"], 1, "empty.png"),
         "text as an image": ([*ask, f"--image={text}"], 1, "text.jpg"),
         "prompt longer than the context": ([*ask, "--max_length=20", "--max_tokens=16"], 1, "allowed: shorten it"),
+        "stored sampling of a model without any": ([*ask, "--sampling=model"], 1, "has no generation_config.json"),
         "unknown data set": (["data", "imagenet"], 2, "has write, inspect, easy-vqa"),
         "occupied target": (["convert", f"--source={workdir}", f"--target={tmp_path / 'other'}"], 1, "other"),
         "report of a folder that is no run": (["report", tmp_path / "other", "--output=R.html"], 1, "no metrics.jsonl"),
@@ -125,8 +126,8 @@ CASES = [
     "no command", "unknown command", "unknown flag", "missing flag", "unknown config key",
     "config value of the wrong type", "missing config", "unknown stage", "missing dataset", "parent of another size",
     "workdir of something else", "missing model", "folder without a model", "missing image", "empty image",
-    "text as an image", "prompt longer than the context", "unknown data set", "occupied target",
-    "report of a folder that is no run",
+    "text as an image", "prompt longer than the context", "stored sampling of a model without any", "unknown data set",
+    "occupied target", "report of a folder that is no run",
 ]  # fmt: skip
 
 

@@ -105,16 +105,14 @@ def test_greedy_answers_with_a_repetition_penalty_equal_those_of_transformers(vi
     theirs = transformers.LlamaForCausalLM.from_pretrained(vicuna, dtype=torch.float32).eval()
     assert processor.end_ids == (2, 77) and processor.sampling["repetition_penalty"] == 1.3
     batch = processor([], ["what color is it?", "is it red?"])
+    options = dict(max_tokens=24, end=processor.end_ids, repetition_penalty=1.3)
+    ours = np.asarray(generate_tokens(model, variables, batch, jax.random.key(0), **options))
     for row, segment in enumerate(batch.segment_ids[0]):
         prompt = torch.from_numpy(batch.tokens[0, row : row + 1, : int(segment.sum())]).long()
-        for penalty in (1.0, 1.3):
-            expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, repetition_penalty=penalty)
-            options = dict(max_tokens=24, end=processor.end_ids, repetition_penalty=penalty)
-            ours = np.asarray(generate_tokens(model, variables, batch, jax.random.key(0), **options))[row]
-            ids = expected[0, prompt.shape[1] :].tolist()
-            assert ours[: len(ids)].tolist() == ids and set(ours[len(ids) :].tolist()) <= {2}
-            if ids[-1] in (2, 77):
-                assert len(ids) < 24
+        ids = theirs.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1] :].tolist()
+        plain = theirs.generate(prompt, max_new_tokens=24, do_sample=False, repetition_penalty=1.0)
+        assert plain[0, prompt.shape[1] :].tolist() != ids
+        assert ours[row, : len(ids)].tolist() == ids and set(ours[row, len(ids) :].tolist()) <= {2}
 
 
 def test_sampling_draws_from_the_distribution_of_transformers(vicuna):
@@ -146,14 +144,9 @@ def test_sampling_draws_from_the_distribution_of_transformers(vicuna):
 def test_the_command_samples_with_the_stored_settings_when_asked_to(vicuna, capsys):
     loaded = fastvlm_jax.load(vicuna)
     stored, ask = loaded[2].sampling, ["generate", f"--model={vicuna}", "--prompt=red", "--max_tokens=7", "--seed=5"]
-    for flags, sampling in (
-        ([], {}),
-        (["--sampling=model"], stored),
-        (["--sampling=model", "--temperature=9", "--top_k=0"], {**stored, "temperature": 9.0, "top_k": 0}),
-    ):
-        command([*ask, *flags])
-        (answer,) = generate(*loaded, [], ["red"], max_tokens=7, seed=5, **sampling)
-        assert capsys.readouterr().out == answer + "\n"
+    command([*ask, "--sampling=model", "--temperature=9", "--top_k=0"])
+    (answer,) = generate(*loaded, [], ["red"], max_tokens=7, seed=5, **{**stored, "temperature": 9.0, "top_k": 0})
+    assert capsys.readouterr().out == answer + "\n"
 
 
 def test_a_prompt_and_its_answer_stay_within_the_context_length(vicuna):
@@ -231,7 +224,7 @@ def test_an_export_without_spare_ids_has_the_same_distribution_and_loss(full_voc
         loss = torch.nn.functional.cross_entropy(scores[0, :-1], fields["input_ids"][0, 1:])
     p = torch.softmax(ours, -1)
     assert (torch.softmax(scores, -1) - p).abs().max() < 1e-6
-    assert p[..., 0].max() > 0.8  # copies of this row would take most of the rest
+    assert p[..., 0].max() > 0.6  # 64 copies of this row would take 0.98 of all
     ours_loss = torch.nn.functional.cross_entropy(ours[0, :-1], fields["input_ids"][0, 1:])
     assert abs(float(loss) - float(ours_loss)) < 1e-6 * float(loss)
 
@@ -246,13 +239,11 @@ def test_answers_about_an_image_with_a_penalty_equal_those_of_transformers(full_
     prompt = torch.from_numpy(np.asarray(batch.tokens)[0, :, : int(batch.segment_ids.sum())]).long()
     pixels = to_nchw(batch.images[0].astype(np.float32) / 255)
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=2)
-    for penalty in (1.0, 1.5):
-        expected = theirs.generate(input_ids=prompt, pixel_values=pixels, repetition_penalty=penalty, **options)
-        expected = expected[0, prompt.shape[1] :].tolist()
-        ids = generate_tokens(
-            model, variables, batch, jax.random.key(0), max_tokens=12, end=2, repetition_penalty=penalty, image_id=0
-        )
-        assert np.asarray(ids)[0, : len(expected)].tolist() == expected
+    expected = theirs.generate(input_ids=prompt, pixel_values=pixels, repetition_penalty=1.5, **options)
+    expected = expected[0, prompt.shape[1] :].tolist()
+    settings = dict(max_tokens=12, end=2, repetition_penalty=1.5, image_id=0)
+    ours = np.asarray(generate_tokens(model, variables, batch, jax.random.key(0), **settings))[0]
+    assert ours[: len(expected)].tolist() == expected
 
 
 def test_an_export_without_spare_ids_reads_text_as_before(full_vocabulary):

@@ -168,7 +168,7 @@ def image_files(
     path = PROCESSOR if NESTED in published.get(PROCESSOR, {}) else SETTINGS
     theirs = published.get(PROCESSOR, {}).get(NESTED) or published.get(SETTINGS)
     if export:
-        whole = not own["grids"] and not own["sizes"]
+        whole = not own["grids"] and not own["sizes"] and own["transparency"] == "white"
         if theirs and whole and _describe(theirs, settings, padded_before):
             return {PROCESSOR: joined, **published}
     elif theirs:

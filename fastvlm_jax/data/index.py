@@ -30,6 +30,7 @@ from fastvlm_jax.files import cache_folder, save_arrays
 from fastvlm_jax.images.decode import size_of
 from fastvlm_jax.text.conversation import TEMPLATES, Turn, questions, render, shortened
 from fastvlm_jax.text.tokenizer import Tokenizer
+from fastvlm_jax.text.tokenizer_config import changes
 
 TURNS = ("separate", "conversation")
 FOLDER = "index"
@@ -59,10 +60,11 @@ class Counter:
 
     @functools.cached_property
     def id(self) -> str:
-        """Returns eight hexadecimal digits that identify the tokenizer's files, the template and `turns`."""
+        """Returns eight hexadecimal digits that identify the tokenizer, the template and `turns`."""
         digest = hashlib.sha256(f"{_VERSION} {TEMPLATES[self.template]} {self.turns}".encode())
         for file in self.tokenizer.files:
             digest.update(file.read_bytes())
+        digest.update(changes(self.tokenizer.config).encode())
         return digest.hexdigest()[:8]
 
     def count(self, record: Record) -> list[tuple[int, int, tuple[int, ...]]]:

@@ -7,8 +7,8 @@ Only the templates of conversation.py place special ids, which they look up by n
 import io
 import os
 import pathlib
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import sentencepiece
 
@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: number of ids, special ones included; ids are in [0, vocab_size).
       files: the file that the tokenizer was read from.
+      config: contents of the tokenizer_config.json beside it; {} if there is none.
       bos: id that starts every sequence (Llama's `<s>`); None if there is none.
       end: name of the special token that ends a turn: `<|im_end|>`, or `</s>` for Llama and Vicuna.
       pad: name of the special token for padding, which is never read.
@@ -45,6 +46,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     files: tuple[pathlib.Path, ...]
+    config: Mapping[str, Any]
     bos: int | None
     end: str
     pad: str

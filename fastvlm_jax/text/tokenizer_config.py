@@ -44,6 +44,17 @@ def class_of(config: Mapping[str, Any]) -> str:
     return str(config.get("tokenizer_class") or "").removesuffix("Fast")
 
 
+def changes(config: Mapping[str, Any]) -> str:
+    """Returns the settings that change the ids of a tokenizer's other files, as JSON; "" if there are none."""
+    defaults = {
+        "LlamaTokenizer": {"legacy": True, "add_prefix_space": True, "add_bos_token": True},
+        "Qwen2Tokenizer": {"add_prefix_space": False},
+        "GPT2Tokenizer": {"add_prefix_space": False},
+    }.get(class_of(config), {})
+    found = {key: config[key] for key, value in defaults.items() if config.get(key) not in (None, value)}
+    return json.dumps(found) if found else ""
+
+
 def prefix_scheme(config: Mapping[str, Any]) -> str | None:
     """Returns where a Llama tokenizer puts a space before a text; None if the config leaves that open.
 

@@ -1,6 +1,7 @@
 """Checks the arrays of a batch: tiles, buckets, mixtures, truncated texts, substitutes, and the loss on them."""
 
 import io
+import json
 import time
 
 import jax
@@ -275,6 +276,14 @@ def test_an_index_is_of_one_tokenizer_template_and_way_of_turns(tokenizer, tmp_p
     made = [(tokenizer, "chatml", "separate"), (other, "chatml", "separate"), (tokenizer, "plain", "separate")]
     made.append((tokenizer, "chatml", "conversation"))
     assert len({Counter(*settings).id for settings in made}) == 4
+
+
+@pytest.mark.parametrize("setting, same", [({}, True), ({"legacy": True}, True), ({"legacy": False}, False)])
+def test_an_index_is_of_the_settings_that_change_the_ids(setting, same, llama_file, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(llama_file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **setting}))
+    made = [Counter(load_tokenizer(path), "vicuna_v1", "separate") for path in (llama_file, tmp_path)]
+    assert (made[0].id == made[1].id) is same
 
 
 class Trap:

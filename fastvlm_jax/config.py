@@ -4,6 +4,7 @@ docs/config.md is made from the assignments and comments in this file: `python -
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -12,7 +13,13 @@ from fastvlm_jax.models.sizes import LLM_SIZES, QWEN2, VISION_SIZES
 
 
 def get_base(size: str) -> ml_collections.ConfigDict:
-    """Returns the config of a model size, which a stage file overrides.
+    """Returns the config of a model size, which a stage file overrides; see `sizes_of` for sizes and errors."""
+    template = {"vicuna-7b": "vicuna_v1", "smollm2-135m": "chatml"}.get(size.partition(",")[0], "qwen_2")
+    return base_of(*sizes_of(size), template, tiny=size.partition(",")[0] == "tiny")
+
+
+def sizes_of(size: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arguments of the language model and of the encoder of a size, as `base_of` takes them.
 
     Args:
       size: a language model of LLM_SIZES, alone or with an encoder of VISION_SIZES ("vicuna-7b,clip_vit_l_336"). The
@@ -29,57 +36,72 @@ def get_base(size: str) -> ml_collections.ConfigDict:
         raise ValueError(
             f"unknown encoder {vision!r}: choose one of {', '.join(VISION_SIZES)} (as in FILE.py:0.5b,mci2)"
         )
+    return {**QWEN2, **LLM_SIZES[llm]}, dict(VISION_SIZES[vision])
+
+
+def base_of(
+    llm: Mapping[str, Any], vision: Mapping[str, Any], template: str, *, tiny: bool = False
+) -> ml_collections.ConfigDict:
+    """Returns the config of any sizes, which a stage file overrides.
+
+    Args:
+      llm: arguments of models.decoder.Decoder.
+      vision: "family" (see models.fastvlm.make_encoder) and arguments of that encoder.
+      template: conversation template.
+      tiny: whether the model is meant for a CPU: float32, nothing recomputed, parameters whole on every device.
+    """
     c = ml_collections.ConfigDict()
     c.stage = ""  # name of the stage, recorded in the lineage of its model
     c.seed = 0  # seed of the initial weights, the data order and the randomness of the steps
     # Source of the initial weights: a training workdir, a checkpoint, a model directory of any layout, or parts of
     # several ("vision=DIR,llm=DIR"). Parts that no source gives are initialized; "" initializes all.
     c.parent = ""
-    c.model = _model(llm, vision)
-    c.data = _data(llm, vision)
-    _add_training(c, tiny=llm == "tiny")
+    c.model = _model(llm, vision, tiny=tiny)
+    c.data = _data(vision, template)
+    _add_training(c, tiny=tiny)
     return c
 
 
-def _model(llm: str, vision: str) -> ml_collections.ConfigDict:
-    tiny, sizes = llm == "tiny", VISION_SIZES[vision]
+def _model(llm: Mapping[str, Any], sizes: Mapping[str, Any], *, tiny: bool) -> ml_collections.ConfigDict:
     model = ml_collections.ConfigDict()
     model.dtype = "float32" if tiny else "bfloat16"  # dtype of the computation
-    model.vision = ml_collections.ConfigDict(sizes)
+    model.vision = ml_collections.ConfigDict(dict(sizes))
     if "family" not in sizes:
         # The paper does not say in which form, or with which BatchNorm statistics, it tunes the tower in a VLM. The
         # public code builds the folded form; frozen statistics make the loss independent of mesh and batch.
         model.vision.form = "folded"  # "branched" = training form, "folded" = released form
         model.vision.batch_norm = "frozen"  # "train" = batch statistics, updated; "frozen" = stored statistics
         model.vision.drop_path = 0.0  # drop-path rate of the last block; earlier blocks have less, linearly
-        model.vision.multiscale = ()  # earlier stages whose pooled outputs join the features (paper, Figure 2)
+        # Earlier stages whose pooled outputs join the features (paper, Figure 2).
+        model.vision.multiscale = sizes.get("multiscale", ())
         # Pooling of those outputs: "average", or "depthwise" with learned weights.
-        model.vision.multiscale_pool = "average"
+        model.vision.multiscale_pool = sizes.get("multiscale_pool", "average")
     # Mean of each colour channel that the encoder subtracts from images in [0, 1]; FastVLM's own encoder uses 0.
     model.vision.image_mean = sizes.get("image_mean", (0.0, 0.0, 0.0))
     # Standard deviation of each colour channel that the encoder then divides by.
     model.vision.image_std = sizes.get("image_std", (1.0, 1.0, 1.0))
     # Activations of the encoder that the backward pass recomputes: a policy of models/remat.py.
     model.vision.remat = "none" if tiny else "full" if "family" in sizes else "depthwise"
-    model.llm = ml_collections.ConfigDict({**QWEN2, **LLM_SIZES[llm]})
+    model.llm = ml_collections.ConfigDict(dict(llm))
     # Activations of the decoder that the backward pass recomputes: a policy of models/remat.py.
     model.llm.remat = "none" if tiny else "full"
     return model
 
 
-def _data(llm: str, vision: str) -> ml_collections.ConfigDict:
+def _data(sizes: Mapping[str, Any], template: str) -> ml_collections.ConfigDict:
     data = ml_collections.ConfigDict()
     data.path = ""  # folder of one data set's shards, local or gs://; it replaces the mixture
     data.root = "data"  # folder or gs:// prefix that holds the mixture's folders
     # Data sets to mix, as ((folder, fraction of the records drawn), ...); with all fractions 0, an epoch draws each
     # record of each data set once.
     data.mixture = ()
-    # tokenizer.model, tokenizer.json or the folder that holds one; "" takes the parent's, else the data folder's.
+    # tokenizer.model, tokenizer.json, a GGUF file, or a folder or workdir that holds one; "" takes the parent's, else
+    # the data folder's.
     data.tokenizer = ""
     # Conversation template: qwen_2, vicuna_v1, chatml or plain.
-    data.template = {"vicuna-7b": "vicuna_v1", "smollm2-135m": "chatml"}.get(llm, "qwen_2")
+    data.template = template
     # Side of the square that images are padded and resized to, pixels; a vision transformer takes one size only.
-    data.image_size = VISION_SIZES[vision].get("image_size", 1024)
+    data.image_size = sizes.get("image_size", 1024)
     # Resolutions to draw batches at, as ((512, 0.3), (1024, 0.7)): sides in pixels, and the fraction of image records
     # drawn at each; () draws all at image_size.
     data.resolutions = ()
@@ -114,7 +136,8 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.groups = ((".*", 2e-5, 0.0),)
     c.epochs = 1.0  # passes over the training split
     c.steps = 0  # optimizer steps; 0 = as many as `epochs` asks for
-    c.warmup_ratio = 0.03  # fraction of the steps in which the rate rises linearly; a cosine to zero follows
+    # Fraction of the steps in which the rate rises linearly from 0; a cosine to zero follows. 0 = no warm-up.
+    c.warmup_ratio = 0.03
     c.beta1 = 0.9  # AdamW's decay of the first moment
     c.beta2 = 0.999  # AdamW's decay of the second moment
     c.epsilon = 1e-8  # AdamW's epsilon
@@ -164,6 +187,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"accumulate={config.accumulate} must divide data.groups={config.data.groups}")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
+    if not 0 <= config.warmup_ratio <= 1:
+        raise ValueError(f"warmup_ratio={config.warmup_ratio} must be from 0 to 1, a fraction of the steps")
     data = config.data
     for key in ("image_size", "groups", "rows_per_group", "row_length"):
         if data[key] < 1:

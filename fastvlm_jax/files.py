@@ -11,6 +11,8 @@ from typing import IO, Any
 
 import numpy as np
 
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
+
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """Reads the JSON object in `path`.
@@ -19,13 +21,28 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
       FileNotFoundError: there is no such file.
       ValueError: the file holds something else; the message names it.
     """
+    data = path.read_bytes()
+    if data.startswith(POINTER):
+        raise ValueError(pointer_message(path))
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}): copy or export it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object: copy or export it again")
     return content
+
+
+def refuse_pointer(path: os.PathLike) -> None:
+    """Raises ValueError if a file is a pointer of Git LFS, which a clone leaves where the content was not fetched."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(pointer_message(path))
+
+
+def pointer_message(path: os.PathLike | str) -> str:
+    """Returns the error message that refuses a pointer of Git LFS and says how to get the content."""
+    return f"{path} is a Git LFS pointer and not the content: run `git lfs pull` in its folder, or download it again"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import numpy as np
 
 from fastvlm_jax import checkpoint, convert
 from fastvlm_jax.convert.layouts import llava
-from fastvlm_jax.convert.layouts.gguf import read_gguf_tokenizer
 from fastvlm_jax.convert.layouts.native import without_remat
 from fastvlm_jax.convert.mapping import COUNTERS, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
@@ -22,6 +21,7 @@ from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor, load_processor
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
+from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.workdir import read_run
 
 PARTS = ("vision", "projector", "llm")
@@ -126,7 +126,7 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
         return None
     folder = gguf_file(path).parent if layout == "gguf" else path
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return Processor(read_gguf_tokenizer(gguf_file(path)), "chatml", 0, 0) if layout == "gguf" else None
+        return Processor(load_tokenizer(gguf_file(path)), "chatml", 0, 0) if layout == "gguf" else None
     if not config.get("vision"):
         template = "chatml" if layout == "gguf" else "qwen_2" if config["llm"].get("qkv_bias", True) else None
         processor = load_processor(folder, lambda size: 0, template, 0)

@@ -1,5 +1,6 @@
 """Splits parameters into trainable and frozen ones, by groups of paths, and makes their schedule and optimizer."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -46,8 +47,11 @@ def merge(trainable: dict, frozen: dict) -> dict:
 
 
 def schedule(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Returns a linear warm-up over a fraction of the steps, then a cosine to zero (paper, Tables 8 and 9)."""
-    warmup = max(1, round(steps * warmup_ratio))
+    """Returns a linear warm-up over a fraction of the steps, then a cosine to zero (paper, Tables 8 and 9).
+
+    The warm-up takes the fraction rounded up, as in transformers; of 0 steps, it leaves the first step at the peak.
+    """
+    warmup = math.ceil(steps * warmup_ratio)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
 

@@ -3,27 +3,22 @@
 Training, data inspection, benchmarks and preflight all use this module.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import losses, model_io, optim, sharding
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.convert.heads import without_head
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.load.from_config import data_sets, make_builder
 from fastvlm_jax.images.sizes import make_sizes
 from fastvlm_jax.models import fastvlm
-from fastvlm_jax.models.decoder import Decoder
-from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.fastvlm import FastVLM
-from fastvlm_jax.models.fold import fold_variables
+from fastvlm_jax.parent import adapt
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.train_state import TrainState, state_of
@@ -50,16 +45,17 @@ def open_stage(config) -> Stage:
     """Builds the model of a config, reads its parent, and makes the processor that fits both.
 
     Raises:
-      ValueError, FileNotFoundError: the parent does not fit (see `adapt`), the tokenizer does not (see
+      ValueError, FileNotFoundError: the parent does not fit (see parent.adapt), the tokenizer does not (see
         `make_processor`), or the groups freeze an encoder whose BatchNorm statistics would still be updated.
     """
     parent = model_io.read(config.parent) if config.parent else None
     model = fastvlm.build(**config.model.to_dict())
+    variables = adapt(parent, model, config.parent) if parent else None
     processor = make_processor(config, model, parent)
     trainable, _ = optim.split(model_io.abstract_variables(model)["params"], config.groups)
     if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
         raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
-    return Stage(model, processor, adapt(parent, model) if parent else None, parent and parent.lineage)
+    return Stage(model, processor, variables, parent and parent.lineage)
 
 
 def make_mesh(config, devices=None) -> jax.sharding.Mesh:
@@ -138,61 +134,6 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
         data.transparency,
         generation,
     )
-
-
-# Arguments that may differ between parent and stage. Among them are those of the CLIP projection, which is dropped, and
-# the context length, which the stage's config sets.
-FREE = (
-    "form", "batch_norm", "drop_path", "remat", "init_std", "layer_scale_init", "head_features", "head_bias",
-    "context_length", "parent", "name",
-)  # fmt: skip
-
-
-def adapt(parent: model_io.Loaded, model: FastVLM) -> dict[str, Any]:
-    """Returns the parent's variables in the form that `model` needs, as arrays or Leaves.
-
-    Parts that the parent lacks are left out. A branched encoder is folded for a folded stage, and a CLIP projection is
-    dropped.
-
-    Raises:
-      ValueError: the parent has another size, or is folded where the stage needs the branched form.
-    """
-    there, config, variables = fastvlm.build(**parent.config), parent.config, parent.variables
-    if there.vision_args is not None:
-        theirs, ours = (fastvlm.make_encoder(**args) for args in (there.vision_args, model.vision_args))
-        check_same("vision", theirs, ours)
-        _, variables = without_head(config, variables)
-        if isinstance(ours, FastViT) and theirs.form != ours.form:
-            if theirs.form == "folded":
-                raise ValueError(
-                    "the parent's encoder is folded and cannot be unfolded: set --config.model.vision.form=folded"
-                )
-            variables = fold_variables(variables)
-    if there.llm_args is not None:
-        theirs, ours = (Decoder(**args) for args in (there.llm_args, model.llm_args))
-        check_same("llm", *(llm.clone(head_dim=llm.size_of_head) for llm in (theirs, ours)))
-    expected = model_io.abstract_variables(model)
-    variables = {
-        name: {part: tree for part, tree in variables.get(name, {}).items() if part in expected[name]}
-        for name in expected
-    }
-    for name, parts in variables.items():
-        for part, tree in parts.items():
-            if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, expected[name][part]):
-                raise ValueError(f"the parent's {part} has other {name} than this stage's: both need the same size")
-    return variables
-
-
-def check_same(part: str, theirs: nn.Module, ours: nn.Module) -> None:
-    """Raises ValueError, naming the attribute, unless two modules have the same kind and size."""
-    kinds = type(theirs).__name__, type(ours).__name__
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"parent has a {kinds[0]} for model.{part} and this stage a {kinds[1]}: choose the same kind")
-    for field in dataclasses.fields(ours):
-        x, y = (list(x) if isinstance(x, list | tuple) else x for x in (getattr(m, field.name) for m in (theirs, ours)))
-        if field.name not in FREE and x != y:
-            key = f"model.{part}.{field.name}"
-            raise ValueError(f"parent has {key} {x!r} and this stage {y!r}: set --config.{key} or take another parent")
 
 
 class Step(NamedTuple):

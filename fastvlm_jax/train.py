@@ -12,10 +12,10 @@ from fastvlm_jax import checkpoint, optim, sharding
 from fastvlm_jax import config as config_lib
 from fastvlm_jax.data.load.from_config import make_loader, open_sources
 from fastvlm_jax.data.load.loader import Loader
-from fastvlm_jax.data.sources import fingerprint
+from fastvlm_jax.data.sources import contents_of, fingerprint
 from fastvlm_jax.distributed import Interrupted, StopRequest
 from fastvlm_jax.evaluate.validation import make_validation
-from fastvlm_jax.metrics import profiling, tracking
+from fastvlm_jax.metrics import opening, profiling, tracking
 from fastvlm_jax.metrics.step_log import StepLog, StepRecord
 from fastvlm_jax.metrics.writer import MetricsWriter
 from fastvlm_jax.stage import make_mesh, make_step, open_stage
@@ -53,24 +53,29 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         steps = config.steps or math.ceil(config.epochs * loader.batches_per_epoch)
         step = make_step(config, stage.model, mesh, steps=steps, num_sources=len(sources))
         traced = profiling.parse_steps(profile, steps)
-        lineage = make_lineage(settings, stage.parent_lineage, fingerprint(sources))
+        lineage = make_lineage(settings, stage.parent_lineage, fingerprint(sources), contents_of(sources))
         claim(workdir, settings, lineage, stage.processor)
         checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints)
-        if checkpoint.find_latest(checkpointer) is None:
+        name, latest = config.stage or workdir.name, checkpoint.find_latest(checkpointer)
+        opening.tell_data(name, config, sum(map(len, sources)), loader.batches_per_epoch, steps)
+        if latest is None:
+            opening.tell_model(name, config, step.abstract.params, stage.parent_variables)
             state = step.make_state(jax.random.key(config.seed), stage.parent_variables)
         else:
+            opening.tell(name, f"goes on behind step {latest} of {steps}")
             state, position = checkpoint.restore(checkpointer, step.abstract)
             loader.close()
             loader = open_loader(start=position)
-        start, name = int(state.step), config.stage or workdir.name
+        start = int(state.step)
         writer = MetricsWriter(workdir, name, start, steps, tracking.open_run(config.wandb, workdir, name, settings))
         trace = profiling.Trace(traced, workdir / "profile", start, steps)
         learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
         log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, steps=steps)
         validate = make_validation(config, stage.model, stage.processor, batches)
         save = partial(checkpoint.save, checkpointer, lineage=lineage)
+        step_fn = opening.telling_compilation(name, step.fn)
         try:
-            return run(config, state, step.fn, loader, steps, log=log, trace=trace, validate=validate, save=save)
+            return run(config, state, step_fn, loader, steps, log=log, trace=trace, validate=validate, save=save)
         except FloatingPointError as error:
             latest = checkpointer.latest and checkpointer.latest.step
             raise FloatingPointError(f"{error}; the last checkpoint is of step {latest}") from error

@@ -76,19 +76,44 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any
     if path.exists():
         found = read_run(workdir)
         differ = [d for d in differences(found["config"], config) if d[0] not in FREE_KEYS and not _moved(*d)]
-        for key in ("data_fingerprint", "parent_step"):
-            if found["lineage"].get(key) != lineage.get(key):
-                differ.append((key, found["lineage"].get(key), lineage.get(key)))
+        key = "parent_step"
+        if found["lineage"].get(key) != lineage.get(key):
+            differ.append((key, found["lineage"].get(key), lineage.get(key)))
+        go_on = _go_on(workdir)
         if differ:
-            key, there, here = differ[0]
-            raise ValueError(
-                f"{workdir} is in use by a run with other settings: {key} is {there!r} there and {here!r} here "
-                f"({len(differ)} differ); choose another --workdir"
-            )
+            settings = ", ".join(f"{key} is {there!r} there and {here!r} here" for key, there, here in differ)
+            raise ValueError(f"{workdir} is in use by a run with other settings: {settings}; {go_on}")
+        if changed := _changed_data(found["lineage"], lineage, config):
+            raise ValueError(f"{changed} since the run of {workdir} began: write the data as it was, or {go_on}")
         return
     if workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"{workdir} is not empty and not a training workdir; choose another --workdir")
     write_json(path, {"format": FORMAT, "config": config, "lineage": lineage})
+
+
+def _go_on(workdir: pathlib.Path) -> str:
+    """Returns what to do where a run cannot continue in its workdir."""
+    if any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*")):
+        return f"choose another --workdir; --config.parent={workdir} starts there from the weights of this run"
+    return "choose another --workdir, or delete this one, which holds no checkpoint yet"
+
+
+def _changed_data(there: dict[str, Any], here: dict[str, Any], config: dict[str, Any]) -> str:
+    """Returns which data sets are not what they were in the lineage `there`, and how they changed; "" if all are."""
+    if there.get("data_fingerprint") == here.get("data_fingerprint"):
+        return ""
+    data = config["data"]
+    folders = [data["path"]] if data["path"] else [os.path.join(data["root"], name) for name, _ in data["mixture"]]
+    before, now = there.get("data_sets", []), here.get("data_sets", [])
+    if len(before) != len(folders):  # a run of a version that did not record them
+        return f"one of the data sets {', '.join(folders)} has changed" if folders[1:] else f"{folders[0]} has changed"
+    changed = []
+    for folder, old, new in zip(folders, before, now, strict=True):
+        if old["fingerprint"] != new["fingerprint"]:
+            counts = differences(old["records"], new["records"]) or [("", 0, 0)]
+            how = ", ".join(f"{split} had {x or 0} records and has {y or 0}" for split, x, y in counts if split)
+            changed.append(f"{folder} has changed ({how or 'the same number of records, other contents'})")
+    return " and ".join(changed)
 
 
 def _moved(key: str, there: Any, here: Any) -> bool:
@@ -110,13 +135,22 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     return run
 
 
-def make_lineage(config: dict[str, Any], parent: dict[str, Any] | None, fingerprint: str) -> dict[str, Any]:
-    """Returns the record of where a model comes from: stage, parent with its lineage, versions, data fingerprint."""
+def make_lineage(
+    config: dict[str, Any], parent: dict[str, Any] | None, fingerprint: str, data_sets: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the record of where a model comes from: stage, parent with its lineage, versions, data.
+
+    Args:
+      parent: lineage of the parent; None without one.
+      fingerprint: one for all data sets; see data.sources.fingerprint.
+      data_sets: what each holds; see data.sources.contents_of.
+    """
     return {
         "stage": config["stage"],
         "code": importlib.metadata.version("fastvlm_jax"),
         "jax": jax.__version__,
         "data_fingerprint": fingerprint,
+        "data_sets": data_sets,
         "parent": parent,
         "parent_step": None if parent is None else parent.get("step"),
     }

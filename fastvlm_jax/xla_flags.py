@@ -63,6 +63,15 @@ def apply(environment: MutableMapping[str, str] = os.environ, platform: str | No
         environment[variable] = " ".join([given, *missing]).strip()
 
 
+def silence_compiler(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keeps XLA from printing to the terminal that a compilation is slow and how to file a bug; errors still raise.
+
+    XLA logs those alarms (xla/service/slow_operation_alarm.cc) as errors and has no flag of their own for them.
+    Call it before jax is imported; TF_CPP_MIN_LOG_LEVEL=0 in the environment brings all lines back.
+    """
+    environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 def silence_libtpu(environment: MutableMapping[str, str] = os.environ) -> None:
     """Silences the ten lines that libtpu prints at every start on a machine without a TPU."""
     if find_platform(environment) != "tpu":

@@ -21,6 +21,7 @@ report
 train
 bench
 stage
+parent
 fastvlm_jax
 model_io
 metrics
@@ -43,7 +44,7 @@ train_state
 config
 convert
 convert.layouts
-convert.tables convert.heads convert.vocabulary convert.new_folder
+convert.tables convert.heads convert.vocabulary convert.new_folder convert.prefixes
 convert.recognise
 convert.weight_files
 convert.mapping
@@ -52,6 +53,7 @@ models
 processor
 kernels
 text images
+gguf_file
 optim sharding batch chips files xla_flags
 """
 FLOOR = {room: number for number, line in enumerate(PLAN.splitlines()) for room in line.split()}

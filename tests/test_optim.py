@@ -1,8 +1,12 @@
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
+import torch_reference  # noqa: F401 (makes torchvision importable)
+import transformers
 
 from fastvlm_jax import optim
 
@@ -43,6 +47,18 @@ def test_schedule_warms_up_and_falls_to_zero_as_a_cosine():
     rate = optim.schedule(2.0, 100, 0.1)
     values = [float(rate(step)) for step in (0, 5, 10, 55, 100)]
     np.testing.assert_allclose(values, [0.0, 1.0, 2.0, 1.0, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 33, 100, 264])
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.07, 0.5, 0.99])
+def test_every_rate_equals_transformers_cosine_schedule(steps, ratio):
+    """Ceil of the fraction; without a warm-up the first step has the peak rate."""
+    warmup = transformers.TrainingArguments.get_warmup_steps(types.SimpleNamespace(warmup_steps=ratio), steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps).lr_lambdas[0]
+    ours = optim.schedule(2.0, steps, ratio)
+    np.testing.assert_allclose([ours(i) for i in range(steps)], [2 * theirs(i) for i in range(steps)], atol=1e-6)
+    assert ratio > 0 or float(ours(0)) == 2.0
 
 
 def test_five_steps_equal_torch_adamw_with_clipping_and_groups():

@@ -193,7 +193,12 @@ def test_a_run_goes_on_where_its_folders_are_mounted_elsewhere(tmp_path):
     "changes, words",
     [
         (dict(steps=9), "is in use by a run with other settings: steps is 8 there and 9 here"),
-        (dict(model__llm__width=64, parent="STRAIGHT"), "parent has model.llm.width 32 and this stage 64"),
+        (
+            dict(model__llm__width=64, model__llm__mlp_dim=32, model__vision__layers=(2, 1), parent="STRAIGHT"),
+            r"straight does not fit this config \(key: config, parent\): model.vision.layers: \[2, 1\], \[1, 1\]; "
+            r"model.llm.width: 64, 32; model.llm.mlp_dim: 32, 64; model.llm.head_dim: 16, 8. "
+            r"--config FILE.py:parent=\S+straight takes the parent's",
+        ),
         (dict(parent="/nowhere"), "there is no model at /nowhere"),
         (dict(data__path="/nowhere"), "there is no dataset folder /nowhere"),
         (dict(data__path=""), "data.path is empty"),

@@ -58,7 +58,7 @@ def test_the_platform_is_the_first_that_jax_is_told():
 def test_train_sets_them_first(monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    assert fastvlm(monkeypatch, capsys, "train")[0] == 1
+    assert fastvlm(monkeypatch, capsys, "train")[0] == 2
     set_now = os.environ["XLA_FLAGS"]
     assert set_now == "--xla_force_host_platform_device_count=8 --xla_gpu_enable_latency_hiding_scheduler=true"
 
@@ -70,3 +70,17 @@ def test_libtpu_without_a_tpu_says_nothing():
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX", "TPU", "XLA"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_compilers_alarms_about_slow_compilation_stay_off_the_terminal(told):
+    """A sum over windows that XLA folds for more than a second, which it reports with a request to file a bug."""
+    code = (
+        "from fastvlm_jax import xla_flags; xla_flags.silence_compiler(); import jax, numpy as np\n"
+        "x = np.ones((300, 300), np.float32)\n"
+        "jax.jit(lambda y: jax.lax.reduce_window(x, 0., jax.lax.add, (40, 40), (1, 1), 'SAME') + y).lower(1.).compile()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    environment |= {"JAX_PLATFORMS": "cpu", **({"TF_CPP_MIN_LOG_LEVEL": "0"} if told else {})}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert ("file a bug" in done.stderr) == told, done.stderr

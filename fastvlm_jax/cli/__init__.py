@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 
 from absl import flags
@@ -34,6 +35,7 @@ def main() -> None:
     flags.FLAGS.mark_as_parsed()  # each command parses its own; absl would warn in every log that these are not parsed
     logging.getLogger("jax").setLevel(logging.ERROR)
     xla_flags.silence_libtpu()
+    xla_flags.silence_compiler()
     argv = sys.argv[1:]
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
@@ -55,7 +57,8 @@ def main() -> None:
             raise
         message = str(error).strip()
         if "Traceback" in message:  # the flag library quotes the whole traceback of an error in a config file
-            message = message.splitlines()[-1]
+            message = re.sub(r"^\w*Error: ", "", message.splitlines()[-1])
+        message = message.removeprefix("Configuration is not available because of an earlier failure to load: ")
         if full:
             message = (
                 f"a device's memory is too small ({message.splitlines()[0][:200]}): raise accumulate, choose another "

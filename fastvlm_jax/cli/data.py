@@ -128,7 +128,10 @@ def train_tokenizer(argv: list[str]) -> None:
 def define_tokenizer(fv: flags.FlagValues) -> None:
     """Defines the flags that choose how texts become tokens."""
     flags.DEFINE_string(
-        "tokenizer", "", "tokenizer file or folder; with it tokens are counted for the index", flag_values=fv
+        "tokenizer",
+        "",
+        "tokenizer file, GGUF file or folder; with it tokens are counted for the index",
+        flag_values=fv,
     )
     flags.DEFINE_string("template", "qwen_2", "conversation template, as data.template in configs", flag_values=fv)
     flags.DEFINE_string("turns", "conversation", "conversation or separate, as data.turns", flag_values=fv)

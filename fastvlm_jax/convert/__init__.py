@@ -82,6 +82,9 @@ def write(
     if layout in ("timm", "openclip"):
         if "vision" not in parts:
             raise ValueError(f"the {layout} layout holds an encoder, and this model has none")
+        if model_config["vision"].get("family") == "vit":
+            other = "--layout native, or --source vision=DIR --layout hf for the encoder" if whole else "--layout hf"
+            raise ValueError(f"{layout} has no names for this vision transformer: use {other}")
         model_config, variables = _tower(model_config, variables)
         parts, whole = {"vision"}, False
     family = (model_config.get("vision") or {}).get("family", "fastvit")

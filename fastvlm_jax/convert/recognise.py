@@ -3,7 +3,15 @@
 import os
 import pathlib
 
-from fastvlm_jax.convert.weight_files import CONFIG, OPEN_CLIP_CONFIG, PICKLES, check_weights, pickle_message, read_json
+from fastvlm_jax.convert.weight_files import (
+    CONFIG,
+    OPEN_CLIP_CONFIG,
+    PICKLES,
+    check_weights,
+    pickle_message,
+    read_json,
+    refuse_adapter,
+)
 
 # `format` in config.json, or `model_type` if it has none -> layout.
 KINDS = {
@@ -29,8 +37,8 @@ def recognise(path: str | os.PathLike) -> str:
 
     Raises:
       FileNotFoundError: the folder, its config.json or its weights do not exist.
-      ValueError: the path is a file other than a GGUF file, the weights are a pickle, or config.json is unreadable or
-        describes another kind of model.
+      ValueError: the path is a file other than a GGUF file, the weights are a pickle or a LoRA adapter, or config.json
+        is unreadable or describes another kind of model.
     """
     path = pathlib.Path(path).expanduser()
     if path.is_file():
@@ -41,6 +49,7 @@ def recognise(path: str | os.PathLike) -> str:
         raise ValueError(f"{path} is a file: give the model directory that contains it")
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist: give a model directory")
+    refuse_adapter(path)
     if (path / OPEN_CLIP_CONFIG).is_file():
         layout = "openclip"
     elif not (path / CONFIG).is_file() and len(list(path.glob("*.gguf"))) == 1:
@@ -60,6 +69,16 @@ def recognise(path: str | os.PathLike) -> str:
 
 
 def gguf_file(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the file of a model in the layout "gguf": `path` itself, or the one GGUF file in that folder."""
+    """Returns the file of a model in the layout "gguf": `path` itself, or the one GGUF file in that folder.
+
+    Raises:
+      FileNotFoundError: there is no such file or folder, or the folder holds none or several.
+    """
     path = pathlib.Path(path).expanduser()
-    return path if path.is_file() else next(path.glob("*.gguf"))
+    if path.is_file():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        what = f"{path} holds {len(found)} GGUF files" if path.is_dir() else f"{path} is missing"
+        raise FileNotFoundError(f"{what}: give a .gguf file, or a folder with one")
+    return found[0]

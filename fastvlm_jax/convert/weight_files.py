@@ -9,9 +9,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fastvlm_jax.convert.mapping import FLOATS, Outgoing, Tensor
-from fastvlm_jax.files import read_object
+from fastvlm_jax.files import read_object, refuse_pointer
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # peft's files of a LoRA adapter
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of PyTorch's pickled checkpoints
 DTYPES = {"float32": FLOATS["F32"], "bfloat16": FLOATS["BF16"], "float16": FLOATS["F16"]}
 MAX_SHARD_BYTES = 4_000_000_000
@@ -47,6 +48,19 @@ def check_weights(folder: pathlib.Path, stem: str = "model") -> None:
     if pickles := sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
         raise ValueError(pickle_message(pickles[0]))
     raise FileNotFoundError(f"{folder} has no {weights} and no {index}: the folder is incomplete, copy it again")
+
+
+def refuse_adapter(folder: pathlib.Path) -> None:
+    """Raises ValueError if a folder holds a LoRA adapter instead of a model's weights."""
+    weights, index = _names("model")
+    if (folder / weights).is_file() or (folder / index).is_file():
+        return
+    if found := [name for name in ADAPTER if (folder / name).is_file()]:
+        base = read_object(folder / found[0]).get("base_model_name_or_path") if found[0] == ADAPTER[0] else None
+        raise ValueError(
+            f"{folder} holds a LoRA adapter ({found[0]}), not a model: merge it into its base model {base or ''} with "
+            "`merge_and_unload()` of peft, and give the folder that `save_pretrained` then writes"
+        )
 
 
 def _names(stem: str) -> tuple[str, str]:
@@ -88,6 +102,7 @@ def open_weights(folder: pathlib.Path, stem: str = "model") -> dict[str, Tensor]
 
 
 def _open(file: pathlib.Path) -> dict[str, Tensor]:
+    refuse_pointer(file)
     try:
         opened = safe_open(file, framework="numpy")
         return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)

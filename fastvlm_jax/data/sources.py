@@ -137,3 +137,13 @@ def fingerprint(sources: Sequence[RecordSource]) -> str:
     if len(sources) == 1:
         return sources[0].fingerprint
     return hashlib.sha256(" ".join(source.fingerprint for source in sources).encode()).hexdigest()
+
+
+def contents_of(sources: Sequence[RecordSource]) -> list[dict[str, Any]]:
+    """Returns {"fingerprint", "records": {split: number}} of each data set, which tells a data set that was changed."""
+    found = []
+    for source in sources:
+        splits = read_manifest(source.folder)["splits"]
+        counts = {name: sum(shard["records"] for shard in split["shards"].values()) for name, split in splits.items()}
+        found.append({"fingerprint": source.fingerprint, "records": counts})
+    return found

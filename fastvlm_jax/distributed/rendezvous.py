@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+MAX_LINE = 1 << 20  # bytes of a message
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -169,11 +171,13 @@ def read_line(connection: socket.socket) -> dict[str, Any]:
     Raises:
       ValueError: the line is not JSON, is longer than 1 MiB, or the connection is closed.
     """
-    line = b""
+    line = bytearray()
     while not line.endswith(b"\n"):
         byte = connection.recv(1)
-        if not byte or len(line) > 1 << 20:
+        if not byte:
             raise ValueError("the connection was closed")
+        if len(line) > MAX_LINE:
+            raise ValueError(f"a message is longer than {MAX_LINE} bytes: another program sent it")
         line += byte
     return json.loads(line)
 

@@ -12,11 +12,14 @@ import PIL.features
 import PIL.Image
 import simplejpeg
 
+from fastvlm_jax.files import POINTER
+
 # Twice a 50-megapixel camera. A file of a few kilobytes can claim any size, so the header is checked first.
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768
 _MAX_CHUNKS = 100_000  # per PNG or WebP: 800 MB as encoders write them, 5 seconds if empty
 _MAX_RUN_LENGTH_BMP = 8_000_000  # bytes: Pillow decodes such a BMP in Python, at 5 MB a second
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG
 _ORIENTATION = 0x0112  # EXIF tag
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -97,6 +100,8 @@ def _kind(data: bytes) -> str:
         raise ValueError("it is AVIF, which this Pillow cannot decode: convert it to JPEG or PNG")
     if any(brand in brands for brand in _HEIF_BRANDS):
         raise ValueError("it is HEIC: convert it to JPEG or PNG (heif-convert, ImageMagick)")
+    if data.startswith(POINTER):
+        raise ValueError("it is a Git LFS pointer and not the picture: run `git lfs pull` in its folder")
     if b"<svg" in data[:4096].lower():
         raise ValueError("it is SVG, a drawing without pixels: convert it to PNG")
     raise ValueError("not an image of a known format (JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF)")
@@ -126,8 +131,26 @@ def _read(data: bytes, kind: str) -> Header:
 
 
 def open_with_pillow(data: bytes, kind: str) -> PIL.Image.Image:
-    """Opens an image as the format `kind`; Pillow tries no other format and so never runs Ghostscript."""
-    return PIL.Image.open(io.BytesIO(data), formats=(kind,))
+    """Opens an image as the format `kind`; Pillow tries no other format and so never runs Ghostscript.
+
+    Texts and the colour profile of a PNG are left out: no pixel depends on them, and Pillow refuses long ones.
+    """
+    return PIL.Image.open(io.BytesIO(_without_texts(data) if kind == "PNG" else data), formats=(kind,))
+
+
+def _without_texts(data: bytes) -> bytes:
+    """Returns a PNG without the chunks in _TEXTS, unread; what follows a broken chunk is left for the decoder."""
+    kept, start, at = [], 0, 8
+    for _ in range(_MAX_CHUNKS):
+        if at + 8 > len(data):
+            break
+        length, name = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if name in _TEXTS and end <= len(data):
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*kept, data[start:]]) if kept else data
 
 
 def _jpeg_exif(data: bytes) -> bytes:

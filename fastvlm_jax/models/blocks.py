@@ -21,6 +21,7 @@ from fastvlm_jax.models.layers import BatchNorm, ConvBN, Dense, FoldedConv, Sque
 
 Array = jax.Array
 FORMS = ("branched", "folded")
+HEAD_DIM = 32  # channels of a head of self-attention in every published size
 small_init = nn.initializers.truncated_normal(0.02)
 # Attention scores of one image that may exist at a time: attention processes groups of as many heads as fit, at least
 # one. On TPU these scores stay in on-chip memory, forward and backward (at 32x32 a third of the estimated cycles of all
@@ -150,10 +151,10 @@ def attend(q_BNhE: Array, k_BNhE: Array, v_BNhE: Array) -> Array:
 class SelfAttention(nn.Module):
     """Applies multi-head attention over all positions of an image, times `scale` [C].
 
-    A head has `head_dim` channels, 32 in every published size; qkv has no bias.
+    A head has `head_dim` channels; qkv has no bias.
     """
 
-    head_dim: int = 32
+    head_dim: int = HEAD_DIM
     init_std: float = 0.02
 
     @nn.compact

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvlm_jax.models.blocks import FORMS, Block, ConditionalPositions, MobileOne, PatchEmbed
+from fastvlm_jax.models.blocks import FORMS, HEAD_DIM, Block, ConditionalPositions, MobileOne, PatchEmbed
 from fastvlm_jax.models.layers import Dense
 from fastvlm_jax.models.remat import rematted
 
@@ -174,6 +174,11 @@ class FastViT(nn.Module):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {choices}")
         stages = range(len(self.layers))
+        for i, (dim, mixer) in enumerate(zip(self.embed_dims, self.mixers, strict=False)):
+            if mixer == "attention" and dim % HEAD_DIM:
+                raise ValueError(
+                    f"embed_dims[{i}]={dim} must be a multiple of {HEAD_DIM}, the width of attention heads"
+                )
         if len(set(self.multiscale)) < len(self.multiscale) or not set(self.multiscale) <= set(stages[:-1]):
             raise ValueError(f"multiscale={self.multiscale} must name stages from {tuple(stages[:-1])}, each once")
         if not set(self.se_stages) <= set(stages[1:]):

@@ -83,7 +83,9 @@ class JsonTokenizer:
         ends = (END, content_of(config.get("eos_token")), "</s>", PAD)
         self.end = next((name for name in ends if name in self._special), None)
         if self.end is None:
-            raise ValueError(f"{source} has no special token that ends a turn: it needs {END}, an eos_token or </s>")
+            raise ValueError(
+                f"{source} has no special token that ends a turn: it needs {END}, an eos_token, </s> or {PAD}"
+            )
         pads = (PAD, content_of(config.get("unk_token")), "<unk>", content_of(config.get("pad_token")), self.end)
         self.pad = next(name for name in pads if name in self._special)
         self.image = IMAGE if IMAGE in self._special else self.pad

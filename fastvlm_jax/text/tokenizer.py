@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import sentencepiece
 
-from fastvlm_jax.files import write_whole
+from fastvlm_jax.files import refuse_pointer, write_whole
 from fastvlm_jax.text import bpe
 from fastvlm_jax.text.bpe import END, IMAGE, PAD, START, Offsets, bpe_tokenizer
+from fastvlm_jax.text.gguf import read_gguf_tokenizer
 from fastvlm_jax.text.spm import SentencePieceTokenizer
 from fastvlm_jax.text.tokenizer_config import warn_not_computed
 
@@ -26,6 +27,7 @@ READERS = {
     "qwen.tiktoken": bpe.read_tiktoken,
     "vocab.json": bpe.read_vocab_and_merges,
 }
+GGUF = ".gguf"
 
 
 class Tokenizer(Protocol):
@@ -84,7 +86,11 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Loads a `tokenizer.json`, a SentencePiece `.model`, a `.tiktoken`, a `vocab.json`, or a folder that holds one.
+    """Loads a `tokenizer.json`, a SentencePiece `.model`, a `.tiktoken`, a `vocab.json`, or the tokenizer of a `.gguf`.
+
+    Args:
+      path: that file, a folder that holds one, or a training workdir. Tokenizer files beside a `.gguf` come before the
+        tokenizer in it.
 
     A warning names settings of its tokenizer_config.json that would change ids or answers and are not computed.
 
@@ -94,18 +100,32 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     path = pathlib.Path(path).expanduser()
     warn_not_computed(path if path.is_dir() else path.parent)
+    if path.suffix == GGUF and path.is_file():
+        beside = [name for name in READERS if (path.parent / name).is_file()]
+        return _load_folder(path.parent, beside) if beside else read_gguf_tokenizer(path)
     if path.is_file():
         by_suffix = {".json": bpe.read_json, ".tiktoken": bpe.read_tiktoken}
+        refuse_pointer(path)
         return READERS.get(path.name, by_suffix.get(path.suffix, SentencePieceTokenizer))(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"no tokenizer at {path}: give one of {', '.join(READERS)} or its folder")
-    found = [name for name in READERS if (path / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"no tokenizer in {path}: it needs one of {', '.join(READERS)}")
-    tokenizer = READERS[found[0]](path / found[0])
+        raise FileNotFoundError(f"no tokenizer at {path}: give one of {', '.join(READERS)}, a .gguf or its folder")
+    for folder in (path, path / "processor"):  # the second in a training workdir
+        if found := [name for name in READERS if (folder / name).is_file()]:
+            return _load_folder(folder, found)
+    if len(files := list(path.glob(f"*{GGUF}"))) == 1:
+        return read_gguf_tokenizer(files[0])
+    lora = " (the folder of a LoRA adapter: give its base model)" if (path / "adapter_config.json").is_file() else ""
+    raise FileNotFoundError(f"no tokenizer in {path}: it needs one of {', '.join(READERS)} or a .gguf{lora}")
+
+
+def _load_folder(folder: pathlib.Path, found: list[str]) -> Tokenizer:
+    """Loads the tokenizer of a folder that holds the files `found`, in the order of READERS."""
+    for name in found:
+        refuse_pointer(folder / name)
+    tokenizer = READERS[found[0]](folder / found[0])
     if found[:2] == ["tokenizer.json", "tokenizer.model"]:
         # The SentencePiece model is the original, but tokenizer.json may hold tokens that were added later.
-        original = SentencePieceTokenizer(path / "tokenizer.model")
+        original = SentencePieceTokenizer(folder / "tokenizer.model")
         return original if original.vocab_size >= tokenizer.vocab_size else tokenizer
     return tokenizer
 

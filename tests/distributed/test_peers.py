@@ -1,6 +1,7 @@
 """Tests how processes meet, exchange values, stop after the same step, and notice a lost one."""
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 import threading
@@ -12,7 +13,7 @@ from paths import HELPERS
 from ports import free_port
 
 from fastvlm_jax.distributed.peers import Peers
-from fastvlm_jax.distributed.rendezvous import Settings
+from fastvlm_jax.distributed.rendezvous import Settings, read_line
 
 
 def command(process, port):
@@ -178,3 +179,23 @@ def test_a_connection_that_closes_or_falls_silent_is_told_by_all_others(goes, ho
     assert lost == [f"process {goes} on frozen {what}; start all processes again: they go on from the last checkpoint"]
     assert time.monotonic() - begin < 8
     bare.close()
+
+
+@pytest.mark.parametrize(
+    "sent, words",
+    [(b"{}", "the connection was closed"), (b"x" * 1_200_000, "longer than 1048576 bytes: another program")],
+)
+def test_a_line_without_an_end_and_one_that_is_too_long_are_told_apart(sent, words):
+    ours, theirs = socket.socketpair()
+
+    def send():
+        with contextlib.suppress(OSError):
+            theirs.sendall(sent)
+        theirs.close()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(ValueError, match=words):
+        read_line(ours)
+    ours.close()
+    sender.join()

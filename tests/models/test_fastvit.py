@@ -75,6 +75,13 @@ def test_arguments_that_describe_no_tower_are_refused(args, message):
         jax.eval_shape(tower.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
+@pytest.mark.parametrize("mixers, at", [(("repmixer", "attention"), 1), (("attention", "repmixer"), 0)])
+def test_an_attention_stage_that_heads_of_32_channels_do_not_divide_is_refused(mixers, at):
+    dims = (24, 48)
+    with pytest.raises(ValueError, match=rf"embed_dims\[{at}\]={dims[at]} must be a multiple of 32, the width of"):
+        jax.eval_shape(FastViT((1, 1), dims, mixers).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
 def test_the_projection_exists_before_it_is_used():
     tower = FastViT((1, 1), (8, 32), ("repmixer", "attention"), head_features=5)
     x = jnp.zeros((2, 16, 16, 3))

@@ -7,7 +7,8 @@ from typing import Any
 
 from fastvlm_jax.convert.layouts.text_config import read_text_config, text_config
 from fastvlm_jax.convert.mapping import described, shapes_of, to_jax, to_torch
-from fastvlm_jax.convert.tables.decoder import decoder_rows
+from fastvlm_jax.convert.prefixes import with_usual_prefix
+from fastvlm_jax.convert.tables.decoder import FIRST_NORM, decoder_rows
 from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_generation
 from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
@@ -27,6 +28,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     source = pathlib.Path(source).expanduser()
     model_config = {"llm": read_text_config(source / CONFIG, read_json(source / CONFIG)), "dtype": "float32"}
     tensors = {k: x for k, x in open_weights(source).items() if not k.endswith(INVERSE_FREQUENCIES)}
+    tensors = with_usual_prefix(tensors, FIRST_NORM, "model.", source)
     model, shapes = described(model_config, source / CONFIG)
     llm = Decoder(**model.llm_args)
     drop_tied_head(llm, tensors, "model.embed_tokens.weight", source)

@@ -13,7 +13,8 @@ from fastvlm_jax.convert.heads import without_head
 from fastvlm_jax.convert.layouts.text_config import expect, read_text_config, text_config
 from fastvlm_jax.convert.layouts.timm_args import read_timm_args, timm_args
 from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
-from fastvlm_jax.convert.tables.decoder import decoder_rows
+from fastvlm_jax.convert.prefixes import with_usual_prefix
+from fastvlm_jax.convert.tables.decoder import FIRST_NORM, decoder_rows
 from fastvlm_jax.convert.tables.projector import projector_rows
 from fastvlm_jax.convert.tables.timm import tower_rows
 from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_image_token
@@ -43,7 +44,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     """
     source = pathlib.Path(source).expanduser()
     model_config = read_config(source / CONFIG)
-    tensors = open_weights(source)
+    tensors = with_usual_prefix(open_weights(source), FIRST_NORM, "model.language_model.", source)
     model, shapes = described(model_config, source / CONFIG)
     vision, llm = fastvlm.make_encoder(**model.vision_args), Decoder(**model.llm_args)
     drop_tied_head(llm, tensors, EMBEDDING, source)

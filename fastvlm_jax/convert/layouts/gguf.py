@@ -1,7 +1,6 @@
-"""Reads language models in GGUF, llama.cpp's file format (versions 2 and 3); they cannot be written.
+"""Reads language models in GGUF, llama.cpp's file format; they cannot be written.
 
-Header, metadata and tensor table are parsed here, and every size is checked against the file before it is used; the
-package `gguf` dequantises. Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+gguf_file.py reads header, metadata and tensor table, text/gguf.py the tokenizer; the package `gguf` dequantises.
 """
 
 import dataclasses
@@ -9,7 +8,6 @@ import functools
 import math
 import os
 import pathlib
-import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,15 +19,13 @@ from gguf import GGMLQuantizationType as Kind
 from fastvlm_jax.convert.layouts.text_config import MAX_SIZE
 from fastvlm_jax.convert.mapping import LINEAR, MAX_LAYERS, SAME, Row, described, to_jax
 from fastvlm_jax.convert.recognise import gguf_file
-from fastvlm_jax.text.bpe import JsonTokenizer, bpe_tokenizer
+from fastvlm_jax.gguf_file import damaged, read_contents, short
+from fastvlm_jax.text.gguf import read_gguf_tokenizer
+
+__all__ = ["GgufTensor", "read", "read_gguf", "read_gguf_tokenizer"]
 
 ARCHITECTURES = {"llama": False, "qwen2": True}  # architecture -> whether q, k and v have biases
 PLAIN = {Kind.F32: ("F32", np.float32), Kind.F16: ("F16", np.float16), Kind.BF16: ("BF16", ml_dtypes.bfloat16)}
-SCALARS = dict(enumerate((*"BbHhIi", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}  # GGUF type number -> struct code
-STRING, ARRAY = 8, 9  # GGUF type numbers
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types: special, added but allowed in text, filler
-WORDS = {"qwen2": "qwen2", "smollm": "smollm", "gpt-2": "gpt2"}  # `tokenizer.ggml.pre` -> kind of bpe_tokenizer
-MAX_ITEMS = 2**24  # tensors, metadata keys or items of one list: beyond any real model
 LAYER = {
     "attention_norm/scale": ("attn_norm.weight", SAME),
     "mlp_norm/scale": ("ffn_norm.weight", SAME),
@@ -83,6 +79,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     """Reads a GGUF file, or the one in a folder: ({"llm": ..., "dtype": ...}, variables as Leaves).
 
     Raises:
+      FileNotFoundError: there is no such file.
       ValueError: the file is damaged or not supported; the message names it.
     """
     file = gguf_file(source)
@@ -138,48 +135,6 @@ def read_gguf(
     return llm, rows, tensors
 
 
-def read_gguf_tokenizer(file: str | os.PathLike) -> JsonTokenizer:
-    """Reads the byte-level BPE tokenizer inside a GGUF file.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, or a key is missing, damaged or describes another kind of tokenizer; the message
-        names the file and the key.
-    """
-    file = pathlib.Path(file).expanduser()
-    metadata, _ = _read(file)
-    prefix = "tokenizer.ggml."
-
-    def table(key: str, kind: type) -> Any:
-        value = metadata.get(prefix + key)
-        if not isinstance(value, kind) or (kind is not str and not len(value)):
-            raise ValueError(f"{file}: {prefix}{key} is {_short(value)}: no byte-level BPE tokenizer can be read")
-        return value
-
-    model, words = table("model", str), table("pre", str)
-    if model != "gpt2" or words not in WORDS:
-        raise ValueError(
-            f"{file}: its tokenizer is of the kind {model!r}, {words!r}; only 'gpt2' with {' or '.join(WORDS)} can be "
-            "read: put the model's own tokenizer.json or tokenizer.model beside the file"
-        )
-    tokens, merges, types = table("tokens", list), table("merges", list), table("token_type", np.ndarray)
-    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise ValueError(f"{file}: {prefix}tokens and {prefix}token_type differ in length, or a token occurs twice")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if wrong := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
-        raise ValueError(f"{file}: {prefix}merges has {_short(wrong[0])}, which is not a pair")
-    added = {tokens[i]: i for i in map(int, np.flatnonzero((types == CONTROL) | (types == USER_DEFINED)))}
-    words_end = max((i for i in range(len(tokens)) if tokens[i] not in added and types[i] != UNUSED), default=-1)
-    vocab = {token: i for i, token in enumerate(tokens[: words_end + 1])}
-    plain = {token for token, i in added.items() if types[i] == USER_DEFINED}
-    config: dict[str, Any] = {"add_bos_token": metadata.get(f"{prefix}add_bos_token", False)}
-    for name in ("bos", "eos"):
-        at = metadata.get(f"{prefix}{name}_token_id")
-        if type(at) is int and 0 <= at < len(tokens):
-            config[f"{name}_token"] = tokens[at]
-    return bpe_tokenizer(vocab, pairs, added, WORDS[words], file, plain=plain, config=config)
-
-
 def _decoder_args(file: pathlib.Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
     kind = metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
@@ -188,20 +143,20 @@ def _decoder_args(file: pathlib.Path, metadata: Mapping[str, Any], tensors: Mapp
     def size(key: str, default: int | None = None) -> int:
         value = metadata.get(f"{kind}.{key}", default)
         if type(value) is not int or not 0 < value <= MAX_SIZE:
-            raise ValueError(f"{file}: {kind}.{key} is {_short(value)}, it must be a whole number from 1 to 2**31 - 1")
+            raise ValueError(f"{file}: {kind}.{key} is {short(value)}, it must be a whole number from 1 to 2**31 - 1")
         return value
 
     def number(key: str, default: float | None = None) -> float:
         value = metadata.get(f"{kind}.{key}", default)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{file}: {kind}.{key} is {_short(value)}, it must be a positive number")
+            raise ValueError(f"{file}: {kind}.{key} is {short(value)}, it must be a positive number")
         return float(str(np.float32(value)))  # 1e-5, not its exact float32 value 9.999999747e-06
 
     neutral = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "expert_count": 0}
     for key, value in (neutral | {"attention.sliding_window": 0}).items():
         found = metadata.get(f"{kind}.{key}", value)
         if isinstance(found, list | np.ndarray) or found not in (value, 0):
-            raise ValueError(f"{file}: {kind}.{key} is {_short(found)}, which this package does not support")
+            raise ValueError(f"{file}: {kind}.{key} is {short(found)}, which this package does not support")
     if "rope_freqs.weight" in tensors:
         raise ValueError(f"{file}: tensor rope_freqs.weight scales the rotary frequencies, which is not supported")
     if "token_embd.weight" not in tensors:
@@ -237,89 +192,13 @@ def _decoder_args(file: pathlib.Path, metadata: Mapping[str, Any], tensors: Mapp
     return llm
 
 
-def _short(value: Any) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list | np.ndarray) else repr(value)[:100]
-
-
-class _Cursor:
-    """Reads a file from front to back; raises ValueError for a size that the rest of the file cannot hold."""
-
-    def __init__(self, data: np.memmap):
-        self.data, self.at = data, 0
-
-    def take(self, size: int) -> np.ndarray:
-        if size > len(self.data) - self.at:
-            raise ValueError(f"{size} bytes at {self.at} reach beyond the end")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def number(self, code: str):
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def count(self, smallest: int) -> int:
-        """Reads the number of items that follow, each of at least `smallest` bytes."""
-        count = self.number("Q")
-        if count * smallest > len(self.data) - self.at or count > MAX_ITEMS:
-            raise ValueError(f"the count {count} at {self.at - 8} is more than the file holds")
-        return count
-
-    def string(self) -> str:
-        return self.take(self.number("Q")).tobytes().decode()
-
-    def value(self, kind: int) -> Any:
-        """Reads a number, truth value or string, a list of strings, or an array of numbers."""
-        if kind == STRING:
-            return self.string()
-        if kind in SCALARS:
-            return self.number(SCALARS[kind])
-        if kind != ARRAY:
-            raise ValueError(f"the metadata type {kind} at {self.at} is unknown")
-        kind = self.number("I")
-        if kind == STRING:
-            return [self.string() for _ in range(self.count(8))]
-        if kind not in SCALARS:
-            raise ValueError(f"the list type {kind} at {self.at} is unknown")
-        dtype = np.dtype(SCALARS[kind]).newbyteorder("<")
-        return self.take(self.count(dtype.itemsize) * dtype.itemsize).view(dtype)
-
-
 def _read(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Reads metadata and tensors under the file's own names; rows are still permuted."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: give a .gguf file")
+    contents = read_contents(file)
     try:
-        cursor = _Cursor(np.memmap(file, np.uint8, "r"))
-        if cursor.take(4).tobytes() != b"GGUF":
-            raise ValueError("it does not begin with 'GGUF'")
-        if (version := cursor.number("I")) not in (2, 3):
-            raise ValueError(f"version {version} is not 2 or 3, little-endian")
-        num_tensors = cursor.count(24)
-        metadata: dict[str, Any] = {}
-        for _ in range(cursor.count(13)):
-            key = cursor.string()
-            if key in metadata:
-                raise ValueError(f"key {key} occurs twice")
-            metadata[key] = cursor.value(cursor.number("I"))
-        entries = [_entry(cursor) for _ in range(num_tensors)]
-        alignment = metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1:
-            raise ValueError(f"general.alignment is {_short(alignment)}")
-        cursor.at = -(-cursor.at // alignment) * alignment
-        tensors = {name: _tensor(cursor, name, *entry) for name, *entry in entries}
-        if len(tensors) != num_tensors:
-            raise ValueError("two tensors have the same name")
+        return contents.metadata, {name: _tensor(contents.data, name, *x) for name, x in contents.tensors.items()}
     except ValueError as error:
-        raise ValueError(f"{file} is no GGUF file, or is truncated or damaged ({error}): copy it again") from error
-    return metadata, tensors
-
-
-def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Reads one row of the tensor table: name, shape in PyTorch's order, type number, offset in bytes."""
-    name, num_dims = cursor.string(), cursor.number("I")
-    if not 1 <= num_dims <= 4:
-        raise ValueError(f"tensor {name[:100]} has {num_dims} dimensions")
-    shape = tuple(cursor.number("Q") for _ in range(num_dims))[::-1]
-    return name, shape, cursor.number("I"), cursor.number("Q")
+        raise damaged(file, error) from error
 
 
 @functools.cache
@@ -332,7 +211,7 @@ def _is_supported(kind: int) -> bool:
     return True
 
 
-def _tensor(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+def _tensor(data: np.memmap, name: str, shape: tuple[int, ...], kind: int, start: int) -> GgufTensor:
     if not _is_supported(kind):
         raise ValueError(f"tensor {name[:100]} has type {kind}, which the package gguf cannot dequantise")
     kind = Kind(kind)
@@ -340,10 +219,9 @@ def _tensor(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, offse
     if 0 in shape or shape[-1] % block:
         raise ValueError(f"tensor {name[:100]} has shape {shape}, {kind.name} comes in blocks of {block}")
     size = math.prod(shape) // block * block_bytes
-    start = cursor.at + offset
-    if start + size > len(cursor.data):
+    if start + size > len(data):
         raise ValueError(f"tensor {name[:100]} of {size} bytes at {start} reaches beyond the end")
-    data = cursor.data[start : start + size]
+    data = data[start : start + size]
     data = data.view(PLAIN[kind][1]) if kind in PLAIN else data
     row = shape[-1] if kind in PLAIN else shape[-1] // block * block_bytes
     return GgufTensor(data.reshape(*shape[:-1], row), kind, shape)

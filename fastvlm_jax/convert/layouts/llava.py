@@ -14,8 +14,9 @@ import numpy as np
 from fastvlm_jax.convert.heads import without_head
 from fastvlm_jax.convert.layouts.text_config import expect, read_text_config, text_config
 from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
+from fastvlm_jax.convert.prefixes import with_usual_prefix
 from fastvlm_jax.convert.tables import apple
-from fastvlm_jax.convert.tables.decoder import decoder_rows
+from fastvlm_jax.convert.tables.decoder import FIRST_NORM, decoder_rows
 from fastvlm_jax.convert.tables.projector import projector_rows
 from fastvlm_jax.convert.vocabulary import drop_tied_head, special_ids, with_image_token
 from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
@@ -46,7 +47,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     """
     source = pathlib.Path(source).expanduser()
     config = read_json(source / CONFIG)
-    tensors = open_weights(source)
+    tensors = with_usual_prefix(open_weights(source), FIRST_NORM, "model.", source)
     image_size(source / CONFIG, config)
     vision = {"layers": list(HD.layers), "embed_dims": list(HD.embed_dims)}
     vision["form"] = "branched" if any(".rbr_" in name for name in tensors) else "folded"

@@ -10,7 +10,9 @@ import flax.linen as nn
 from fastvlm_jax.convert.heads import with_head_bias
 from fastvlm_jax.convert.layouts.timm_args import head_of, image_statistics, projection_of, read_timm_args, timm_args
 from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
+from fastvlm_jax.convert.prefixes import with_usual_prefix
 from fastvlm_jax.convert.tables import convnext, timm
+from fastvlm_jax.convert.tables.timm import FIRST_MLP
 from fastvlm_jax.convert.weight_files import OPEN_CLIP_CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.convnext import ConvNeXt
@@ -36,7 +38,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     tower = tower.get("vision_cfg") if isinstance(tower, dict) else None
     if not isinstance(tower, dict):
         raise ValueError(f"{file}: model_cfg.vision_cfg is missing or not an object")
-    stored = open_weights(source, "open_clip_model")
+    stored = with_usual_prefix(open_weights(source, "open_clip_model"), FIRST_MLP, TRUNK, source)
     tensors = {name: x for name, x in stored.items() if name.startswith("visual.")}
     vision = read_timm_args(file, "model_cfg.vision_cfg.", tower.get("timm_model_name"), {})
     if "form" in vision:

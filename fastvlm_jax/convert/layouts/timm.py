@@ -17,7 +17,9 @@ from fastvlm_jax.convert.layouts.timm_args import (
     timm_args,
 )
 from fastvlm_jax.convert.mapping import Row, described, shapes_of, to_jax, to_torch
+from fastvlm_jax.convert.prefixes import with_usual_prefix
 from fastvlm_jax.convert.tables import convnext, timm
+from fastvlm_jax.convert.tables.timm import FIRST_MLP
 from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.convnext import ConvNeXt
@@ -33,6 +35,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     """
     source = pathlib.Path(source).expanduser()
     file, config, tensors = source / CONFIG, read_json(source / CONFIG), open_weights(source)
+    tensors = with_usual_prefix(tensors, FIRST_MLP, "", source)
     vision = read_timm_args(file, "", config.get("architecture"), config.get("model_args") or {})
     if "form" in vision:
         vision["form"] = "folded" if any("reparam_conv" in name for name in tensors) else "branched"

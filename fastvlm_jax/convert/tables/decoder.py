@@ -7,6 +7,7 @@ the prefix before `layers.0` differs.
 from fastvlm_jax.convert.mapping import LINEAR, SAME, Row
 from fastvlm_jax.models.decoder import Decoder
 
+FIRST_NORM = "layers.0.input_layernorm.weight"  # a tensor of every language model, without its prefix
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 

@@ -6,6 +6,8 @@ Paths lie under `vision/`, as in FastVLM's variables.
 from fastvlm_jax.convert.mapping import CHANNELS, CONV, LINEAR, POINTWISE, Row
 from fastvlm_jax.models.fastvit import FastViT
 
+FIRST_MLP = "stages.0.blocks.0.mlp.fc1.weight"  # a tensor of every FastViT and ConvNeXt of timm, without a prefix
+
 
 def tower_rows(vision: FastViT, prefix: str = "") -> list[Row]:
     """Returns the rows of a tower: timm's training form if vision.form is "branched", its inference_mode if "folded".

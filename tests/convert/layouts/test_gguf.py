@@ -20,6 +20,7 @@ from fastvlm_jax.convert.layouts.gguf import read_gguf, read_gguf_tokenizer
 from fastvlm_jax.convert.mapping import to_jax
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.sizes import LLM_SIZES
+from fastvlm_jax.text.tokenizer import load_tokenizer
 
 SMALL = dict(vocab_size=64, width=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=96)
 MERGES = ["l o", "h e", "Ġ w"]
@@ -312,6 +313,15 @@ def test_tokenizer_tables_are_read_in_their_order(tmp_path):
     letters = {letter: 3 + i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
     assert tokenizer.encode("hello w") == [32, letters["l"], 31, 33]  # "he" "l" "lo" " w"
     assert tokenizer.special_id("<|im_end|>") == 2 and tokenizer.vocab_size == 34
+
+
+def test_a_gguf_file_is_a_tokenizer_wherever_a_folder_is_one(tmp_path, sentencepiece_file):
+    file, letters = write(tmp_path / "small.gguf"), "abcdefghijklmnopqrstuvwxyz "
+    for path in (file, tmp_path):
+        assert load_tokenizer(path).encode("hello w") == [32, 3 + letters.index("l"), 31, 33]
+    # A tokenizer beside the file comes first, as it does for the model.
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())
+    assert load_tokenizer(file).vocab_size == load_tokenizer(sentencepiece_file).vocab_size != 34
 
 
 def test_damaged_files_load_or_raise_one_clear_error(tmp_path):

@@ -1,18 +1,19 @@
 """Trains on a few hundred images of your own, on a CPU or one card: a tiny FastVLM from scratch, or a published one.
 
     fastvlm train --config configs/own_data.py --workdir runs/mine --config.data.path=data/mine
-    fastvlm train --config configs/own_data.py:0.5b --workdir runs/mine --config.parent=MODEL ...
+    fastvlm train --config configs/own_data.py:parent=MODEL --workdir runs/mine ...
 
 README.md (Your own images) has the commands before and after. The tiny model learns in minutes to answer short
 questions that repeat: it shows that data and commands are right before a published model is fine-tuned. Batches of 16
 samples give a small data set enough steps (the paper's have 128 and more). The rates are not tuned.
 """
 
-from fastvlm_jax.config import fit_rows, get_base
+from fastvlm_jax.config import fit_rows
+from fastvlm_jax.parent import open_base
 
 
 def get_config(size: str = "tiny"):
-    c = get_base(size)
+    c = open_base(size)
     c.stage = "own_data"
     c.data.path = "data/mine"
     if size == "tiny":

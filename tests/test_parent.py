@@ -25,7 +25,7 @@ LLM = dict(
     width=24, num_layers=2, num_heads=3, num_kv_heads=1, mlp_dim=40, vocab_size=448, rope_theta=5e4, epsilon=1e-5,
     qkv_bias=True, tie_embeddings=False, context_length=512,
 )  # fmt: skip
-STAGES = ("stage1_align", "stage15_pretrain", "stage2_instruct", "stage3_reason")
+STAGES = ("stage1_align", "stage15_pretrain", "stage2_instruct", "stage3_reason", "own_data")
 
 
 @pytest.fixture(scope="module")

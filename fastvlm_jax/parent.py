@@ -33,8 +33,9 @@ def open_base(argument: str) -> ml_collections.ConfigDict:
 
     Args:
       argument: a size, as in config.get_base, or "parent=SOURCE" with a source of `model_io.read`: encoder, decoder
-        and template are the parent's, and the image size if the parent answers questions or its encoder takes no
-        other; SOURCE becomes `parent`. What SOURCE lacks has the size before it: "1.5b,parent=SOURCE"; default 0.5b.
+        and template are the parent's, and so are the image size and fit if the parent answers questions or its encoder
+        takes no other size; SOURCE becomes `parent`. What SOURCE lacks has the size before it, as in
+        "1.5b,parent=SOURCE", by default 0.5b.
 
     Raises:
       FileNotFoundError, ValueError: see `get_base` and `model_io.read`.
@@ -53,8 +54,10 @@ def open_base(argument: str) -> ml_collections.ConfigDict:
     c = base_of(llm, vision, template)
     c.parent = source
     answers = "projector" in loaded.variables["params"] and processor is not None and processor.template != "plain"
-    if answers and "image_size" not in vision:
-        c.data.image_size = processor.image_size
+    if answers:
+        c.data.fit = processor.fit
+        if "image_size" not in vision:
+            c.data.image_size = processor.image_size
     return c
 
 

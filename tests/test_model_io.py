@@ -85,7 +85,7 @@ def test_stage_from_another_size_is_refused(whole):
     config, _, _, tower, language_model = whole
     other = config.copy_and_resolve_references()
     other.model.llm.mlp_dim = 128
-    with pytest.raises(ValueError, match=r"parent has model\.llm\.mlp_dim 64 and this stage 128"):
+    with pytest.raises(ValueError, match=r"\(key: config, parent\): model\.llm\.mlp_dim: 128, 64\. --config"):
         adapt(model_io.read(f"vision={tower},llm={language_model}"), fastvlm.build(**other.model.to_dict()))
 
 

@@ -101,7 +101,7 @@ def _plan(columns: tuple[tuple[str, str], ...]) -> Plan:
     images = tuple(
         name
         for name, kind in kinds.items()
-        if (kind == "image" and not is_sound_or_video(name)) or (kind == "binary" and name.lower() in _BYTES)
+        if (kind == "image" and not sound_or_video(name)) or (kind == "binary" and name.lower() in _BYTES)
     )
     named = tuple(
         lower[name]
@@ -143,10 +143,11 @@ def _layout(kinds: Mapping[str, str], pictured: bool) -> tuple[str, tuple[str, .
     return "", ()
 
 
-def is_sound_or_video(name: str) -> str | None:
-    """Returns "sound" or "video" for the name of a column of such, None for other names."""
+def sound_or_video(name: str, itself: bool = False) -> str | None:
+    """Returns "sound" or "video" for the name of a column about one, or only of one that holds it; else None."""
     match = _SOUND_OR_VIDEO.fullmatch(name)
-    return match and {"audio": "sound", "video": "video"}[match[1].lower()]
+    about = match is not None and not (itself and match[2])
+    return {"audio": "sound", "video": "video"}[match[1].lower()] if about else None
 
 
 def kind_of(name: str, value: Any) -> str:

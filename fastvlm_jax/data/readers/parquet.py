@@ -151,7 +151,7 @@ def _plan(table: pq.ParquetFile) -> columns.Plan:
     """
     types = {field.name: field.type for field in table.schema_arrow}
     kinds = {name: _kind(of) for name, of in types.items()}
-    looked_at = {name for name in types if columns.is_sound_or_video(name)}
+    looked_at = {name for name in types if columns.sound_or_video(name)}
     for name in columns.try_plan(kinds).others:
         try:
             value = _first_value(table, name) if any(map(_is_text_or_binary, _leaves(types[name]))) else None

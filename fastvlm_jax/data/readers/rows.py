@@ -16,9 +16,9 @@ from fastvlm_jax.data.readers.columns import (
     ANY_FILE,
     EXPECTED,
     Plan,
-    is_sound_or_video,
     kind_of,
     pair_keys,
+    sound_or_video,
     try_plan,
 )
 from fastvlm_jax.data.readers.conversations import MARK, about_image, as_list, place, read_messages, shown, text_of
@@ -61,7 +61,7 @@ def to_record(key: str, row: Mapping[str, Any], plan: Plan, folder: ImagesFolder
         if not isinstance(inner, dict) or "json" in map(str.lower, inner):
             raise ValueError(f"{name} is {shown(inner)}, not an object with the keys of an entry")
         return row_record(key, {**inner, **{k: v for k, v in row.items() if k != name}}, folder, options)
-    _refuse_sound_and_video(row)
+    _refuse_sound_and_video(row, itself=True)
     images, names = _images(row, plan, folder)
     _check_texts(row, plan)
     extra = {"id": row[plan.id]} if plan.id and isinstance(row.get(plan.id), str | int) else {}
@@ -79,9 +79,9 @@ def to_record(key: str, row: Mapping[str, Any], plan: Plan, folder: ImagesFolder
     return Record(key, tuple(images), turns, extra)
 
 
-def _refuse_sound_and_video(row: Mapping[str, Any]) -> None:
+def _refuse_sound_and_video(row: Mapping[str, Any], itself: bool) -> None:
     for name, value in row.items():
-        what = is_sound_or_video(name)
+        what = sound_or_video(name, itself)
         if what and (any(value.values()) if isinstance(value, dict) else value):
             raise ValueError(f"it is about a {what}: only images are read, and {shown(name)} is not empty")
 
@@ -115,6 +115,8 @@ def _refuse_unread(row: Mapping[str, Any], plan: Plan, messages: Any, names: set
     Beside images that were read, an address tells where they came from, and so does the name of a file if it ends as
     theirs does, or if the images are in the row as bytes.
     """
+    if not pictured:  # beside images, as of frames, there may be the number of a video
+        _refuse_sound_and_video(row, itself=False)
     identity = (plan.id,) if plan.id and not pictured else ()
     places = [(name, row.get(name)) for name in (*plan.named, *plan.others, *identity)]
     for message in messages if isinstance(messages, list) else ():

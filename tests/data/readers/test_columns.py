@@ -220,6 +220,12 @@ NOT_READ = {  # columns: the name that the rejection must hold
     "an id that is a picture": ({"id": "red.png"} | QA, "'id' holds 'red.png'"),
     "a format that is not decoded": (QA | {"drawing": "a.svg"}, "'drawing' holds 'a.svg'"),
     "a film": (QA | {"clip": "a.mp4"}, "'clip' holds 'a.mp4'"),
+    "the number of a video alone": (
+        QA | {"video_id": "a7"},
+        "it is about a video: only images are read, and 'video_id'",
+    ),
+    "a video beside an image": (QA | {"image": "red.png", "videos": "a"}, "it is about a video"),
+    "a video's file beside an image": (QA | {"image": "red.png", "video_path": "a.mp4"}, "'video_path' holds 'a.mp4'"),
     "video": (QA | {"video": "a"}, "it is about a video: only images are read, and 'video'"),
     "audio": (QA | {"audio_path": "a.wav"}, "it is about a sound: only images are read, and 'audio_path'"),
     "a file without a suffix": (QA | {"path": "red"}, "'red' is not in"),
@@ -246,6 +252,7 @@ def test_what_looks_like_a_picture_and_is_not_read_is_named(case, container, fol
         {"file": "main.py"},
         {"note": "see red.png for more"},
         {"size": "4 x 4"},
+        {"video_id": "a7"},
     ],
 )
 def test_what_tells_of_the_same_picture_or_of_none_is_left_alone(beside, container, folder):

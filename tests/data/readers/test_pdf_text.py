@@ -221,10 +221,17 @@ def test_text_under_a_watermark_counts_and_words_over_each_other_do_not():
     assert lines_of(document(content + over)) == PLAIN[:3]
 
 
-def test_a_font_of_pictures_counts_too():
-    """Such fonts, as old TeX makes them, may not say how large their letters are."""
+@pytest.mark.parametrize("box", [b"0 0 500 500", b"0 0 600 900", b"0 0 0 0"])
+def test_a_font_of_pictures_counts_too(box):
+    """Such fonts, as old TeX makes them, may state the box of the letter's ink, a larger one, or none."""
     content = "BT 0 g /T 20 Tf 60 700 Td (abc abd) Tj ET BT 1 g /T 20 Tf 60 600 Td (xyz) Tj ET\n"
-    assert lines_of(document(content)) == ["abc abd"]
+    assert lines_of(document(content).replace(b"0 0 500 500 d1", (box + b" d1").ljust(14))) == ["abc abd"]
+
+
+@pytest.mark.parametrize("percent", [0.1, 1, 3])
+def test_text_without_width_is_left_out(percent):
+    squeezed = "".join(say("pouz", 60, 740 - 30 * i, size=size, font=4) for i, size in enumerate(range(8, 17)))
+    assert lines_of(document(f"{say('but this', 300, 400)} {percent} Tz\n{squeezed}")) == ["but this"]
 
 
 @pytest.mark.parametrize(

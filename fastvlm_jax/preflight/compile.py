@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import re
+import sys
 import tempfile
 import time
 from typing import Any
@@ -152,14 +153,22 @@ def compile(
       (Compiled, abstract state or variables, abstract batch).
     """
     begin = time.monotonic()
+    print(f"preflight: tracing the program for {slices.name}", file=sys.stderr, flush=True)
     with compiler():
         lowered, state, batch = lower()
         text = lowered.as_text()
         traced = time.monotonic() - begin
         file = cache_folder() / f"{_key(text, slices, mesh, options)}.json.xz"
         if file.is_file():
+            print(
+                f"preflight: traced in {traced:.0f} s; compiled before, read from {file}", file=sys.stderr, flush=True
+            )
             kept = json.loads(lzma.decompress(file.read_bytes()))
             return Compiled(**kept, cached=True), state, batch
+        print(
+            f"preflight: traced in {traced:.0f} s; the TPU compiler compiles it now, for a full-size model 1 to 10 minutes",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         begin = time.monotonic()
         compiled, text, refused = None, "", ""
         with tempfile.TemporaryDirectory() as folder:

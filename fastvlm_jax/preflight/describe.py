@@ -24,6 +24,12 @@ def si(value: float) -> str:
     return f"{value:.3g}"
 
 
+def flop(value: float) -> str:
+    """Formats a number of FLOPs: 13.7e12 becomes "13.7 TFLOP"."""
+    text = si(value)
+    return f"{text[:-1]} {text[-1]}FLOP" if text[-1].isalpha() else f"{text} FLOP"
+
+
 def gib(value: float) -> str:
     return f"{value / GiB:.2f}"
 

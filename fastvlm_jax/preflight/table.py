@@ -17,7 +17,7 @@ from absl import app, flags
 
 from fastvlm_jax.chips import GB
 from fastvlm_jax.files import write_whole
-from fastvlm_jax.preflight.describe import gib, ms, short, si
+from fastvlm_jax.preflight.describe import flop, gib, ms, short
 
 
 class Case(NamedTuple):
@@ -168,6 +168,18 @@ The columns of the stages:
   a check of that count.
 - `chip-hours` are the hours for the stage's data, times the number of chips.
 
+What `fastvlm preflight` prints, in the order of its report:
+
+- `state` is parameters, optimizer slots and statistics; `batch` is the input of a step.
+- `model` FLOPs are those that a step requires; `hardware` FLOPs include what the backward pass computes again.
+- `as scheduled`, `transfers hidden`, `transfers serial` are the columns `step`, `hidden` and `serial` above; `computing`
+  is the time without any transfer.
+- `roofline` is the least time that each unit needs: the matrix units, the memory (HBM), the links.
+- `binding` is the longest term of the roofline, or "vector units and layout" if computing takes over 1.5 times as long.
+- `collectives` are transfers between chips: their kind, the mesh axes that they run along, how many a step has, and how
+  many of them run beside the computation (`overlapped`).
+- `MFU` (model FLOPs utilization) is the model's FLOPs over what the chips could do at their peak in that time.
+
 The command for one row is `fastvlm preflight --config configs/stage2_instruct.py:0.5b --topology v5e:4x4`.
 `fastvlm_jax/preflight/estimate.py` shows how the estimates are made.
 
@@ -275,7 +287,7 @@ def _encoder(r: dict[str, Any]) -> str:
     images, cycles = r["batch"]["images"], _cycles(r)
     head = (
         f"{cycles / 1e6:,.1f} M cycles an image ({ms(cycles / r['topology']['clock_hz'])}), "
-        f"{r['memory']['compiler']['temporaries'] / GB:.2f} GB of temporaries, {si(r['flops']['compiled'])}FLOP.\n"
+        f"{r['memory']['compiler']['temporaries'] / GB:.2f} GB of temporaries, {flop(r['flops']['compiled'])}.\n"
     )
     rows = [["operation", "M cycles an image", "share"]]
     rows += [

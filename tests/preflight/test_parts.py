@@ -383,3 +383,11 @@ def test_costs_are_named_by_pass_and_layer():
 def test_numbers_are_short():
     assert [describe.si(x) for x in (1_234_567, 1.5e12, 12)] == ["1.23M", "1.5T", "12"]
     assert math.isclose(float(describe.gib(2**30)), 1.0)
+
+
+def test_flops_are_written_with_a_space_before_the_unit():
+    assert (
+        describe.flop(13.7e12) == "13.7 TFLOP"
+        and describe.flop(2.5e9) == "2.5 GFLOP"
+        and describe.flop(12) == "12 FLOP"
+    )

@@ -153,7 +153,6 @@ def compile(
       (Compiled, abstract state or variables, abstract batch).
     """
     begin = time.monotonic()
-    print(f"preflight: tracing the program for {slices.name}", file=sys.stderr, flush=True)
     with compiler():
         lowered, state, batch = lower()
         text = lowered.as_text()
@@ -166,7 +165,7 @@ def compile(
             kept = json.loads(lzma.decompress(file.read_bytes()))
             return Compiled(**kept, cached=True), state, batch
         print(
-            f"preflight: traced in {traced:.0f} s; the TPU compiler compiles it now, for a full-size model 1 to 10 minutes",
+            f"preflight: traced in {traced:.0f} s; compiling for {slices.name}, for a full-size model 1 to 10 minutes",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         begin = time.monotonic()

@@ -172,8 +172,8 @@ What `fastvlm preflight` prints, in the order of its report:
 
 - `state` is parameters, optimizer slots and statistics; `batch` is the input of a step.
 - `model` FLOPs are those that a step requires; `hardware` FLOPs include what the backward pass computes again.
-- `as scheduled`, `transfers hidden`, `transfers serial` are the columns `step`, `hidden` and `serial` above; `computing`
-  is the time without any transfer.
+- `as scheduled`, `transfers hidden` and `transfers serial` are the columns `step`, `hidden` and `serial` above;
+  `computing` is the time without any transfer.
 - `roofline` is the least time that each unit needs: the matrix units, the memory (HBM), the links.
 - `binding` is the longest term of the roofline, or "vector units and layout" if computing takes over 1.5 times as long.
 - `collectives` are transfers between chips: their kind, the mesh axes that they run along, how many a step has, and how

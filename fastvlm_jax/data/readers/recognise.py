@@ -5,6 +5,9 @@ import types
 
 from etils import epath
 
+from fastvlm_jax.data.readers.files import looks_like
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # of a folder of images alone, which is often given as the source
 # Format -> what it reads. Formats are tried in this order, the most reliably recognised first.
 READERS = {
     "shards": "a folder that `fastvlm data write` wrote",
@@ -29,12 +32,17 @@ def recognise(path: epath.Path) -> str:
 
     Raises:
       FileNotFoundError: `path` does not exist.
-      ValueError: `path` is in none of the known formats; the message lists them.
+      ValueError: `path` holds images alone, or is in none of the known formats; the message lists them.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     for name in READERS:
         if reader(name).recognise(path):
             return name
+    if path.is_dir() and looks_like(path, IMAGES):
+        raise ValueError(
+            f"{path} holds images and no text about them: --source is the list of texts that names them, as a .json or "
+            ".csv file, and --images their folder"
+        )
     known = "; ".join(f"{name}: {what}" for name, what in READERS.items())
     raise ValueError(f"{path} is in no known format ({known}): choose one with --format")

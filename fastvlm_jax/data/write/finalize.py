@@ -35,6 +35,7 @@ def finalize(
         raise ValueError(
             f"no record of {source['path']} can be used: "
             + (f"{rejected} entries were rejected, as in {example!r}" if rejected else "it has no entries")
+            + ("; --images names the folder that the names of images begin in" if " is not in " in example else "")
         )
     _drop(output, manifest, splits)
     (output / INDEX).mkdir(exist_ok=True)

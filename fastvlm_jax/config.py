@@ -157,7 +157,8 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.keep_checkpoints = 2  # number of latest checkpoints that are kept
     c.eval_every = 1000  # steps between validations; the last step is always validated
     c.eval_batches = 16  # batches of the validation loss; 0 = no validation loss
-    c.eval_questions = 0  # validation questions answered by greedy decoding; 0 = none
+    c.eval_questions = 0  # validation questions answered by greedy decoding and scored by exact match; 0 = none
+    c.eval_max_tokens = 16  # longest answer to a validation question, tokens
 
 
 def fit_rows(config: ml_collections.ConfigDict, samples: int, images: int, text: int) -> None:
@@ -177,7 +178,7 @@ def fit_rows(config: ml_collections.ConfigDict, samples: int, images: int, text:
 
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError, naming the key, for values out of range and settings that contradict each other."""
-    for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
+    for key in ("log_every", "checkpoint_every", "eval_every", "eval_max_tokens", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")
     for key in ("param_dtype", "moment_dtype"):

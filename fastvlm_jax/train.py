@@ -8,16 +8,16 @@ from functools import partial
 import jax
 import ml_collections
 
-from fastvlm_jax import checkpoint, optim, sharding
+from fastvlm_jax import checkpoint, distributed, optim, sharding
 from fastvlm_jax import config as config_lib
 from fastvlm_jax.data.load.from_config import make_loader, open_sources
 from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.sources import contents_of, fingerprint
 from fastvlm_jax.distributed import Interrupted, StopRequest
-from fastvlm_jax.evaluate.validation import make_validation
+from fastvlm_jax.evaluate.validation import Validate, make_validation
 from fastvlm_jax.metrics import opening, profiling, tracking
 from fastvlm_jax.metrics.step_log import StepLog, StepRecord
-from fastvlm_jax.metrics.writer import MetricsWriter
+from fastvlm_jax.metrics.writer import MetricsWriter, read_metrics
 from fastvlm_jax.stage import make_mesh, make_step, open_stage
 from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.workdir import check_processes, claim, make_lineage
@@ -53,6 +53,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         steps = config.steps or math.ceil(config.epochs * loader.batches_per_epoch)
         step = make_step(config, stage.model, mesh, steps=steps, num_sources=len(sources))
         traced = profiling.parse_steps(profile, steps)
+        validate = make_validation(config, stage.model, stage.processor, batches)
         lineage = make_lineage(settings, stage.parent_lineage, fingerprint(sources), contents_of(sources))
         claim(workdir, settings, lineage, stage.processor)
         checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints)
@@ -71,11 +72,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         trace = profiling.Trace(traced, workdir / "profile", start, steps)
         learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
         log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, steps=steps)
-        validate = make_validation(config, stage.model, stage.processor, batches)
         save = partial(checkpoint.save, checkpointer, lineage=lineage)
         step_fn = opening.telling_compilation(name, step.fn)
         try:
-            return run(config, state, step_fn, loader, steps, log=log, trace=trace, validate=validate, save=save)
+            missed = validate is not None and is_validated(config, start, steps) and not has_validation(workdir, start)
+            return run(
+                config, state, step_fn, loader, steps,
+                log=log, trace=trace, validate=validate, missed=missed, save=save,
+            )  # fmt: skip
         except FloatingPointError as error:
             latest = checkpointer.latest and checkpointer.latest.step
             raise FloatingPointError(f"{error}; the last checkpoint is of step {latest}") from error
@@ -95,16 +99,34 @@ def run(
     *,
     log: StepLog,
     trace: profiling.Trace,
-    validate: Callable[[TrainState], dict[str, float]],
+    validate: Validate | None,
+    missed: bool,
     save: Callable[[TrainState, int], None],
 ) -> TrainState:
     """Runs the training loop: the steps, and logs, checkpoints and validations at their intervals.
 
+    Args:
+      missed: whether the validation of the state's own step is still to be done.
+
     Raises:
       FloatingPointError, Interrupted: see `train`.
     """
+
+    def validated(step: int) -> bool:
+        """Validates, and returns whether nobody asked to stop meanwhile."""
+        if (scalars := validate(state, stop.reached)) is not None:
+            log.write_validation(step, scalars)
+        loader.flow()
+        return scalars is not None
+
+    def interrupted(step: int) -> Interrupted:
+        return Interrupted(f"stopped at step {step} of {steps}, which is saved; the same command goes on from there")
+
+    first = int(state.step)
     with StopRequest() as stop:
-        for step in range(int(state.step) + 1, steps + 1):
+        if missed and not validated(first):
+            raise interrupted(first)
+        for step in range(first + 1, steps + 1):
             with trace.begin(step, state):
                 state, outputs = step_fn(state, next(loader))
             trace.end(step, state)
@@ -112,15 +134,27 @@ def run(
                 if not math.isfinite(loss := float(outputs["loss"])):
                     raise FloatingPointError(f"the loss at step {step} is {loss}: lower the rates in groups")
                 log.write(StepRecord(step, outputs, loader.flow(), loader.substituted))
-            stopping = stop.reached(step)
+            stopping = stop.reached()
             # Save before the validation, which may fail or take longer than a preempted machine has.
             if step % config.checkpoint_every == 0 or step == steps or stopping:
                 save(state, loader.position)
-            if (step % config.eval_every == 0 and not stopping) or step == steps:
-                log.write_validation(step, validate(state))
-                loader.flow()
-            if stopping and step < steps:
-                raise Interrupted(
-                    f"stopped at step {step} of {steps}, which is saved; the same command goes on from there"
-                )
+            due = validate is not None and is_validated(config, step, steps)
+            if due and not stopping:
+                due = stopping = not validated(step)
+                if stopping:
+                    save(state, loader.position)
+            if stopping and (step < steps or due):
+                raise interrupted(step)
     return state
+
+
+def is_validated(config: ml_collections.ConfigDict, step: int, steps: int) -> bool:
+    """Returns whether a run validates after this step."""
+    return step > 0 and (step % config.eval_every == 0 or step == steps)
+
+
+def has_validation(workdir: pathlib.Path, step: int) -> bool:
+    """Returns whether the metrics of a run hold a validation of this step, the same in all processes."""
+    rows = [row for row in read_metrics(workdir) if row["step"] == step]
+    found = any(key.startswith("validation/") for row in rows for key in row)
+    return distributed.exchange("validation of the first step", found)[0]

@@ -25,8 +25,8 @@ FORMAT = "fastvlm_jax workdir"
 # if BatchNorm is in training mode or drop_path is above 0.
 FREE_KEYS = (
     "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "eval_questions",
-    "wandb", "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat", "data.num_threads", "data.prefetch",
-    "data.cache_images", "data.path", "data.root",
+    "eval_max_tokens", "wandb", "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat",
+    "data.num_threads", "data.prefetch", "data.cache_images", "data.path", "data.root",
 )  # fmt: skip
 # Keys of `data` that may differ between the processes of a run: where each finds the data, and how it reads them.
 OWN_KEYS = ("path", "root", "num_threads", "prefetch", "cache_images")

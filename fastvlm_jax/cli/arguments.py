@@ -19,6 +19,8 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
   generate  --model DIR --prompt TEXT [--image FILE ...] [--max_tokens N] [--sampling greedy|model]
             [--temperature T] [--top_p P] [--top_k K] [--repetition_penalty R]
   evaluate  --model DIR --benchmark easy-vqa --data DIR [--limit N] [--output FILE.json]
+            --model DIR --benchmark qa --data DIR [--split validation] [--turns conversation|separate]
+                  [--max_tokens N] [--limit N] [--output FILE.json]
   convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
   data      write --source PATH --output DIR [--images DIR]... [--follow_links] [--validation_share S]
                   [--max_side N] [--verify]

@@ -177,26 +177,48 @@ def check_same(facts: dict[str, Any]) -> None:
 class StopRequest:
     """Handles signals within its context: the first SIGINT or SIGTERM to any process asks all processes to stop.
 
-    A second signal of the same kind kills the process that gets it.
+    A second signal of the same kind ends the process that gets it, at once. Python's own handlers wait until the main
+    thread comes back from a compilation or a computation, so a thread hears the signals too.
     """
 
     def __init__(self):
-        self._requested = False
+        self._requested, self._asked = False, 0
 
     def __enter__(self):
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        self._wake_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_):
+        signal.set_wakeup_fd(self._wake_before)
+        self._wake.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def reached(self, step: int) -> bool:
-        """Returns whether the run stops after `step`, the same in all processes. Call it after every step."""
-        return self._requested if _peers is None else _peers.stop_reached(step)
+    def reached(self) -> bool:
+        """Returns whether the run stops here, the same in all processes.
+
+        All processes call it at the same places: after every step, and after every batch of a validation.
+        """
+        self._asked += 1
+        return self._requested if _peers is None else _peers.stop_reached(self._asked)
 
     def _ask(self, number, frame):
-        self._requested = True
-        signal.signal(number, signal.SIG_DFL)
-        if _peers is not None:
-            _peers.ask_stop()
+        signal.signal(number, signal.SIG_DFL)  # the second one ends this process
+
+    def _listen(self, heard: socket.socket) -> None:
+        """Runs in a thread: reads the number of each signal as it arrives, until the context ends."""
+        seen: set[int] = set()
+        with heard:
+            while numbers := heard.recv(64):
+                for number in numbers:
+                    if number in seen:
+                        os._exit(128 + number)
+                    if number in self._before:
+                        seen.add(number)
+                        self._requested = True
+                        if _peers is not None and len(seen) == 1:
+                            _peers.ask_stop()

@@ -156,15 +156,14 @@ def plot_samples(results: Sequence[Result], path: pathlib.Path, split: str) -> N
     for axis in axes.flat:
         axis.axis("off")
     for axis, result in zip(axes.flat, results, strict=False):
-        axis.imshow(decode(result.image), interpolation="nearest")
-        right = result.answer.strip() == result.truth.strip()
+        axis.imshow(decode(result.images[0]), interpolation="nearest")
         given = textwrap.shorten(result.answer, 24, placeholder="...") or "(nothing)"
-        words = given if right else f"{given}  (truth: {result.truth})"
+        words = given if result.right else f"{given}  (truth: {result.truth})"
         question = textwrap.shorten(result.question, 44, placeholder="...")
         axis.set_title(question, fontsize=8.5, parse_math=False)
         axis.text(
             0.5, -0.04, words, transform=axis.transAxes, ha="center", va="top", fontsize=11,
-            color="#116622" if right else "#bb1111", weight="bold", parse_math=False,
+            color="#116622" if result.right else "#bb1111", weight="bold", parse_math=False,
         )  # fmt: skip
     figure.suptitle(f"images of the split {split}: question above, answer below (green = right)", fontsize=12)
     figure.tight_layout(rect=(0, 0, 1, 0.985))

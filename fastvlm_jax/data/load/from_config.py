@@ -47,14 +47,15 @@ def data_sets(config: ml_collections.ConfigDict) -> tuple[tuple[str, ...], tuple
 
 
 def open_sources(config: ml_collections.ConfigDict, split: str) -> tuple[RecordSource, ...]:
-    """Opens a split of every data set of a config; for "validation", of those that have one, perhaps none.
+    """Opens a split of every data set of a config; for "validation", of those that have records in it, perhaps none.
 
     Raises:
       FileNotFoundError, ValueError: see `data_sets` and `read_shards`.
     """
     folders, _ = data_sets(config)
     if split == "validation":
-        folders = [f for f in folders if split in read_manifest(epath.Path(f).expanduser())["splits"]]
+        held_out = {f: read_manifest(epath.Path(f).expanduser())["splits"].get(split, {}) for f in folders}
+        folders = [f for f in folders if held_out[f].get("records")]
     return tuple(read_shards(folder, split) for folder in folders)
 
 

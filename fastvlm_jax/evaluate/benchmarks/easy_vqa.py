@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm_jax.data.sources import RecordSource, read_shards
-from fastvlm_jax.evaluate.answers import Result, accuracy, answer_records, question_text
+from fastvlm_jax.evaluate.answers import Result, accuracy, answer_records
+from fastvlm_jax.evaluate.exact_match import matches
+from fastvlm_jax.evaluate.questions import question_text
 from fastvlm_jax.text.conversation import questions
 
 
@@ -26,7 +28,7 @@ def evaluate(
     results = answer_records(model, variables, processor, read_shards(data, "test"), limit=limit, progress=progress)
     training = [read_shards(data, split) for split in ("train", "validation")]
     common = most_frequent_answers(training)
-    baseline = [r.truth == common.get(r.question) for r in results]
+    baseline = [matches(common.get(r.question, ""), r.truth) for r in results]
     by_kind = collections.defaultdict(list)
     for r in results:
         by_kind["yes/no" if r.truth in ("yes", "no") else "open"].append(r)

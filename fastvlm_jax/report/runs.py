@@ -13,7 +13,8 @@ from etils import epath
 
 from fastvlm_jax import model_io
 from fastvlm_jax.data.sources import read_manifest, read_shards
-from fastvlm_jax.evaluate.answers import Result, answer_records
+from fastvlm_jax.evaluate.answers import Result, answer
+from fastvlm_jax.evaluate.questions import collect
 from fastvlm_jax.images.decode import decode
 from fastvlm_jax.report.curves import Run, plot_losses, plt, read_runs
 
@@ -139,11 +140,14 @@ def held_out(data: str | os.PathLike) -> str:
 
 
 def answer_samples(model: str | os.PathLike, data: str | os.PathLike, split: str) -> list[Result]:
-    """Answers one question about each of a split's first NUM_SAMPLES images, another kind of question each time."""
+    """Answers one question about each of a split's first NUM_SAMPLES images, another kind of question each time.
+
+    Records without an image, and those that the model cannot be asked about, are left out of the sheet.
+    """
     vlm, variables, processor = model_io.load(model)
     records = read_shards(data, split)
     few = [records[i] for i in range(min(NUM_SAMPLES, len(records)))]
-    results = answer_records(vlm, variables, processor, few)
+    results = answer(vlm, variables, processor, [q for q in collect(few, processor).questions if q.images])
     by_image: dict[str, list[Result]] = {}
     for result in results:
         by_image.setdefault(result.key, []).append(result)

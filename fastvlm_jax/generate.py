@@ -21,11 +21,11 @@ def sample(logits_BV: jax.Array, rng: jax.Array, temperature: float, top_p: floa
 
     Args:
       logits_BV: logits of the next token.
-      temperature: 0 chooses the most likely token; otherwise the logits are divided by it and a token is sampled.
+      temperature: below 1e-6 chooses the most likely token; else the logits are divided by it and a token is sampled.
       top_p: samples only from the smallest set of most likely tokens whose total probability is at least this.
       top_k: samples only from this many most likely tokens; 0 sets no limit.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV.astype(jnp.float32) / temperature
     if 0 < top_k < logits_BV.shape[-1]:

@@ -141,6 +141,14 @@ def test_temperature_zero_takes_the_most_likely_token():
     assert sample(jnp.array([[0.0, 3.0, 1.0]]), jax.random.key(0), 0.0, 1.0).tolist() == [1]
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 9e-7])
+def test_a_temperature_below_a_millionth_is_greedy(temperature):
+    """Divided by 1e-45, logits of both signs become infinite; equal ones would be drawn at random."""
+    logits = jnp.array([[-3.0, 3.0, 3.0 - 1e-6, 0.0]])
+    keys = jax.random.split(jax.random.key(0), 200)
+    assert set(np.asarray(jax.vmap(lambda key: sample(logits, key, temperature, 1.0)[0])(keys)).tolist()) == {1}
+
+
 def test_top_p_draws_only_from_the_smallest_set_of_that_probability():
     """Of probabilities 0.5, 0.3, 0.15, 0.05, top_p=0.7 needs the first two, 0.8 exactly these two, 0.81 a third."""
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))

@@ -204,6 +204,8 @@ def generate(
             "this model has no language model or no tokenizer: load it with both, as vision=DIR,projector=DIR,llm=DIR"
         )
     check_options(max_tokens, temperature, top_p, top_k, repetition_penalty)
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or abs(seed) >= 2**63:
+        raise ValueError(f"seed={seed!r} must be a whole number of at most 63 bits")
     limit = answer_limit(model, max_tokens, max_length)
     batch = processor(images, prompts, image_of, length=length)
     if not batch.tokens.shape[1]:

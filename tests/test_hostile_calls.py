@@ -178,6 +178,22 @@ def asked(easy_vqa):
     return model, variables, Processor(load_tokenizer(easy_vqa), "chatml", SIDE, 4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 2.5}, {"max_tokens": "9"}, {"max_tokens": None},
+        {"max_tokens": True}, {"max_tokens": 10**9}, {"temperature": -1}, {"temperature": np.nan},
+        {"temperature": np.inf}, {"temperature": "hot"}, {"temperature": None}, {"top_p": 0}, {"top_p": np.nan},
+        {"top_p": 1.5}, {"top_p": "1"}, {"top_p": None}, {"seed": "1"}, {"seed": 1.5}, {"seed": None}, {"seed": 2**70},
+        {"max_length": 0}, {"max_length": "9"}, {"max_length": 2.5}, {"length": "9"}, {"length": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_of_generate_are_refused_by_name(asked, options):
+    (name,) = options
+    assert name in refused(lambda: generate(*asked, BLOCK, "is it red?", **options))
+
+
 def test_generate_answers_about_several_images_and_turns_as_about_the_same_question_alone(asked):
     """A row's answer does not depend on the rows beside it, nor on how its images and turns were handed over."""
     other = BLOCK[::-1].copy()

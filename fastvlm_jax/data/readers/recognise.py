@@ -5,8 +5,6 @@ import types
 
 from etils import epath
 
-from fastvlm_jax.data.readers.files import looks_like
-
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # of a folder of images alone, which is often given as the source
 # Format -> what it reads. Formats are tried in this order, the most reliably recognised first.
 READERS = {
@@ -39,6 +37,8 @@ def recognise(path: epath.Path) -> str:
     for name in READERS:
         if reader(name).recognise(path):
             return name
+    from fastvlm_jax.data.readers.files import looks_like  # not above: the flags of `data write` need this file alone
+
     if path.is_dir() and looks_like(path, IMAGES):
         raise ValueError(
             f"{path} holds images and no text about them: --source is the list of texts that names them, as a .json or "

@@ -103,7 +103,7 @@ def bad_inputs(tmp_path, workdir, easy_vqa):
         "missing config": (["train", "--config=nowhere.py", "--workdir=W"], 1, "nowhere.py"),
         "unknown stage": (["train", f"--config={CONFIG}:stage9", "--workdir=W"], 2, "unknown stage 'stage9'"),
         "missing dataset": ([*train_it[:3], "--workdir=W", "--config.data.path=/nowhere"], 1, "fastvlm data write"),
-        "parent of another size": ([*train_it, "--workdir=W", f"--config.parent={workdir}"], 1, "parent has model."),
+        "parent of another size": ([*train_it, "--workdir=W", f"--config.parent={workdir}"], 1, "llm.head_dim: 24, 8"),
         "workdir of something else": (
             [*train_it, f"--workdir={tmp_path / 'other'}", "--config.data.groups=8"],
             1,

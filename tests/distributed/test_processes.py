@@ -57,9 +57,9 @@ class Run:
                 process.kill()
 
     def errors(self, process):
-        """Returns the lines that a process printed, without progress and the lines of Gloo and loggers."""
+        """Returns the lines that a process printed, but for those about the run and those of Gloo and loggers."""
         lines = (self.folder / str(process)).read_text().splitlines()
-        return [line for line in lines if not re.match(r"\[Gloo\]|small step|WARNING|[IWE]\d{4} ", line)]
+        return [line for line in lines if not re.match(r"\[Gloo\]|small step|small: |WARNING|[IWE]\d{4} ", line)]
 
 
 def wait_for_step(step, workdir, run):
@@ -92,6 +92,8 @@ def test_four_processes_stopped_by_sigterm_of_one_go_on_as_two_and_as_one(easy_v
     (step,) = saved_steps(tmp_path / "run")
     said = f"fastvlm train: stopped at step {step} of 12, which is saved; the same command goes on from there"
     assert [four.errors(process) for process in range(4)] == [[said]] * 4
+    opening = ["small: " in (four.folder / str(process)).read_text() for process in range(4)]
+    assert opening == [True, False, False, False]
     assert 2 <= step < 12 and len(losses(tmp_path / "run")) == step
     shutil.copytree(tmp_path / "run", tmp_path / "one")
 

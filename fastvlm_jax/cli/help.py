@@ -21,7 +21,7 @@ ABOUT = {
     ),
     "evaluate": (
         "Lets a model answer the questions of a data set, and prints its scores as JSON.",
-        "fastvlm evaluate --model runs/quickstart/stage2_instruct --benchmark easy-vqa --data data/easy_vqa",
+        "fastvlm evaluate --model runs/mine --benchmark qa --data data/mine",
     ),
     "convert": (
         "Writes a model in another layout, for PyTorch or for this program; the layout of the source is recognised.",

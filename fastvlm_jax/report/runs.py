@@ -1,6 +1,7 @@
 """Writes one HTML page about training runs: losses, rates, settings that differ, and a sheet of answered questions."""
 
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -156,7 +157,8 @@ def answer_samples(model: str | os.PathLike, data: str | os.PathLike, split: str
 
 def plot_samples(results: Sequence[Result], path: pathlib.Path, split: str) -> None:
     """Draws a sheet of images with question and answer; a wrong answer is red, with the true one beside it."""
-    figure, axes = plt.subplots(4, 4, figsize=(11, 11.5))
+    rows = max(math.ceil(min(len(results), 16) / 4), 1)
+    figure, axes = plt.subplots(rows, 4, figsize=(11, 2.5 * rows + 1.5))
     for axis in axes.flat:
         axis.axis("off")
     for axis, result in zip(axes.flat, results, strict=False):

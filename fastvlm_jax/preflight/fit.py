@@ -21,7 +21,7 @@ def regrouped(config, shards: int, accumulate: int = 1) -> dict[str, int]:
     Returns:
       {"groups", "images_per_group", "row_length"}, or {} if no grouping works or groups have several rows or no images.
     """
-    data, per_image = config.data, 0
+    data = config.data
     if data.rows_per_group != 1 or data.images_per_group < 1:
         return {}
     rows, columns = make_encoder(**config.model.vision.to_dict()).grid(data.image_size, data.image_size)

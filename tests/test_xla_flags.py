@@ -77,7 +77,7 @@ def test_the_compilers_alarms_about_slow_compilation_stay_off_the_terminal(told)
     """A sum over windows that XLA folds for more than a second, which it reports with a request to file a bug."""
     code = (
         "from fastvlm_jax import xla_flags; xla_flags.silence_compiler(); import jax, numpy as np\n"
-        "x = np.ones((60, 60), np.float32)\n"
+        "x = np.ones((120, 120), np.float32)\n"
         "jax.jit(lambda y: jax.lax.reduce_window(x, 0., jax.lax.add, (40, 40), (1, 1), 'SAME') + y).lower(1.).compile()"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}

@@ -81,6 +81,7 @@ def test_the_compilers_alarms_about_slow_compilation_stay_off_the_terminal(told)
         "jax.jit(lambda y: jax.lax.reduce_window(x, 0., jax.lax.add, (40, 40), (1, 1), 'SAME') + y).lower(1.).compile()"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    environment |= {"JAX_PLATFORMS": "cpu", **({"TF_CPP_MIN_LOG_LEVEL": "0"} if told else {})}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment |= {"TF_CPP_MIN_LOG_LEVEL": "0"} if told else {}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert ("file a bug" in done.stderr) == told, done.stderr

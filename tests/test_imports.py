@@ -27,8 +27,10 @@ model_io
 metrics
 checkpoint
 workdir
-evaluate.validation evaluate.benchmarks
+evaluate.validation
+evaluate.benchmarks
 evaluate
+evaluate.scores
 distributed
 data.inspect data.sets
 data.load data.write

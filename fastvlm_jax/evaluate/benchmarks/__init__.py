@@ -1,1 +1,1 @@
-"""Scores models on published benchmarks; each has a file with its questions, scoring and summary."""
+"""Holds the published benchmarks, a file a family: how its files are read, asked and scored."""

@@ -1,0 +1,325 @@
+"""Reads the files in which benchmarks are published: Parquet, JSON, JSON lines, tables with images, and image folders.
+
+Every function raises ValueError or FileNotFoundError with one line that names the file, and the row, column or key.
+"""
+
+import base64
+import binascii
+import csv
+import functools
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from fastvlm_jax.data.readers import files
+from fastvlm_jax.data.readers.conversations import shown
+from fastvlm_jax.evaluate.benchmark import Picture, Row
+
+MAX_LINE = 64 << 20  # bytes of a line of JSON lines
+MAX_CELL = 256 << 20  # characters of a cell of a table; an image in base64 is one
+_PART = re.compile(r"-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet")
+
+
+def find(folder: epath.Path, *patterns: str) -> list[epath.Path]:
+    """Returns the files of the first pattern that any file in the folder matches, by name; [] if none does.
+
+    Args:
+      patterns: such as "data/test-*.parquet" or "*/validation-*.parquet", relative to the folder.
+
+    Raises:
+      ValueError: of a file in parts, as test-00000-of-00003.parquet, a part is missing.
+    """
+    for pattern in patterns:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
+        if found:
+            _check_parts(found)
+            return found
+    return []
+
+
+def _check_parts(paths: Sequence[epath.Path]) -> None:
+    numbers: dict[tuple[epath.Path, str, int], set[int]] = {}
+    for path in paths:
+        if match := _PART.search(path.name):
+            stem = path.name[: match.start()]
+            numbers.setdefault((path.parent, stem, int(match[2])), set()).add(int(match[1]))
+    for (parent, stem, count), found in numbers.items():
+        if missing := sorted(set(range(count)) - found):
+            raise ValueError(
+                f"{parent} lacks {stem}-{missing[0]:05d}-of-{count:05d}.parquet: it has {len(found)} of {count} parts"
+            )
+
+
+def wrong_layout(folder: epath.Path, layouts: Sequence[str]) -> FileNotFoundError:
+    """Returns the error of a folder that holds no layout of a benchmark; `layouts` are the lines of Benchmark.files."""
+    if not folder.is_dir():
+        return FileNotFoundError(f"there is no folder {folder}")
+    names = sorted(path.name for path in folder.iterdir())[:5]
+    holds = ", ".join(map(shown, names)) or "nothing"
+    return FileNotFoundError(f"{folder} holds {holds}: expected are {'; or '.join(layouts)}")
+
+
+def read_json(path: epath.Path, kind: type = dict) -> Any:
+    """Returns the value of a JSON file, which must be of `kind`, dict or list."""
+    try:
+        value = files.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} holds no {'object' if kind is dict else 'list'}: it is not the published file")
+    return value
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file of JSON lines; empty lines do not count."""
+    rows = []
+    with path.open("rb") as file:
+        for number, (_, line) in enumerate(files.lines(file, MAX_LINE), 1):
+            if line is not None and not line.strip():
+                continue
+            try:
+                row = None if line is None else files.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} holds no object")
+            rows.append(row)
+    return rows
+
+
+def get(row: Mapping[str, Any], key: str, where: str) -> Any:
+    """Returns row[key]; the error of a missing key says `where` the row lies and which keys it has."""
+    if key not in row:
+        raise ValueError(f"{where} has no {key}: it has {', '.join(map(str, row)) or 'nothing'}")
+    return row[key]
+
+
+def read_parquet(
+    paths: Sequence[epath.Path],
+    columns: Sequence[str],
+    pictures: Sequence[str] = (),
+    optional: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Returns the rows of Parquet files, with images that are read when they are needed.
+
+    Args:
+      columns: columns that must be there.
+      pictures: columns of images that must be there, each a struct of bytes and path, or bytes, or a list of them. A
+        value becomes a Picture, None if it is null, or a tuple of them for a list.
+      optional: further columns, of images too; a row lacks the key of a column that the file lacks.
+
+    Raises:
+      ValueError: a file is damaged or lacks a column; the message names both.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        try:
+            with path.open("rb") as file, pq.ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                for name in (*columns, *pictures):
+                    if name not in names:
+                        raise ValueError(f"{path} has no column {name}: it has {', '.join(names)}")
+                wanted = [name for name in (*columns, *pictures, *optional) if name in names]
+                for group in range(table.num_row_groups):
+                    rows += _rows_of(path, table, group, wanted, pictures)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    return rows
+
+
+def _rows_of(
+    path: epath.Path, table: pq.ParquetFile, group: int, names: Sequence[str], required: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the rows of a row group; of images only their number is read where the file tells that none is null."""
+    schema, part = table.schema_arrow, table.metadata.row_group(group)
+    images = [name for name in names if name in required or _is_picture(schema.field(name).type)]
+    plain = table.read_row_group(group, [name for name in names if name not in images]).to_pylist()
+    rows = plain or [{} for _ in range(part.num_rows)]
+    first = sum(table.metadata.row_group(before).num_rows for before in range(group))
+    for name in images:
+        leaves = [part.column(i) for i in range(part.num_columns) if part.column(i).path_in_schema.startswith(name)]
+        whole = [leaf for leaf in leaves if leaf.statistics is not None and leaf.statistics.null_count == 0]
+        light = [leaf.path_in_schema for leaf in leaves if leaf.path_in_schema.endswith(".path")]
+        # The names of the images tell which are null and how many a list has, without reading the images.
+        enough = light and any(leaf.path_in_schema.endswith((name, ".bytes")) for leaf in whole)
+        column = table.read_row_group(group, light if enough else [name]).column(name)
+        for i, value in enumerate(column):
+            rows[i][name] = _lazy(path, group, name, i, first + i, value)
+    return rows
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_picture(kind.value_type)
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _lazy(path: epath.Path, group: int, column: str, i: int, number: int, value: pa.Scalar) -> Any:
+    """Returns the Picture, or the tuple of them, of a cell; None if it is null."""
+    if not value.is_valid:
+        return None
+    name = f"{path.name} row {number} {column}"
+    if isinstance(value, pa.ListScalar | pa.LargeListScalar):
+        return tuple(
+            Picture(f"{name}[{k}]", functools.partial(_read_cell, path, group, column, i, k)) for k in range(len(value))
+        )
+    if isinstance(value, pa.StructScalar) and "bytes" in value and not value["bytes"].is_valid:
+        return None
+    return Picture(name, functools.partial(_read_cell, path, group, column, i, None))
+
+
+@functools.lru_cache(maxsize=4)  # rows are read in their order, so that a row group is read about once
+def _column(path: epath.Path, group: int, column: str) -> pa.ChunkedArray:
+    with path.open("rb") as file, pq.ParquetFile(file) as table:
+        return table.read_row_group(group, [column]).column(column)
+
+
+def _read_cell(path: epath.Path, group: int, column: str, i: int, k: int | None) -> bytes:
+    try:
+        value = _column(path, group, column)[i].as_py()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    value = value if k is None else value[k]
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return files.checked(data or b"", f"{path.name} {column}")
+
+
+def read_table(path: epath.Path, columns: Sequence[str], pictures: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Returns the rows of VLMEvalKit's table: tab-separated, with quotes, and images in base64.
+
+    Args:
+      columns: columns that must be there; all others are read too.
+      pictures: columns of images in base64, which must be there. A value becomes a Picture that reads the file again,
+        or None if it is empty; a short value is the index of another row, whose image it shares.
+
+    Raises:
+      ValueError: the table is damaged or lacks a column.
+    """
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, dict[str, Any]] = {}
+    for start, names, cells in _records(path):
+        if not rows:
+            for name in (*columns, *pictures):
+                if name not in names:
+                    raise ValueError(f"{path} has no column {name}: it has {', '.join(names)}")
+        row: dict[str, Any] = dict(zip(names, cells, strict=False))
+        for name in pictures:
+            text = row.get(name, "").strip()
+            if not text:
+                row[name] = None
+            elif len(text) <= 64:  # no image is that short
+                if text not in seen:
+                    raise ValueError(f"{path} row {len(rows)}: {name} is {shown(text)}, which no row before it has")
+                row[name] = seen[text][name]
+            else:
+                where = f"{path.name} row {len(rows)} {name}"
+                row[name] = Picture(where, functools.partial(_read_base64, path, start, names.index(name), where))
+        if "index" in row:
+            seen[row["index"]] = row
+        rows.append(row)
+    return rows
+
+
+def _records(path: epath.Path, start: int | None = None) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yields (first byte, column names, cells) of each row; with `start`, those from there on and no names."""
+    csv.field_size_limit(MAX_CELL)
+    with path.open("rb") as file:
+        at = [start or 0]
+        file.seek(at[0])
+
+        def texts() -> Iterator[str]:
+            while line := file.readline(2 * MAX_CELL):
+                at[0] += len(line)
+                yield line.decode("utf-8-sig")
+
+        reader = csv.reader(texts(), delimiter="\t")
+        try:
+            names = next(reader, []) if start is None else []
+            first = at[0]
+            for cells in reader:
+                if cells:
+                    yield first, names, cells
+                first = at[0]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no table of tab-separated UTF-8: {error}") from error
+
+
+def _read_base64(path: epath.Path, start: int, column: int, where: str) -> bytes:
+    _, _, cells = next(_records(path, start))
+    try:
+        return files.checked(base64.b64decode(cells[column], validate=False), where)
+    except binascii.Error as error:
+        raise ValueError(f"{where} is no base64: {error}") from error
+
+
+class Images:
+    """Looks up the images that a list names in a folder, and refuses names that lead out of it.
+
+    Attributes:
+      folder: the folder.
+    """
+
+    def __init__(self, folder: epath.Path, *names: str):
+        """Chooses the first of the folders `names` that `folder` holds.
+
+        Raises:
+          FileNotFoundError: it holds none of them.
+        """
+        found = [folder / name for name in names if (folder / name).is_dir()]
+        if not found:
+            raise FileNotFoundError(f"{folder} has no folder of images: expected is {' or '.join(names)}")
+        self.folder = found[0]
+        self._files = files.ImagesFolder((self.folder,))
+        self._missing: list[str] = []
+        self._asked: dict[str, bool] = {}
+
+    def __call__(self, name: str) -> Picture:
+        """Returns the image of that name, relative to the folder."""
+        if name not in self._asked:
+            self._asked[name] = os.path.isfile(os.path.join(os.fspath(self.folder), name))
+            if not self._asked[name]:
+                self._missing.append(name)
+        return Picture(name, functools.partial(files.read_image, self._files, name))
+
+    def check(self) -> None:
+        """Raises FileNotFoundError if an image that was asked for is not there; the message counts and names them."""
+        if self._missing:
+            count = f"{len(self._missing)} of {len(self._asked)} images"
+            raise FileNotFoundError(f"{self.folder} lacks {count}, the first {shown(self._missing[0])}")
+
+
+def check_rows(rows: Sequence[Row], where: os.PathLike | str, pictures: int | None = 1) -> list[Row]:
+    """Returns the rows, if there are some, their ids differ and each has its images.
+
+    Args:
+      where: the file or folder, for messages.
+      pictures: least number of images of each row; None does not count them.
+    """
+    if not rows:
+        raise ValueError(f"{where} holds no rows")
+    seen: set[str] = set()
+    for number, row in enumerate(rows):
+        if row.id in seen:
+            raise ValueError(f"{where}: the id {shown(row.id)} of row {number} stands twice")
+        seen.add(row.id)
+        if pictures is not None and len(row.pictures) < pictures:
+            raise ValueError(f"{where}: row {number}, id {shown(row.id)}, has no image")
+    return list(rows)
+
+
+def pictures_of(values: Iterable[Picture | None]) -> tuple[Picture, ...]:
+    """Returns the images that are not null."""
+    return tuple(value for value in values if value is not None)
+
+
+__all__ = [
+    "Images", "check_rows", "find", "get", "pictures_of", "read_json", "read_lines", "read_parquet", "read_table",
+    "wrong_layout",
+]  # fmt: skip

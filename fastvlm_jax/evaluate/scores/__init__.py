@@ -1,0 +1,1 @@
+"""Scores answers: pure functions, one rule a file, each with the source of its rule."""

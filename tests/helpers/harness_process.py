@@ -36,7 +36,7 @@ class Anything:
 
 
 class Stub(types.ModuleType):
-    __path__: list = []
+    __path__ = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -45,7 +45,7 @@ class Stub(types.ModuleType):
 
 
 class Finder:
-    """Finds a stub for modules: the first one for those that take long to load, the last for what nothing else finds."""
+    """Finds a stub: asked first for modules that take long to load, and last for those that nothing else finds."""
 
     def __init__(self, wanted):
         self.wanted = wanted

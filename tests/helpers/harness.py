@@ -1,7 +1,7 @@
 """Asks other evaluation harnesses, in processes of their own: their pins do not join ours. launch/test.sh unpacks them.
 
-    score = "from lmms_eval.tasks.gqa.utils import *\\ndef main(value): return [...]"
-    ask("lmms-eval-0.7.3", score, [["yes.", "yes"]])
+score = "from lmms_eval.tasks.gqa.utils import *\\ndef main(value): return [...]"
+ask("lmms-eval-0.7.3", score, [["yes.", "yes"]])
 """
 
 import json

@@ -87,11 +87,14 @@ class Protocol:
     Attributes:
       name: one of PROTOCOLS; "own" for a benchmark of this project.
       version: the harness whose rules these are, as "lmms-eval 0.7.3".
-      prompt: returns the conversation to ask; numbers in it are indices into `row.pictures`.
+      prompt: returns the conversation to ask; numbers in it are indices into `row.pictures`. Raises ValueError, with a
+        short reason, for a row that cannot be asked: of a benchmark that is not strict, it is left out.
       score: returns the mark of an answer, which has no white space at its ends.
       max_tokens: longest answer, tokens.
       rule: how an answer is parsed and scored, in a line for people.
       aggregate: returns the score of the whole benchmark, as it is published; by default 100 times the mean.
+      figures: returns further figures for the summary, beside the score and the means of the groups, as
+        {"perception": 1500.0}; None if there are none.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Protocol:
     max_tokens: int
     rule: str
     aggregate: Callable[[Sequence[Result]], float] | None = None
+    figures: Callable[[Sequence[Result]], dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

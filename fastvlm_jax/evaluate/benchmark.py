@@ -6,6 +6,7 @@ Result      answer "1/8/93."   mark (score 0.86, parsed "1/8/93.")
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,10 +24,12 @@ class Picture:
     Attributes:
       name: where it lies, unique in its benchmark, for messages: "images/7.jpg" or "test-00000-of-00001.parquet row 7".
       read: returns the encoded image; raises ValueError, with a short line, if it cannot.
+      file: the file that holds it, whose size and time tell whether it was changed; None if that is not a file.
     """
 
     name: str
     read: Callable[[], bytes] = dataclasses.field(compare=False, repr=False)
+    file: os.PathLike | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,11 +168,12 @@ def _lazy(path: epath.Path, group: int, column: str, i: int, number: int, value:
     name = f"{path.name} row {number} {column}"
     if isinstance(value, pa.ListScalar | pa.LargeListScalar):
         return tuple(
-            Picture(f"{name}[{k}]", functools.partial(_read_cell, path, group, column, i, k)) for k in range(len(value))
+            Picture(f"{name}[{k}]", functools.partial(_read_cell, path, group, column, i, k), path)
+            for k in range(len(value))
         )
     if isinstance(value, pa.StructScalar) and "bytes" in value and not value["bytes"].is_valid:
         return None
-    return Picture(name, functools.partial(_read_cell, path, group, column, i, None))
+    return Picture(name, functools.partial(_read_cell, path, group, column, i, None), path)
 
 
 @functools.lru_cache(maxsize=4)  # rows are read in their order, so that a row group is read about once
@@ -220,7 +221,8 @@ def read_table(path: epath.Path, columns: Sequence[str], pictures: Sequence[str]
                 row[name] = seen[text][name]
             else:
                 where = f"{path.name} row {len(rows)} {name}"
-                row[name] = Picture(where, functools.partial(_read_base64, path, start, names.index(name), where))
+                read = functools.partial(_read_base64, path, start, names.index(name), where)
+                row[name] = Picture(where, read, path)
         if "index" in row:
             seen[row["index"]] = row
         rows.append(row)
@@ -286,7 +288,7 @@ class Images:
             self._asked[name] = os.path.isfile(os.path.join(os.fspath(self.folder), name))
             if not self._asked[name]:
                 self._missing.append(name)
-        return Picture(name, functools.partial(files.read_image, self._files, name))
+        return Picture(name, functools.partial(files.read_image, self._files, name), self.folder / name)
 
     def check(self) -> None:
         """Raises FileNotFoundError if an image that was asked for is not there; the message counts and names them."""

@@ -92,10 +92,11 @@ class Protocol:
       version: the harness whose rules these are, as "lmms-eval 0.7.3".
       prompt: returns the conversation to ask; numbers in it are indices into `row.pictures`. Raises ValueError, with a
         short reason, for a row that cannot be asked: of a benchmark that is not strict, it is left out.
-      score: returns the mark of an answer, which has no white space at its ends.
+      score: returns the mark of an answer, which has no white space at its ends; None if only a judge can score it.
       max_tokens: longest answer, tokens.
       rule: how an answer is parsed and scored, in a line for people.
       aggregate: returns the score of the whole benchmark, as it is published; by default 100 times the mean.
+        It is also asked of halves of the images, each with all rows of these images, for the standard error.
       figures: returns further figures for the summary, beside the score and the means of the groups, as
         {"perception": 1500.0}; None if there are none.
     """
@@ -103,7 +104,7 @@ class Protocol:
     name: str
     version: str
     prompt: Callable[[Row], tuple[Turn, ...]]
-    score: Callable[[str, Row], Mark]
+    score: Callable[[str, Row], Mark] | None
     max_tokens: int
     rule: str
     aggregate: Callable[[Sequence[Result]], float] | None = None

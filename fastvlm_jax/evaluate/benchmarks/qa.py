@@ -1,13 +1,79 @@
 """Scores answers on the questions of one's own data set, a folder of shards, by exact match."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from etils import epath
+
+from fastvlm_jax.data.rejected import most_frequent
 from fastvlm_jax.data.sources import read_shards
-from fastvlm_jax.evaluate.answers import Result, accuracy, answer, standard_error
-from fastvlm_jax.evaluate.exact_match import RULE, identical
+from fastvlm_jax.evaluate import answers
+from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
+from fastvlm_jax.evaluate.exact_match import RULE, identical, matches, normalise
 from fastvlm_jax.evaluate.questions import Asked, collect
+from fastvlm_jax.evaluate.records import own_prompt, rows_of
+
+
+def benchmark(split: str = "validation", turns: str = "conversation") -> Benchmark:
+    """Returns the benchmark of one's own data.
+
+    Args:
+      split: split of the shards.
+      turns: "conversation" asks every question of a record with the earlier questions and their reference answers
+        before it; "separate" asks each alone.
+    """
+    own = Protocol(
+        name="own",
+        version="fastvlm_jax",
+        prompt=own_prompt,
+        score=score,
+        max_tokens=128,
+        rule=RULE,
+        figures=functools.partial(figures, split=split, turns=turns),
+    )
+    return Benchmark(
+        name="qa",
+        title="your own data",
+        read=functools.partial(read_rows, split=split, turns=turns),
+        protocols=(own,),
+        metric="exact match, %",
+        size=0,
+        files=("a folder of shards, as `fastvlm data write` writes it",),
+        source="you",
+        strict=False,
+    )
+
+
+def read_rows(folder: epath.Path, split: str = "validation", turns: str = "conversation") -> list[Row]:
+    """Returns the questions of a split of a data set.
+
+    Raises:
+      FileNotFoundError: there is no such data set.
+      ValueError: it has no such split, or none of the split's records can be asked about.
+    """
+    rows = rows_of(read_shards(folder, split), turns)
+    broken = [row.fields["unusable"] for row in rows if "unusable" in row.fields]
+    if len(broken) == len(rows):
+        why = "; ".join(f"{count} x {reason}" for count, reason in most_frequent(broken)[1])
+        why = why or "it holds no records; choose another --split"
+        raise ValueError(f"no question of the split {split!r} of {folder} can be asked: {why}")
+    return rows
+
+
+def score(answer: str, row: Row) -> Mark:
+    """Returns the mark of an answer by exact match."""
+    return Mark(float(matches(answer, row.references[0])), normalise(answer))
+
+
+def figures(results: Sequence[Result], split: str, turns: str) -> dict[str, Any]:
+    """Returns further figures: "accuracy_exact" counts answers that are the same but for white space at the ends."""
+    exact = [identical(result.answer, result.row.references[0]) for result in results]
+    return {"split": split, "turns": turns, "accuracy_exact": sum(exact) / max(len(exact), 1)}
+
+
+BENCHMARKS = (benchmark(),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +116,7 @@ def evaluate(
     asked: Asked,
     settings: Settings,
     progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, Any], list[Result]]:
+) -> tuple[dict[str, Any], list[answers.Result]]:
     """Answers and scores the questions.
 
     Args:
@@ -61,8 +127,10 @@ def evaluate(
       (summary, results). "accuracy" counts the answers that match by the "rule", with its "standard_error" over the
       questions; "accuracy_exact" counts those that are the same but for white space at the ends.
     """
-    results = answer(model, variables, processor, asked.questions, max_tokens=settings.max_tokens, progress=progress)
-    right, count = accuracy(results), len(results)
+    results = answers.answer(
+        model, variables, processor, asked.questions, max_tokens=settings.max_tokens, progress=progress
+    )
+    right, count = answers.accuracy(results), len(results)
     encode = processor.tokenizer.encode
     return {
         "benchmark": "qa",
@@ -71,7 +139,7 @@ def evaluate(
         "max_tokens": settings.max_tokens,
         "questions": count,
         "accuracy": right,
-        "standard_error": standard_error(right, count),
+        "standard_error": answers.standard_error(right, count),
         "accuracy_exact": sum(identical(result.answer, result.truth) for result in results) / count,
         "rule": RULE,
         "references_over_max_tokens": sum(len(encode(result.truth)) > settings.max_tokens for result in results),
@@ -80,7 +148,7 @@ def evaluate(
     }, results
 
 
-def wrong_answers(results: list[Result]) -> list[dict[str, str]]:
+def wrong_answers(results: list[answers.Result]) -> list[dict[str, str]]:
     """Returns key, question, reference and answer of each wrong answer."""
     return [
         {"key": result.key, "question": result.question, "truth": result.truth, "answer": result.answer}

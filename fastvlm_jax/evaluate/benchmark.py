@@ -88,7 +88,8 @@ class Protocol:
     """Says how a row is asked and scored.
 
     Attributes:
-      name: one of PROTOCOLS; "own" for a benchmark of this project.
+      name: one of PROTOCOLS, or one of them with a variant of the harness behind it, as "lmms-eval-solution"; "own" for
+        a benchmark of this project.
       version: the harness whose rules these are, as "lmms-eval 0.7.3".
       prompt: returns the conversation to ask; numbers in it are indices into `row.pictures`. Raises ValueError, with a
         short reason, for a row that cannot be asked: of a benchmark that is not strict, it is left out.

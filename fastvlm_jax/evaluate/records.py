@@ -8,6 +8,7 @@ Record "7"      user (0, "what colour?")  assistant "red"  user "is it blue?"  a
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 from fastvlm_jax.data.record import Record
@@ -18,7 +19,9 @@ from fastvlm_jax.text.conversation import Turn, questions, split_system
 TURNS = ("conversation", "separate")
 
 
-def rows_of(records: RecordSource | Sequence[Record], turns: str = "conversation") -> list[Row]:
+def rows_of(
+    records: RecordSource | Sequence[Record], turns: str = "conversation", limit: int | None = None
+) -> list[Row]:
     """Returns the questions of the records, in order; the images are read again when they are needed.
 
     A record that is damaged, or whose turns do not alternate between user and assistant, becomes one row that cannot be
@@ -28,6 +31,7 @@ def rows_of(records: RecordSource | Sequence[Record], turns: str = "conversation
       records: a split of a data set, or a list of records.
       turns: "conversation" asks every question of a record with the earlier questions and their reference answers
         before it; "separate" asks each alone, with the images of the first turn. Both as `data.turns` makes samples.
+      limit: number of questions of usable records, behind which no more records are read; None reads all.
 
     Returns:
       Rows whose fields hold "record", the key of the record, and "turns", the conversation to ask.
@@ -37,12 +41,16 @@ def rows_of(records: RecordSource | Sequence[Record], turns: str = "conversation
     record_at = functools.lru_cache(maxsize=2)(records.__getitem__)  # the rows of a record follow each other
     rows: list[Row] = []
     seen: set[str] = set()
+    left = math.inf if limit is None else limit  # questions of usable records still to be read
     for number in range(len(records)):
+        if left <= 0:
+            break
         key = f"record {number}"
         try:
             record = record_at(number)
             key = record.key
-            found = _rows(record, key, number, turns, record_at)
+            found = _rows(record, key, number, turns, record_at)[: None if limit is None else left]
+            left -= len(found)
         except ValueError as error:
             found = [Row(key, "", (), (), {"record": key, "unusable": str(error)})]
         if any(row.id in seen for row in found):  # keys repeat in published data

@@ -63,6 +63,21 @@ def test_ids_differ_where_keys_repeat():
     ]  # fmt: skip
 
 
+def test_a_limit_counts_the_questions_that_can_be_asked_and_reads_no_further_record():
+    read = []
+
+    class Records(list):
+        def __getitem__(self, number):
+            read.append(number)
+            return super().__getitem__(number)
+
+    order = Record("order", (RED,), (TWO_TURNS[1], TWO_TURNS[0]))
+    records = Records([order, Record("a", (RED,), TWO_TURNS), Record("b", (RED,), TWO_TURNS), order])
+    assert [row.id for row in rows_of(records, limit=3)] == ["order", "a/0", "a/1", "b/0"]
+    assert read == [0, 1, 2]
+    assert [row.id for row in rows_of(records, limit=9)] == ["order", "a/0", "a/1", "b/0", "b/1", "order (record 3)"]
+
+
 def test_records_that_cannot_be_asked_about_say_why_and_images_are_read_when_they_are_needed(tmp_path):
     records = [
         Record("good", (RED,), TWO_TURNS),

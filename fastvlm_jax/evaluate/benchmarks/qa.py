@@ -16,13 +16,14 @@ from fastvlm_jax.evaluate.questions import Asked, collect
 from fastvlm_jax.evaluate.records import own_prompt, rows_of
 
 
-def benchmark(split: str = "validation", turns: str = "conversation") -> Benchmark:
+def benchmark(split: str = "validation", turns: str = "conversation", limit: int | None = None) -> Benchmark:
     """Returns the benchmark of one's own data.
 
     Args:
       split: split of the shards.
       turns: "conversation" asks every question of a record with the earlier questions and their reference answers
         before it; "separate" asks each alone.
+      limit: number of questions that are read; None reads all.
     """
     own = Protocol(
         name="own",
@@ -36,7 +37,7 @@ def benchmark(split: str = "validation", turns: str = "conversation") -> Benchma
     return Benchmark(
         name="qa",
         title="your own data",
-        read=functools.partial(read_rows, split=split, turns=turns),
+        read=functools.partial(read_rows, split=split, turns=turns, limit=limit),
         protocols=(own,),
         metric="exact match, %",
         size=0,
@@ -46,14 +47,16 @@ def benchmark(split: str = "validation", turns: str = "conversation") -> Benchma
     )
 
 
-def read_rows(folder: epath.Path, split: str = "validation", turns: str = "conversation") -> list[Row]:
-    """Returns the questions of a split of a data set.
+def read_rows(
+    folder: epath.Path, split: str = "validation", turns: str = "conversation", limit: int | None = None
+) -> list[Row]:
+    """Returns the questions of a split of a data set; see records.rows_of.
 
     Raises:
       FileNotFoundError: there is no such data set.
       ValueError: it has no such split, or none of the split's records can be asked about.
     """
-    rows = rows_of(read_shards(folder, split), turns)
+    rows = rows_of(read_shards(folder, split), turns, limit)
     broken = [row.fields["unusable"] for row in rows if "unusable" in row.fields]
     if len(broken) == len(rows):
         why = "; ".join(f"{count} x {reason}" for count, reason in most_frequent(broken)[1])

@@ -15,6 +15,9 @@ from etils import epath
 from fastvlm_jax.text.conversation import Turn
 
 PROTOCOLS = ("paper", "llava", "lmms-eval")
+# The format sentences of LLaVA's mixes, as LLaVA and lmms-eval write them behind a question.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 @dataclasses.dataclass(frozen=True)

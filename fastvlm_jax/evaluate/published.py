@@ -99,6 +99,23 @@ def get(row: Mapping[str, Any], key: str, where: str) -> Any:
     return row[key]
 
 
+def text(row: Mapping[str, Any], key: str, where: str) -> str:
+    """Returns row[key], which must be a text; for errors see `get`."""
+    value = get(row, key, where)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} is {shown(value)}, not a text")
+    return value
+
+
+def texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """Returns row[key], which must be a list of one text or more; for errors see `get`."""
+    value = get(row, key, where)
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(part, str) for part in value):
+        what = "an empty list" if value == [] else shown(value)
+        raise ValueError(f"{where}: {key} is {what}, not a list of texts")
+    return tuple(value)
+
+
 def read_parquet(
     paths: Sequence[epath.Path],
     columns: Sequence[str],
@@ -323,5 +340,5 @@ def pictures_of(values: Iterable[Picture | None]) -> tuple[Picture, ...]:
 
 __all__ = [
     "Images", "check_rows", "find", "get", "pictures_of", "read_json", "read_lines", "read_parquet", "read_table",
-    "wrong_layout",
+    "text", "texts", "wrong_layout",
 ]  # fmt: skip

@@ -138,14 +138,14 @@ def generate_tokens(
     def step(carry):
         i, tokens, last_B, done_B, seen_BV, cache = carry
         done_B |= jnp.isin(last_B, ends)
-        text = jnp.full((1, rows, 1), -1, jnp.int32)
-        ones = jnp.ones((1, rows, 1), jnp.int32)
+        text = jnp.full((G, R, 1), -1, jnp.int32)
+        ones = jnp.ones((G, R, 1), jnp.int32)
         logits_B1V, cache = model.apply(
             variables,
             None,
-            last_B[None, :, None],
+            last_B.reshape(G, R, 1),
             text,
-            (lengths_B + i - 1)[None, :, None],
+            (lengths_B + i - 1).reshape(G, R, 1),
             ones,
             cache,
             method="decode",

@@ -1,151 +1,213 @@
-"""Answers questions by greedy decoding, in batches of few shapes, and scores the answers."""
+"""Lets a model answer questions by greedy decoding, over any mesh and any number of processes.
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+A batch is one group of rows (groups.py) for each data shard of the mesh. Every process builds and decodes the groups on
+its own devices; where several processes hold one group, the first of them reads its answers.
+"""
 
-from fastvlm_jax.data.record import Record
-from fastvlm_jax.data.sources import RecordSource
-from fastvlm_jax.evaluate.exact_match import matches
-from fastvlm_jax.evaluate.questions import Question, collect
-from fastvlm_jax.generate import generate
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import os
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fastvlm_jax import distributed, sharding
+from fastvlm_jax.batch import Batch
+from fastvlm_jax.evaluate import groups as groups_lib
+from fastvlm_jax.evaluate.groups import Built, Group
+from fastvlm_jax.evaluate.questions import Question
+from fastvlm_jax.generate import generate_tokens, until
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 
-# Numbers of rows and images that a batch may have; it is padded to one of them.
-ROWS = (8, 24, 48, 96, 192)
-IMAGES = (1, 2, 4, 8, 16)
-MAX_LOGITS = 2**30  # logits of all tokens of a batch, which a prefill holds at once: 4 GiB in float32
+_exchanges = itertools.count()  # every exchange has a name of its own, the same in all processes
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Holds one question, its reference answer and the model's answer.
+class Answer(NamedTuple):
+    """Holds an answer without white space at its ends, and the digest of each image that its question names."""
+
+    text: str
+    images: tuple[str, ...]
+
+
+class Answered(NamedTuple):
+    """Holds what a batch brought.
 
     Attributes:
-      key: key of the record.
-      images: encoded images that the question is about.
-      question: text of the question.
-      truth: reference answer.
-      answer: the model's answer.
+      own: the answers that this process decoded, by the number of the question.
+      count: number of questions that all processes answered.
     """
 
-    key: str
-    images: tuple[bytes, ...]
-    question: str
-    truth: str
-    answer: str
-
-    @property
-    def right(self) -> bool:
-        """Returns whether the answer matches the reference; see exact_match.py."""
-        return matches(self.answer, self.truth)
-
-
-def answer_records(
-    model: FastVLM,
-    variables: Any,
-    processor: Processor,
-    records: RecordSource | Sequence[Record],
-    *,
-    limit: int | None = None,
-    max_tokens: int = 16,
-    progress: Callable[[int], None] | None = None,
-) -> list[Result]:
-    """Asks the model each question of the records alone, without earlier turns, and returns the results in order.
-
-    Args:
-      limit: number of questions to ask; None asks all.
-      max_tokens: longest answer in tokens.
-      progress: function that is called after each batch with the number of questions in it.
-
-    Raises:
-      ValueError: a record cannot be asked about; see questions.collect.
-    """
-    asked = collect(records, processor, limit=limit, max_tokens=max_tokens)
-    for key, reason in asked.left_out:
-        raise ValueError(f"record {key} cannot be scored: {reason}" if key else reason)
-    return answer(model, variables, processor, asked.questions, max_tokens=max_tokens, progress=progress)
+    own: dict[int, Answer]
+    count: int
 
 
 def answer(
     model: FastVLM,
     variables: Any,
     processor: Processor,
-    asked: Sequence[Question],
+    questions: Sequence[Question],
     *,
-    max_tokens: int = 16,
-    progress: Callable[[int], None] | None = None,
-) -> list[Result]:
-    """Lets the model answer the questions, and returns the results in order.
+    max_tokens: int,
+    mesh: jax.sharding.Mesh | None = None,
+    batch_size: int | None = None,
+    told: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Returns the answers to all questions, in every process; see `answer_batches`."""
+    own: dict[int, Answer] = {}
+    for batch in answer_batches(
+        model, variables, processor, questions, max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, told=told
+    ):
+        own |= batch.own
+    texts = gathered({number: answer.text for number, answer in own.items()})
+    return [texts[number] for number in range(len(questions))]
 
-    All batches but the last have the same shape, and the last no more rows than it needs, so that the decoder is
-    compiled at most twice. A batch encodes each of its images once.
+
+def answer_batches(
+    model: FastVLM,
+    variables: Any,
+    processor: Processor,
+    questions: Sequence[Question],
+    *,
+    max_tokens: int,
+    mesh: jax.sharding.Mesh | None = None,
+    batch_size: int | None = None,
+    known: Container[int] = (),
+    told: Callable[[str], None] | None = None,
+) -> Iterator[Answered]:
+    """Answers the questions batch by batch; who stops iterating ends it between two batches.
+
+    While a batch is answered, a thread builds the next one.
 
     Args:
-      max_tokens: longest answer in tokens.
-      progress: function that is called after each batch with the number of questions in it; what it raises ends this.
+      variables: variables of the model; with a mesh, laid out on it in any way.
+      max_tokens: longest answer, tokens.
+      mesh: mesh of the variables; without it one device answers.
+      batch_size: most questions that a data shard of the mesh answers at once; by default as many as fit.
+      known: numbers of questions that are not asked. The others keep their places in their groups, so that their
+        answers are the same whatever is known.
+      told: function that is called with a line about each shape of batches, which is compiled once.
+
+    Raises:
+      ValueError: an image cannot be read; the message names its row.
     """
-    length = -(-max((question.length for question in asked), default=1) // 8) * 8
-    most_rows = max(1, min(ROWS[-1], MAX_LOGITS // (length * model.llm_args["vocab_size"])))
-    # With AnyRes tiles or aspect buckets the shape of a batch depends on its images: one image per batch.
-    several_sizes = bool(processor.grids or processor.sizes)
-    batches = list(batched(asked, most_rows, 1 if several_sizes else IMAGES[-1]))
-    results: list[Result] = []
-    for number, batch in enumerate(batches):
-        alike = batches[:-1] if number < len(batches) - 1 else [batch]
-        rows = min(fit(max(map(len, alike)), ROWS), most_rows)
-        images = images_of(batch)
-        slots = len(images) if several_sizes else fit(max(len(images_of(other)) for other in alike), IMAGES)
-        padding = rows - len(batch)
-        image_of = [[images.index(image) for image in question.images] for question in batch]
-        answers = generate(
-            model,
-            variables,
-            processor,
-            images + images[:1] * (slots - len(images)),
-            [question.turns for question in batch] + [batch[0].turns] * padding,
-            image_of + image_of[:1] * padding,
-            max_tokens=max_tokens,
-            length=length,
-        )
-        results += [
-            Result(question.key, question.images, question.text, question.truth, text)
-            for question, text in zip(batch, answers, strict=False)
-        ]
-        if progress:
-            progress(len(batch))
-    return results
+    with _inside(mesh):
+        shards = sharding.batch_shards()
+    layout = None if mesh is None else sharding.batch_sharding(mesh)
+    mine, owned = _places_here(layout, shards)
+    planned = groups_lib.plan(questions, model.llm_args["vocab_size"], shards=shards, batch_size=batch_size)
+    batches = list(_batches(planned, known, shards))
+    untold = collections.Counter(batch[0].group.shape for batch in batches)
+    threads = min(os.cpu_count() or 1, 16)
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead, concurrent.futures.ThreadPoolExecutor(threads) as decoders:
+
+        def build(batch: list[_Asked]) -> dict[int, Built]:
+            """Builds the groups of this process by their places; places beyond the last group repeat it."""
+            build_group = functools.cache(
+                lambda n: groups_lib.build(batch[n].group, questions, batch[n].numbers, processor, decoders.map)
+            )
+            return {place: build_group(min(place, len(batch) - 1)) for place in mine}
+
+        builds = _one_ahead(ahead, build, batches)
+        for batch, built in zip(batches, builds, strict=True):
+            shape = batch[0].group.shape
+            if told and (count := untold.pop(shape, 0)):
+                told(f"{count} {'batch' if count == 1 else 'batches'} of {shards} x {shape}")
+            with _inside(mesh):
+                tokens = generate_tokens(
+                    model, variables, _placed(built, shards, layout), jax.random.key(0), max_tokens=max_tokens,
+                    end=processor.end_ids,
+                )  # fmt: skip
+            rows = np.asarray(tokens).reshape(shards, shape.rows, max_tokens)
+            own: dict[int, Answer] = {}
+            for place in owned:
+                if place < len(batch):
+                    own |= _read(batch[place], rows[place], built[place], questions, processor)
+            yield Answered(own, sum(len(asked.numbers) for asked in batch))
 
 
-def batched(asked: Sequence[Question], most_rows: int, most_images: int) -> Iterator[list[Question]]:
-    """Yields consecutive questions in batches of at most so many rows and images; a question alone may have more."""
-    batch: list[Question] = []
-    for question in asked:
-        if batch and (len(batch) == most_rows or len(images_of([*batch, question])) > most_images):
-            yield batch
-            batch = []
-        batch.append(question)
-    if batch:
-        yield batch
+def gathered(own: dict[int, Any]) -> dict[int, Any]:
+    """Returns the JSON-ready values of all processes by their numbers, the same in every process."""
+    found: dict[int, Any] = {}
+    for values in distributed.exchange(f"answers {next(_exchanges)}", {str(k): v for k, v in own.items()}):
+        found |= {int(number): value for number, value in values.items()}
+    return found
 
 
-def images_of(batch: Sequence[Question]) -> list[bytes]:
-    """Returns the images of questions in order, each once."""
-    return list(dict.fromkeys(image for question in batch for image in question.images))
+class _Asked(NamedTuple):
+    """Holds a group, and the numbers of its members that are asked."""
+
+    group: Group
+    numbers: list[int]
 
 
-def fit(count: int, sizes: Sequence[int]) -> int:
-    """Returns the smallest of `sizes` that holds `count`, or `count` itself if it is 0 or above all."""
-    return next((size for size in sizes if size >= count), count) if count else 0
+def _inside(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def accuracy(results: Sequence[Result]) -> float:
-    """Returns the fraction of answers that match the reference answer; 0 without results."""
-    return sum(result.right for result in results) / max(len(results), 1)
+def _places_here(layout: jax.sharding.NamedSharding | None, shards: int) -> tuple[list[int], list[int]]:
+    """Returns the places of the groups on this process's devices, and those of them whose answers it reads."""
+    if layout is None:
+        return [0], [0]
+    here, first = set(), {}
+    for device, (index, *_) in layout.devices_indices_map((shards,)).items():
+        for place in range(*index.indices(shards)):
+            first[place] = min(first.get(place, device.process_index), device.process_index)
+            if device.process_index == jax.process_index():
+                here.add(place)
+    return sorted(here), [place for place in sorted(here) if first[place] == jax.process_index()]
 
 
-def standard_error(share: float, count: int) -> float:
-    """Returns the standard error of a share of `count` independent questions; 0 without any."""
-    return math.sqrt(share * (1 - share) / count) if count else 0.0
+def _batches(planned: Sequence[Group], known: Container[int], shards: int) -> Iterator[list[_Asked]]:
+    """Yields up to `shards` groups of one shape, each with the numbers to ask; what is known whole is left out."""
+    groups = [_Asked(group, [number for number in group.members if number not in known]) for group in planned]
+    for _, found in itertools.groupby(
+        (asked for asked in groups if asked.numbers), key=lambda asked: asked.group.shape
+    ):
+        alike = list(found)
+        for start in range(0, len(alike), shards):
+            yield alike[start : start + shards]
+
+
+def _one_ahead(pool: concurrent.futures.Executor, function: Callable, items: Sequence) -> Iterator:
+    """Yields function(item) of each item, while the pool already computes the next."""
+    coming = [pool.submit(function, item) for item in items[:1]]
+    for item in items[1:]:
+        done = coming.pop().result()
+        coming.append(pool.submit(function, item))
+        yield done
+    for last in coming:
+        yield last.result()
+
+
+def _placed(built: dict[int, Built], shards: int, layout: jax.sharding.NamedSharding | None) -> Batch:
+    """Returns the batch, fields [shards, ...], on the devices."""
+    if layout is None:
+        return jax.tree.map(lambda field: field[None], built[0].batch)
+
+    def put(*fields: np.ndarray) -> jax.Array:
+        at = dict(zip(built, fields, strict=True))
+
+        def take(index) -> np.ndarray:
+            return np.stack([at[place] for place in range(*index[0].indices(shards))])
+
+        return jax.make_array_from_callback((shards, *fields[0].shape), layout, take)
+
+    return jax.tree.map(put, *(group.batch for group in built.values()))
+
+
+def _read(
+    asked: _Asked, rows: np.ndarray, built: Built, questions: Sequence[Question], processor: Processor
+) -> dict[int, Answer]:
+    """Returns the answers to the questions of a group that were asked, by their numbers."""
+    found = {}
+    for row, number in zip(rows, asked.group.members, strict=False):
+        if number in asked.numbers:
+            text = processor.tokenizer.decode(until(row, processor.end_ids)).strip()
+            found[number] = Answer(text, tuple(built.digests[picture.name] for picture in questions[number].pictures))
+    return found

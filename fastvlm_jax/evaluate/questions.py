@@ -1,51 +1,64 @@
-"""Reads the questions in a source of records, and leaves out those that a model cannot be asked, with the reason."""
+"""Prepares the rows of a benchmark: the conversation that the model is asked, its length and the shape of its images.
+
+What is prepared for a row depends on that row alone, so that its answer does not depend on the rows beside it.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.rejected import most_frequent
-from fastvlm_jax.data.sources import RecordSource
+from fastvlm_jax.evaluate.benchmark import Picture, Protocol, Row
+from fastvlm_jax.images.header import read_header
+from fastvlm_jax.images.sizes import Grid, Size, slots_of
 from fastvlm_jax.processor import Processor
-from fastvlm_jax.text.conversation import Turn, questions, split_system
-
-TURNS = ("conversation", "separate")
-MAX_LENGTH = 8192  # most tokens of a prompt and its answer, as in generate
+from fastvlm_jax.text.conversation import TEMPLATES, Turn
+from fastvlm_jax.text.prompt import MARK, place_images, read_prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """Holds a question as a model is asked it.
+    """Holds a row as the model is asked it.
 
     Attributes:
-      key: key of the record.
-      images: encoded images that the turns name.
-      turns: conversation that ends with the question; numbers are indices into `images`.
-      truth: reference answer.
+      row: the row.
+      turns: conversation that ends with the question; numbers are indices into `pictures`.
+      pictures: the images of the row that the turns name.
       length: number of tokens of the prompt, with the placeholders of its images.
+      size: size of its images as the model sees them; None without images.
+      grids: AnyRes tiles of each image, see images/sizes.py.
     """
 
-    key: str
-    images: tuple[bytes, ...]
+    row: Row
     turns: tuple[Turn, ...]
-    truth: str
+    pictures: tuple[Picture, ...]
     length: int
+    size: Size | None
+    grids: tuple[Grid, ...]
 
     @property
-    def text(self) -> str:
-        """Returns the text of the question, without its images and earlier turns."""
-        return question_text(self.turns)
+    def slots(self) -> tuple[int, ...]:
+        """Returns the number of image slots of each image."""
+        return tuple(map(slots_of, self.grids))
+
+    @property
+    def prompt(self) -> str:
+        """Returns the conversation as text, with "<image>" where an image stands.
+
+        A single turn is its text alone; of several, each is a line that its role opens.
+        """
+        texts = ["".join(part if isinstance(part, str) else MARK for part in content) for _, content in self.turns]
+        if len(texts) == 1:
+            return texts[0]
+        return "\n".join(f"{role}: {text}" for (role, _), text in zip(self.turns, texts, strict=True))
 
 
-class Asked(NamedTuple):
-    """Holds the questions to ask, and why records were left out.
+class Prepared(NamedTuple):
+    """Holds the questions to ask, and why rows were left out.
 
     Attributes:
-      questions: the questions, in the order of the records.
-      left_out: (key of a record, reason) of each record that cannot be asked about.
+      questions: the questions, in the order of the rows.
+      left_out: (id, reason) of each row that the model cannot be asked.
     """
 
     questions: list[Question]
@@ -57,71 +70,83 @@ class Asked(NamedTuple):
         return "; ".join(f"{count} x {reason}" for count, reason in reasons)
 
 
-def collect(
-    records: RecordSource | Sequence[Record],
-    processor: Processor,
-    *,
-    limit: int | None = None,
-    max_tokens: int = 16,
-    turns: str = "separate",
-) -> Asked:
-    """Reads the questions of the records in order, and prepares each record once to see that it can be asked about.
+def prepare(
+    rows: Sequence[Row], protocol: Protocol, processor: Processor, *, most_tokens: int, strict: bool = True
+) -> Prepared:
+    """Prepares rows in their order.
 
-    A record is left out whole if it is damaged, its turns do not alternate between user and assistant, one of its
-    images cannot be read, the model's template or encoder cannot take it, or a prompt is too long.
+    A row cannot be asked if its protocol says so, the model's template or encoder cannot take it, or its prompt is too
+    long. Rows that are not strict have their images decoded once, so that a damaged one shows here; those of a
+    published benchmark are read while they are asked, or here if the model's image shapes depend on them.
 
     Args:
-      records: a split of a data set, or a list of records.
-      processor: processor of the model.
-      limit: number of questions to read; None reads all.
-      max_tokens: longest answer in tokens, for which a prompt leaves room.
-      turns: "separate" asks each question alone, with the images of the first turn; "conversation" asks it with the
-        earlier questions and their reference answers before it. Both as `data.turns` makes samples of a record.
+      most_tokens: longest prompt, tokens; see generate.answer_limit.
+      strict: whether a row that cannot be asked is an error, or left out.
+
+    Raises:
+      ValueError: a row of a strict benchmark cannot be asked; the message names it.
     """
-    asked, left_out = [], []
-    for i in range(len(records)):
-        if limit is not None and len(asked) >= limit:
-            break
-        key = ""
+    questions, left_out = [], []
+    shape_of = _shapes(processor, strict)
+    for row in rows:
         try:
-            record = records[i]
-            key = record.key
-            asked += _questions_of(record, processor, max_tokens, turns)
+            questions.append(_prepared(row, protocol, processor, most_tokens, shape_of))
         except ValueError as error:
-            left_out.append((key, str(error)))
-    return Asked(asked[:limit], left_out)
+            if strict:
+                raise ValueError(f"row {row.id} cannot be asked: {error}") from error
+            left_out.append((row.id, str(error)))
+    return Prepared(questions, left_out)
 
 
-def question_text(turns: Sequence[Turn]) -> str:
-    """Returns the text of the last turn, without its images."""
-    return _text(turns[-1])
+def _shapes(processor: Processor, strict: bool) -> Callable[[Picture], tuple[int, int]]:
+    """Returns a function that gives the (width, height) of a picture, and reads it once if it must."""
+    known: dict[str, tuple[int, int] | ValueError] = {}
+
+    def look(picture: Picture) -> tuple[int, int]:
+        if strict and not processor.grids and len(processor.sizes) <= 1:
+            return 1, 1  # all images have one shape
+        data = picture.read()
+        if not strict:
+            height, width, _ = processor.decode(data, picture.name).shape
+        else:
+            height, width = read_header(data).upright
+        return width, height
+
+    def shape_of(picture: Picture) -> tuple[int, int]:
+        if picture.name not in known:
+            try:
+                known[picture.name] = look(picture)
+            except ValueError as error:
+                known[picture.name] = error
+        found = known[picture.name]
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    return shape_of
 
 
-def _questions_of(record: Record, processor: Processor, max_tokens: int, turns: str) -> list[Question]:
-    talks = questions(record.turns)
-    if turns == "conversation":
-        system, talk = split_system(record.turns)
-        talks = [(*system, *talk[: 2 * i + 2]) for i in range(len(talk) // 2)]
-    truths = [_text(talk[-1]) for talk in talks]
-    named = [sorted({part for _, content in talk[:-1] for part in content if isinstance(part, int)}) for talk in talks]
-    prompts = [_renumbered(talk[:-1], numbers) for talk, numbers in zip(talks, named, strict=True)]
-    if record.images and not processor.image_size:
+def _prepared(row: Row, protocol: Protocol, processor: Processor, most_tokens: int, shape_of: Callable) -> Question:
+    turns = protocol.prompt(row)
+    named = sorted({part for _, content in turns for part in content if isinstance(part, int)})
+    if named and not 0 <= named[0] <= named[-1] < len(row.pictures):
+        raise ValueError(f"its prompt names image {named[-1]} of {len(row.pictures)}")
+    if named and not processor.image_size:
         raise ValueError("it has images, which this model does not read")
-    batch = processor(list(record.images) or None, prompts, named, max_length=MAX_LENGTH - max_tokens)
-    lengths = np.sum(batch.segment_ids[0] > 0, axis=-1).tolist()
-    return [
-        Question(record.key, tuple(record.images[n] for n in numbers), prompt, truth, length)
-        for numbers, prompt, truth, length in zip(named, prompts, truths, lengths, strict=True)
-    ]
+    prompt = read_prompts(_renumbered(turns, named))[0]
+    turns = place_images(prompt, range(len(named)), TEMPLATES[processor.template].user_text)
+    pictures = tuple(row.pictures[number] for number in named)
+    size, grids = processor.layout([shape_of(picture) for picture in pictures])
+    segment = processor.segment(turns, True, tuple(map(slots_of, grids)), size.tokens)
+    length = len(segment.tokens)
+    if length > most_tokens:
+        raise ValueError(f"its prompt is {length} tokens long, more than the {most_tokens} that leave room to answer")
+    return Question(row, turns, pictures, length, size if pictures else None, tuple(grids))
 
 
-def _text(turn: Turn) -> str:
-    return "".join(part for part in turn[1] if isinstance(part, str))
-
-
-def _renumbered(talk: Sequence[Turn], numbers: Sequence[int]) -> tuple[Turn, ...]:
+def _renumbered(turns: Sequence[Turn], numbers: Sequence[int]) -> tuple[Turn, ...]:
     """Returns turns whose images are counted from 0 in the order of `numbers`."""
     return tuple(
         (role, tuple(part if isinstance(part, str) else numbers.index(part) for part in content))
-        for role, content in talk
+        for role, content in turns
     )

@@ -9,8 +9,8 @@ from absl import logging
 from fastvlm_jax import sharding
 from fastvlm_jax.data.load.from_config import eval_batches, open_sources
 from fastvlm_jax.data.sources import RecordSource
-from fastvlm_jax.evaluate.answers import accuracy, answer
-from fastvlm_jax.evaluate.questions import Question, collect
+from fastvlm_jax.evaluate.record_answers import accuracy, answer
+from fastvlm_jax.evaluate.record_questions import Question, collect
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.train_state import TrainState

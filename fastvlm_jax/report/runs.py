@@ -14,8 +14,8 @@ from etils import epath
 
 from fastvlm_jax import model_io
 from fastvlm_jax.data.sources import read_manifest, read_shards
-from fastvlm_jax.evaluate.answers import Result, answer
-from fastvlm_jax.evaluate.questions import collect
+from fastvlm_jax.evaluate.record_answers import Result, answer
+from fastvlm_jax.evaluate.record_questions import collect
 from fastvlm_jax.images.decode import decode
 from fastvlm_jax.report.curves import Run, plot_losses, plt, read_runs
 

@@ -8,11 +8,11 @@ from typing import Any
 from etils import epath
 
 from fastvlm_jax.data.sources import RecordSource, read_shards
-from fastvlm_jax.evaluate import answers
-from fastvlm_jax.evaluate.answers import accuracy, answer_records
+from fastvlm_jax.evaluate import record_answers as answers
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
 from fastvlm_jax.evaluate.exact_match import RULE, matches, normalise
-from fastvlm_jax.evaluate.questions import question_text
+from fastvlm_jax.evaluate.record_answers import accuracy, answer_records
+from fastvlm_jax.evaluate.record_questions import question_text
 from fastvlm_jax.evaluate.records import own_prompt, rows_of
 from fastvlm_jax.text.conversation import questions
 

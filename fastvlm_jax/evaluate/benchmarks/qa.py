@@ -9,10 +9,10 @@ from etils import epath
 
 from fastvlm_jax.data.rejected import most_frequent
 from fastvlm_jax.data.sources import read_shards
-from fastvlm_jax.evaluate import answers
+from fastvlm_jax.evaluate import record_answers as answers
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
 from fastvlm_jax.evaluate.exact_match import RULE, identical, matches, normalise
-from fastvlm_jax.evaluate.questions import Asked, collect
+from fastvlm_jax.evaluate.record_questions import Asked, collect
 from fastvlm_jax.evaluate.records import own_prompt, rows_of
 
 

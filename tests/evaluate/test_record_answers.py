@@ -10,9 +10,9 @@ from flax import linen as nn
 from small import small_config
 
 from fastvlm_jax.data.record import Record
-from fastvlm_jax.evaluate import answers
-from fastvlm_jax.evaluate.answers import Result, accuracy, answer, answer_records, batched, fit, standard_error
-from fastvlm_jax.evaluate.questions import Question, collect
+from fastvlm_jax.evaluate import record_answers as answers
+from fastvlm_jax.evaluate.record_answers import Result, accuracy, answer, answer_records, batched, fit, standard_error
+from fastvlm_jax.evaluate.record_questions import Question, collect
 from fastvlm_jax.generate import generate
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.processor import Processor

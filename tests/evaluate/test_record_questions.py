@@ -8,7 +8,7 @@ import pytest
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
-from fastvlm_jax.evaluate.questions import collect
+from fastvlm_jax.evaluate.record_questions import collect
 from fastvlm_jax.processor import Processor
 
 

@@ -1,0 +1,108 @@
+"""Scores a model on a benchmark: its rows are prepared, asked, answered and marked, each process its own share."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from fastvlm_jax.evaluate.answers import Answer, answer_batches, gathered
+from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
+from fastvlm_jax.evaluate.questions import Question, prepare
+from fastvlm_jax.generate import answer_limit
+from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.processor import Processor
+
+
+class Progress(NamedTuple):
+    """Says how far a benchmark is.
+
+    Attributes:
+      done: number of questions that all processes have answered, those of the journal included.
+      total: number of questions.
+      asked: number of questions that were answered since the start.
+      score: 100 times the mean of the scores of this process's answers so far; None if there are no scores.
+      seconds: time since the start.
+    """
+
+    done: int
+    total: int
+    asked: int
+    score: float | None
+    seconds: float
+
+
+class Scored(NamedTuple):
+    """Holds the outcome of a benchmark, the same in all processes.
+
+    Attributes:
+      results: a result for each row that was asked, in the order of the rows.
+      left_out: (id, reason) of each row that the model cannot be asked.
+      asked: number of questions that were answered now; the journal had the others.
+      seconds: how long that took.
+    """
+
+    results: list[Result]
+    left_out: list[tuple[str, str]]
+    asked: int
+    seconds: float
+
+
+def score(
+    model: FastVLM,
+    variables: Any,
+    processor: Processor,
+    benchmark: Benchmark,
+    protocol: Protocol,
+    rows: Sequence[Row],
+    *,
+    max_tokens: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    told: Callable[[str], None] | None = None,
+) -> Scored:
+    """Asks the model all rows and marks its answers; all processes call it with the same arguments.
+
+    Args:
+      variables: variables of the model, laid out on the mesh in any way, such as those of a training state.
+      max_tokens: longest answer, tokens; by default the protocol's.
+      mesh, batch_size, told: see `answer_batches`.
+      progress: function that is called after every batch, in all processes; what it raises ends this between batches.
+
+    Raises:
+      ValueError: a row of a strict benchmark cannot be asked, or `max_tokens` leaves no room for a prompt.
+    """
+    start = time.monotonic()
+    max_tokens = max_tokens or protocol.max_tokens
+    questions, left_out = prepare(
+        rows, protocol, processor, most_tokens=answer_limit(model, max_tokens, None), strict=benchmark.strict
+    )
+    own: dict[int, Answer] = {}
+    marks: dict[int, Mark | None] = {}
+    asked, total = 0, 0.0
+    for batch in answer_batches(
+        model, variables, processor, questions, max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, told=told
+    ):
+        own |= batch.own
+        marks |= {number: mark(protocol, questions[number], answer.text) for number, answer in batch.own.items()}
+        asked += batch.count
+        total += sum(marks[number].score for number in batch.own if marks[number])
+        if progress:
+            mean = 100 * total / len(marks) if any(marks.values()) else None
+            progress(Progress(asked, len(questions), asked, mean, time.monotonic() - start))
+    found = gathered({number: (answer, marks[number]) for number, answer in own.items()})
+    results = [_result(question, *found[number]) for number, question in enumerate(questions)]
+    return Scored(results, left_out, asked, time.monotonic() - start)
+
+
+def mark(protocol: Protocol, question: Question, answer: str) -> Mark | None:
+    """Returns the mark of an answer; None if the row has no public references, or only a judge can score it."""
+    if protocol.score is None or question.row.references is None:
+        return None
+    return protocol.score(answer, question.row)
+
+
+def _result(question: Question, answer: Sequence, marked: Sequence | None) -> Result:
+    text, images = answer
+    return Result(question.row, question.prompt, text, None if marked is None else Mark(*marked), tuple(images))

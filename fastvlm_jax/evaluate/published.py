@@ -182,7 +182,8 @@ def _lazy(path: epath.Path, group: int, column: str, i: int, number: int, value:
     """Returns the Picture, or the tuple of them, of a cell; None if it is null."""
     if not value.is_valid:
         return None
-    name = f"{path.name} row {number} {column}"
+    # Subjects of a benchmark lie in folders, with files of the same name.
+    name = f"{path.parent.name}/{path.name} row {number} {column}"
     if isinstance(value, pa.ListScalar | pa.LargeListScalar):
         return tuple(
             Picture(f"{name}[{k}]", functools.partial(_read_cell, path, group, column, i, k), path)

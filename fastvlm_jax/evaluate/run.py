@@ -8,7 +8,7 @@ import jax
 
 from fastvlm_jax.evaluate.answers import Answer, answer_batches, gathered
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
-from fastvlm_jax.evaluate.questions import Question, prepare
+from fastvlm_jax.evaluate.questions import Prepared, Question, prepare
 from fastvlm_jax.generate import answer_limit
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
@@ -73,11 +73,31 @@ def score(
     Raises:
       ValueError: a row of a strict benchmark cannot be asked, or `max_tokens` leaves no room for a prompt.
     """
-    start = time.monotonic()
     max_tokens = max_tokens or protocol.max_tokens
-    questions, left_out = prepare(
-        rows, protocol, processor, most_tokens=answer_limit(model, max_tokens, None), strict=benchmark.strict
-    )
+    most_tokens = answer_limit(model, max_tokens, None)
+    prepared = prepare(rows, protocol, processor, most_tokens=most_tokens, strict=benchmark.strict)
+    return score_prepared(
+        model, variables, processor, protocol, prepared,
+        max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, progress=progress, told=told,
+    )  # fmt: skip
+
+
+def score_prepared(
+    model: FastVLM,
+    variables: Any,
+    processor: Processor,
+    protocol: Protocol,
+    prepared: Prepared,
+    *,
+    max_tokens: int,
+    mesh: jax.sharding.Mesh | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    told: Callable[[str], None] | None = None,
+) -> Scored:
+    """Asks the model the questions of prepared rows, which may be asked again and again; see `score`."""
+    start = time.monotonic()
+    questions, left_out = prepared
     own: dict[int, Answer] = {}
     marks: dict[int, Mark | None] = {}
     asked, total = 0, 0.0

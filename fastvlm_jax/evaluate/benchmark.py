@@ -103,6 +103,9 @@ class Protocol:
         It is also asked of halves of the images, each with all rows of these images, for the standard error.
       figures: returns further figures for the summary, beside the score and the means of the groups, as
         {"perception": 1500.0}; None if there are none.
+      judge: returns the lines of the file that says what to ask a judge; None if rules score it.
+      review: returns the scores of a file of a judge's replies, from its lines and the benchmark's rows; None if rules
+        score it.
     """
 
     name: str
@@ -113,6 +116,8 @@ class Protocol:
     rule: str
     aggregate: Callable[[Sequence[Result]], float] | None = None
     figures: Callable[[Sequence[Result]], dict[str, Any]] | None = None
+    judge: Callable[[Sequence[Result]], list[dict[str, Any]]] | None = None
+    review: Callable[[Sequence[Mapping[str, Any]], Sequence[Row]], dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +137,6 @@ class Benchmark:
       in_domain: whether the paper's training mixes hold its training split.
       refused: name of a protocol -> why the benchmark has none of that name.
       submission: makes the value of the file that the benchmark's server takes; None if there is no server.
-      judge: makes the lines of the file of prompts for a judge; None if rules score it.
-      review: scores the lines of a review file that a judge made: a summary; None if rules score it.
       strict: whether a row that the model cannot be asked is an error, as in a published benchmark; else it is left
         out.
     """
@@ -150,8 +153,6 @@ class Benchmark:
     in_domain: bool = False
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     submission: Callable[[Sequence[Result]], Any] | None = None
-    judge: Callable[[Sequence[Result]], list[dict[str, Any]]] | None = None
-    review: Callable[[Sequence[dict[str, Any]], Sequence[Row]], dict[str, Any]] | None = None
     strict: bool = True
 
     def protocol(self, name: str | None = None) -> Protocol:

@@ -67,7 +67,9 @@ def test_other_models_have_no_rows():
     assert rows_of({**vision, "layers": (2, 12, 24, 4, 4)}, llm, 1024) == []
 
 
-def summary(name: str, title: str, score: float | None, error: float | None, count: int, protocol: str = "paper") -> dict:
+def summary(
+    name: str, title: str, score: float | None, error: float | None, count: int, protocol: str = "paper"
+) -> dict:
     return {
         "benchmark": name,
         "title": title,

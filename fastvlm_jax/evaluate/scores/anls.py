@@ -1,0 +1,39 @@
+"""ANLS, the average normalised Levenshtein similarity of DocVQA and InfoVQA.
+
+Source: lmms-eval 0.2.1 and 0.7.3, `anls` in api/metrics.py; 0.2.3 registers no metric of that name. Lengths are those
+of the texts as they are, so that white space counts in them though not in the distance. A similarity below 0.5 is 0.
+"""
+
+from collections.abc import Sequence
+
+THRESHOLD = 0.5
+RULE = (
+    "ANLS: lower case, one space for each run of white space; 1 - edits / length of the longer text, best reference, "
+    "below 0.5 it is 0"
+)
+
+
+def score(prediction: str, references: Sequence[str]) -> float:
+    """Returns the similarity to the nearest reference, 0 or 0.5 to 1."""
+    answer = normalise(prediction)
+    shares = []
+    for reference in references:
+        length = max(len(reference.upper()), len(prediction.upper()))  # "ß" counts two
+        shares.append(distance(normalise(reference), answer) / length if length else 0.0)
+    similarity = 1 - min(shares)
+    return similarity if similarity >= THRESHOLD else 0.0
+
+
+def normalise(text: str) -> str:
+    """Returns a text in lower case, with one space for each run of white space and none at the ends."""
+    return " ".join(text.strip().lower().split())
+
+
+def distance(one: str, other: str) -> int:
+    """Returns the Levenshtein distance: the least number of characters inserted, deleted or replaced."""
+    row = list(range(len(one) + 1))
+    for i, right in enumerate(other):
+        above, row[0] = row[0], i + 1
+        for k, left in enumerate(one):
+            above, row[k + 1] = row[k + 1], min(above + (left != right), row[k] + 1, row[k + 1] + 1)
+    return row[-1]

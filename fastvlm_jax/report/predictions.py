@@ -1,0 +1,178 @@
+"""Writes the HTML page of predictions: image, prompt, answer, references and score of each row, with filters."""
+
+import io
+import math
+import os
+import pathlib
+import random
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from fastvlm_jax.evaluate.benchmark import Mark, Picture, Result
+from fastvlm_jax.files import write_whole
+from fastvlm_jax.images.decode import decode, size_of
+from fastvlm_jax.images.resize import pad_scaled, resize
+from fastvlm_jax.report.predictions_page import render
+
+PAGE = "predictions.html"
+IMAGES = "predictions_images"
+ROWS = 300  # most rows of a benchmark on the page
+SIDE = 768  # longest side of an image on the page, pixels
+TEXT = 8000  # most characters of a text on the page
+VERDICTS = ("right", "partly", "wrong", "unparsed", "not scored")
+
+
+def write_page(
+    folder: str | os.PathLike, evaluated: Sequence[tuple[dict[str, Any], Sequence[Result]]], rows: int = ROWS
+) -> pathlib.Path:
+    """Writes predictions.html into a folder, with its images in predictions_images beside it, and returns its path.
+
+    Args:
+      folder: folder to write into; it is made if needed.
+      evaluated: (summary, results) of each benchmark; see evaluate/results.py.
+      rows: most rows of a benchmark on the page; of more, `choose` draws them.
+    """
+    folder = pathlib.Path(folder)
+    chosen = [choose(results, rows) for _, results in evaluated]
+    files = write_images(folder, (result for results in chosen for result in results))
+    data = {
+        "benchmarks": [
+            _benchmark(summary, results, len(few)) for (summary, results), few in zip(evaluated, chosen, strict=True)
+        ],
+        "rows": [_row(number, result, files) for number, results in enumerate(chosen) for result in results],
+        "verdicts": VERDICTS,
+    }
+    write_whole(folder / PAGE, render(data, rows).encode("utf-8", "replace"))
+    return folder / PAGE
+
+
+def choose(results: Sequence[Result], count: int) -> list[Result]:
+    """Returns at most `count` results in their order, with each verdict in its real proportion.
+
+    The shares are rounded by the largest remainder, and the results of a verdict are drawn with a fixed seed.
+    """
+    if len(results) <= count:
+        return list(results)
+    kinds: dict[tuple[str, bool], list[int]] = {}
+    for i, result in enumerate(results):
+        kinds.setdefault((verdict(result.mark), unparsed(result.mark)), []).append(i)
+    shares = {kind: count * len(members) / len(results) for kind, members in kinds.items()}
+    quotas = {kind: math.floor(share) for kind, share in shares.items()}
+    by_remainder = sorted(kinds, key=lambda kind: (quotas[kind] - shares[kind], kind))
+    for kind in by_remainder[: count - sum(quotas.values())]:
+        quotas[kind] += 1
+    draw = random.Random(0)
+    drawn = [i for kind in sorted(kinds) for i in draw.sample(kinds[kind], quotas[kind])]
+    return [results[i] for i in sorted(drawn)]
+
+
+def verdict(mark: Mark | None) -> str:
+    """Returns "right" for a full score, "wrong" for none, "partly" between them, and "not scored"."""
+    if mark is None:
+        return "not scored"
+    return "right" if mark.score >= 1 else "wrong" if mark.score <= 0 else "partly"
+
+
+def unparsed(mark: Mark | None) -> bool:
+    """Returns whether the rule could read nothing in the answer."""
+    return mark is not None and mark.parsed is None
+
+
+def write_images(folder: pathlib.Path, results: Iterable[Result]) -> dict[str, dict[str, Any]]:
+    """Writes each image once as a JPEG named by its digest, unless it is there, and returns digest -> fields.
+
+    The fields are its file, relative to the folder, width and height, or the error if it cannot be read.
+    """
+    pictures: dict[str, Picture] = {}
+    for result in results:
+        pictures |= dict(zip(result.images, result.row.pictures, strict=False))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(pictures, pool.map(lambda item: _write_image(folder, *item), pictures.items()), strict=True))
+
+
+def _write_image(folder: pathlib.Path, digest: str, picture: Picture) -> dict[str, Any]:
+    name = f"{IMAGES}/{digest}.jpg"
+    try:
+        if not (folder / name).exists():
+            write_whole(folder / name, small_jpeg(picture.read()))
+        width, height = size_of((folder / name).read_bytes())
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"file": name, "width": width, "height": height}
+
+
+def small_jpeg(data: bytes) -> bytes:
+    """Returns an encoded image as JPEG with sides of at most SIDE pixels.
+
+    Raises:
+      ValueError: the image cannot be decoded.
+    """
+    width, height = size_of(data)
+    box = pad_scaled((height, width), (SIDE, SIDE)) if max(width, height) > SIDE else (height, width)
+    pixels = np.empty((*box, 3), np.uint8)
+    resize(decode(data, box), pixels)
+    buffer = io.BytesIO()
+    # Full colour resolution, and little loss: drawings and small print stay legible.
+    PIL.Image.fromarray(pixels).save(buffer, "JPEG", quality=88, subsampling=0)
+    return buffer.getvalue()
+
+
+def _benchmark(summary: dict[str, Any], results: Sequence[Result], shown: int) -> dict[str, Any]:
+    """Returns what the head of the page tells of a benchmark."""
+    protocol, share = summary["protocol"], summary["unparsed"]
+    groups = [
+        (f"{kind}: {name}", *_score(group), group["n"])
+        for kind, names in summary["groups"].items()
+        for name, group in names.items()
+    ]
+    score, error = _score(summary)
+    return {
+        "name": summary["benchmark"],
+        "title": summary["title"],
+        "protocol": f"{protocol['name']} ({protocol['version']})",
+        "rule": protocol["rule"],
+        "metric": summary["metric"],
+        "score": score,
+        "error": error,
+        "why": summary["not_scored"],
+        "groups": groups,
+        "n": len(results),
+        "shown": shown,
+        "unparsed": f"{100 * share:.1f} %" if share else "",
+    }
+
+
+def _score(part: dict[str, Any]) -> tuple[str, str]:
+    """Returns the score and the standard error of a summary or of a group in it, as text."""
+    score, error = part["score"], part["standard_error"]
+    return "" if score is None else f"{score:.1f}", "" if error is None else f"{error:.2g}"
+
+
+def _row(number: int, result: Result, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns a row of the benchmark of that number as the page's script reads it."""
+    mark, row = result.mark, result.row
+    names = [picture.name for picture in row.pictures]
+    return {
+        "benchmark": number,
+        "id": clipped(row.id),
+        "prompt": clipped(result.prompt),
+        "answer": clipped(result.answer),
+        "parsed": clipped(mark.parsed) if mark and mark.parsed is not None else "",
+        "references": [clipped(text) for text in row.references or ()],
+        "score": round(mark.score, 3) if mark else 0,
+        "verdict": verdict(mark),
+        "unparsed": unparsed(mark),
+        "groups": {name: str(value) for name, value in row.groups.items()},
+        "images": [files[digest] | {"name": name} for digest, name in zip(result.images, names, strict=False)],
+    }
+
+
+def clipped(text: str) -> str:
+    """Returns a text, whose middle is left out if it is very long."""
+    if len(text) <= TEXT:
+        return text
+    return f"{text[: TEXT // 2]}\n... {len(text) - TEXT:,} more characters ...\n{text[-TEXT // 2 :]}"

@@ -107,6 +107,14 @@ def text(row: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
+def number(row: Mapping[str, Any], key: str, where: str) -> int:
+    """Returns row[key], which must be a whole number; for errors see `get`."""
+    value = get(row, key, where)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{where}: {key} is {shown(value)}, not a whole number")
+    return value
+
+
 def texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     """Returns row[key], which must be a list of one text or more; for errors see `get`."""
     value = get(row, key, where)
@@ -337,9 +345,3 @@ def check_rows(rows: Sequence[Row], where: os.PathLike | str, pictures: int | No
 def pictures_of(values: Iterable[Picture | None]) -> tuple[Picture, ...]:
     """Returns the images that are not null."""
     return tuple(value for value in values if value is not None)
-
-
-__all__ = [
-    "Images", "check_rows", "find", "get", "pictures_of", "read_json", "read_lines", "read_parquet", "read_table",
-    "text", "texts", "wrong_layout",
-]  # fmt: skip

@@ -1,9 +1,25 @@
 """Holds the published benchmarks, a file a family: how its files are read, asked and scored."""
 
 from fastvlm_jax.evaluate.benchmark import Benchmark
-from fastvlm_jax.evaluate.benchmarks import chartqa, docvqa, easy_vqa, mme, ocrbench, qa, realworldqa
+from fastvlm_jax.evaluate.benchmarks import (
+    chartqa,
+    docvqa,
+    easy_vqa,
+    gqa,
+    mme,
+    ocrbench,
+    pope,
+    qa,
+    realworldqa,
+    textvqa,
+    vqav2,
+)
 
 FAMILIES = (
+    gqa,
+    textvqa,
+    pope,
+    vqav2,
     docvqa,
     chartqa,
     ocrbench,

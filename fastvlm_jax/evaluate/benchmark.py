@@ -76,7 +76,7 @@ class Result:
       prompt: the conversation that was asked, with "<image>" where an image stands.
       answer: the model's answer, without white space at the ends.
       mark: its score; None if the references are not public, or only a judge can score it.
-      images: digest of each image, the same for the same image of other rows.
+      images: digest of each image that the prompt shows, by its number; the same for the same image of other rows.
     """
 
     row: Row

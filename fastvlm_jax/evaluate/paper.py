@@ -1,7 +1,7 @@
 """Holds the figures of the FastVLM paper (arXiv 2412.13303) as data, and finds those of the same model.
 
-Sources: tables 1, 4, 5, 6, 7, 11 and 12 of version 2; the AnyRes rows stand in table 6 of the CVPR version alone. "card"
-is the model card of the published models, which does not name its protocol and agrees with no row of the paper.
+Sources: tables 1, 4, 5, 6, 7, 11 and 12 of version 2; the AnyRes rows stand in table 6 of the CVPR version alone. Rows
+of "card" are from the model card of the published models, which names no protocol and agrees with no row of the paper.
 """
 
 import dataclasses

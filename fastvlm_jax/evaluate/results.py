@@ -17,7 +17,7 @@ from etils import epath
 from fastvlm_jax import files
 from fastvlm_jax.data.rejected import most_frequent
 from fastvlm_jax.evaluate import standard_error
-from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Result
+from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Result, Row
 from fastvlm_jax.evaluate.published import read_lines
 
 # Keys of a line of predictions, and the types of their values.
@@ -131,8 +131,10 @@ def _why_not(benchmark: Benchmark, protocol: Protocol, results: Sequence[Result]
     name = f"{benchmark.name}-{protocol.name}"
     if not results:
         return "not scored: no question was answered"
-    if protocol.score is None:
-        return f"not scored: only a judge can score it; ask one what {name}.judge.jsonl holds, and give --review its replies"
+    if protocol.judge and any(result.row.references is not None for result in results):
+        return (
+            f"not scored: only a judge can score it; {name}.judge.jsonl is what to ask it, --review reads its replies"
+        )
     send = f": send {name}.submission.json to the benchmark's server" if benchmark.submission else ""
     return f"not scored: the references are not public{send}"
 
@@ -153,11 +155,17 @@ def predictions(benchmark: Benchmark, protocol: Protocol, results: Sequence[Resu
             "groups": dict(result.row.groups),
             "images": [
                 {"name": picture.name, "digest": digest}
-                for picture, digest in zip(result.row.pictures, result.images, strict=False)
+                for picture, digest in zip(_shown(protocol, result.row), result.images, strict=True)
             ],
         }
         for result in results
     ]
+
+
+def _shown(protocol: Protocol, row: Row) -> list[Picture]:
+    """Returns the images of a row that its prompt shows, in the order of Result.images."""
+    numbers = {part for _, content in protocol.prompt(row) for part in content if isinstance(part, int)}
+    return [row.pictures[number] for number in sorted(numbers)]
 
 
 def write_lines(path: os.PathLike, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -7,11 +7,9 @@ cluster    0    1    1    2    3         questions without an image are alone
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-from fastvlm_jax.evaluate.benchmark import Result
 
 DRAWS = 1000  # halves that a bootstrap scores
 MAX_VISITS = 20_000_000  # results that all its draws may visit together; more results get fewer draws
@@ -76,7 +74,7 @@ def of_mean(scores: Sequence[float], clusters: np.ndarray) -> StandardError:
 
 
 def of_aggregate(
-    results: Sequence[Result], clusters: np.ndarray, aggregate: Callable[[Sequence[Result]], float], seed: int = 0
+    results: Sequence[Any], clusters: np.ndarray, aggregate: Callable[[Sequence[Any]], float], seed: int = 0
 ) -> StandardError:
     """Returns the standard error of a score that is no mean, as F1, by the half-sample bootstrap over clusters.
 
@@ -86,11 +84,13 @@ def of_aggregate(
     some images twice, which scores that join the questions of an image (MME, MMBench) take for more questions of one.
 
     Args:
+      results: what `aggregate` takes: results, or what a judge said of them.
       clusters: [results] int, from `clusters_of`.
       aggregate: returns the score of some results.
       seed: seed of the draws.
     """
-    count = len(np.unique(clusters))
+    names, clusters = np.unique(clusters, return_inverse=True)
+    count = len(names)
     if count < 2:
         return _impossible(len(results))
     half = count // 2

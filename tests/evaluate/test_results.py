@@ -7,10 +7,12 @@ import math
 import pytest
 
 from fastvlm_jax import files
-from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Result, Row, ask
+from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Result, Row, ask_llava
 from fastvlm_jax.evaluate.results import predictions, read_predictions, summarise, write_lines
 
-PROTOCOL = Protocol("paper", "lmms-eval 0.2.2", lambda row: ask(row.question), lambda a, row: Mark(1, a), 32, "ANLS")
+PROTOCOL = Protocol(
+    "paper", "lmms-eval 0.2.2", lambda row: ask_llava(row, row.question), lambda a, row: Mark(1, a), 32, "ANLS"
+)
 BENCHMARK = Benchmark("docvqa", "DocVQA, validation", lambda folder: [], (PROTOCOL,), "ANLS, %", 5349, (), "")
 # (score, what the rule read, image, type): the mean is 62.5 %.
 MARKS = [(1.0, "a", "p", "form"), (0.5, "b", "p", "form"), (1.0, "c", "q", "table"), (0.0, None, "r", "table")]
@@ -96,9 +98,9 @@ def test_a_published_score_that_is_no_mean_and_its_figures():
         ),
         (
             BENCHMARK,
-            dataclasses.replace(PROTOCOL, score=None),
+            dataclasses.replace(PROTOCOL, score=None, judge=list),
             [(None, None, "p", "form")],
-            "not scored: only a judge can score it; ask one what docvqa-paper.judge.jsonl holds, and give --review its "
+            "not scored: only a judge can score it; docvqa-paper.judge.jsonl is what to ask it, --review reads its "
             "replies",
         ),
     ],

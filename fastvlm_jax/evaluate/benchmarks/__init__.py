@@ -6,6 +6,8 @@ from fastvlm_jax.evaluate.benchmarks import (
     docvqa,
     easy_vqa,
     gqa,
+    llava_w,
+    mm_vet,
     mme,
     ocrbench,
     pope,
@@ -25,6 +27,8 @@ FAMILIES = (
     ocrbench,
     realworldqa,
     mme,
+    llava_w,
+    mm_vet,
     easy_vqa,
     qa,
 )

@@ -288,39 +288,32 @@ def _read_base64(path: epath.Path, start: int, column: int, where: str) -> bytes
 
 
 class Images:
-    """Looks up the images that a list names in a folder, and refuses names that lead out of it.
-
-    Attributes:
-      folder: the folder.
-    """
+    """Looks up the images that a list names in folders, and refuses names that lead out of them."""
 
     def __init__(self, folder: epath.Path, *names: str):
-        """Chooses the first of the folders `names` that `folder` holds.
+        """Takes those of the folders `names` that `folder` holds; an image is looked up in each in turn.
 
         Raises:
           FileNotFoundError: it holds none of them.
         """
-        found = [folder / name for name in names if (folder / name).is_dir()]
+        found = tuple(folder / name for name in names if (folder / name).is_dir())
         if not found:
             raise FileNotFoundError(f"{folder} has no folder of images: expected is {' or '.join(names)}")
-        self.folder = found[0]
-        self._files = files.ImagesFolder((self.folder,))
-        self._missing: list[str] = []
-        self._asked: dict[str, bool] = {}
+        self._files = files.ImagesFolder(found)
+        self._asked: dict[str, epath.Path | None] = {}
 
     def __call__(self, name: str) -> Picture:
-        """Returns the image of that name, relative to the folder."""
+        """Returns the image of that name, relative to a folder."""
         if name not in self._asked:
-            self._asked[name] = os.path.isfile(os.path.join(os.fspath(self.folder), name))
-            if not self._asked[name]:
-                self._missing.append(name)
-        return Picture(name, functools.partial(files.read_image, self._files, name), self.folder / name)
+            places = (root / name for root in self._files.roots)
+            self._asked[name] = next((place for place in places if os.path.isfile(place)), None)
+        return Picture(name, functools.partial(files.read_image, self._files, name), self._asked[name])
 
     def check(self) -> None:
         """Raises FileNotFoundError if an image that was asked for is not there; the message counts and names them."""
-        if self._missing:
-            count = f"{len(self._missing)} of {len(self._asked)} images"
-            raise FileNotFoundError(f"{self.folder} lacks {count}, the first {shown(self._missing[0])}")
+        if missing := [name for name, file in self._asked.items() if file is None]:
+            count = f"{len(missing)} of {len(self._asked)} images"
+            raise FileNotFoundError(f"{self._files} lacks {count}, the first {shown(missing[0])}")
 
 
 def check_rows(rows: Sequence[Row], where: os.PathLike | str, pictures: int | None = 1) -> list[Row]:

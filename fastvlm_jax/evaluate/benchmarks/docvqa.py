@@ -62,7 +62,9 @@ def read(folder: epath.Path, what: _Set, split: str) -> list[Row]:
     lists = [f"{name}_withQT.json", f"{name}.json", f"*/{name}_withQT.json", f"*/{name}.json"]
     if found := find(folder, *tables):
         where = str(found[0].parent)
-        rows = read_parquet(found, ("questionId", "question", "answers", what.types), ("image",))
+        rows = read_parquet(found, ("questionId", "question", "answers"), ("image",), (what.types,))
+        if rows and what.types not in rows[0]:
+            raise FileNotFoundError(f"{found[0]} has no column {what.types}: it is not a table of {what.title}")
         rows = [(row, pictures_of([row["image"]])) for row in rows]
     elif found := find(folder, *lists):
         images = Images(folder, *what.folders, *(f"{split}/{name}" for name in what.folders))

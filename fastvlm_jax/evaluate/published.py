@@ -94,6 +94,8 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 def get(row: Mapping[str, Any], key: str, where: str) -> Any:
     """Returns row[key]; the error of a missing key says `where` the row lies and which keys it has."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} is {shown(row)}, not an object")
     if key not in row:
         raise ValueError(f"{where} has no {key}: it has {', '.join(map(str, row)) or 'nothing'}")
     return row[key]

@@ -29,7 +29,7 @@ _exchanges = itertools.count()  # every exchange has a name of its own, the same
 
 
 class Answer(NamedTuple):
-    """Holds an answer without white space at its ends, and the digest of each image that its question names."""
+    """Holds an answer without white space at its ends, and the digest of each image of its row."""
 
     text: str
     images: tuple[str, ...]
@@ -131,10 +131,15 @@ def answer_batches(
             yield Answered(own, sum(len(asked.numbers) for asked in batch))
 
 
+def exchange_name(what: str) -> str:
+    """Returns a new name for an exchange; all processes ask for the same names in the same order."""
+    return f"{what} {next(_exchanges)} of the evaluation"
+
+
 def gathered(own: dict[int, Any]) -> dict[int, Any]:
     """Returns the JSON-ready values of all processes by their numbers, the same in every process."""
     found: dict[int, Any] = {}
-    for values in distributed.exchange(f"answers {next(_exchanges)}", {str(k): v for k, v in own.items()}):
+    for values in distributed.exchange(exchange_name("answers"), {str(k): v for k, v in own.items()}):
         found |= {int(number): value for number, value in values.items()}
     return found
 
@@ -209,5 +214,5 @@ def _read(
     for row, number in zip(rows, asked.group.members, strict=False):
         if number in asked.numbers:
             text = processor.tokenizer.decode(until(row, processor.end_ids)).strip()
-            found[number] = Answer(text, tuple(built.digests[picture.name] for picture in questions[number].pictures))
+            found[number] = Answer(text, tuple(built.digests[p.name] for p in questions[number].row.pictures))
     return found

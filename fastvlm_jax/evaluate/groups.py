@@ -146,7 +146,12 @@ def build(
         images[first[picture.name] : first[picture.name] + len(views)] = views
 
     list(map_(draw, read))
-    digests = {picture.name: hashlib.sha256(data).hexdigest()[:16] for _, picture, _, data in read}
+    contents = {picture.name: data for _, picture, _, data in read}
+    for number in asked:  # a row may have images that its prompt does not name
+        for picture in questions[number].row.pictures:
+            if picture.name not in contents:
+                contents[picture.name] = _read(questions[number], picture)
+    digests = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in contents.items()}
     tokens, segment_ids = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     positions, image_index = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
     for row in range(rows):

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fastvlm_jax.evaluate.answers import Answer, answer_batches, gathered
+from fastvlm_jax.evaluate.answers import answer_batches, gathered
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
+from fastvlm_jax.evaluate.journal import Journal
 from fastvlm_jax.evaluate.questions import Prepared, Question, prepare
 from fastvlm_jax.generate import answer_limit
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -59,6 +60,7 @@ def score(
     max_tokens: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     batch_size: int | None = None,
+    journal: Journal | None = None,
     progress: Callable[[Progress], None] | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Scored:
@@ -68,7 +70,8 @@ def score(
       variables: variables of the model, laid out on the mesh in any way, such as those of a training state.
       max_tokens: longest answer, tokens; by default the protocol's.
       mesh, batch_size, told: see `answer_batches`.
-      progress: function that is called after every batch, in all processes; what it raises ends this between batches.
+      journal: journal whose answers are taken, and which gets all others.
+      progress: function that is called before the first and after every batch, in all processes; what it raises ends this between batches.
 
     Raises:
       ValueError: a row of a strict benchmark cannot be asked, or `max_tokens` leaves no room for a prompt.
@@ -92,25 +95,35 @@ def score_prepared(
     max_tokens: int,
     mesh: jax.sharding.Mesh | None = None,
     batch_size: int | None = None,
+    journal: Journal | None = None,
     progress: Callable[[Progress], None] | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Scored:
     """Asks the model the questions of prepared rows, which may be asked again and again; see `score`."""
     start = time.monotonic()
     questions, left_out = prepared
-    own: dict[int, Answer] = {}
-    marks: dict[int, Mark | None] = {}
-    asked, total = 0, 0.0
+    known = journal.known(questions, max_tokens) if journal else {}
+    own = {number: answer for number, answer in known.items() if number % jax.process_count() == jax.process_index()}
+    marks = {number: mark(protocol, questions[number], answer.text) for number, answer in own.items()}
+    asked = 0
+
+    def look() -> None:
+        if progress:
+            scores = [found.score for found in marks.values() if found is not None]
+            mean = 100 * sum(scores) / len(scores) if scores else None
+            progress(Progress(len(known) + asked, len(questions), asked, mean, time.monotonic() - start))
+
+    look()
     for batch in answer_batches(
-        model, variables, processor, questions, max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, told=told
-    ):
+        model, variables, processor, questions, max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, known=known,
+        told=told,
+    ):  # fmt: skip
+        if journal:
+            journal.append(questions, batch.own)
         own |= batch.own
         marks |= {number: mark(protocol, questions[number], answer.text) for number, answer in batch.own.items()}
         asked += batch.count
-        total += sum(marks[number].score for number in batch.own if marks[number])
-        if progress:
-            mean = 100 * total / len(marks) if any(marks.values()) else None
-            progress(Progress(asked, len(questions), asked, mean, time.monotonic() - start))
+        look()
     found = gathered({number: (answer, marks[number]) for number, answer in own.items()})
     results = [_result(question, *found[number]) for number, question in enumerate(questions)]
     return Scored(results, left_out, asked, time.monotonic() - start)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from fastvlm_jax import checkpoint, convert
+from fastvlm_jax import checkpoint, convert, sharding
 from fastvlm_jax.convert.layouts import llava
 from fastvlm_jax.convert.layouts.native import without_remat
 from fastvlm_jax.convert.mapping import COUNTERS, read_tree
@@ -148,33 +148,47 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
     return processor
 
 
-def load(source: str | os.PathLike, dtype: str | None = None) -> tuple[FastVLM, dict[str, Any], Processor | None]:
+def load(
+    source: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[FastVLM, dict[str, Any], Processor | None]:
     """Loads a model from any source that `read` knows: (model, variables, processor), variables on the default device.
 
     Args:
       source: see `read`.
       dtype: dtype of the parameters and of the computation, "float32", "bfloat16" or "float16"; None gives float32
         parameters and the computation dtype of the model's config. BatchNorm statistics are always float32.
+      mesh: mesh to lay the variables out on, as training does: each process reads the parts of its own devices.
 
     Raises:
       FileNotFoundError: see `read`.
-      ValueError: the model has an encoder and a language model but no projector, or `dtype` is unknown; see `read`.
+      ValueError: the model has an encoder and a language model but no projector, or `dtype` is unknown; see `read`. Or
+        the mesh does not divide the model.
     """
     loaded = read(source)
+    return *put(loaded, dtype, mesh), loaded.processor
+
+
+def put(
+    loaded: Loaded, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[FastVLM, dict[str, Any]]:
+    """Returns the model that was read, and its variables on the devices; see `load`."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if {"vision", "llm"} <= set(loaded.variables["params"]) and "projector" not in loaded.variables["params"]:
-        raise ValueError(f"{source} has no projector: train one (configs/stage1_align.py) with it as --config.parent")
-    variables = {
-        name: read_tree(tree, DTYPES[dtype or "float32"] if name == "params" else np.float32, jax.device_put)
-        for name, tree in loaded.variables.items()
-        if name != COUNTERS
+        raise ValueError("this model has no projector: train one (configs/stage1_align.py) with it as --config.parent")
+    model = fastvlm.build(**{**loaded.config, "dtype": dtype or loaded.config.get("dtype", "float32")})
+    dtypes = {name: DTYPES[dtype or "float32"] if name == "params" else np.float32 for name in loaded.variables}
+    trees = {name: tree for name, tree in loaded.variables.items() if name != COUNTERS}
+    if mesh is None:
+        return model, {name: read_tree(tree, dtypes[name], jax.device_put) for name, tree in trees.items()}
+    if model.llm_args is not None:
+        sharding.check_mesh(mesh, groups=mesh.size, num_kv_heads=model.llm_args["num_kv_heads"])
+    boxed = fastvlm.boxed_variables(model)
+    layouts = sharding.shardings_of({name: boxed[name] for name in trees}, mesh)
+    return model, {
+        name: jax.tree.map(functools.partial(sharding.place, dtype=dtypes[name]), tree, layouts[name])
+        for name, tree in trees.items()
     }
-    return (
-        fastvlm.build(**{**loaded.config, "dtype": dtype or loaded.config.get("dtype", "float32")}),
-        variables,
-        loaded.processor,
-    )
 
 
 def abstract_variables(model: FastVLM) -> dict[str, Any]:

@@ -54,7 +54,7 @@ done
 echo "== evaluate"
 limit=()
 [ "$questions" = 0 ] || limit=(--limit="$questions")
-fastvlm evaluate --model "$parent" --benchmark easy-vqa --data data/easy_vqa --output "$output/evaluation.json" "${limit[@]}"
+fastvlm evaluate --model "$parent" --benchmark easy-vqa --data data/easy_vqa --output "$output/evaluation" "${limit[@]}"
 
 echo "== generate"
 image=$(python -c 'import easy_vqa; print(easy_vqa.get_test_image_paths()[0])')

@@ -13,24 +13,27 @@ TOTAL = flags.DEFINE_integer("seconds", None, "wall time of the whole run, secon
 
 def main(_):
     run = pathlib.Path(RUN.value)
-    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation = json.loads((run / "evaluation" / "easy-vqa-own.json").read_text())
     stages = [run / name for name in ("stage1_align", "stage15_pretrain", "stage2_instruct")]
     summary = {
-        "accuracy": evaluation["accuracy"],
-        "baseline_accuracy": evaluation["baseline_accuracy"],
-        "test_questions": evaluation["test_questions"],
+        "accuracy": evaluation["score"] / 100,
+        "standard_error": (evaluation["standard_error"] or 0) / 100,
+        "baseline_accuracy": evaluation["figures"]["baseline_accuracy"],
+        "test_questions": evaluation["questions"],
         "train_seconds": round(sum(read_metrics(stage)[-1]["seconds"] for stage in stages), 1),
         "total_seconds": TOTAL.value,
         **json.loads((run / "export.json").read_text()),
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    accuracy = f"{summary['accuracy']:.1%} ± {summary['standard_error']:.1%} of {summary['test_questions']:,} questions"
     rows = [
-        ("accuracy on the test split", f"{summary['accuracy']:.1%} of {summary['test_questions']:,} questions"),
+        ("accuracy on the test split", accuracy),
         ("baseline (most frequent answer)", f"{summary['baseline_accuracy']:.1%}"),
         ("minutes: training, all", f"{summary['train_seconds'] / 60:.1f}, {summary['total_seconds'] / 60:.1f}"),
         ("exported logits differ by at most", f"{summary['export_max_abs_diff']:.1e}"),
         ("pictures", f"{run / 'report_loss.png'}, {run / 'report_samples.png'}"),
         ("page", run / "report.html"),
+        ("all answers", run / "evaluation" / "easy-vqa-own.predictions.jsonl"),
         ("model", stages[-1]),
         ("model for transformers", run / "export_hf"),
     ]

@@ -27,7 +27,7 @@ model_io
 metrics
 checkpoint
 workdir
-evaluate.validation
+evaluate.validation evaluate.suite
 evaluate.benchmarks
 evaluate
 evaluate.scores
@@ -154,7 +154,7 @@ def imported_by(code: str) -> set[str]:
     "code",
     [
         "import fastvlm_jax.model_io, fastvlm_jax.generate, fastvlm_jax.convert, fastvlm_jax.processor",
-        "import fastvlm_jax.evaluate.benchmarks.easy_vqa",
+        "import fastvlm_jax.evaluate.suite",
     ],
 )
 def test_asking_a_model_imports_nothing_of_the_training_pipeline(code):

@@ -18,9 +18,9 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
             [--coordinator_address HOST:PORT --num_processes N --process_id I]
   generate  --model DIR --prompt TEXT [--image FILE ...] [--max_tokens N] [--sampling greedy|model]
             [--temperature T] [--top_p P] [--top_k K] [--repetition_penalty R]
-  evaluate  --model DIR --benchmark easy-vqa --data DIR [--limit N] [--output FILE.json]
+  evaluate  --model DIR --benchmark NAME[,NAME]|all --data DIR [--protocol paper|llava|lmms-eval] [--output DIR]
+                  [--limit N] [--samples ID[,ID]|@FILE] [--max_tokens N] [--dtype D] [--batch_size N] [--mesh R,D,F,T]
             --model DIR --benchmark qa --data DIR [--split validation] [--turns conversation|separate]
-                  [--max_tokens N] [--limit N] [--output FILE.json]
   convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
   data      write --source PATH --output DIR [--images DIR]... [--follow_links] [--validation_share S]
                   [--max_side N] [--verify]
@@ -97,3 +97,29 @@ def define_config(fv: flags.FlagValues, argv: list[str], help: str = "config fil
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, help, flag_values=fv, sys_argv=argv)
+
+
+def define_processes(fv: flags.FlagValues) -> None:
+    """Defines the flags that say how the processes of a job meet; see `processes`."""
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, in a job of several processes", flag_values=fv
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "processes of the job; default: as many as the platform reports", flag_values=fv
+    )
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=fv)
+    flags.DEFINE_float(
+        "heartbeat_seconds", None, "silence after which a process counts as frozen, s; default 30", flag_values=fv
+    )
+    flags.DEFINE_float(
+        "initialization_seconds", None, "longest wait for all processes to start, s; default 300", flag_values=fv
+    )
+
+
+def processes(fv: flags.FlagValues):
+    """Returns how this process meets the others, by its flags or the platform; None for a single process."""
+    from fastvlm_jax import distributed
+
+    return distributed.find_settings(
+        fv.coordinator_address, fv.num_processes, fv.process_id, fv.heartbeat_seconds, fv.initialization_seconds
+    )

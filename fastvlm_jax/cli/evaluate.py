@@ -1,69 +1,150 @@
-"""Runs `fastvlm evaluate`: scores a model on a benchmark, or on one's own data."""
+"""Runs `fastvlm evaluate`: scores a model on benchmarks, or on one's own data."""
 
+import os
+import pathlib
+import re
 import sys
 
 from absl import flags
 
-from fastvlm_jax.cli.arguments import parse, to_json
+from fastvlm_jax import xla_flags
+from fastvlm_jax.cli.arguments import define_processes, parse, processes
+
+OWN = ("split", "turns")  # flags of the benchmark qa
 
 
 def evaluate(argv: list[str]) -> None:
-    """Lets a model answer the questions of a benchmark, and prints the summary of its scores as JSON."""
+    """Lets a model answer the questions of benchmarks, prints the table of its scores, and writes all answers."""
+    xla_flags.apply()
     fv = flags.FlagValues()
+    define(fv)
+    parse(fv, argv, required=("model", "data"))
+    names = [name.strip() for name in fv.benchmark.split(",") if name.strip()]
+    own = {name: fv[name].value for name in OWN if fv[name].value is not None}
+    if own and names != ["qa"]:
+        raise flags.Error(f"--{next(iter(own))} is for --benchmark=qa: {fv.benchmark} has settings of its own")
+    folder = output_folder(fv.output, fv.model)
+    from fastvlm_jax import distributed
+
+    with distributed.started(processes(fv)), distributed.StopRequest() as stop:
+        run(fv, names, own, folder, stop.reached)
+
+
+def define(fv: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("model", None, "model to score", flag_values=fv)
-    flags.DEFINE_enum(
-        "benchmark", "easy-vqa", ["easy-vqa", "qa"], "benchmark to score it on; qa is your own data", flag_values=fv
+    flags.DEFINE_string(
+        "benchmark", "easy-vqa",
+        "benchmarks to score it on, separated by commas; all takes those whose files are there; qa is your own data",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "data", None, "folder with the published files, or with a folder of them for each benchmark", flag_values=fv
     )
-    flags.DEFINE_string("data", None, "folder of the benchmark's data, as `fastvlm data` writes it", flag_values=fv)
-    flags.DEFINE_integer("limit", None, "number of questions to ask; default: all", lower_bound=1, flag_values=fv)
+    flags.DEFINE_string(
+        "protocol", None, "how it is asked and scored: paper, llava or lmms-eval; default: each benchmark's first",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "limit", None, "number of questions to ask of each; default: all", lower_bound=1, flag_values=fv
+    )
+    flags.DEFINE_string(
+        "samples", "", "ids of the questions to ask, separated by commas, or @FILE with one a line", flag_values=fv
+    )
+    flags.DEFINE_integer(
+        "max_tokens", None, "longest answer, tokens; default: the protocol's", lower_bound=1, flag_values=fv
+    )
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16", "float16"],
+        "dtype of parameters and computation; default: float32 parameters, the model's computation", flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "batch_size", None, "most questions that a data shard of the mesh answers at once; default: as many as fit",
+        lower_bound=1, flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_list(
+        "mesh", None, "sizes of replica,data,fsdp,tensor; -1 takes the devices that are left; default: 1,-1,1,1",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "output", None, "folder for all files; default: evaluation/ and the model's name", flag_values=fv
+    )
     flags.DEFINE_string("split", None, "qa: split to score; default: validation", flag_values=fv)
-    flags.DEFINE_integer("max_tokens", None, "qa: longest answer, tokens; default: 128", lower_bound=1, flag_values=fv)
     flags.DEFINE_enum(
         "turns", None, ["conversation", "separate"],
         "qa: ask with the earlier turns of a record, or each question alone; default: conversation", flag_values=fv,
     )  # fmt: skip
-    flags.DEFINE_string(
-        "output", None, "JSON file that the summary is also written to; of qa with each wrong answer", flag_values=fv
+    define_processes(fv)
+
+
+def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path, stopped) -> None:
+    """Scores the model, and prints the table and the files in process 0."""
+    import jax
+
+    from fastvlm_jax import model_io
+    from fastvlm_jax.evaluate import paper, score_table, suite
+    from fastvlm_jax.evaluate.benchmarks import BENCHMARKS, qa
+
+    def tell(line: str) -> None:
+        if jax.process_index() == 0:
+            print(f"evaluate: {line}", file=sys.stderr, flush=True)
+
+    known = {**BENCHMARKS, "qa": qa.benchmark(**own, limit=None if fv.samples else fv.limit)}
+    entries = suite.choose(
+        names, fv.data, known, protocol=fv.protocol, limit=fv.limit, samples=read_ids(fv.samples), told=tell
     )
-    parse(fv, argv, required=("model", "data"))
-    own = {name: fv[name].value for name in ("split", "max_tokens", "turns") if fv[name].value is not None}
-    if fv.benchmark == "qa":
-        summary, wrong = score_own_data(fv, own)
-    elif own:
-        raise flags.Error(f"--{next(iter(own))} is for --benchmark=qa: {fv.benchmark} has settings of its own")
-    else:
-        summary, wrong = score_easy_vqa(fv), {}
-    to_json(summary | wrong, fv.output)
-    print(to_json(summary, None))
+    mesh = make_mesh(fv.mesh)
+    loaded = model_io.read(fv.model)
+    model, variables = model_io.put(loaded, fv.dtype, mesh)
+    if fv.output is None:
+        tell(f"the results go to {folder}")
+    summaries = suite.evaluate(
+        entries, model, variables, loaded.processor, folder, source={"path": fv.model, **loaded.lineage},
+        max_tokens=fv.max_tokens, mesh=mesh, batch_size=fv.batch_size, stopped=stopped, told=tell,
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        config, seen = loaded.config, loaded.processor
+        rows = paper.rows_of(config.get("vision"), config.get("llm"), seen.image_size, seen.grids)
+        in_domain = [entry.benchmark.name for entry in entries if entry.benchmark.in_domain]
+        print(score_table.make_table(summaries, rows, in_domain).text())
+        print()
+        for entry in entries:
+            print(folder / f"{entry.name}.json")
 
 
-def score_easy_vqa(fv: flags.FlagValues) -> dict:
-    """Scores the model on easy-VQA, and returns the summary."""
-    import fastvlm_jax
-    from fastvlm_jax.evaluate.benchmarks import easy_vqa
+def make_mesh(sizes: list[str] | None):
+    """Returns the mesh of --mesh; by default all devices answer different questions. None for a single device."""
+    import jax
 
-    total = easy_vqa.count_questions(fv.data, fv.limit)
-    model, variables, processor = fastvlm_jax.load(fv.model)
-    with shown(total) as bar:
-        summary, _ = easy_vqa.evaluate(model, variables, processor, fv.data, limit=fv.limit, progress=bar.update)
-    return {"model": fv.model, **summary}
+    from fastvlm_jax import sharding
 
-
-def score_own_data(fv: flags.FlagValues, own: dict) -> tuple[dict, dict]:
-    """Scores the model on a folder of shards, and returns the summary and {"wrong": the wrong answers}."""
-    import fastvlm_jax
-    from fastvlm_jax.evaluate.benchmarks import qa
-
-    settings = qa.Settings(limit=fv.limit, **own)
-    model, variables, processor = fastvlm_jax.load(fv.model)
-    asked = qa.read(processor, fv.data, settings)
-    with shown(len(asked.questions)) as bar:
-        summary, results = qa.evaluate(model, variables, processor, asked, settings, bar.update)
-    return {"model": fv.model, "data": fv.data, **summary}, {"wrong": qa.wrong_answers(results)}
+    if sizes is None and jax.device_count() == 1:
+        return None
+    try:
+        numbers = [int(size) for size in sizes or (1, -1, 1, 1)]
+    except ValueError as error:
+        raise flags.Error(f"--mesh={','.join(sizes)} must be four whole numbers: replica,data,fsdp,tensor") from error
+    return sharding.make_mesh(numbers)
 
 
-def shown(total: int):
-    """Returns a progress bar over so many questions, on a terminal."""
-    import tqdm
+def output_folder(output: str | None, model: str) -> pathlib.Path:
+    """Returns the folder for the files; raises flags.Error if --output names a file."""
+    if output is None:
+        path = pathlib.Path(re.sub(r"\w+=", "", model).split(",")[0]).expanduser().resolve()
+        parts = [path.name] if not path.name.isdigit() else [path.parent.parent.name, path.name]
+        return pathlib.Path("evaluation", "-".join(parts))
+    folder = pathlib.Path(output).expanduser()
+    if folder.suffix in (".json", ".jsonl", ".html") or folder.is_file():
+        raise flags.Error(
+            f"--output={output} must be a folder, which gets several files: give {os.fspath(folder.with_suffix(''))}"
+        )
+    return folder
 
-    return tqdm.tqdm(total=total, desc="evaluate", unit="question", disable=not sys.stderr.isatty())
+
+def read_ids(samples: str) -> list[str]:
+    """Returns the ids that --samples gives."""
+    if samples.startswith("@"):
+        return [
+            line.strip() for line in pathlib.Path(samples[1:]).expanduser().read_text().splitlines() if line.strip()
+        ]
+    return [name.strip() for name in samples.split(",") if name.strip()]

@@ -20,7 +20,7 @@ ABOUT = {
         'fastvlm generate --model runs/mine --image cat.jpg --prompt "What is it doing?"',
     ),
     "evaluate": (
-        "Lets a model answer the questions of a data set, and prints its scores as JSON.",
+        "Scores a model on benchmarks or on your own data; the same command goes on with what was stopped.",
         "fastvlm evaluate --model runs/mine --benchmark qa --data data/mine",
     ),
     "convert": (

@@ -70,7 +70,7 @@ class Journal:
         if self._file is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{self._name}.journal-{jax.process_index()}.jsonl"
-            torn = path.is_file() and not path.read_bytes()[-1:] in (b"", b"\n")
+            torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
             self._file = path.open("ab")
             if torn:  # the line that was being written when the process was killed
                 self._file.write(b"\n")

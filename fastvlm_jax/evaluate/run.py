@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fastvlm_jax.evaluate.answers import answer_batches, gathered
+from fastvlm_jax import distributed
+from fastvlm_jax.evaluate.answers import Answer, answer_batches, exchange_name, gathered
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
 from fastvlm_jax.evaluate.journal import Journal
 from fastvlm_jax.evaluate.questions import Prepared, Question, prepare
+from fastvlm_jax.files import json_digest
 from fastvlm_jax.generate import answer_limit
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
@@ -71,17 +73,25 @@ def score(
       max_tokens: longest answer, tokens; by default the protocol's.
       mesh, batch_size, told: see `answer_batches`.
       journal: journal whose answers are taken, and which gets all others.
-      progress: function that is called before the first and after every batch, in all processes; what it raises ends this between batches.
+      progress: function that is called before the first and after every batch, in all processes; what it raises ends
+        this between two batches.
 
     Raises:
-      ValueError: a row of a strict benchmark cannot be asked, or `max_tokens` leaves no room for a prompt.
+      ValueError: a row of a strict benchmark cannot be asked, or none of another's; `max_tokens` leaves no room for a
+        prompt; the model has no language model or no tokenizer; or the processes have different rows.
     """
+    if model.llm_args is None or processor is None:
+        raise ValueError("this model has no language model or no tokenizer, so it answers nothing")
     max_tokens = max_tokens or protocol.max_tokens
     most_tokens = answer_limit(model, max_tokens, None)
     prepared = prepare(rows, protocol, processor, most_tokens=most_tokens, strict=benchmark.strict)
+    if rows and not prepared.questions:
+        raise ValueError(f"none of {len(rows)} questions can be asked: {prepared.describe_left_out()}")
+    if told and not benchmark.strict:
+        _tell_own(prepared, processor, max_tokens, told)
     return score_prepared(
         model, variables, processor, protocol, prepared,
-        max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, progress=progress, told=told,
+        max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, journal=journal, progress=progress, told=told,
     )  # fmt: skip
 
 
@@ -102,31 +112,63 @@ def score_prepared(
     """Asks the model the questions of prepared rows, which may be asked again and again; see `score`."""
     start = time.monotonic()
     questions, left_out = prepared
+    _check_same(questions)
     known = journal.known(questions, max_tokens) if journal else {}
-    own = {number: answer for number, answer in known.items() if number % jax.process_count() == jax.process_index()}
-    marks = {number: mark(protocol, questions[number], answer.text) for number, answer in own.items()}
-    asked = 0
+    own: dict[int, Answer] = {}
+    marks: dict[int, Mark | None] = {}
+    tally = [0, 0.0]  # number and sum of this process's scores
 
-    def look() -> None:
+    def take(answers: dict[int, Answer]) -> None:
+        own.update(answers)
+        for number, answer in answers.items():
+            marks[number] = found = mark(protocol, questions[number], answer.text)
+            if found is not None:
+                tally[:] = tally[0] + 1, tally[1] + found.score
+
+    def look(asked: int) -> None:
         if progress:
-            scores = [found.score for found in marks.values() if found is not None]
-            mean = 100 * sum(scores) / len(scores) if scores else None
+            mean = 100 * tally[1] / tally[0] if tally[0] else None
             progress(Progress(len(known) + asked, len(questions), asked, mean, time.monotonic() - start))
 
-    look()
+    take({number: answer for number, answer in known.items() if number % jax.process_count() == jax.process_index()})
+    look(asked := 0)
     for batch in answer_batches(
         model, variables, processor, questions, max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, known=known,
         told=told,
     ):  # fmt: skip
         if journal:
             journal.append(questions, batch.own)
-        own |= batch.own
-        marks |= {number: mark(protocol, questions[number], answer.text) for number, answer in batch.own.items()}
-        asked += batch.count
-        look()
+        take(batch.own)
+        look(asked := asked + batch.count)
     found = gathered({number: (answer, marks[number]) for number, answer in own.items()})
     results = [_result(question, *found[number]) for number, question in enumerate(questions)]
     return Scored(results, left_out, asked, time.monotonic() - start)
+
+
+def _tell_own(prepared: Prepared, processor: Processor, max_tokens: int, told: Callable[[str], None]) -> None:
+    """Says what lowers the score of one's own data, or changes its questions, though the model is not at fault."""
+    if prepared.left_out:
+        told(f"{len(prepared.left_out)} rows are left out: {prepared.describe_left_out()}")
+    references = [question.row.references or () for question in prepared.questions]
+    long = sum(
+        bool(own) and min(len(processor.tokenizer.encode(text)) for text in own) > max_tokens for own in references
+    )
+    if long:
+        told(
+            f"{long} of {len(references)} references are longer than {max_tokens} tokens and cannot be matched: raise "
+            "--max_tokens"
+        )
+
+
+def _check_same(questions: Sequence[Question]) -> None:
+    """Raises ValueError if the processes have different questions."""
+    own = json_digest([[question.row.id, question.turns, question.length] for question in questions])
+    digests = distributed.exchange(exchange_name("questions"), own)
+    for process, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise ValueError(
+                f"process {process} has other questions than process 0: give all processes the same command and files"
+            )
 
 
 def mark(protocol: Protocol, question: Question, answer: str) -> Mark | None:

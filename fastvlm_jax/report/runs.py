@@ -14,12 +14,15 @@ from etils import epath
 
 from fastvlm_jax import model_io
 from fastvlm_jax.data.sources import read_manifest, read_shards
-from fastvlm_jax.evaluate.record_answers import Result, answer
-from fastvlm_jax.evaluate.record_questions import collect
+from fastvlm_jax.evaluate.benchmark import Result
+from fastvlm_jax.evaluate.benchmarks import qa
+from fastvlm_jax.evaluate.records import rows_of
+from fastvlm_jax.evaluate.run import score
 from fastvlm_jax.images.decode import decode
 from fastvlm_jax.report.curves import Run, plot_losses, plt, read_runs
 
 NUM_SAMPLES = 16
+MAX_TOKENS = 16  # longest answer on the sheet
 # Rates of a run: the metric, and how the table names it.
 RATES = {"step_seconds": "seconds a step", "images/s": "images/s", "tokens/s": "tokens/s", "mfu": "MFU"}
 PAGE = jinja2.Template(
@@ -145,14 +148,16 @@ def answer_samples(model: str | os.PathLike, data: str | os.PathLike, split: str
 
     Records without an image, and those that the model cannot be asked about, are left out of the sheet.
     """
-    vlm, variables, processor = model_io.load(model)
     records = read_shards(data, split)
     few = [records[i] for i in range(min(NUM_SAMPLES, len(records)))]
-    results = answer(vlm, variables, processor, [q for q in collect(few, processor).questions if q.images])
-    by_image: dict[str, list[Result]] = {}
-    for result in results:
-        by_image.setdefault(result.key, []).append(result)
-    return [found[(5 * i) % len(found)] for i, found in enumerate(by_image.values())]
+    rows = [row for row in rows_of(few, "separate") if row.pictures]
+    if not rows:
+        return []
+    own = qa.benchmark(split, "separate")
+    by_record: dict[str, list[Result]] = {}
+    for result in score(*model_io.load(model), own, own.protocols[0], rows, max_tokens=MAX_TOKENS).results:
+        by_record.setdefault(result.row.fields["record"], []).append(result)
+    return [found[(5 * i) % len(found)] for i, found in enumerate(by_record.values())]
 
 
 def plot_samples(results: Sequence[Result], path: pathlib.Path, split: str) -> None:
@@ -162,14 +167,15 @@ def plot_samples(results: Sequence[Result], path: pathlib.Path, split: str) -> N
     for axis in axes.flat:
         axis.axis("off")
     for axis, result in zip(axes.flat, results, strict=False):
-        axis.imshow(decode(result.images[0]), interpolation="nearest")
+        axis.imshow(decode(result.row.pictures[0].read()), interpolation="nearest")
+        right, truth = result.mark.score == 1, result.row.references[0]
         given = textwrap.shorten(result.answer, 24, placeholder="...") or "(nothing)"
-        words = given if result.right else f"{given}  (truth: {result.truth})"
-        question = textwrap.shorten(result.question, 44, placeholder="...")
+        words = given if right else f"{given}  (truth: {truth})"
+        question = textwrap.shorten(result.row.question, 44, placeholder="...")
         axis.set_title(question, fontsize=8.5, parse_math=False)
         axis.text(
             0.5, -0.04, words, transform=axis.transAxes, ha="center", va="top", fontsize=11,
-            color="#116622" if result.right else "#bb1111", weight="bold", parse_math=False,
+            color="#116622" if right else "#bb1111", weight="bold", parse_math=False,
         )  # fmt: skip
     figure.suptitle(f"images of the split {split}: question above, answer below (green = right)", fontsize=12)
     figure.tight_layout(rect=(0, 0, 1, 0.985))

@@ -44,15 +44,52 @@ def test_one_checkpoint_of_a_workdir_is_a_model(monkeypatch, capsys, workdir, pi
     assert status == 0
 
 
-def test_evaluate_writes_its_summary_as_json(monkeypatch, capsys, workdir, easy_vqa, tmp_path):
-    status, out, _ = fastvlm(
-        monkeypatch, capsys, "evaluate", f"--model={workdir}", "--benchmark=easy-vqa", f"--data={easy_vqa}",
-        "--limit=300", f"--output={tmp_path / 'deep' / 'summary.json'}",
-    )  # fmt: skip
-    summary = json.loads((tmp_path / "deep" / "summary.json").read_text())
-    assert status == 0 and json.loads(out) == summary
-    assert summary["test_questions"] == 300 and 0 <= summary["accuracy"] <= 1
-    assert 0.55 < summary["baseline_accuracy"] < 0.75
+def test_evaluate_prints_a_table_and_writes_the_files_of_a_benchmark(monkeypatch, capsys, workdir, easy_vqa, tmp_path):
+    ask = ["evaluate", f"--model={workdir}", "--benchmark=easy-vqa", f"--data={easy_vqa}", "--limit=300"]
+    folder = tmp_path / "deep" / "scores"
+    status, out, err = fastvlm(monkeypatch, capsys, *ask, f"--output={folder}")
+    summary = json.loads((folder / "easy-vqa-own.json").read_text())
+    lines = [json.loads(line) for line in (folder / "easy-vqa-own.predictions.jsonl").read_text().splitlines()]
+    assert status == 0 and "evaluate: easy-vqa-own: " in err
+    assert out.splitlines()[2].split()[:3] == ["easy-VQA,", "test", f"{summary['score']:.1f}"]
+    assert out.splitlines()[-1] == str(folder / "easy-vqa-own.json")
+    assert summary["questions"] == len(lines) == 300 and 0 <= summary["score"] <= 100
+    assert 0.55 < summary["figures"]["baseline_accuracy"] < 0.75
+    assert lines[0]["question"] in lines[0]["prompt"] and lines[0]["images"][0]["digest"]
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    status, _, err = fastvlm(monkeypatch, capsys, *ask, f"--output={folder}")  # the journal has all answers
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    speed = json.loads(after.pop("easy-vqa-own.speed.json"))
+    assert (status, err, speed["questions_answered"]) == (0, "", 0)
+    assert after == {name: data for name, data in before.items() if name != "easy-vqa-own.speed.json"}
+
+
+@pytest.mark.parametrize(
+    "flags, status, words",
+    [
+        (["--benchmark=easy_vqa"], 1, "there is no benchmark 'easy_vqa' (did you mean easy-vqa?)"),
+        (["--benchmark=easy-vqa,qa", "--limit=1"], 1, "there is no dataset folder"),
+        (["--benchmark=all"], 1, "holds no folder of a benchmark: expected is one or more of"),
+        (["--protocol=llava"], 1, "--protocol llava: easy-VQA, test was not scored by it; easy-vqa has own"),
+        (["--samples=nothing"], 1, "--samples: easy-vqa has no row 'nothing'; its first ids are"),
+        (["--samples=@nowhere"], 1, "nowhere"),
+        (["--limit=0"], 2, "--limit"),
+        (["--batch_size=0"], 2, "--batch_size"),
+        (["--max_tokens=32768", "--limit=1"], 1, "max_tokens=32768 must be less than the model's context length"),
+        (["--mesh=1,2,1"], 1, "mesh=(1, 2, 1): give 4 sizes"),
+        (["--mesh=a,b,c,d"], 2, "--mesh=a,b,c,d must be four whole numbers"),
+        (["--mesh=1,1,2,4"], 1, "the tensor axis of 4 does not divide 2 key-value heads"),
+        (["--output=out.json"], 2, "--output=out.json must be a folder, which gets several files: give out"),
+        (["--split=test"], 2, "--split is for --benchmark=qa: easy-vqa has settings of its own"),
+        (["--process_id=1"], 1, "missing: --coordinator_address"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_do_in_a_line(monkeypatch, capsys, workdir, easy_vqa, flags, status, words):
+    ask = ["evaluate", f"--model={workdir}", f"--data={easy_vqa}", *flags]
+    found, out, err = fastvlm(monkeypatch, capsys, *ask)
+    assert (found, out) == (status, "") and words in err and err.splitlines()[-1] in err, err
+    assert len([line for line in err.splitlines() if line.startswith("fastvlm evaluate: ")]) == 1
 
 
 def test_converted_models_answer_as_the_source_does(monkeypatch, capsys, workdir, picture, tmp_path):

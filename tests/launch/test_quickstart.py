@@ -9,7 +9,10 @@ import time
 import pytest
 from paths import ROOT
 
-KEYS = ["accuracy", "baseline_accuracy", "test_questions", "train_seconds", "total_seconds", "export_max_abs_diff"]
+KEYS = [
+    "accuracy", "standard_error", "baseline_accuracy", "test_questions", "train_seconds", "total_seconds",
+    "export_max_abs_diff",
+]  # fmt: skip
 
 
 def quickstart(*arguments, cwd):

@@ -1,7 +1,6 @@
 """`fastvlm evaluate --benchmark qa`: scores of answers on shards, worked out by hand from the printed answers."""
 
 import json
-import math
 import unicodedata
 
 import jax
@@ -30,40 +29,40 @@ def record(key, image, *pairs):
     return Record(key, (image,), (("user", (0, *turns[0][1])), *turns[1:]))
 
 
+def asked(monkeypatch, capsys, folder, *flags):
+    """Runs the command, and returns its summary, its predictions and what it said."""
+    status, _, error = fastvlm(monkeypatch, capsys, "evaluate", "--benchmark=qa", f"--output={folder}", *flags)
+    assert status == 0, error
+    lines = (folder / "qa-own.predictions.jsonl").read_text().splitlines()
+    return json.loads((folder / "qa-own.json").read_text()), [json.loads(line) for line in lines], error
+
+
 def test_scores_wrong_answers_and_what_was_left_out(monkeypatch, capsys, trained):
     run, image, folder = trained
-    ask = ["--model=" + str(run), "--benchmark=qa", "--max_tokens=4", "--turns=separate"]
+    ask = ["--model=" + str(run), "--max_tokens=4", "--turns=separate"]
     write_shards(folder / "first", "test", [record("q", image, ("what color is the shape?", "?"))])
-    data = [f"--data={folder / 'first'}", "--split=test", f"--output={folder / 'first.json'}"]
-    status, _, _ = fastvlm(monkeypatch, capsys, "evaluate", *ask, *data)
-    (wrong,) = json.loads((folder / "first.json").read_text())["wrong"]
-    said = wrong.pop("answer")
-    assert status == 0 and wrong == {"key": "q", "question": "what color is the shape?", "truth": "?"} and said
+    first = [f"--data={folder / 'first'}", "--split=test"]
+    _, (wrong,), _ = asked(monkeypatch, capsys, folder / "first-scores", *ask, *first)
+    said = wrong["answer"]
+    assert (wrong["id"], wrong["prompt"], wrong["references"]) == ("q", "<image>what color is the shape?", ["?"])
+    assert said and wrong["score"] == 0
 
     question = "what color is the shape?"
     records = [
         record("same", image, (question, f"{said}\n")),
         record("louder", image, (question, f" {said.upper()} . ")),
-        record("other", image, (question, "something else"), (question, said)),
+        record("other", image, (question, "something else than so few tokens"), (question, said)),
         Record("cut", (image[:50],), (("user", (0, question)), ("assistant", (said,)))),
     ]
     write_shards(folder / "data", "validation", records)
-    output = folder / "out.json"
-    status, out, error = fastvlm(
-        monkeypatch, capsys, "evaluate", *ask, f"--data={folder / 'data'}", f"--output={output}"
-    )
-    summary, whole = json.loads(out), json.loads(output.read_text())
-    assert status == 0 and not error
+    summary, lines, error = asked(monkeypatch, capsys, folder / "scores", *ask, f"--data={folder / 'data'}")
     right = 3 if unicodedata.normalize("NFC", said.upper()).casefold() == said.casefold() else 2
-    assert summary["questions"] == 4 and summary["accuracy"] == right / 4 and summary["accuracy_exact"] == 0.5
-    assert summary["standard_error"] == math.sqrt(right / 4 * (1 - right / 4) / 4)
-    assert (summary["split"], summary["turns"], summary["records_left_out"]) == ("validation", "separate", 1)
-    assert summary["left_out_because"].startswith("1 x ") and "case folding" in summary["rule"]
-    assert (
-        whole.pop("wrong")
-        == [{"key": "other", "question": question, "truth": "something else", "answer": said}] * (right == 3)
-        and whole == summary
-    )
+    assert (summary["questions"], summary["score"], summary["figures"]["accuracy_exact"]) == (4, 25 * right, 0.5)
+    assert (summary["figures"]["split"], summary["figures"]["turns"]) == ("validation", "separate")
+    assert summary["left_out"]["questions"] == 1 and "case folding" in summary["protocol"]["rule"]
+    assert [line["id"] for line in lines if line["score"] == 0 and line["id"] != "louder"] == ["other/0"]
+    assert "qa-own: 1 rows are left out: 1 x record 3 image 0: the image cannot be read" in error
+    assert " of 4 references are longer than 4 tokens and cannot be matched: raise --max_tokens" in error
 
 
 @pytest.mark.parametrize(
@@ -71,15 +70,20 @@ def test_scores_wrong_answers_and_what_was_left_out(monkeypatch, capsys, trained
     [
         (["--benchmark=qa", "--split=tset"], 1, "has no split 'tset': it has test, validation"),
         (["--benchmark=qa", "--split=test"], 1, "it holds no records; choose another --split"),
-        (["--benchmark=qa", "--split=validation"], 1, "can be asked: 1 x images[0]: the image cannot be read"),
+        (
+            ["--benchmark=qa", "--split=validation"],
+            1,
+            "qa: none of 1 questions can be asked: 1 x record 0 image 0: the image cannot be read",
+        ),
         (["--benchmark=qa", "--max_tokens=0"], 2, "max_tokens"),
         (["--benchmark=easy-vqa", "--split=test"], 2, "--split is for --benchmark=qa"),
-        (["--benchmark=gqa"], 2, "gqa"),
+        (["--benchmark=aqa"], 1, "there is no benchmark 'aqa' (did you mean qa?)"),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(flags, status, words, monkeypatch, capsys, trained, tmp_path):
     run, image, _ = trained
     write_shards(tmp_path, "test", [])
     write_shards(tmp_path, "validation", [record("cut", image[:50], ("what?", "it"))])
-    found, out, error = fastvlm(monkeypatch, capsys, "evaluate", f"--model={run}", f"--data={tmp_path}", *flags)
+    given = [f"--model={run}", f"--data={tmp_path}", f"--output={tmp_path / 'scores'}", *flags]
+    found, out, error = fastvlm(monkeypatch, capsys, "evaluate", *given)
     assert found == status and not out and words in error and error.count("\n") == 1, (found, error)

@@ -1,0 +1,213 @@
+"""Scores a model on several benchmarks, and writes the files of each into one folder.
+
+FOLDER/docvqa-paper.json                 the summary, written last
+FOLDER/docvqa-paper.predictions.jsonl    a line for each question
+FOLDER/docvqa-paper.submission.json      for the benchmark's server, where there is one
+FOLDER/docvqa-paper.judge.jsonl          what to ask a judge, where one is needed
+FOLDER/docvqa-paper.journal-0.jsonl      the answers of process 0, from which a stopped evaluation goes on
+FOLDER/docvqa-paper.speed.json           how long this start took; the other files do not depend on it
+"""
+
+import difflib
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from fastvlm_jax import distributed, files
+from fastvlm_jax.evaluate import fingerprint, progress_bar, results
+from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Row
+from fastvlm_jax.evaluate.benchmarks import FAMILIES
+from fastvlm_jax.evaluate.journal import Journal
+from fastvlm_jax.evaluate.run import Progress, Scored, score
+from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.processor import Processor
+
+SPEED = ("seconds", "questions_per_second")  # keys of a summary that differ from start to start
+
+
+class Entry(NamedTuple):
+    """Holds a benchmark to score, how, and the rows to ask."""
+
+    benchmark: Benchmark
+    protocol: Protocol
+    rows: list[Row]
+
+    @property
+    def name(self) -> str:
+        return f"{self.benchmark.name}-{self.protocol.name}"
+
+
+def choose(
+    names: Sequence[str],
+    data: os.PathLike | str,
+    benchmarks: Mapping[str, Benchmark],
+    *,
+    protocol: str | None = None,
+    limit: int | None = None,
+    samples: Sequence[str] = (),
+    told: Callable[[str], None],
+) -> list[Entry]:
+    """Reads the rows of benchmarks.
+
+    Args:
+      names: names of benchmarks, or "all" alone: those whose files lie under `data`.
+      data: folder with a folder for each benchmark, as DATA/docvqa; a family may share that of its first. The files of
+        a single benchmark may lie in it directly.
+      benchmarks: the known benchmarks, by name.
+      protocol: name of the protocol; by default each benchmark's first.
+      limit: number of rows to ask of each, from the first; None asks all.
+      samples: ids of the rows to ask; () asks all.
+      told: function that is called with a line about a benchmark that "all" leaves out.
+
+    Raises:
+      ValueError, FileNotFoundError: a benchmark, protocol, id or file is not there or not as published.
+    """
+    root = epath.Path(data).expanduser()
+    if list(names) != ["all"]:
+        for name in names:
+            if name not in benchmarks:
+                near = difflib.get_close_matches(name, ["all", *benchmarks], n=1)
+                meant = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"there is no benchmark {name!r}{meant}; fastvlm evaluate --list names them")
+        chosen = [(benchmarks[name], benchmarks[name].protocol(protocol)) for name in dict.fromkeys(names)]
+        single = len(chosen) == 1
+        read = [(*pair, pair[0].read(folder_of(pair[0], root, single))) for pair in chosen]
+    else:
+        read = _all(benchmarks, root, protocol, told)
+    return [Entry(own, how, select(rows, own.name, limit, samples)) for own, how, rows in read]
+
+
+def _all(
+    benchmarks: Mapping[str, Benchmark], root: epath.Path, protocol: str | None, told: Callable[[str], None]
+) -> list[tuple[Benchmark, Protocol, list[Row]]]:
+    """Reads the benchmarks whose files lie under a folder."""
+    found = []
+    for benchmark in benchmarks.values():
+        own = root / benchmark.name
+        if not own.is_dir() and not folder_of(benchmark, root, False).is_dir():
+            continue
+        try:
+            how = benchmark.protocol(protocol)
+            found.append((benchmark, how, benchmark.read(folder_of(benchmark, root, False))))
+        except FileNotFoundError as error:
+            if own.is_dir():
+                raise
+            told(f"{benchmark.name} is left out: {error}")  # the folder of its family holds other members
+        except ValueError as error:
+            if protocol is None or protocol in {other.name for other in benchmark.protocols}:
+                raise
+            told(f"{benchmark.name} is left out: {error}")
+    if not found:
+        names = ", ".join(benchmarks)
+        raise FileNotFoundError(f"{root} holds no folder of a benchmark: expected is one or more of {names}")
+    return found
+
+
+def folder_of(benchmark: Benchmark, root: epath.Path, single: bool) -> epath.Path:
+    """Returns the folder of a benchmark's files: ROOT/NAME, that of its family's first, or for a single one ROOT."""
+    family = next((own.BENCHMARKS for own in FAMILIES if benchmark.name in [b.name for b in own.BENCHMARKS]), ())
+    for name in (benchmark.name, *(other.name for other in family[:1])):
+        if (root / name).is_dir():
+            return root / name
+    return root if single else root / benchmark.name
+
+
+def select(rows: Sequence[Row], name: str, limit: int | None, samples: Sequence[str]) -> list[Row]:
+    """Returns the rows of these ids, in their published order, up to `limit`.
+
+    Raises:
+      ValueError: the benchmark `name` has no row of an id.
+    """
+    if samples:
+        ids = {row.id for row in rows}
+        if missing := [sample for sample in samples if sample not in ids]:
+            shown = f"{missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            raise ValueError(f"--samples: {name} has no row {shown}; its first ids are {', '.join(sorted(ids)[:3])}")
+        wanted = set(samples)
+        rows = [row for row in rows if row.id in wanted]
+    return list(rows[:limit])
+
+
+def evaluate(
+    entries: Sequence[Entry],
+    model: FastVLM,
+    variables: Any,
+    processor: Processor,
+    folder: os.PathLike | str,
+    *,
+    source: Mapping[str, Any],
+    max_tokens: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    batch_size: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    told: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Scores a model on benchmarks, one after the other, and returns their summaries; process 0 writes the files.
+
+    Args:
+      folder: folder of the files; answers that its journals hold are not asked again.
+      source: JSON values that say where the model comes from.
+      max_tokens, mesh, batch_size: see run.score.
+      stopped: function that all processes call between batches, and that says whether to stop.
+      told: function that is called with lines about what happens, in process 0.
+
+    Raises:
+      Interrupted: `stopped` said so; the journals are whole.
+    """
+    folder, first = pathlib.Path(folder), jax.process_index() == 0
+    told = told if first else lambda line: None
+    key = fingerprint.of_model(model, variables, processor, mesh)
+    summaries = []
+    for entry in entries:
+        journal = Journal(folder, entry.benchmark, entry.protocol, key)
+        with progress_bar.shown(entry.name) as show:
+
+            def look(state: Progress, entry=entry, show=show) -> None:
+                if first:
+                    show(state)
+                if stopped() and state.done < state.total:
+                    raise distributed.Interrupted(
+                        f"stopped at {state.done:,} of {state.total:,} questions of {entry.name}, whose answers are in "
+                        f"{folder}; the same command goes on from there"
+                    )
+
+            try:
+                scored = score(
+                    model, variables, processor, entry.benchmark, entry.protocol, entry.rows, max_tokens=max_tokens,
+                    mesh=mesh, batch_size=batch_size, journal=journal, progress=look,
+                    told=lambda line, name=entry.name: told(f"{name}: {line}"),
+                )  # fmt: skip
+            except ValueError as error:
+                raise ValueError(f"{entry.benchmark.name}: {error}") from error
+            finally:
+                journal.close()
+        summaries.append(write(folder, entry, scored, max_tokens, {**source, "fingerprint": key}, first))
+    return summaries
+
+
+def write(
+    folder: pathlib.Path, entry: Entry, scored: Scored, max_tokens: int | None, source: Mapping[str, Any], first: bool
+) -> dict[str, Any]:
+    """Returns the summary of a benchmark; process 0 writes its files, none of which depends on the number of starts."""
+    benchmark, protocol, _ = entry
+    summary = results.summarise(
+        benchmark, protocol, scored.results, max_tokens=max_tokens, left_out=scored.left_out, seconds=scored.seconds,
+        answered=scored.asked, lineage=source,
+    )  # fmt: skip
+    if first:
+        results.write_lines(
+            folder / f"{entry.name}.predictions.jsonl", results.predictions(benchmark, protocol, scored.results)
+        )
+        if benchmark.submission and any(result.row.references is None for result in scored.results):
+            files.write_json(folder / f"{entry.name}.submission.json", benchmark.submission(scored.results))
+        if protocol.judge:
+            results.write_lines(folder / f"{entry.name}.judge.jsonl", protocol.judge(scored.results))
+        speed = {"questions_answered": scored.asked, **{name: summary[name] for name in SPEED}}
+        files.write_json(folder / f"{entry.name}.speed.json", speed)
+        kept = {name: value for name, value in summary.items() if name not in SPEED}
+        files.write_json(folder / f"{entry.name}.json", kept)
+    return summary

@@ -27,7 +27,7 @@ model_io
 metrics
 checkpoint
 workdir
-evaluate.validation evaluate.suite
+evaluate.validation evaluate.suite evaluate.contamination
 evaluate.benchmarks
 evaluate
 evaluate.scores

@@ -23,8 +23,9 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
             --model DIR --benchmark qa --data DIR [--split validation] [--turns conversation|separate]
   convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
   data      write --source PATH --output DIR [--images DIR]... [--follow_links] [--validation_share S]
-                  [--max_side N] [--verify]
+                  [--max_side N] [--exclude LIST] [--verify]
             inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--json FILE] [--verify]
+                    --data DIR --against DIR [--benchmark NAME] [--kinds KIND,...] [--output LIST]
             easy-vqa --output DIR
             tokenizer --data DIR [--vocab_size N]
   preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]

@@ -1,9 +1,12 @@
 """Runs `fastvlm data`: writes, inspects and fetches data sets."""
 
+import dataclasses
+import sys
+
 from absl import flags
 
 from fastvlm_jax.cli import help
-from fastvlm_jax.cli.arguments import define_config, parse
+from fastvlm_jax.cli.arguments import define_config, parse, to_json
 
 
 def data(argv: list[str]) -> None:
@@ -49,6 +52,9 @@ def write_data(argv: list[str]) -> None:
     flags.DEFINE_integer("shard_mb", 256, "size at which a shard ends, MB", lower_bound=1, flag_values=fv)
     flags.DEFINE_integer("workers", 0, "worker processes; 0 = one a core", lower_bound=0, flag_values=fv)
     define_tokenizer(fv)
+    flags.DEFINE_string(
+        "exclude", "", "list of records to leave out, as `data inspect --against` writes it", flag_values=fv
+    )
     flags.DEFINE_bool("verify", False, "decode every image in full", flag_values=fv)
     flags.DEFINE_bool("overwrite", False, "replace a split of another source or other settings", flag_values=fv)
     parse(fv, argv, required=("source", "output"))
@@ -58,7 +64,7 @@ def write_data(argv: list[str]) -> None:
     settings = write.Settings(
         split=fv.split, validation_share=fv.validation_share, max_side=fv.max_side, quality=fv.quality,
         verify=fv.verify, shard_bytes=fv.shard_mb << 20, tokenizer=fv.tokenizer, template=fv.template,
-        turns=fv.turns,
+        turns=fv.turns, exclude=fv.exclude,
     )  # fmt: skip
     questions = write.read_questions(fv.questions) if fv.questions else ()
     options = Options(tuple(fv.images), questions, fv.source_split or fv.split, fv.follow_links)
@@ -77,7 +83,10 @@ def inspect_data(argv: list[str]) -> None:
     define_config(fv, argv, "config of a run, FILE.py or FILE.py:ARG: its batches are measured too")
     flags.DEFINE_string("split", "train", "split to look at", flag_values=fv)
     flags.DEFINE_bool("verify", False, "compare the checksums of all shards", flag_values=fv)
-    flags.DEFINE_string("output", "", "HTML file with samples as the model sees them", flag_values=fv)
+    flags.DEFINE_string(
+        "output", "", "HTML file with samples as the model sees them; with --against the list of matches, JSON lines",
+        flag_values=fv,
+    )  # fmt: skip
     flags.DEFINE_integer("samples", 16, "number of samples in the HTML file", lower_bound=0, flag_values=fv)
     flags.DEFINE_string("json", "", "JSON file for all numbers", flag_values=fv)
     flags.DEFINE_string(
@@ -86,7 +95,19 @@ def inspect_data(argv: list[str]) -> None:
         "file that lists the records that the run cannot use; default: beside the HTML file",
         flag_values=fv,
     )
+    flags.DEFINE_string(
+        "against", None, "folder of a benchmark's files, of shards or of images, which are looked for in --data",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_string("benchmark", None, "with --against: benchmark whose published files these are", flag_values=fv)
+    flags.DEFINE_list(
+        "kinds", "file,pixels,near,question", "with --against: kinds of matches that are looked for", flag_values=fv
+    )
     parse(fv, argv)
+    if fv.against:
+        return inspect_against(fv)
+    if fv.benchmark:
+        raise flags.Error("--benchmark says whose files --against names: give both")
     if not fv.config and not fv.data:
         raise ValueError("--data is missing: name a folder of shards, or the --config of a run")
     from fastvlm_jax.data.inspect import Outputs, inspect, inspect_run
@@ -101,6 +122,38 @@ def inspect_data(argv: list[str]) -> None:
         print(inspect_run(build, fv.config.data.images_per_group, fv.verify, outputs))
     else:
         print(inspect(fv.data, fv.split, fv.verify, outputs))
+
+
+def inspect_against(fv: flags.FlagValues) -> None:
+    """Prints which images and questions of a benchmark a data set holds, and writes their list."""
+    for name in ("config", "verify", "list_unusable"):
+        if fv[name].value:
+            raise flags.Error(f"--{name} is not for --against, which looks at the shards that --data names")
+    if not fv.data:
+        raise ValueError("--data is missing: name the folder of shards to compare with --against")
+    from fastvlm_jax.data.sources import read_shards
+    from fastvlm_jax.evaluate import contamination
+
+    if unknown := [kind for kind in fv.kinds if kind not in contamination.KINDS]:
+        raise flags.Error(f"--kinds {unknown[0]}: the kinds are {', '.join(contamination.KINDS)}")
+    source = read_shards(fv.data, fv.split)
+    name, rows = contamination.open_rows(fv.against, fv.benchmark, fv.data, fv.split)
+    known = contamination.learn(name, rows, fv.kinds)
+    with tqdm_bar(len(source)) as bar:
+        report = contamination.compare(source, known, fv.kinds, fv.output, bar.update)
+    if fv.json:
+        to_json(dataclasses.asdict(report), fv.json)
+    print(contamination.describe(report, known, fv.data))
+    if fv.output:
+        print(f"list: {fv.output}; to leave these records out, write the data set again:")
+        print(f"  fastvlm data write --source {fv.data} --exclude {fv.output} --output DIR")
+
+
+def tqdm_bar(total: int):
+    """Returns a progress bar over so many records, on a terminal."""
+    import tqdm
+
+    return tqdm.tqdm(total=total, desc="compare", unit="record", disable=not sys.stderr.isatty())
 
 
 def easy_vqa_data(argv: list[str]) -> None:

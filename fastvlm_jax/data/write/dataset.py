@@ -27,6 +27,7 @@ from fastvlm_jax.data.readers.recognise import reader, recognise
 from fastvlm_jax.data.record import Record, pack
 from fastvlm_jax.data.sources import incomplete_shards, read_manifest
 from fastvlm_jax.data.write.duplicates import drop_duplicates
+from fastvlm_jax.data.write.excluded import read_excluded
 from fastvlm_jax.data.write.finalize import finalize, save_manifest
 from fastvlm_jax.data.write.held_out import RULE
 from fastvlm_jax.data.write.job import VALIDATION, Job, Settings, finished, read_result
@@ -90,7 +91,8 @@ def write(
 
     Raises:
       FileNotFoundError: the source does not exist.
-      ValueError: the format is unknown, the output is occupied, no record can be used, or a worker process failed.
+      ValueError: the format is unknown, the output is occupied, no record can be used, `settings.exclude`
+        is no list of records, or a worker process failed.
       OSError: the output cannot be written, for example because the disk is full.
     """
     options, settings = options or Options(), settings or Settings()
@@ -104,6 +106,8 @@ def write(
     sizes = _sizes(parts)
     described = {"format": format, "path": os.fspath(source)}
     described["fingerprint"] = _fingerprint(source, format, parts, sizes, options, settings)
+    if settings.exclude:
+        described["exclude"] = {"list": settings.exclude, "records": len(read_excluded(settings.exclude))}
     with _locked(output, settings.split) as folder:
         splits = [settings.split, *([VALIDATION] if settings.validation_share else [])]
         manifest = read_manifest(output)
@@ -190,6 +194,8 @@ def _check(settings: Settings) -> None:
         raise ValueError("--validation_share moves records to the split validation: give the rest another --split")
     if settings.max_side < 0 or not 1 <= settings.quality <= 100 or settings.shard_bytes < 1:
         raise ValueError("--max_side must be 0 or more, --quality 1 to 100, the size of a shard at least 1 byte")
+    if settings.exclude:
+        read_excluded(settings.exclude)
     _ = settings.counter  # an unreadable tokenizer is an error now, not later in every process
 
 
@@ -249,6 +255,9 @@ def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Opt
     files = [[part.path.removeprefix(start), part.start, part.stop, sizes[part.path]] for part in parts]
     if settings.validation_share:
         kept["held_out"] = RULE
+    del kept["exclude"]  # data sets written before there was this option keep their fingerprint
+    if settings.exclude:
+        kept["excluded"] = json_digest(read_excluded(settings.exclude))
     told = dataclasses.asdict(options)
     told["images"] = options.roots if len(options.roots) > 1 else "".join(options.roots)
     if not options.follow_links:  # data sets written before there was this option keep their fingerprint

@@ -11,6 +11,7 @@ from fastvlm_jax.data.index import FOLDER as INDEX
 from fastvlm_jax.data.rejected import FILE as REJECTED
 from fastvlm_jax.data.rejected import split_of
 from fastvlm_jax.data.sources import MANIFEST
+from fastvlm_jax.data.write.excluded import MARK
 from fastvlm_jax.data.write.job import Job
 from fastvlm_jax.files import json_digest, whole_file, write_json
 
@@ -21,7 +22,7 @@ def finalize(
     splits: Sequence[str],
     jobs: Sequence[Job],
     done: Sequence[dict[str, Any]],
-    source: dict[str, str],
+    source: dict[str, Any],
 ) -> None:
     """Adds the splits of finished jobs to the data set `output` and updates its manifest.
 
@@ -30,7 +31,7 @@ def finalize(
     Raises:
       ValueError: no job has a record.
     """
-    rejected, example = _merge_rejected(output, splits[0], jobs, done)
+    rejected, excluded, example = _merge_rejected(output, splits[0], jobs, done)
     if not any(result["shards"] for result in done):
         raise ValueError(
             f"no record of {source['path']} can be used: "
@@ -61,6 +62,8 @@ def finalize(
             },
             "source": source,
         }
+    if "exclude" in source:
+        manifest["splits"][splits[0]]["excluded"] = excluded
     save_manifest(output, manifest)
 
 
@@ -95,13 +98,13 @@ def _link(file: pathlib.Path, name: pathlib.Path) -> None:
             shutil.copyfileobj(source, copy)
 
 
-def _merge_rejected(output: pathlib.Path, split: str, jobs, done) -> tuple[int, str]:
+def _merge_rejected(output: pathlib.Path, split: str, jobs, done) -> tuple[int, int, str]:
     """Updates OUTPUT/rejected.jsonl: keeps the lines of other splits, and lists this split's in the source's order.
 
     Returns:
-      Number of rejected entries of this split, and the reason of the first.
+      Number of rejected entries of this split, how many of these --exclude left out, and the reason of the first.
     """
-    path, count, example = output / REJECTED, 0, ""
+    path, count, excluded, example = output / REJECTED, 0, 0, ""
     with whole_file(path, "w") as file:
         if path.is_file():
             with path.open() as old:
@@ -112,5 +115,6 @@ def _merge_rejected(output: pathlib.Path, split: str, jobs, done) -> tuple[int, 
             for _, name, key, reason in sorted(entries, key=lambda entry: entry[0]):
                 file.write(json.dumps({"split": split, "file": name, "key": key, "reason": reason}) + "\n")
                 example = example or reason
+                excluded += reason.startswith(MARK)
             count += len(entries)
-    return count, example
+    return count, excluded, example

@@ -17,6 +17,7 @@ from fastvlm_jax.data.index import Counter
 from fastvlm_jax.data.readers import Options, Part
 from fastvlm_jax.data.readers.recognise import reader
 from fastvlm_jax.data.record import Record, Rejected, check, pack
+from fastvlm_jax.data.write.excluded import read_excluded
 from fastvlm_jax.data.write.held_out import lead_of, limit_of, picture_hashes
 from fastvlm_jax.data.write.shard import Shard, hash_of, load_keys, load_pictures, save_keys, save_pictures
 from fastvlm_jax.files import sha256, whole_file, write_whole
@@ -42,6 +43,7 @@ class Settings:
       tokenizer: file or folder of the tokenizer that counts tokens for the index; "" if they are not counted.
       template: template of conversations, as `data.template` in configs.
       turns: how turns become samples, as `data.turns` in configs.
+      exclude: list of records that are left out, see excluded.py; "" if none are.
     """
 
     split: str = "train"
@@ -53,6 +55,7 @@ class Settings:
     tokenizer: str = ""
     template: str = "qwen_2"
     turns: str = "conversation"
+    exclude: str = ""
 
     @property
     def counter(self) -> Counter | None:
@@ -218,6 +221,8 @@ def _entries(job: Job, firsts: list[tuple[str, int]]) -> Iterator[tuple[int, Any
 
 def _prepare(record: Record, file: str, settings: Settings) -> Rejected | tuple[Record, bytes, list[tuple[int, int]]]:
     """Checks a record and shrinks its images; returns it with its packed bytes and its images' (width, height)."""
+    if settings.exclude and (reason := read_excluded(settings.exclude).get(record.key)):
+        return Rejected(file, record.key, reason)
     if reason := check(record):
         return Rejected(file, record.key, reason)
     images, sizes = [], []

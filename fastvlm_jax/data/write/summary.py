@@ -20,12 +20,16 @@ class Summary:
       reasons: (count, example) of the most frequent reasons; reasons that differ only in numbers and quoted names count
         as one.
       nothing_to_do: whether the splits were complete before.
+      exclude: {"list", "records"}: the list of records to leave out and the number that it names; {} without one.
+      excluded: number of records that were left out because of it; they count as rejected too.
     """
 
     splits: dict[str, dict[str, int]]
     rejected: int
     reasons: Reasons
     nothing_to_do: bool
+    exclude: dict[str, Any] = dataclasses.field(default_factory=dict)
+    excluded: int = 0
 
     def describe(self, output: str | os.PathLike) -> str:
         """Returns the text that the command prints."""
@@ -39,6 +43,11 @@ class Summary:
                 f"{empty} is empty: a picture (of records without one, a text) stands in one split only, and all "
                 "records hang together by theirs; training will run without validation"
             )
+        if self.exclude:
+            name, listed = self.exclude["list"], self.exclude["records"]
+            lines.append(f"left out by --exclude {name}: {self.excluded:,} records, of {listed:,} that it names")
+            if not self.excluded:
+                lines.append("  none of them is in the source: the list is of another data set, or of another split")
         if self.rejected:
             lines.append(f"rejected: {self.rejected:,} entries, all named in {pathlib.Path(output) / REJECTED}")
             lines += [f"{count:10,}  {reason}" for count, reason in self.reasons]
@@ -56,4 +65,6 @@ def summarise(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[s
         found[splits[0]]["rejected"],
         read_reasons(output, splits[0])[1],
         nothing_to_do,
+        found[splits[0]]["source"].get("exclude", {}),
+        found[splits[0]].get("excluded", 0),
     )

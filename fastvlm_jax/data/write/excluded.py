@@ -1,0 +1,47 @@
+"""Reads the list of records that a write leaves out, as `fastvlm data inspect --against` writes it."""
+
+import functools
+import pathlib
+
+from fastvlm_jax.data.readers import files
+
+MARK = "left out by --exclude"  # how the reason of such an entry begins in rejected.jsonl
+_MAX_LINE = 1 << 20  # bytes
+
+
+def read_excluded(path: str) -> dict[str, str]:
+    """Returns the key of each listed record -> why it is left out, by its first line in the list.
+
+    Args:
+      path: file of JSON lines; each holds an object with the "key" of a record, all else may be missing.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a line holds no such object; the message names it.
+    """
+    try:
+        state = pathlib.Path(path).expanduser().stat()
+        return _read(path, state.st_mtime_ns, state.st_size)
+    except OSError as error:
+        raise FileNotFoundError(f"--exclude {path} cannot be read: {error.strerror or error}") from error
+
+
+@functools.lru_cache(maxsize=2)  # every record is looked up
+def _read(path: str, *_version: int) -> dict[str, str]:
+    found: dict[str, str] = {}
+    with pathlib.Path(path).expanduser().open("rb") as lines:
+        for number, (_, line) in enumerate(files.lines(lines, _MAX_LINE), 1):
+            if line is not None and not line.strip():
+                continue
+            try:
+                entry = None if line is None else files.loads(line)
+            except ValueError as error:
+                raise ValueError(f"--exclude {path} line {number}: {error}") from error
+            if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+                raise ValueError(
+                    f'--exclude {path} line {number} is no object with the "key" of a record: the list is what '
+                    "`fastvlm data inspect --against` writes"
+                )
+            what = ", ".join(str(entry[name])[:100] for name in ("kind", "benchmark", "row") if entry.get(name))
+            found.setdefault(entry["key"], f"{MARK}: {what}" if what else MARK)
+    return found

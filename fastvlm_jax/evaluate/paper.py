@@ -158,6 +158,20 @@ PAPER = (
     _row("vicuna-7b", 512, "0.5+0.6", "4", _TABLE_1, "62.3 65.1 87.7 36.2 68.4", encoder="convnext_xxl"),
 )  # fmt: skip
 
+
+def most_trained(benchmark: str) -> list[PaperRow]:
+    """Returns FastVLM's rows of a benchmark at 1024 pixels: of each size of Qwen2 the one with the most data."""
+    found = {
+        row.llm: row
+        for row in PAPER  # which lists a model's rows by their data
+        if benchmark in row.figures
+        and (row.encoder, row.image_size, row.grids) == ("fastvithd", 1024, ())
+        and row.data != "card"
+        and row.llm != "vicuna-7b"
+    }
+    return list(found.values())
+
+
 # Arguments that tell the sizes of a kind apart; others, such as the form of an encoder, do not make another model.
 _ENCODER_KEYS = ("family", "layers", "embed_dims", "width", "num_layers", "patch_size", "mlp_dim")
 _LLM_KEYS = ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_dim")

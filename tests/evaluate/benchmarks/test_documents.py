@@ -318,7 +318,10 @@ INFO_LIST = "infovqa_qas/infographicsVQA_val_v1.0_withQT.json"
             "expected are data/test-*.parquet; or MME_Bench",
         ),
         (("chartqa", lambda folder: folder.rmdir()), "there is no folder"),
-        (without("infovqa", "answer_type"), "validation-00000-of-00001.parquet has no column answer_type: it is not a table of InfoVQA"),
+        (
+            without("infovqa", "answer_type"),
+            "validation-00000-of-00001.parquet has no column answer_type: it is not a table of InfoVQA",
+        ),
         (without("realworldqa", "image"), "has no column image"),
         (table("docvqa", questionId="337"), "the id '337' of row 1 stands twice"),
         (table("docvqa", questionId="x1"), "row 0: questionId is 'x1', not a number"),

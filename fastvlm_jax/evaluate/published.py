@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from fastvlm_jax.data.readers import files
-from fastvlm_jax.data.readers.conversations import shown
+from fastvlm_jax.data.readers.conversations import shown, text_of
 from fastvlm_jax.evaluate.benchmark import Picture, Row
 
 MAX_LINE = 64 << 20  # bytes of a line of JSON lines
@@ -106,7 +106,10 @@ def text(row: Mapping[str, Any], key: str, where: str) -> str:
     value = get(row, key, where)
     if not isinstance(value, str):
         raise ValueError(f"{where}: {key} is {shown(value)}, not a text")
-    return value
+    try:
+        return text_of(value, key)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def number(row: Mapping[str, Any], key: str, where: str) -> int:

@@ -10,7 +10,8 @@ from absl import flags
 from fastvlm_jax import xla_flags
 from fastvlm_jax.cli.arguments import define_processes, parse, processes
 
-OWN = ("split", "turns")  # flags of the benchmark qa
+OWN = ("split", "turns", "metric")  # flags of the benchmark qa
+METRICS = ("exact", "anls", "vqa", "relaxed", "f1", "choice")  # those of evaluate/benchmarks/qa.py
 
 
 def evaluate(argv: list[str]) -> None:
@@ -39,8 +40,11 @@ def define(fv: flags.FlagValues) -> None:
         flag_values=fv,
     )  # fmt: skip
     flags.DEFINE_string(
-        "data", None, "folder with the published files, or with a folder of them for each benchmark", flag_values=fv
-    )
+        "data", None,
+        "folder with the published files, or with a folder of them for each benchmark; qa: folder of shards, or a list "
+        "of questions, .jsonl or .json",
+        flag_values=fv,
+    )  # fmt: skip
     flags.DEFINE_string(
         "protocol", None, "how it is asked and scored: paper, llava or lmms-eval; default: each benchmark's first",
         flag_values=fv,
@@ -73,6 +77,10 @@ def define(fv: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "turns", None, ["conversation", "separate"],
         "qa: ask with the earlier turns of a record, or each question alone; default: conversation", flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "metric", None, METRICS, "qa: how answers are scored; default: exact, or choice for questions with choices",
+        flag_values=fv,
     )  # fmt: skip
     define_processes(fv)
 

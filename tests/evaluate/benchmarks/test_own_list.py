@@ -6,6 +6,7 @@ import pytest
 from etils import epath
 from published_files import png, save
 
+from fastvlm_jax.cli import evaluate as cli
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.evaluate.benchmark import Result
@@ -86,6 +87,10 @@ def test_choices_are_named_by_their_text_or_their_letter(answer, letter, tmp_pat
     right = [qa.score(answer, row).score for row in read(write(tmp_path, rows))]
     assert qa.score(answer, read(write(tmp_path, rows))[0]).parsed == letter
     assert right == [float(letter == other) for other in "ABC"]
+
+
+def test_the_command_names_the_metrics():
+    assert tuple(qa.METRICS) == cli.METRICS
 
 
 def test_figures_tell_the_score_of_each_metric(tmp_path):

@@ -25,5 +25,5 @@ def get_config(size: str = "tiny"):
         fit_rows(c, samples=16, images=2, text=256)
         c.epochs, c.groups = 3.0, ((".*", 1e-5, 0.0),)
     c.log_every, c.checkpoint_every, c.eval_every = 10, 200, 200
-    c.eval_questions = 50
+    c.evaluate = (("qa", "", 50),)
     return c

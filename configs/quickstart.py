@@ -21,7 +21,7 @@ def get_config(stage: str = "stage1_align"):
     c.data.path, c.data.tokenizer, c.data.cache_images = "data/easy_vqa/captions", "data/easy_vqa", True
     c.data.groups, c.data.images_per_group, c.data.rows_per_group = 2, 8, 1
     c.log_every, c.checkpoint_every, c.eval_every = 25, 500, 500
-    c.eval_batches, c.eval_questions = 12, 300
+    c.eval_batches, c.evaluate = 12, (("qa", "", 300),)
     if stage == "stage1_align":
         c.model.vision.form, c.model.vision.batch_norm = "branched", "train"
         c.data.template, c.data.image_size, c.data.row_length = "plain", 128, 80

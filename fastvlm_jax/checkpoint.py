@@ -6,6 +6,7 @@ WORKDIR/checkpoints/STEP/        "model": parameters and batch statistics; "trai
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from fastvlm_jax.workdir import FORMAT
 
 # Arrays of at least this size are written by all replicas, each a part; every new shape of a part costs a compilation.
 SHARED_WRITE_BYTES = 2**20
+FOLDER = "checkpoints"  # in a workdir
 
 
 def find_latest(checkpointer: ocp.training.Checkpointer) -> int | None:
@@ -45,14 +47,39 @@ def _latest(checkpointer: ocp.training.Checkpointer) -> int | None:
     return None if checkpointer.latest is None else checkpointer.latest.step
 
 
-def open_checkpointer(workdir: pathlib.Path, keep: int) -> ocp.training.Checkpointer:
-    """Opens an asynchronous checkpointer that keeps the latest `keep` checkpoints; removes what killed saves left."""
+@dataclasses.dataclass(frozen=True)
+class LatestAndBest:
+    """Decides which checkpoints stay when another is written.
+
+    Attributes:
+      latest: number of latest checkpoints.
+      best: returns the step of one more; None for none.
+    """
+
+    latest: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each checkpoint, from the oldest, whether it stays; it is the method that Orbax calls."""
+        best, first = self.best(), len(checkpoints) - self.latest
+        return [i >= first or checkpoint.step == best for i, checkpoint in enumerate(checkpoints)]
+
+
+def open_checkpointer(
+    workdir: pathlib.Path, keep: int, best: Callable[[], int | None] = lambda: None
+) -> ocp.training.Checkpointer:
+    """Opens an asynchronous checkpointer of a run; removes what killed saves left.
+
+    Args:
+      keep: number of latest checkpoints that it keeps.
+      best: returns the step of one more that it keeps; it is asked whenever a checkpoint is written.
+    """
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = SHARED_WRITE_BYTES
     return ocp.training.Checkpointer(
-        (workdir / "checkpoints").absolute(),
+        (workdir / FOLDER).absolute(),
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        preservation_policy=LatestAndBest(keep, best),
         cleanup_tmp_directories=True,
         context=context,
     )
@@ -117,10 +144,14 @@ def find(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | None:
         if not path.is_dir() or not ocp.is_orbax_checkpoint(path):
             raise ValueError(f"{path} is not a finished checkpoint of {workdir}")
         return workdir, path
-    steps = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit() and ocp.is_orbax_checkpoint(p)]
-    if not steps:
+    if not (steps := finished(workdir)):
         raise ValueError(f"{workdir} has no finished checkpoint yet; train it first")
-    return workdir, max(steps, key=lambda p: int(p.name))
+    return workdir, workdir / FOLDER / str(max(steps))
+
+
+def finished(workdir: pathlib.Path) -> list[int]:
+    """Returns the steps of the finished checkpoints of a workdir."""
+    return [int(p.name) for p in (workdir / FOLDER).glob("*") if p.name.isdigit() and ocp.is_orbax_checkpoint(p)]
 
 
 def load_variables(checkpoint: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,12 @@ import ml_collections
 
 from fastvlm_jax.models.sizes import LLM_SIZES, QWEN2, VISION_SIZES
 
+# Keys of earlier versions -> what takes their place.
+REPLACED = {
+    "eval_questions": 'evaluate=(("qa", "", N),) asks N questions of the held-out split',
+    "eval_max_tokens": "each benchmark of `evaluate` has a limit of its own",
+}
+
 
 def get_base(size: str) -> ml_collections.ConfigDict:
     """Returns the config of a model size, which a stage file overrides; see `sizes_of` for sizes and errors."""
@@ -155,10 +161,15 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.log_every = 10  # steps between logged metrics
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
     c.keep_checkpoints = 2  # number of latest checkpoints that are kept
-    c.eval_every = 1000  # steps between validations; the last step is always validated
+    c.eval_every = 1000  # steps between evaluations: of the validation loss and of `evaluate`; the last step has one
     c.eval_batches = 16  # batches of the validation loss; 0 = no validation loss
-    c.eval_questions = 0  # validation questions answered by greedy decoding and scored by exact match; 0 = none
-    c.eval_max_tokens = 16  # longest answer to a validation question, tokens
+    # Benchmarks to answer and score, as (("docvqa", "data/docvqa", 500), ...): name, folder of its files, and number of
+    # questions, 0 = all. ("qa", "", 50) asks about the held-out split, ("qa", DIR, 50) about another data set.
+    c.evaluate = ()
+    # Score whose best checkpoint is kept beside the latest: "validation/loss" (the lowest) or, of a benchmark above,
+    # "evaluate/docvqa" (the highest); "" = none.
+    c.keep_best = ""
+    c.stop_after = 0  # evaluations in a row without a better keep_best after which the run ends; 0 = never
 
 
 def fit_rows(config: ml_collections.ConfigDict, samples: int, images: int, text: int) -> None:
@@ -178,7 +189,10 @@ def fit_rows(config: ml_collections.ConfigDict, samples: int, images: int, text:
 
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError, naming the key, for values out of range and settings that contradict each other."""
-    for key in ("log_every", "checkpoint_every", "eval_every", "eval_max_tokens", "keep_checkpoints"):
+    for key in REPLACED:
+        if key in config:
+            raise ValueError(f"there is no key {key!r} any more: {REPLACED[key]}")
+    for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")
     for key in ("param_dtype", "moment_dtype"):
@@ -202,6 +216,30 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"data.resolutions={data.resolutions} names a side twice")
     _pairs(data, "aspects", "positive widths and heights, as ((1, 1), (4, 3))", whole=0)
     _pairs(data, "grids", "rows and columns of tiles, as ((2, 2),)", whole=2)
+    _check_evaluation(config)
+
+
+def _check_evaluation(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError unless `evaluate` has its form, and keep_best and stop_after follow what is evaluated."""
+    names = []
+    for entry in config.evaluate:
+        fine = isinstance(entry, list | tuple) and list(map(type, entry)) == [str, str, int] and entry[2] >= 0
+        if not fine:
+            raise ValueError(
+                f"evaluate={config.evaluate!r} must hold a name, a folder and a number of questions each, as in "
+                '(("docvqa", "data/docvqa", 500),), with 0 for all questions'
+            )
+        names.append(entry[0])
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"evaluate names {twice[0]} twice: its scores would have the same name")
+    scores = [f"evaluate/{name}" for name in names] + ["validation/loss"] * (config.eval_batches > 0)
+    if config.keep_best and config.keep_best not in scores:
+        known = f"choose {' or '.join(scores)}" if scores else "set `evaluate` or eval_batches too"
+        raise ValueError(f"keep_best={config.keep_best!r} is not evaluated in this run: {known}")
+    if config.stop_after < 0:
+        raise ValueError(f"stop_after={config.stop_after} must be at least 0")
+    if config.stop_after and not config.keep_best:
+        raise ValueError(f"stop_after={config.stop_after} needs a score to follow: set keep_best, as in evaluate/qa")
 
 
 def _pairs(data: ml_collections.ConfigDict, key: str, what: str, whole: int) -> list[tuple]:

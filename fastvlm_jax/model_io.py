@@ -17,6 +17,7 @@ from fastvlm_jax.convert.layouts.native import without_remat
 from fastvlm_jax.convert.mapping import COUNTERS, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
+from fastvlm_jax.metrics import best
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor, load_processor
@@ -49,8 +50,9 @@ def read(source: str | os.PathLike) -> Loaded:
     """Reads a model from one place, or its parts from several.
 
     Args:
-      source: a training workdir, one checkpoint in it, a model directory of any layout, or a GGUF file; or parts, as
-        "vision=DIR,llm=DIR[,projector=DIR]", where each DIR may hold a whole model, of which only that part is used.
+      source: a training workdir (its latest checkpoint; WORKDIR@best is its best one), one checkpoint in it, a model
+        directory of any layout, or a GGUF file; or parts, as "vision=DIR,llm=DIR[,projector=DIR]", where each DIR may
+        hold a whole model, of which only that part is used.
 
     Raises:
       FileNotFoundError: a path or a file in it does not exist; the message names it.
@@ -58,7 +60,7 @@ def read(source: str | os.PathLike) -> Loaded:
         says what to do.
     """
     if not re.match(rf"({'|'.join(PARTS)})=", str(source)):
-        return _read_one(pathlib.Path(source).expanduser())
+        return _read_one(source)
     paths = {}
     for item in str(source).split(","):
         part, equals, path = item.partition("=")
@@ -66,7 +68,7 @@ def read(source: str | os.PathLike) -> Loaded:
             raise ValueError(f"{source}: {item!r} is not a part; write vision=DIR,llm=DIR[,projector=DIR]")
         paths[part] = path
     read_one = functools.cache(_read_one)
-    loaded = {part: read_one(pathlib.Path(path).expanduser()) for part, path in paths.items()}
+    loaded = {part: read_one(path) for part, path in paths.items()}
     config, variables = {"dtype": "float32"}, {}
     for part, model in loaded.items():
         if part not in model.variables["params"]:
@@ -99,7 +101,10 @@ def _joined_processor(loaded: dict[str, Loaded], config: dict[str, Any]) -> Proc
     return dataclasses.replace(processor, image_size=size, tokens_per_image=tokens, image_mean=mean, image_std=std)
 
 
-def _read_one(path: pathlib.Path) -> Loaded:
+def _read_one(source: str | os.PathLike) -> Loaded:
+    path = pathlib.Path(source).expanduser()
+    if path.name.endswith(best.MARK) and not path.exists():
+        path = best.find_best(path.with_name(path.name.removesuffix(best.MARK)))
     if not path.exists():
         raise FileNotFoundError(f"there is no model at {path}; give a training workdir or a model directory")
     found = checkpoint.find(path) if path.is_dir() else None

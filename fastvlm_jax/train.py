@@ -14,10 +14,12 @@ from fastvlm_jax.data.load.from_config import make_loader, open_sources
 from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.sources import contents_of, fingerprint
 from fastvlm_jax.distributed import Interrupted, StopRequest
-from fastvlm_jax.evaluate.validation import Validate, make_validation
+from fastvlm_jax.evaluate.validation import Evaluate, make_evaluation
 from fastvlm_jax.metrics import opening, profiling, tracking
+from fastvlm_jax.metrics.best import BestScore
+from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.metrics.step_log import StepLog, StepRecord
-from fastvlm_jax.metrics.writer import MetricsWriter, read_metrics
+from fastvlm_jax.metrics.writer import MetricsWriter
 from fastvlm_jax.stage import make_mesh, make_step, open_stage
 from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.workdir import check_processes, claim, make_lineage
@@ -31,7 +33,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
       profile: steps to trace, "FIRST:LAST"; see metrics/profiling.py.
 
     Returns:
-      The final state, which is also the last checkpoint of the workdir.
+      The final state, which is also the last checkpoint of the workdir: of the last step or, with `stop_after`, of the
+      evaluation that ended the run.
 
     Raises:
       ValueError, FileNotFoundError: settings, data, parent or workdir do not fit; nothing was written.
@@ -53,10 +56,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         steps = config.steps or math.ceil(config.epochs * loader.batches_per_epoch)
         step = make_step(config, stage.model, mesh, steps=steps, num_sources=len(sources))
         traced = profiling.parse_steps(profile, steps)
-        validate = make_validation(config, stage.model, stage.processor, batches)
+        evaluate = make_evaluation(config, stage.model, stage.processor, batches)
         lineage = make_lineage(settings, stage.parent_lineage, fingerprint(sources), contents_of(sources))
         claim(workdir, settings, lineage, stage.processor)
-        checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints)
+        best = BestScore(config.keep_best, config.stop_after)
+        checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints, lambda: best.step)
         name, latest = config.stage or workdir.name, checkpoint.find_latest(checkpointer)
         opening.tell_data(name, config, sum(map(len, sources)), loader.batches_per_epoch, steps)
         if latest is None:
@@ -68,6 +72,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
             loader.close()
             loader = open_loader(start=position)
         start = int(state.step)
+        best.resume(workdir, start, [found.step for found in checkpointer.checkpoints])
         writer = MetricsWriter(workdir, name, start, steps, tracking.open_run(config.wandb, workdir, name, settings))
         trace = profiling.Trace(traced, workdir / "profile", start, steps)
         learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
@@ -75,11 +80,14 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         save = partial(checkpoint.save, checkpointer, lineage=lineage)
         step_fn = opening.telling_compilation(name, step.fn)
         try:
-            missed = validate is not None and is_validated(config, start, steps) and not has_validation(workdir, start)
-            return run(
+            missed = evaluate is not None and is_evaluated(config, start, steps) and not has_evaluation(workdir, start)
+            state = run(
                 config, state, step_fn, loader, steps,
-                log=log, trace=trace, validate=validate, missed=missed, save=save,
+                log=log, trace=trace, evaluate=evaluate, missed=missed, best=best, save=save,
             )  # fmt: skip
+            if int(state.step) < steps:
+                opening.tell(name, f"ended at step {int(state.step)} of {steps}: {best.describe()}")
+            return state
         except FloatingPointError as error:
             latest = checkpointer.latest and checkpointer.latest.step
             raise FloatingPointError(f"{error}; the last checkpoint is of step {latest}") from error
@@ -99,23 +107,29 @@ def run(
     *,
     log: StepLog,
     trace: profiling.Trace,
-    validate: Validate | None,
+    evaluate: Evaluate | None,
     missed: bool,
+    best: BestScore,
     save: Callable[[TrainState, int], None],
 ) -> TrainState:
-    """Runs the training loop: the steps, and logs, checkpoints and validations at their intervals.
+    """Runs the training loop: the steps, and logs, checkpoints and evaluations at their intervals.
 
     Args:
-      missed: whether the validation of the state's own step is still to be done.
+      missed: whether the evaluation of the state's own step is still to be done.
+
+    Returns:
+      The state behind the last step, or behind the evaluation at which `best` ends the run.
 
     Raises:
       FloatingPointError, Interrupted: see `train`.
     """
 
-    def validated(step: int) -> bool:
-        """Validates, and returns whether nobody asked to stop meanwhile."""
-        if (scalars := validate(state, stop.reached)) is not None:
-            log.write_validation(step, scalars)
+    def evaluated(step: int) -> bool:
+        """Evaluates, keeps the best state, and returns whether nobody asked to stop meanwhile."""
+        if (scalars := evaluate(state, stop.reached)) is not None:
+            log.write_evaluation(step, scalars)
+            if best.add(step, scalars) or best.ends:
+                save(state, loader.position)
         loader.flow()
         return scalars is not None
 
@@ -124,9 +138,11 @@ def run(
 
     first = int(state.step)
     with StopRequest() as stop:
-        if missed and not validated(first):
+        if missed and not evaluated(first):
             raise interrupted(first)
         for step in range(first + 1, steps + 1):
+            if best.ends:
+                break
             with trace.begin(step, state):
                 state, outputs = step_fn(state, next(loader))
             trace.end(step, state)
@@ -135,12 +151,12 @@ def run(
                     raise FloatingPointError(f"the loss at step {step} is {loss}: lower the rates in groups")
                 log.write(StepRecord(step, outputs, loader.flow(), loader.substituted))
             stopping = stop.reached()
-            # Save before the validation, which may fail or take longer than a preempted machine has.
+            # Save before the evaluation, which may fail or take longer than a preempted machine has.
             if step % config.checkpoint_every == 0 or step == steps or stopping:
                 save(state, loader.position)
-            due = validate is not None and is_validated(config, step, steps)
+            due = evaluate is not None and is_evaluated(config, step, steps)
             if due and not stopping:
-                due = stopping = not validated(step)
+                due = stopping = not evaluated(step)
                 if stopping:
                     save(state, loader.position)
             if stopping and (step < steps or due):
@@ -148,13 +164,13 @@ def run(
     return state
 
 
-def is_validated(config: ml_collections.ConfigDict, step: int, steps: int) -> bool:
-    """Returns whether a run validates after this step."""
+def is_evaluated(config: ml_collections.ConfigDict, step: int, steps: int) -> bool:
+    """Returns whether a run evaluates after this step."""
     return step > 0 and (step % config.eval_every == 0 or step == steps)
 
 
-def has_validation(workdir: pathlib.Path, step: int) -> bool:
-    """Returns whether the metrics of a run hold a validation of this step, the same in all processes."""
+def has_evaluation(workdir: pathlib.Path, step: int) -> bool:
+    """Returns whether the metrics of a run hold an evaluation of this step, the same in all processes."""
     rows = [row for row in read_metrics(workdir) if row["step"] == step]
-    found = any(key.startswith("validation/") for row in rows for key in row)
-    return distributed.exchange("validation of the first step", found)[0]
+    found = any(key.startswith(("validation/", "evaluate/")) for row in rows for key in row)
+    return distributed.exchange("evaluation of the first step", found)[0]

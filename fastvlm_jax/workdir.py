@@ -16,16 +16,18 @@ import jax
 import jaxlib
 
 from fastvlm_jax import distributed
-from fastvlm_jax.config import differences
+from fastvlm_jax.config import REPLACED, differences
 from fastvlm_jax.files import read_object, write_json
 from fastvlm_jax.processor import Processor
 
 FORMAT = "fastvlm_jax workdir"
+# Keys that say what is evaluated and which checkpoint is the best; a run that goes on under others records them anew.
+EVALUATION_KEYS = ("eval_every", "eval_batches", "evaluate", "keep_best", "stop_after")
 # Keys that may change when a run resumes, because they do not change its results. The exception is accumulate: it does
 # if BatchNorm is in training mode or drop_path is above 0.
 FREE_KEYS = (
-    "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches", "eval_questions",
-    "eval_max_tokens", "wandb", "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat",
+    *EVALUATION_KEYS, *REPLACED, "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "wandb", "accumulate",
+    "shard_frozen", "model.vision.remat", "model.llm.remat",
     "data.num_threads", "data.prefetch", "data.cache_images", "data.path", "data.root",
 )  # fmt: skip
 # Keys of `data` that may differ between the processes of a run: where each finds the data, and how it reads them.
@@ -85,6 +87,9 @@ def _claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any
             raise ValueError(f"{workdir} is in use by a run with other settings: {settings}; {go_on}")
         if changed := _changed_data(found["lineage"], lineage, config):
             raise ValueError(f"{changed} since the run of {workdir} began: write the data as it was, or {go_on}")
+        changed = {key: config[key] for key in EVALUATION_KEYS if key in config}
+        if not changed.items() <= found["config"].items():
+            write_json(path, {**found, "config": found["config"] | changed})
         return
     if workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"{workdir} is not empty and not a training workdir; choose another --workdir")

@@ -43,7 +43,7 @@ echo "== data"
 fastvlm data easy-vqa --output data/easy_vqa
 
 parent='' short=()
-[ "$steps" = 0 ] || short=(--config.steps="$steps" --config.eval_batches=0 --config.eval_questions=0)
+[ "$steps" = 0 ] || short=(--config.steps="$steps" --config.eval_batches=0 '--config.evaluate=()')
 for stage in stage1_align stage15_pretrain stage2_instruct; do
   echo "== train $stage"
   fastvlm train --config "configs/quickstart.py:$stage" --workdir "$output/$stage" \

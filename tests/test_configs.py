@@ -112,3 +112,38 @@ def test_a_setting_of_the_data_that_means_nothing_is_named(key, value, message):
     config.data[key] = value
     with pytest.raises(ValueError, match=message):
         config_lib.validate(config)
+
+
+QA = (("qa", "", 50),)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(evaluate=("qa", "", 50)),
+         r"evaluate=\('qa', '', 50\) must hold a name, a folder and .* \(\(.docvqa., .data/docvqa., 500\),\)"),
+        (dict(evaluate=(("qa", "", None),)), "evaluate=.* with 0 for all questions"),
+        (dict(evaluate=(("qa", "", -1),)), "evaluate=.* with 0 for all questions"),
+        (dict(evaluate=(*QA, ("qa", "data/mine", 9))), "evaluate names qa twice"),
+        (dict(keep_best="evaluate/docvqa", evaluate=QA),
+         "keep_best='evaluate/docvqa' is not evaluated in this run: choose evaluate/qa or validation/loss"),
+        (dict(keep_best="validation/loss", eval_batches=0), "keep_best=.* set `evaluate` or eval_batches too"),
+        (dict(stop_after=2), "stop_after=2 needs a score to follow: set keep_best"),
+        (dict(stop_after=-1), "stop_after=-1 must be at least 0"),
+        (dict(eval_questions=9), r"there is no key 'eval_questions' any more: evaluate=\(\(.qa., .., N\),\) asks"),
+        (dict(eval_max_tokens=9), "there is no key 'eval_max_tokens' any more"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_evaluation_that_means_nothing_is_named(changes, message):
+    config = config_lib.get_base("tiny")
+    for key, value in changes.items():
+        config[key] = value
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config_lib.validate(config)
+
+
+def test_a_benchmark_and_the_best_checkpoint_by_it_are_fine():
+    config = config_lib.get_base("tiny")
+    config.evaluate, config.keep_best, config.stop_after = (*QA, ["docvqa", "data/docvqa", 0]), "evaluate/docvqa", 3
+    config_lib.validate(config)

@@ -87,14 +87,17 @@ def test_run_stopped_by_sigterm_goes_on_bit_for_bit(easy_vqa, straight, tmp_path
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 9))
 
 
+KEPT = dict(steps=8, checkpoint_every=2, keep_checkpoints=1, eval_every=3, eval_batches=1, keep_best="validation/loss")
+
+
 def test_killed_process_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
-    """SIGKILL in the middle of the run; a fresh process resumes from the last finished checkpoint."""
+    """SIGKILL in the middle of the run; a fresh process resumes from the last checkpoint and knows the best score."""
     script = (
         "import pathlib, sys; sys.path.insert(0, 'tests/helpers'); sys.modules['torch'] = None\n"
         "import environment, jax\n"
         "from small import small_config\n"
         "from fastvlm_jax.train import train\n"
-        "c = small_config(sys.argv[1], steps=8, checkpoint_every=2, mesh=(1, 1, 1, 1))\n"
+        f"c = small_config(sys.argv[1], **{KEPT}, mesh=(1, 1, 1, 1))\n"
         "train(c, pathlib.Path(sys.argv[2]), jax.devices()[:1])\n"
     )
     command = [sys.executable, "-c", script, str(easy_vqa), str(tmp_path / "run")]
@@ -103,9 +106,12 @@ def test_killed_process_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL and 2 <= len(losses(tmp_path / "run")) < 8, "it was not killed in time"
-    state = run(small_config(easy_vqa, steps=8, checkpoint_every=2, **ONE), tmp_path / "run")
+    state = run(small_config(easy_vqa, **KEPT, **ONE), tmp_path / "run")
     assert_same(state, straight.state)
     assert losses(tmp_path / "run") == losses(straight.workdir)
+    scores = {row["validation/loss"]: row["step"] for row in read_metrics(tmp_path / "run") if "validation/loss" in row}
+    kept = {int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert sorted(scores.values()) == [3, 6, 8] and {scores[min(scores)], 8} <= kept and len(kept) < 3
 
 
 def test_finished_run_trains_no_further(easy_vqa, straight):
@@ -117,11 +123,11 @@ def test_finished_run_trains_no_further(easy_vqa, straight):
 def test_losses_and_validation_are_the_same_on_a_mesh(easy_vqa, straight, tmp_path, monkeypatch):
     """With the kernels of the encoder split as the large ones are; test_train_step.py has more meshes."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
-    config = small_config(easy_vqa, steps=8, mesh=(1, 2, 2, 2), eval_batches=1, eval_questions=20)
+    config = small_config(easy_vqa, steps=8, mesh=(1, 2, 2, 2), eval_batches=1, evaluate=(("qa", "", 20),))
     run(config, tmp_path / "run", devices=8)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight.workdir), rtol=1e-4)
     last, alone = (read_metrics(workdir)[-1] for workdir in (tmp_path / "run", straight.workdir))
-    assert 3 < last["validation/loss"] < 8 and 0 <= last["validation/accuracy"] <= 1
+    assert 3 < last["validation/loss"] < 8 and 0 <= last["evaluate/qa"] <= 100
     np.testing.assert_allclose(last["validation/loss"], alone["validation/loss"], rtol=1e-4)
 
 

@@ -90,3 +90,16 @@ def test_other_settings_are_all_named_and_how_to_go_on(tmp_path):
         f"{run} is in use by a run with other settings: steps is 8 there and 9 here, parent_step is None there and 3 "
         f"here; choose another --workdir; --config.parent={run} starts there from the weights of this run"
     )
+
+
+def test_a_run_of_before_goes_on_under_keys_that_took_the_place_of_others(tmp_path):
+    """And config.json tells what is evaluated from then on, by which `@best` finds a checkpoint."""
+    run, folder = tmp_path / "run", tmp_path / "a"
+    write_set(folder, ["one"])
+    claim(run, [folder])
+    old = json.loads((run / "config.json").read_text())
+    new = {**old["config"], "evaluate": [["qa", "", 50]], "keep_best": "evaluate/qa", "stop_after": 3}
+    old["config"] |= {"eval_questions": 50, "eval_max_tokens": 16}
+    (run / "config.json").write_text(json.dumps(old))
+    workdir._claim(run, new, old["lineage"])
+    assert json.loads((run / "config.json").read_text()) == {**old, "config": old["config"] | new}

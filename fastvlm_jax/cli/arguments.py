@@ -76,6 +76,10 @@ def _of_config(error: Exception) -> str:
     missing = re.fullmatch(r"\W*([\w.]+)\W*", text.replace("\\n", ""))  # ml_collections gives the key alone, quoted
     if not missing:
         return str(error).strip().splitlines()[0]
+    from fastvlm_jax.config import REPLACED
+
+    if missing[1] in REPLACED:
+        return f"there is no key {missing[1]!r} any more: {REPLACED[missing[1]]}"
     near, _, _ = near.partition('"')
     tip = f" (did you mean {near}?)" if near else ""
     return f"there is no key {missing[1]!r}{tip}; docs/config.md lists the keys"

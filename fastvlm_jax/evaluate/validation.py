@@ -1,128 +1,184 @@
-"""Validates a model during training: the loss on the held-out split, and the accuracy of answers to its questions."""
+"""Evaluates a model during training: the loss on the held-out split, and the scores of benchmarks.
 
+The scores are those of `fastvlm evaluate` with each benchmark's first protocol, computed on the parameters of the
+training state where they lie. Names in the metrics: "validation/loss"; "evaluate/NAME", and "evaluate/NAME_stderr".
+"""
+
+import concurrent.futures
+import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 from absl import logging
+from etils import epath
 
-from fastvlm_jax import sharding
-from fastvlm_jax.data.load.from_config import eval_batches, open_sources
+from fastvlm_jax import distributed
+from fastvlm_jax.data.load.from_config import open_sources
 from fastvlm_jax.data.sources import RecordSource
-from fastvlm_jax.evaluate.record_answers import accuracy, answer
-from fastvlm_jax.evaluate.record_questions import Question, collect
+from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Row
+from fastvlm_jax.evaluate.benchmarks import BENCHMARKS, qa
+from fastvlm_jax.evaluate.held_out_loss import make_loss
+from fastvlm_jax.evaluate.questions import Prepared, prepare
+from fastvlm_jax.evaluate.records import rows_of
+from fastvlm_jax.evaluate.results import summarise
+from fastvlm_jax.evaluate.run import score_prepared
+from fastvlm_jax.files import json_digest
+from fastvlm_jax.generate import answer_limit
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.train_state import TrainState
-from fastvlm_jax.train_step import eval_step
 
-# Computes {"validation/loss", "validation/accuracy"} of a state, or None if the function, asked after every batch, says
+# Computes the scalars of a state, by their names in the metrics, or None if the function, asked after every batch, says
 # that the run is to stop.
-Validate = Callable[[TrainState, Callable[[], bool]], dict[str, float] | None]
+Evaluate = Callable[[TrainState, Callable[[], bool]], dict[str, float] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Holds an entry of the config's `evaluate`, ready to be asked again and again."""
+
+    benchmark: Benchmark
+    protocol: Protocol
+    prepared: Prepared
 
 
 class _Stopped(Exception):
-    """Raised to leave a validation between two batches."""
+    """Raised to leave an evaluation between two batches."""
 
 
-def make_validation(config, model: FastVLM, processor: Processor, batches: jax.sharding.Sharding) -> Validate | None:
-    """Looks at all that validation needs, and returns the function that validates; None if there is nothing to do.
+def make_evaluation(config, model: FastVLM, processor: Processor, batches: jax.sharding.Sharding) -> Evaluate | None:
+    """Looks at all that evaluation needs, and returns the function that evaluates; None if there is nothing to do.
 
-    The loss is the mean over supervised tokens of all data sets with a held-out split. The questions, answered by
-    greedy decoding, come from the first such data set that holds some; they are asked as `data.turns` makes samples.
+    The loss is the mean over supervised tokens of all data sets with a held-out split. The questions of ("qa", "", N)
+    are asked as `data.turns` makes samples; see `_own_questions`.
 
     Args:
-      config: config of the run; its eval_batches and eval_questions say how much to evaluate, 0 leaves the metric out.
+      config: config of the run; its eval_batches and `evaluate` say what to evaluate.
       batches: sharding of the batches.
 
     Raises:
-      ValueError: the held-out split cannot be used for the loss, or none of its records for questions.
+      FileNotFoundError, ValueError: files of a benchmark are missing or damaged, it is unknown or cannot be scored,
+        none of its questions can be asked, the held-out split cannot be used for the loss, or is missing for keep_best;
+        the message names the key.
     """
-    if not config.eval_batches and not config.eval_questions:
-        return None
-    held_out = open_sources(config.data, "validation")
-    if not held_out:
+    wanted = [tuple(entry) for entry in config.evaluate]
+    own = [entry for entry in wanted if entry[:2] == ("qa", "")]
+    held_out = open_sources(config.data, "validation") if config.eval_batches or own else []
+    if (config.eval_batches or own) and not held_out:
+        wanted = [entry for entry in wanted if entry not in own]
         _say(
             "this run has no validation: no data set has records in a split 'validation'; `fastvlm data write "
             "--validation_share 0.05` sets some aside"
         )
-        return None
-    open_batches = partial(
-        eval_batches, config.data, processor, "validation", sharding=batches, num_batches=config.eval_batches
-    )
-    if config.eval_batches:
-        _check(open_batches)
-    asked = read_questions(config, processor, held_out) if config.eval_questions else []
-    everywhere = jax.sharding.NamedSharding(batches.mesh, sharding.spec(()))
-    loss_fn = jax.jit(partial(eval_step, model=model), out_shardings=everywhere)
+    loss = make_loss(config, model, processor, batches) if config.eval_batches and held_out else None
+    entries = [_open(*entry, config.data.turns, model, processor, held_out) for entry in wanted]
+    scores = ["validation/loss"] * bool(loss) + [f"evaluate/{entry.benchmark.name}" for entry in entries]
+    if config.keep_best and config.keep_best not in scores:
+        raise ValueError(f"keep_best={config.keep_best!r}: no data set has records in a split 'validation'")
 
-    def validate(state: TrainState, stopped: Callable[[], bool]) -> dict[str, float] | None:
+    def evaluate(state: TrainState, stopped: Callable[[], bool]) -> dict[str, float] | None:
         def go_on(*_) -> None:
             if stopped():
                 raise _Stopped
 
         variables, scalars = {"params": state.params, "batch_stats": state.batch_stats}, {}
         try:
-            if config.eval_batches:
-                scalars["validation/loss"] = mean_loss(loss_fn, variables, open_batches(), go_on)
-            if asked:
-                max_tokens = config.eval_max_tokens
-                results = answer(model, variables, processor, asked, max_tokens=max_tokens, progress=go_on)
-                scalars["validation/accuracy"] = accuracy(results)
+            if loss:
+                scalars["validation/loss"] = loss(variables, go_on)
+            for entry in entries:
+                scalars |= score(entry, model, variables, processor, batches.mesh, go_on)
         except _Stopped:
             return None
         return scalars
 
-    return validate
+    return evaluate if scores else None
 
 
-def mean_loss(loss_fn: Callable, variables: dict, loader, go_on: Callable[[], None]) -> float:
-    """Returns the mean loss over the supervised tokens of a loader's batches, and closes it; see `eval_step`."""
-    total = tokens = 0.0
-    try:
-        for batch in loader:
-            loss, count = loss_fn(variables, batch)
-            total, tokens = total + float(loss), tokens + float(count)
-            go_on()
-    finally:
-        loader.close()
-    return total / max(tokens, 1)
+def score(
+    entry: Entry, model: FastVLM, variables: dict, processor: Processor, mesh: jax.sharding.Mesh, go_on: Callable
+) -> dict[str, float]:
+    """Returns the score of a benchmark and its standard error; calls `go_on`, whose errors end it, after each batch."""
+    protocol, name = entry.protocol, f"evaluate/{entry.benchmark.name}"
+    scored = score_prepared(
+        model, variables, processor, protocol, entry.prepared, max_tokens=protocol.max_tokens, mesh=mesh, progress=go_on
+    )
+    summary = summarise(entry.benchmark, protocol, scored.results)
+    found = {name: summary["score"], f"{name}_stderr": summary["standard_error"]}
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def read_questions(config, processor: Processor, held_out: Sequence[RecordSource]) -> list[Question]:
-    """Returns the questions to ask, from the first data set that holds some, and says what is left out.
+def _open(
+    name: str,
+    folder: str,
+    limit: int,
+    turns: str,
+    model: FastVLM,
+    processor: Processor,
+    held_out: Sequence[RecordSource],
+) -> Entry:
+    """Reads and prepares the questions of an entry of `evaluate`, and says what is left out.
 
     Raises:
-      ValueError: no data set holds a question that can be asked; the message says why.
+      FileNotFoundError, ValueError: see `make_evaluation`.
     """
-    for source in held_out:
-        asked = collect(
-            source, processor, limit=config.eval_questions, max_tokens=config.eval_max_tokens, turns=config.data.turns
-        )
-        if asked.left_out and asked.questions:
-            _say(f"validation leaves out {len(asked.left_out)} records of {source.folder}: {asked.describe_left_out()}")
-        if asked.questions:
-            break
-    else:
-        raise ValueError(
-            f"eval_questions={config.eval_questions}: none of the {sum(map(len, held_out))} validation records can be "
-            f"asked about ({asked.describe_left_out()}); set --config.eval_questions=0, or hold out other records"
-        )
-    long = sum(len(processor.tokenizer.encode(q.truth)) > config.eval_max_tokens for q in asked.questions)
-    if long:
-        _say(
-            f"{long} of {len(asked.questions)} answers to the validation questions are longer than eval_max_tokens="
-            f"{config.eval_max_tokens} and cannot be matched: raise it"
-        )
-    return asked.questions
+    if name not in BENCHMARKS:
+        raise ValueError(f"evaluate: there is no benchmark {name!r}: choose among {', '.join(BENCHMARKS)}")
+    benchmark = qa.benchmark("validation", turns, limit or None) if name == "qa" else BENCHMARKS[name]
+    protocol = benchmark.protocols[0]
 
+    def ready(rows: Sequence[Row]) -> Prepared:
+        most_tokens = answer_limit(model, protocol.max_tokens, None)
+        return prepare(rows[: limit or None], protocol, processor, most_tokens=most_tokens, strict=benchmark.strict)
 
-def _check(open_batches: Callable) -> None:
-    """Opens the batches of the validation loss once, so that what is wrong with them shows before the first step."""
     try:
-        open_batches().close()
-    except ValueError as error:
-        raise ValueError(f"the validation split: {error}; or set --config.eval_batches=0") from error
+        if folder:
+            prepared = ready(benchmark.read(epath.Path(folder).expanduser()))
+        else:
+            prepared = _own_questions(ready, held_out, turns, limit or None)
+        if not prepared.questions:
+            raise ValueError(f"none of its questions can be asked ({prepared.describe_left_out()})")
+        if protocol.score is None or all(question.row.references is None for question in prepared.questions):
+            raise ValueError("it has no public answers, or only a judge can score them: leave it out")
+        _check_images(prepared, processor)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"evaluate, {name} of {folder or 'the validation split'}: {error}") from error
+    distributed.check_same({f"evaluate.{name}": json_digest([[q.row.id, q.prompt] for q in prepared.questions])})
+    if prepared.left_out:
+        _say(f"evaluate/{name} leaves out {len(prepared.left_out)} questions: {prepared.describe_left_out()}")
+    limit, references = protocol.max_tokens, [question.row.references or () for question in prepared.questions]
+    long = sum(any(len(processor.tokenizer.encode(text)) > limit for text in texts) for texts in references)
+    if long:
+        _say(f"{long} of {len(references)} references of evaluate/{name} exceed the {limit} tokens of an answer")
+    return Entry(benchmark, protocol, prepared)
+
+
+def _own_questions(
+    ready: Callable[[list[Row]], Prepared], held_out: Sequence[RecordSource], turns: str, limit: int | None
+) -> Prepared:
+    """Returns the questions of the first data set whose held-out split holds some that can be asked."""
+    for source in held_out:
+        prepared = ready(rows_of(source, turns, limit))
+        if prepared.questions:
+            break
+    return prepared
+
+
+def _check_images(prepared: Prepared, processor: Processor) -> None:
+    """Decodes each image once, so that a damaged one shows before the first step and does not end a long run.
+
+    Raises:
+      ValueError: an image cannot be read; the message names it.
+    """
+
+    def look(picture: Picture) -> None:
+        try:
+            processor.decode(picture.read(), picture.name)
+        except ValueError as error:
+            raise ValueError(f"its image {picture.name} cannot be read: {error}") from error
+
+    pictures = {picture.name: picture for question in prepared.questions for picture in question.pictures}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(look, pictures.values()))
 
 
 def _say(line: str) -> None:

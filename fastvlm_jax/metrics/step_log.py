@@ -82,8 +82,8 @@ class StepLog:
         scalars["lr"] = max(float(rate) for rate in rates.values())
         self._writer.write(record.step, scalars)
 
-    def write_validation(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes the results of a validation, whose time counts in no rate."""
+    def write_evaluation(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the results of an evaluation, whose time counts in no rate."""
         if scalars:
             self._writer.write(step, scalars)
         self.restart_clock(step)

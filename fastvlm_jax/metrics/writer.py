@@ -9,6 +9,7 @@ import jax
 import tensorboardX
 import tqdm
 
+from fastvlm_jax.metrics.rows import FILE, read_metrics
 from fastvlm_jax.metrics.tracking import Tracker
 
 
@@ -21,7 +22,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: pathlib.Path, name: str, step: int, steps: int, tracker: Tracker | None = None):
-        self.path = workdir / "metrics.jsonl"
+        self.path = workdir / FILE
         self._writes, self._tracker = jax.process_index() == 0, tracker
         kept = [row for row in read_metrics(workdir) if row["step"] <= step] if self._writes else []
         self._interactive = self._writes and sys.stderr.isatty()
@@ -68,15 +69,3 @@ class MetricsWriter:
         self._bar.close()
         if self._tracker:
             self._tracker.close()
-
-
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Reads the rows of metrics.jsonl, none if there is no such file; leaves out a line that a crash has cut."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows

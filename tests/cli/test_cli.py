@@ -136,6 +136,11 @@ def bad_inputs(tmp_path, workdir, easy_vqa):
         "unknown flag": (["generate", "--modle=x"], 2, "modle"),
         "missing flag": (["generate", "--prompt=hi"], 2, "--model is missing"),
         "unknown config key": ([*train_it, "--workdir=W", "--config.stepz=3"], 1, "stepz"),
+        "replaced config key": (
+            [*train_it, "--workdir=W", "--config.eval_questions=9"],
+            1,
+            "there is no key 'eval_questions' any more: evaluate=",
+        ),
         "config value of the wrong type": ([*train_it, "--workdir=W", "--config.steps=many"], 2, "steps"),
         "missing config": (["train", "--config=nowhere.py", "--workdir=W"], 1, "nowhere.py"),
         "unknown stage": (["train", f"--config={CONFIG}:stage9", "--workdir=W"], 2, "unknown stage 'stage9'"),
@@ -160,7 +165,7 @@ def bad_inputs(tmp_path, workdir, easy_vqa):
 
 
 CASES = [
-    "no command", "unknown command", "unknown flag", "missing flag", "unknown config key",
+    "no command", "unknown command", "unknown flag", "missing flag", "unknown config key", "replaced config key",
     "config value of the wrong type", "missing config", "unknown stage", "missing dataset", "parent of another size",
     "workdir of something else", "missing model", "folder without a model", "missing image", "empty image",
     "text as an image", "prompt longer than the context", "stored sampling of a model without any", "unknown data set",

@@ -18,7 +18,7 @@ from small import small_config
 from fastvlm_jax.metrics.writer import read_metrics
 from fastvlm_jax.train import train
 
-CONFIG = dict(mesh=(1, 2, 2, 1), data__groups=4, steps=12, eval_batches=1, eval_questions=3)
+CONFIG = dict(mesh=(1, 2, 2, 1), data__groups=4, steps=12, eval_batches=1, evaluate=(("qa", "", 3),))
 CONFIG |= dict(model__vision__form="folded", model__vision__batch_norm="frozen", data__image_size=8)
 CONFIG |= dict(model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",))
 DEVICES = 4
@@ -105,7 +105,7 @@ def test_four_processes_stopped_by_sigterm_of_one_go_on_as_two_and_as_one(easy_v
         assert [row["step"] for row in read_metrics(tmp_path / workdir)] == [*range(1, 13), 12]
         last, expected = (read_metrics(folder)[-1] for folder in (tmp_path / workdir, straight))
         np.testing.assert_allclose(last["validation/loss"], expected["validation/loss"], rtol=1e-5)
-        assert last["validation/accuracy"] == expected["validation/accuracy"]
+        assert last["evaluate/qa"] == expected["evaluate/qa"]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def run(config, tmp_path):
 
 def test_an_empty_split_is_no_validation_and_one_line(config, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        rows = run(config([], eval_batches=2, eval_questions=3), tmp_path)
+        rows = run(config([], eval_batches=2, evaluate=(("qa", "", 3),)), tmp_path)
     assert [row["step"] for row in rows] == [1] and "validation/loss" not in rows[0]
     said = [message for message in caplog.messages if "validation" in message]
     assert len(said) == 1 and "has no validation" in said[0] and "--validation_share" in said[0]
@@ -64,19 +64,20 @@ def test_an_empty_split_is_no_validation_and_one_line(config, tmp_path, caplog):
 
 def test_records_that_cannot_be_asked_about_are_left_out_and_counted(config, tmp_path, caplog):
     two, text = about("two", picture(1), picture(2)), about("text")
-    long = about("long", picture(0), answer="one two three " * 30)
+    long = about("long", picture(0), answer="one two three " * 99)
     with caplog.at_level(logging.WARNING):
-        rows = run(config([CUT, two, text, long], eval_questions=9), tmp_path)
-    assert 0 <= rows[-1]["validation/accuracy"] <= 1
-    said = [message for message in caplog.messages if "validation" in message]
-    assert len(said) == 2 and "validation leaves out 1 records" in said[0] and "1 x " in said[0]
-    assert "1 of 3 answers to the validation questions are longer than eval_max_tokens=16" in said[1]
+        rows = run(config([CUT, two, text, long], evaluate=(("qa", "", 9),)), tmp_path)
+    assert 0 <= rows[-1]["evaluate/qa"] <= 100
+    said = [message for message in caplog.messages if "evaluate/qa" in message]
+    assert len(said) == 2 and "evaluate/qa leaves out 1 questions: 1 x " in said[0]
+    assert said[1] == "1 of 3 references of evaluate/qa exceed the 128 tokens of an answer"
 
 
 @pytest.mark.parametrize(
     "validation, settings, words",
     [
-        ([CUT], dict(eval_questions=2), "none of the 1 validation records can be asked about .*eval_questions=0"),
+        ([CUT], dict(evaluate=(("qa", "", 2),)),
+         "^evaluate, qa of the validation split: none of its questions can be asked .1 x "),
         ([about("two", picture(0), picture(1))], dict(eval_batches=1),
          "the validation split: none of the 1 records can be used.*takes 2 image slots.*eval_batches=0"),
     ],

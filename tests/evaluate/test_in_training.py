@@ -1,0 +1,238 @@
+"""Scores and the best checkpoint of real runs: a tiny model learns to answer "red", and the held-out answers differ."""
+
+import contextlib
+import io
+import json
+import math
+import pathlib
+import shutil
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from small import small_config
+
+from fastvlm_jax import checkpoint, model_io, sharding
+from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.evaluate import validation
+from fastvlm_jax.metrics.best import BestScore, best_step, better, find_best
+from fastvlm_jax.metrics.rows import read_metrics
+from fastvlm_jax.stage import make_step, open_stage
+from fastvlm_jax.train import train
+from fastvlm_jax.train_state import TrainState
+
+
+def about(number, answer="red"):
+    """Returns the question about picture `number`, a colour of its own."""
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (16, 16), (40 * number, 90, 20)).save(file, "PNG")
+    return Record(str(number), (file.getvalue(),), (("user", (0, "what?")), ("assistant", (answer,))))
+
+
+DEVICES = 4
+# Of four questions one is answered right. Their loss falls while the model learns to answer, and rises when it knows.
+HELD_OUT = [about(i, answer) for i, answer in enumerate(("red", "blue", "blue", "green"))]
+RUN = dict(steps=16, eval_every=2, eval_batches=1, checkpoint_every=5, keep_checkpoints=1)
+RUN |= dict(
+    keep_best="validation/loss",
+    stop_after=2,
+    mesh=(1, 2, 2, 1),
+    data__groups=4,
+    data__image_size=8,
+    groups=((".*", 2e-2, 0.0),),
+)
+RUN |= dict(model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",))
+
+
+class Ended(NamedTuple):
+    """A run that ended early: its data, its workdir, its last state, what it said, and its best step."""
+
+    data: pathlib.Path
+    workdir: pathlib.Path
+    state: TrainState
+    said: str
+    best: int
+
+
+def run(config, workdir):
+    return jax.tree.map(np.asarray, train(config, workdir, jax.devices()[:DEVICES]))
+
+
+def settings(data, tokenizer, **changes):
+    return small_config(data, data__tokenizer=str(tokenizer), **{**RUN, "evaluate": (("qa", "", 0),), **changes})
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tokenizer):
+    return tokenizer.files[0]
+
+
+@pytest.fixture(scope="module")
+def ended(tokenizer_file, tmp_path_factory):
+    folder, said = tmp_path_factory.mktemp("in_training"), io.StringIO()
+    write_shards(folder / "data", "train", [about(i) for i in range(4)])
+    write_shards(folder / "data", "validation", HELD_OUT)
+    with contextlib.redirect_stderr(said):
+        state = run(settings(folder / "data", tokenizer_file), folder / "run")
+    losses = dict(scores(folder / "run", "validation/loss"))
+    return Ended(folder / "data", folder / "run", state, said.getvalue(), min(losses, key=losses.get))
+
+
+def scores(workdir, name):
+    return [(row["step"], row[name]) for row in read_metrics(workdir) if name in row]
+
+
+def saved(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_scores_are_percent_with_their_standard_error_beside_the_loss(ended):
+    last = int(ended.state.step)
+    assert scores(ended.workdir, "evaluate/qa")[-1] == (last, 25.0)
+    # sqrt(0.25 * 0.75 / (4 - 1)) = 0.25
+    assert scores(ended.workdir, "evaluate/qa_stderr")[-1] == (last, pytest.approx(25.0))
+    rows = [row for row in read_metrics(ended.workdir) if "evaluate/qa" in row]
+    assert [row["step"] for row in rows] == list(range(2, last + 1, 2)) and all(
+        "validation/loss" in row for row in rows
+    )
+
+
+def test_the_best_checkpoint_stays_beside_the_latest_and_can_be_named(ended):
+    best, last = ended.best, ended.best + 4
+    assert best > 2 and best % RUN["checkpoint_every"]  # of a step at which no checkpoint was due
+    assert saved(ended.workdir) == [best, last]
+    assert find_best(ended.workdir) == ended.workdir / "checkpoints" / str(best)
+    for source, step in ((ended.workdir, last), (f"{ended.workdir}@best", best)):
+        assert model_io.read(source).lineage["step"] == step
+    stored = model_io.read(ended.workdir).variables["params"]
+    np.testing.assert_array_equal(stored["llm"]["embedding"][:], ended.state.params["llm"]["embedding"])
+
+
+def test_a_run_that_gets_no_better_ends_and_the_same_command_trains_no_further(ended, tokenizer_file, capsys):
+    value = dict(scores(ended.workdir, "validation/loss"))[ended.best]
+    assert int(ended.state.step) == ended.best + 4 < 16
+    line = (
+        f"small: ended at step {ended.best + 4} of 16: 2 evaluations without a validation/loss better than "
+        f"{value:.4g}, of step {ended.best}; --config.stop_after=0 goes on\n"
+    )
+    assert ended.said.endswith(line)
+    before = (ended.workdir / "metrics.jsonl").read_text()
+    jax.tree.map(np.testing.assert_array_equal, run(settings(ended.data, tokenizer_file), ended.workdir), ended.state)
+    assert capsys.readouterr().err.endswith(line)
+    assert (ended.workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_killed_run_knows_its_best_and_ends_at_the_same_step_bit_for_bit(ended, tokenizer_file, tmp_path):
+    """It was killed while its last checkpoint was written: the metrics know steps behind the one it goes on from."""
+    shutil.copytree(ended.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(ended.best + 4))
+    jax.tree.map(
+        np.testing.assert_array_equal, run(settings(ended.data, tokenizer_file), tmp_path / "run"), ended.state
+    )
+    for name in ("loss", "validation/loss", "evaluate/qa"):
+        assert scores(tmp_path / "run", name) == scores(ended.workdir, name)
+    assert saved(tmp_path / "run") == [ended.best, ended.best + 4]
+
+
+def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, tokenizer_file, monkeypatch):
+    """The arrays on all devices while it answers are those before it and, at most, what a batch leaves."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
+    config = settings(ended.data, tokenizer_file, eval_batches=0, keep_best="", stop_after=0)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:DEVICES])
+    stage = open_stage(config)
+
+    def size(arrays):
+        shapes = [(x.sharding.shard_shape(x.shape), len(x.sharding.device_set), x.dtype.itemsize) for x in arrays]
+        return sum(math.prod(shape) * devices * itemsize for shape, devices, itemsize in shapes)
+
+    with jax.set_mesh(mesh):
+        checkpointer = checkpoint.open_checkpointer(ended.workdir, 1)
+        state, _ = checkpoint.restore(checkpointer, make_step(config, stage.model, mesh, steps=16).abstract)
+        evaluate = validation.make_evaluation(config, stage.model, stage.processor, sharding.batch_sharding(mesh))
+        params, before, seen = jax.tree.leaves(state.params), size(jax.live_arrays()), []
+        assert evaluate(state, lambda: bool(seen.append(size(jax.live_arrays())))).keys() == {
+            "evaluate/qa", "evaluate/qa_stderr",
+        }  # fmt: skip
+    assert seen and max(seen) - before < size(params) / 2
+    assert any(not x.is_fully_replicated for x in params)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(evaluate=(("docqa", "/x", 9),)), r"^evaluate: there is no benchmark 'docqa': choose among .*easy-vqa"),
+        (dict(evaluate=(("easy-vqa", "/nowhere", 9),)), r"^evaluate, easy-vqa of /nowhere: there is no dataset folder"),
+        (dict(evaluate=(("qa", "DAMAGED", 9),)), r"^evaluate, qa of \S+: none of its questions can be asked \(1 x "),
+        (dict(evaluate=(("qa", "NONE", 9),)), r"^evaluate, qa of \S+: .*no split 'validation'"),
+        (dict(data__path="NONE", evaluate=()), r"^keep_best='validation/loss': no data set has records in a split"),
+    ],
+    ids=["unknown", "missing", "damaged", "no split", "no validation loss"],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_an_error_before_anything_is_written(
+    ended, tokenizer_file, tmp_path, changes, words
+):
+    write_shards(tmp_path / "NONE", "train", HELD_OUT)
+    write_shards(tmp_path / "DAMAGED", "validation", [Record("cut", (HELD_OUT[0].images[0][:50],), HELD_OUT[0].turns)])
+    changes = json.loads(
+        json.dumps(changes).replace("NONE", str(tmp_path / "NONE")).replace("DAMAGED", str(tmp_path / "DAMAGED"))
+    )
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
+        run(settings(ended.data, tokenizer_file, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_better_is_lower_for_a_loss_and_higher_for_a_score_and_never_nan():
+    nan = float("nan")
+    assert better("validation/loss", 1.0, 2.0) and not better("validation/loss", 2.0, 1.0)
+    assert better("evaluate/docvqa", 2.0, 1.0) and not better("evaluate/docvqa", 1.0, 2.0)
+    for name in ("validation/loss", "evaluate/docvqa"):
+        assert not better(name, 1.0, 1.0) and not better(name, nan, 1.0) and not better(name, nan, nan)
+        assert better(name, 1.0, nan)
+
+
+@pytest.mark.parametrize(
+    "values, stored, expected",
+    [
+        # (step, score) of a run that keeps the highest; its checkpoints; (best step, evaluations since, ends)
+        ([(2, 61.0), (4, 71.2), (6, 70.0)], [4, 6], (4, 1, False)),
+        ([(2, 61.0), (4, 71.2), (6, 70.0), (8, 71.2)], [4, 8], (4, 2, True)),  # the first of two that are equal
+        ([(2, 61.0), (4, 71.2), (6, 70.0)], [6], (6, 0, False)),  # a score whose checkpoint was not kept
+        ([(2, 61.0), (4, 71.2)], [2], (2, 1, False)),  # killed before the better state was written
+        ([(2, float("nan")), (4, float("nan"))], [2, 4], (None, 2, True)),
+        ([], [4], (None, 0, False)),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_knows_the_best_of_its_checkpoints(tmp_path, values, stored, expected):
+    rows = [{"step": step, "seconds": 1.0, "evaluate/docvqa": value} for step, value in values]
+    later = [{"step": 10, "seconds": 2.0, "evaluate/docvqa": 99.0}]  # behind the checkpoint it goes on from
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + later))
+    best = BestScore("evaluate/docvqa", stop_after=2)
+    best.resume(tmp_path, 8, stored)
+    assert (best.step, best.since, best.ends) == expected
+    assert best_step("evaluate/docvqa", rows, stored) == expected[0]
+
+
+def test_a_run_without_a_best_checkpoint_is_told(ended, tokenizer_file, tmp_path):
+    shutil.copytree(ended.workdir, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for value, words in (
+        ("", "its config has no keep_best"),
+        ("evaluate/docvqa", "no checkpoint has evaluate/docvqa yet"),
+    ):
+        config["config"]["keep_best"] = value
+        (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"run@best: .*{words}"):
+            model_io.read(f"{tmp_path / 'run'}@best")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        model_io.read(f"{tmp_path / 'nowhere'}@best")
+
+
+def test_the_best_and_the_latest_checkpoints_stay():
+    kept = checkpoint.LatestAndBest(2, lambda: 4)
+    steps = [type("Info", (), {"step": step}) for step in (2, 4, 6, 8)]
+    assert kept.should_preserve(steps, context=None) == [False, True, True, True]
+    assert kept.should_preserve(steps[:1], context=None) == [True]
+    assert checkpoint.LatestAndBest(1, lambda: None).should_preserve(steps, context=None) == [False, False, False, True]

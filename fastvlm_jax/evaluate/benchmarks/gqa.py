@@ -54,9 +54,11 @@ def _read_official(folder: epath.Path, path: epath.Path) -> list[Row]:
     rows = []
     for key, question in _asked(folder, path, entries):
         where = f"{path} question {shown(key)}"
-        entry = entries.get(key)
-        if not isinstance(entry, Mapping):
+        if key not in entries:
             raise ValueError(f"{path} has no question {shown(key)}, which {LLAVA} asks: they are of different versions")
+        entry = entries[key]
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} holds no object")
         picture = images(published.text(entry, "imageId", where) + ".jpg")
         rows.append(_row(key, question or published.text(entry, "question", where), picture, entry, where))
     images.check()

@@ -123,7 +123,7 @@ def _open(
     """
     if name not in BENCHMARKS:
         raise ValueError(f"evaluate: there is no benchmark {name!r}: choose among {', '.join(BENCHMARKS)}")
-    benchmark = qa.benchmark("validation", turns, limit or None) if name == "qa" else BENCHMARKS[name]
+    benchmark = qa.benchmark("validation", turns, limit=limit or None) if name == "qa" else BENCHMARKS[name]
     protocol = benchmark.protocols[0]
 
     def ready(rows: Sequence[Row]) -> Prepared:

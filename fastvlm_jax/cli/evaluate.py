@@ -8,10 +8,14 @@ import sys
 from absl import flags
 
 from fastvlm_jax import xla_flags
-from fastvlm_jax.cli.arguments import define_processes, parse, processes
+from fastvlm_jax.cli.arguments import define_processes, parse, processes, to_json
 
 OWN = ("split", "turns", "metric")  # flags of the benchmark qa
 METRICS = ("exact", "anls", "vqa", "relaxed", "f1", "choice")  # those of evaluate/benchmarks/qa.py
+# What else the command does, which asks no model -> the flags that may stand beside it.
+WITHOUT_MODEL = {
+    "list": ("benchmark",), "compare": ("output",), "review": ("benchmark", "data", "protocol", "output"),
+}  # fmt: skip
 
 
 def evaluate(argv: list[str]) -> None:
@@ -19,8 +23,16 @@ def evaluate(argv: list[str]) -> None:
     xla_flags.apply()
     fv = flags.FlagValues()
     define(fv)
-    parse(fv, argv, required=("model", "data"))
+    mode = next((name for name in WITHOUT_MODEL if any(re.match(f"--?{name}(=|$)", word) for word in argv)), "")
+    required = {"": ("model", "data"), "review": ("data",)}.get(mode, ())
+    paths = parse(fv, argv, required=required, positional="file of predictions" if mode == "compare" else "")
     names = [name.strip() for name in fv.benchmark.split(",") if name.strip()]
+    if mode:
+        for name in fv:
+            if fv[name].present and name not in (mode, *WITHOUT_MODEL[mode]):
+                raise flags.Error(f"--{name} has no meaning with --{mode}")
+        print(answer_without_model(fv, mode, names, paths))
+        return
     own = {name: fv[name].value for name in OWN if fv[name].value is not None}
     if own and names != ["qa"]:
         raise flags.Error(f"--{next(iter(own))} is for --benchmark=qa: {fv.benchmark} has settings of its own")
@@ -73,6 +85,20 @@ def define(fv: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "output", None, "folder for all files; default: evaluation/ and the model's name", flag_values=fv
     )
+    flags.DEFINE_bool(
+        "list", False, "tell which benchmarks there are, their files and the paper's figures; with --benchmark all of "
+        "one", flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_bool(
+        "compare", False, "compare two files of predictions, question by question: --compare A.jsonl B.jsonl",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "review",
+        None,
+        "llava-w, mm-vet: file of a judge's replies to score, with --benchmark and --data",
+        flag_values=fv,
+    )
     flags.DEFINE_string("split", None, "qa: split to score; default: validation", flag_values=fv)
     flags.DEFINE_enum(
         "turns", None, ["conversation", "separate"],
@@ -83,6 +109,25 @@ def define(fv: flags.FlagValues) -> None:
         flag_values=fv,
     )  # fmt: skip
     define_processes(fv)
+
+
+def answer_without_model(fv: flags.FlagValues, mode: str, names: list[str], paths: list[str]) -> str:
+    """Returns what --list, --compare or --review prints; the last two write it to files in --output too."""
+    from fastvlm_jax.evaluate import compare, listing, suite
+    from fastvlm_jax.evaluate.benchmarks import BENCHMARKS
+
+    folder = None if fv.output is None else output_folder(fv.output, "")
+    if mode == "list":
+        chosen = suite.known(names, BENCHMARKS) if fv["benchmark"].present and names != ["all"] else []
+        return "\n\n".join(map(listing.details, chosen)) if chosen else listing.listing(BENCHMARKS.values())
+    if mode == "compare":
+        if len(paths) != 2:
+            raise flags.Error(f"--compare takes two files of predictions, A.jsonl B.jsonl, and not {len(paths)}")
+        comparison = compare.compare(*(pathlib.Path(path).expanduser() for path in paths))
+        to_json(comparison, folder and str(folder / "comparison.json"))
+        return compare.describe(comparison)
+    name, summary = suite.review(names, fv.data, BENCHMARKS, fv.review, protocol=fv.protocol)
+    return to_json(summary, folder and str(folder / f"{name}.review.json"))
 
 
 def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path, stopped) -> None:

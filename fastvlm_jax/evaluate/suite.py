@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 from fastvlm_jax import distributed, files
-from fastvlm_jax.evaluate import fingerprint, progress_bar, results
+from fastvlm_jax.evaluate import fingerprint, progress_bar, published, results
 from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Row
 from fastvlm_jax.evaluate.benchmarks import FAMILIES
 from fastvlm_jax.evaluate.journal import Journal
@@ -68,17 +68,22 @@ def choose(
     """
     root = epath.Path(data).expanduser()
     if list(names) != ["all"]:
-        for name in names:
-            if name not in benchmarks:
-                near = difflib.get_close_matches(name, ["all", *benchmarks], n=1)
-                meant = f" (did you mean {near[0]}?)" if near else ""
-                raise ValueError(f"there is no benchmark {name!r}{meant}; fastvlm evaluate --list names them")
-        chosen = [(benchmarks[name], benchmarks[name].protocol(protocol)) for name in dict.fromkeys(names)]
+        chosen = [(benchmark, benchmark.protocol(protocol)) for benchmark in known(names, benchmarks)]
         single = len(chosen) == 1
         read = [(*pair, pair[0].read(folder_of(pair[0], root, single))) for pair in chosen]
     else:
         read = _all(benchmarks, root, protocol, told)
     return [Entry(own, how, select(rows, own.name, limit, samples)) for own, how, rows in read]
+
+
+def known(names: Sequence[str], benchmarks: Mapping[str, Benchmark]) -> list[Benchmark]:
+    """Returns the benchmarks of these names, each once; raises ValueError for a name that there is not."""
+    for name in names:
+        if name not in benchmarks:
+            near = difflib.get_close_matches(name, ["all", *benchmarks], n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"there is no benchmark {name!r}{meant}; fastvlm evaluate --list names them")
+    return [benchmarks[name] for name in dict.fromkeys(names)]
 
 
 def _all(
@@ -202,7 +207,7 @@ def write(
         results.write_lines(
             folder / f"{entry.name}.predictions.jsonl", results.predictions(benchmark, protocol, scored.results)
         )
-        if benchmark.submission and any(result.row.references is None for result in scored.results):
+        if benchmark.submission and any(result.mark is None for result in scored.results):
             files.write_json(folder / f"{entry.name}.submission.json", benchmark.submission(scored.results))
         if protocol.judge:
             results.write_lines(folder / f"{entry.name}.judge.jsonl", protocol.judge(scored.results))
@@ -211,3 +216,40 @@ def write(
         kept = {name: value for name, value in summary.items() if name not in SPEED}
         files.write_json(folder / f"{entry.name}.json", kept)
     return summary
+
+
+def review(
+    names: Sequence[str],
+    data: os.PathLike | str,
+    benchmarks: Mapping[str, Benchmark],
+    path: os.PathLike | str,
+    *,
+    protocol: str | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """Returns the name, as "llava-w-paper", and the summary of a file of a judge's replies; no model is asked.
+
+    Args:
+      names: name of the one benchmark that the replies are about.
+      data, benchmarks, protocol: see `choose`.
+
+    Raises:
+      ValueError, FileNotFoundError: the benchmark needs no judge, or a file is not there or not as it should be.
+    """
+    judged = [name for name, benchmark in benchmarks.items() if any(how.review for how in benchmark.protocols)]
+    if len(names) != 1 or known(names, benchmarks)[0].name not in judged:
+        raise ValueError(f"--review: --benchmark must be one that a judge scores: {' or '.join(judged)}")
+    if not epath.Path(path).expanduser().is_file():
+        raise FileNotFoundError(f"there is no file {path} with a judge's replies")
+    ((benchmark, how, rows),) = choose(names, data, benchmarks, protocol=protocol, told=lambda line: None)
+    try:
+        scores = how.review(published.read_lines(epath.Path(path).expanduser()), rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return f"{benchmark.name}-{how.name}", {
+        "benchmark": benchmark.name,
+        "title": benchmark.title,
+        "protocol": {"name": how.name, "version": how.version, "rule": how.rule},
+        "metric": benchmark.metric,
+        **scores,
+        "questions_published": benchmark.size,
+    }

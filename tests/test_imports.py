@@ -27,7 +27,8 @@ model_io
 metrics
 checkpoint
 workdir
-evaluate.validation evaluate.suite evaluate.contamination
+evaluate.validation
+evaluate.suite evaluate.contamination
 evaluate.benchmarks
 evaluate
 evaluate.scores

@@ -22,6 +22,7 @@ from fastvlm_jax.evaluate.questions import Prepared, prepare
 from fastvlm_jax.evaluate.records import rows_of
 from fastvlm_jax.evaluate.results import summarise
 from fastvlm_jax.evaluate.run import score_prepared
+from fastvlm_jax.evaluate.suite import folder_of
 from fastvlm_jax.files import json_digest
 from fastvlm_jax.generate import answer_limit
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -128,11 +129,12 @@ def _open(
 
     def ready(rows: Sequence[Row]) -> Prepared:
         most_tokens = answer_limit(model, protocol.max_tokens, None)
-        return prepare(rows[: limit or None], protocol, processor, most_tokens=most_tokens, strict=benchmark.strict)
+        return prepare(rows, protocol, processor, most_tokens=most_tokens, strict=benchmark.strict)
 
     try:
         if folder:
-            prepared = ready(benchmark.read(epath.Path(folder).expanduser()))
+            rows = benchmark.read(folder_of(benchmark, epath.Path(folder).expanduser(), single=True))
+            prepared = ready(rows if name == "qa" else rows[: limit or None])
         else:
             prepared = _own_questions(ready, held_out, turns, limit or None)
         if not prepared.questions:
@@ -145,10 +147,9 @@ def _open(
     distributed.check_same({f"evaluate.{name}": json_digest([[q.row.id, q.prompt] for q in prepared.questions])})
     if prepared.left_out:
         _say(f"evaluate/{name} leaves out {len(prepared.left_out)} questions: {prepared.describe_left_out()}")
-    limit, references = protocol.max_tokens, [question.row.references or () for question in prepared.questions]
-    long = sum(any(len(processor.tokenizer.encode(text)) > limit for text in texts) for texts in references)
-    if long:
-        _say(f"{long} of {len(references)} references of evaluate/{name} exceed the {limit} tokens of an answer")
+    most, encode = protocol.max_tokens, processor.tokenizer.encode
+    if long := sum(all(len(encode(text)) > most for text in q.row.references or ("",)) for q in prepared.questions):
+        _say(f"{long} of {len(prepared.questions)} right answers of evaluate/{name} are longer than {most} tokens")
     return Entry(benchmark, protocol, prepared)
 
 

@@ -137,10 +137,20 @@ def test_a_killed_run_knows_its_best_and_ends_at_the_same_step_bit_for_bit(ended
     assert saved(tmp_path / "run") == [ended.best, ended.best + 4]
 
 
-def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, tokenizer_file, monkeypatch):
+def list_of_questions(folder, *answers):
+    """Writes a list of questions about pictures, beside them, as `fastvlm evaluate --benchmark qa` reads it."""
+    for i in range(len(answers)):
+        (folder / f"{i}.png").write_bytes(about(i).images[0])
+    rows = [{"image": f"{i}.png", "question": "what?", "answer": answer} for i, answer in enumerate(answers)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, tokenizer_file, tmp_path, monkeypatch):
     """The arrays on all devices while it answers are those before it and, at most, what a batch leaves."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
-    config = settings(ended.data, tokenizer_file, eval_batches=0, keep_best="", stop_after=0)
+    list_of_questions(tmp_path, "red", "green", "red", "blue")
+    own = (("qa", str(tmp_path), 0),)
+    config = settings(ended.data, tokenizer_file, eval_batches=0, keep_best="", stop_after=0, evaluate=own)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:DEVICES])
     stage = open_stage(config)
 
@@ -153,9 +163,9 @@ def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, token
         state, _ = checkpoint.restore(checkpointer, make_step(config, stage.model, mesh, steps=16).abstract)
         evaluate = validation.make_evaluation(config, stage.model, stage.processor, sharding.batch_sharding(mesh))
         params, before, seen = jax.tree.leaves(state.params), size(jax.live_arrays()), []
-        assert evaluate(state, lambda: bool(seen.append(size(jax.live_arrays())))).keys() == {
-            "evaluate/qa", "evaluate/qa_stderr",
-        }  # fmt: skip
+        found = evaluate(state, lambda: bool(seen.append(size(jax.live_arrays()))))
+    # Two of four are "red": 0.5, and sqrt(0.5 * 0.5 / (4 - 1))
+    assert found == {"evaluate/qa": 50.0, "evaluate/qa_stderr": pytest.approx(28.8675, abs=1e-4)}
     assert seen and max(seen) - before < size(params) / 2
     assert any(not x.is_fully_replicated for x in params)
 

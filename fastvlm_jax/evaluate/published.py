@@ -1,15 +1,13 @@
-"""Reads the files in which benchmarks are published: Parquet, JSON, JSON lines, tables with images, and image folders.
+"""Reads the files in which benchmarks are published: Parquet, JSON, JSON lines, and image folders; table.py: tables.
 
 Every function raises ValueError or FileNotFoundError with one line that names the file, and the row, column or key.
 """
 
-import base64
-import binascii
-import csv
 import functools
+import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +19,7 @@ from fastvlm_jax.data.readers.conversations import shown, text_of
 from fastvlm_jax.evaluate.benchmark import Picture, Row
 
 MAX_LINE = 64 << 20  # bytes of a line of JSON lines
-MAX_CELL = 256 << 20  # characters of a cell of a table; an image in base64 is one
+MAX_NAMES = 300  # characters of a list of names in an error message
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet")
 
 
@@ -75,6 +73,14 @@ def read_json(path: epath.Path, kind: type = dict) -> Any:
     return value
 
 
+def read_objects(path: epath.Path, key: str) -> list[dict[str, Any]]:
+    """Returns the objects of the list `key` of a JSON file."""
+    rows = get(read_json(path), key, os.fspath(path))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: {key} is not a list of objects")
+    return rows
+
+
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """Returns the objects of a file of JSON lines; empty lines do not count."""
     rows = []
@@ -97,8 +103,14 @@ def get(row: Mapping[str, Any], key: str, where: str) -> Any:
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is {shown(row)}, not an object")
     if key not in row:
-        raise ValueError(f"{where} has no {key}: it has {', '.join(map(str, row)) or 'nothing'}")
+        raise ValueError(f"{where} has no {named((key,))}: it has {named(row) or 'nothing'}")
     return row[key]
+
+
+def named(names: Iterable[Any]) -> str:
+    """Returns names with commas between them, as error messages give them: in one line, and not without end."""
+    text = ", ".join(" ".join(str(name)[:MAX_NAMES].split()) for name in itertools.islice(names, 100))
+    return text if len(text) <= MAX_NAMES else f"{text[:MAX_NAMES]}..."
 
 
 def text(row: Mapping[str, Any], key: str, where: str) -> str:
@@ -153,7 +165,7 @@ def read_parquet(
                 names = table.schema_arrow.names
                 for name in (*columns, *pictures):
                     if name not in names:
-                        raise ValueError(f"{path} has no column {name}: it has {', '.join(names)}")
+                        raise ValueError(f"{path} has no column {name}: it has {named(names)}")
                 wanted = [name for name in (*columns, *pictures, *optional) if name in names]
                 for group in range(table.num_row_groups):
                     rows += _rows_of(path, table, group, wanted, pictures)
@@ -221,75 +233,6 @@ def _read_cell(path: epath.Path, group: int, column: str, i: int, k: int | None)
     value = value if k is None else value[k]
     data = value.get("bytes") if isinstance(value, dict) else value
     return files.checked(data or b"", f"{path.name} {column}")
-
-
-def read_table(path: epath.Path, columns: Sequence[str], pictures: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Returns the rows of VLMEvalKit's table: tab-separated, with quotes, and images in base64.
-
-    Args:
-      columns: columns that must be there; all others are read too.
-      pictures: columns of images in base64, which must be there. A value becomes a Picture that reads the file again,
-        or None if it is empty; a short value is the index of another row, whose image it shares.
-
-    Raises:
-      ValueError: the table is damaged or lacks a column.
-    """
-    rows: list[dict[str, Any]] = []
-    seen: dict[str, dict[str, Any]] = {}
-    for start, names, cells in _records(path):
-        if not rows:
-            for name in (*columns, *pictures):
-                if name not in names:
-                    raise ValueError(f"{path} has no column {name}: it has {', '.join(names)}")
-        row: dict[str, Any] = dict(zip(names, cells, strict=False))
-        for name in pictures:
-            text = row.get(name, "").strip()
-            if not text:
-                row[name] = None
-            elif len(text) <= 64:  # no image is that short
-                if text not in seen:
-                    raise ValueError(f"{path} row {len(rows)}: {name} is {shown(text)}, which no row before it has")
-                row[name] = seen[text][name]
-            else:
-                where = f"{path.name} row {len(rows)} {name}"
-                read = functools.partial(_read_base64, path, start, names.index(name), where)
-                row[name] = Picture(where, read, path)
-        if "index" in row:
-            seen[row["index"]] = row
-        rows.append(row)
-    return rows
-
-
-def _records(path: epath.Path, start: int | None = None) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Yields (first byte, column names, cells) of each row; with `start`, those from there on and no names."""
-    csv.field_size_limit(MAX_CELL)
-    with path.open("rb") as file:
-        at = [start or 0]
-        file.seek(at[0])
-
-        def texts() -> Iterator[str]:
-            while line := file.readline(2 * MAX_CELL):
-                at[0] += len(line)
-                yield line.decode("utf-8-sig")
-
-        reader = csv.reader(texts(), delimiter="\t")
-        try:
-            names = next(reader, []) if start is None else []
-            first = at[0]
-            for cells in reader:
-                if cells:
-                    yield first, names, cells
-                first = at[0]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no table of tab-separated UTF-8: {error}") from error
-
-
-def _read_base64(path: epath.Path, start: int, column: int, where: str) -> bytes:
-    _, _, cells = next(_records(path, start))
-    try:
-        return files.checked(base64.b64decode(cells[column], validate=False), where)
-    except binascii.Error as error:
-        raise ValueError(f"{where} is no base64: {error}") from error
 
 
 class Images:

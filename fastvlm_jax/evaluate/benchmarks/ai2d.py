@@ -17,6 +17,7 @@ from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Row, ask_lmms_eval
 from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.scores import ai2d as scores
+from fastvlm_jax.evaluate.table import read_table
 from fastvlm_jax.text.conversation import Turn
 
 FORMS = {"ai2d": "AI2D_TEST.tsv", "ai2d-no-mask": "AI2D_TEST_NO_MASK.tsv"}  # benchmark -> its table
@@ -68,16 +69,14 @@ def _read_hub(paths: list[epath.Path]) -> list[Row]:
 
 def _read_table(path: epath.Path) -> list[Row]:
     rows = []
-    for i, row in enumerate(published.read_table(path, ("index", "question", "A", "B", "answer"), ("image",))):
+    for i, row in enumerate(read_table(path, ("index", "question", "A", "B", "answer"), ("image",))):
         choices = options.cells(row)
-        if row["answer"] not in tuple(options.letters(choices)):
-            raise ValueError(f"{path} row {i}: answer is {row['answer']!r}, the letter of none of its options")
         rows.append(
             Row(
                 id=row["index"],
                 question=row["question"],
                 pictures=published.pictures_of([row["image"]]),
-                references=(row["answer"],),
+                references=(options.one_of(options.letters(choices), row, "answer", f"{path} row {i}"),),
                 fields={"choices": choices},
             )
         )

@@ -60,15 +60,13 @@ def _read_lines(folder: epath.Path, path: epath.Path) -> list[Row]:
 
 def _row(values: dict[str, Any], picture: Picture | None, where: str) -> Row:
     choices = options.read(values, "choices", where)
-    answer = published.text(values, "answer", where).strip("()")
-    if answer not in tuple(options.letters(choices)):
-        raise ValueError(f"{where}: answer is {values['answer']!r}, the letter of none of its {len(choices)} options")
+    answer = {"answer": published.text(values, "answer", where).strip("()")}
     kind = published.text(values, "type", where)
     return Row(
         id=f"{kind}-{published.get(values, 'idx', where)}",  # each of the two counts from 0
         question=published.text(values, "question", where),
         pictures=published.pictures_of([picture]),
-        references=(answer,),
+        references=(options.one_of(options.letters(choices), answer, "answer", where),),
         fields={"choices": choices, "prompt": published.text(values, "prompt", where)},
         groups={
             "type": kind,

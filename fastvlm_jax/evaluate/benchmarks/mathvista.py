@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import OPTION_LETTER, Benchmark, Mark, Picture, Protocol, Result, Row, ask_lmms_eval
 from fastvlm_jax.evaluate.benchmarks import options
@@ -60,9 +61,11 @@ def _row(values: Mapping[str, Any], picture: Picture | None, where: str) -> Row:
     kind, precision = published.text(values, "answer_type", where), _precision(values, where)
     choices = options.read(values, "choices", where) if published.get(values, "choices", where) else ()
     if (published.text(values, "question_type", where) == "multi_choice") != bool(choices):
-        raise ValueError(f"{where}: question_type is {values['question_type']!r}, with {len(choices)} choices")
+        raise ValueError(f"{where}: question_type is {shown(values['question_type'])}, with {len(choices)} choices")
     if not choices and (kind, precision) not in KINDS:
-        raise ValueError(f"{where}: answer_type is {kind!r} of precision {values['precision']!r}, of no known question")
+        raise ValueError(
+            f"{where}: answer_type is {shown(kind)} of precision {shown(values['precision'])}, of no known question"
+        )
     about = published.get(values, "metadata", where)
     groups = {name: str(published.get(about, name, f"{where}: metadata")) for name in GROUPS}
     return Row(

@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import (
     OPTION_LETTER,
@@ -27,6 +28,7 @@ from fastvlm_jax.evaluate.benchmark import (
 )
 from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.scores import mmbench as scores
+from fastvlm_jax.evaluate.table import read_table
 from fastvlm_jax.text.conversation import Turn
 
 FILES = ("mmbench_dev_20230712.tsv or MMBench_DEV_EN.tsv (official, LLaVA, VLMEvalKit)", "en/dev-*.parquet (hub)")
@@ -44,7 +46,7 @@ EMPTY = frozenset(
 def read(folder: epath.Path) -> list[Row]:
     """Reads the rows, with those that turn the options of others."""
     if tables := published.find(folder, "mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv"):
-        found = published.read_table(tables[0], COLUMNS, ("image",))
+        found = read_table(tables[0], COLUMNS, ("image",))
         return published.check_rows([_row(row, f"{tables[0]} row {i}") for i, row in enumerate(found)], tables[0])
     paths = published.find(folder, "en/dev-*.parquet", "dev-*.parquet", "data/dev-*.parquet")
     if not paths:
@@ -55,16 +57,15 @@ def read(folder: epath.Path) -> list[Row]:
 
 def _row(values: Mapping[str, Any], where: str) -> Row:
     if not str(values["index"]).isdecimal():
-        raise ValueError(f"{where}: index is {values['index']!r}, not a number")
+        raise ValueError(f"{where}: index is {shown(values['index'])}, not a number")
     cells = {name: _cell(values[name]) for name in ("hint", "A", "B", "C", "D")}
-    if values["answer"] not in ("A", "B", "C", "D") or not cells[values["answer"]]:
-        raise ValueError(f"{where}: answer is {values['answer']!r}, the letter of none of its options")
+    letters = "".join(letter for letter in "ABCD" if cells[letter])
     level = next((values[name] for name in L2 if values.get(name)), None)
     return Row(
         id=str(int(values["index"])),
         question=published.text(values, "question", where),
         pictures=published.pictures_of([values["image"]]),
-        references=(values["answer"],),
+        references=(options.one_of(letters, values, "answer", where),),
         fields=cells,
         groups={"category": published.text(values, "category", where), **({"l2-category": level} if level else {})},
     )

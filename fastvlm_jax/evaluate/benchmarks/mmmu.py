@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import (
     OPTION_LETTER,
@@ -106,7 +107,7 @@ def _choices(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if values["question_type"] == "open":
         return ()
     if values["question_type"] != "multiple-choice":
-        raise ValueError(f"{where}: question_type is {values['question_type']!r}, not multiple-choice or open")
+        raise ValueError(f"{where}: question_type is {shown(values['question_type'])}, not multiple-choice or open")
     choices = options.parse(values["options"], f"{where}: options")
     return options.read({"options": [str(choice) for choice in choices]}, "options", where)
 

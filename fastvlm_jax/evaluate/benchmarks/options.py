@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
+from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import OPTION_LETTER, Mark, Row
 
@@ -73,6 +74,14 @@ def parse(text: Any, where: str) -> list[Any]:
     return value
 
 
+def one_of(letters: str, row: Mapping[str, Any], key: str, where: str) -> str:
+    """Returns row[key], the published letter of an option; the error, if it is none of `letters`, names `where`."""
+    value = published.get(row, key, where)
+    if value not in tuple(letters):
+        raise ValueError(f"{where}: {key} is {shown(value)}, the letter of none of its options")
+    return value
+
+
 def letter(index: Any, options: Sequence[str], where: str) -> str:
     """Returns the letter of the right option by its published index, a number or its digits.
 
@@ -80,5 +89,5 @@ def letter(index: Any, options: Sequence[str], where: str) -> str:
       ValueError: it is no index of an option; the message names `where`.
     """
     if isinstance(index, bool) or str(index) not in map(str, range(len(options))):
-        raise ValueError(f"{where} is {index!r}, not the index of one of its {len(options)} options, from 0")
+        raise ValueError(f"{where} is {shown(index)}, not the index of one of its {len(options)} options, from 0")
     return letters(options)[int(index)]

@@ -56,11 +56,10 @@ def _read(folder: epath.Path, kinds: Sequence[str]) -> list[Row]:
 
 def _read_official(folder: epath.Path, kinds: Sequence[str]) -> list[Row]:
     path = folder / QUESTIONS
-    questions = published.get(published.read_json(path), "questions", f"{path}")
     images = published.Images(folder, ".")
     frames = _frames(folder) if "video" in kinds else {}
     rows = []
-    for i, question in enumerate(questions):
+    for i, question in enumerate(published.read_objects(path, "questions")):
         where = f"{path} question {i}"
         for name in (*COLUMNS, "data_id"):
             published.get(question, name, where)
@@ -68,7 +67,7 @@ def _read_official(folder: epath.Path, kinds: Sequence[str]) -> list[Row]:
         if kind not in kinds:
             continue
         if kind == "video" and identity not in frames:
-            raise ValueError(f"{folder / PROMPTS} names no frame of {where}, id {identity}")
+            raise ValueError(f"{folder / PROMPTS} names no frame of {where}")
         name = frames[identity] if kind == "video" else f"SEED-Bench-image/{question['data_id']}"
         rows.append(_row(question, (images(name),), where))
     images.check()
@@ -90,14 +89,12 @@ def _frames(folder: epath.Path) -> dict[str, str]:
 
 
 def _row(values: dict[str, Any], pictures: Sequence[Picture], where: str) -> Row:
-    if values["answer"] not in ("A", "B", "C", "D"):
-        raise ValueError(f"{where}: answer is {values['answer']!r}, not A, B, C or D")
     kind = str(values["question_type_id"])
     return Row(
         id=str(values["question_id"]),
         question=published.text(values, "question", where),
         pictures=published.pictures_of(pictures or ()),
-        references=(values["answer"],),
+        references=(options.one_of("ABCD", values, "answer", where),),
         fields={"choices": tuple(published.text(values, name, where) for name in CHOICES)},
         groups={"type": TYPES.get(kind, f"type {kind}"), "data": values["data_type"]},
     )

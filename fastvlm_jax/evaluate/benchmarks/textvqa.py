@@ -8,7 +8,6 @@ LLaVA, and so the paper, asks with the text that an OCR system found in the phot
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,9 +84,7 @@ def _tokens(entry: Mapping[str, Any], where: str) -> tuple[str | None, str]:
 
 
 def _read_official(folder: epath.Path, path: epath.Path, split: str) -> list[Row]:
-    entries = published.get(published.read_json(path), "data", os.fspath(path))
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path}: data is not a list of objects")
+    entries = published.read_objects(path, "data")
     asked = _llava(folder) if split == "validation" else {}
     images = published.Images(folder, IMAGES[split], f"train_val_images/{IMAGES[split]}")
     rows = []

@@ -62,11 +62,11 @@ def _read_official(folder: epath.Path, path: epath.Path) -> list[Row]:
         raise FileNotFoundError(f"{folder} lacks {VAL_ANSWERS}, which has the answers to {path.name}")
     annotations = {
         published.number(entry, "question_id", f"{answers} annotation {i}"): entry
-        for i, entry in enumerate(_entries(answers, "annotations"))
+        for i, entry in enumerate(published.read_objects(answers, "annotations"))
     }
     images = published.Images(folder, "val2014")
     rows = []
-    for i, entry in enumerate(_entries(path, "questions")):
+    for i, entry in enumerate(published.read_objects(path, "questions")):
         where = f"{path} question {i}"
         annotation = annotations.get(published.number(entry, "question_id", where))
         if annotation is None:
@@ -120,19 +120,11 @@ def _test_ids(folder: epath.Path) -> list[int]:
 def _questions(path: epath.Path) -> list[dict[str, Any]]:
     """Returns the questions of test2015 or test-dev from LLaVA's or the official file, with their image or image_id."""
     if path.suffix == ".json":
-        return _entries(path, "questions")
+        return published.read_objects(path, "questions")
     return [
         {"question_id": question.id, "question": question.text, "image": question.image}
         for question in read_llava_questions(path)
     ]
-
-
-def _entries(path: epath.Path, key: str) -> list[dict[str, Any]]:
-    """Returns the objects of the list `key` of an official file."""
-    entries = published.get(published.read_json(path), key, os.fspath(path))
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path}: {key} is not a list of objects")
-    return entries
 
 
 def _photo(images: published.Images, split: str, entry: Mapping[str, Any], where: str) -> Picture:

@@ -491,12 +491,12 @@ def changed(name, row, **values):
         ("scienceqa-img", 0, {"hint": None, "choices": ["x"] * 27}, "27 options, more than letters"),
         ("ai2d", 1, {"answer": "x"}, "row 1: answer is 'x', not the index"),
         ("ai2d", 1, {"image": None}, "row 1, id '1', has no image"),
-        ("seedbench", 0, {"answer": "E"}, "answer is 'E', not A, B, C or D"),
+        ("seedbench", 0, {"answer": "E"}, "row 0: answer is 'E', the letter of none of its options"),
         ("seedbench", 0, {"question_id": "7"}, "the id '7' of row 2 stands twice"),
         ("seedbench", 1, {"image": []}, "row 1, id 'v12', has no image"),
         ("mmbench", 0, {"answer": "C"}, "row 0: answer is 'C', the letter of none of its options"),
         ("mmbench", 0, {"index": "x"}, "row 0: index is 'x', not a number"),
-        ("cvbench-2d", 0, {"answer": "(C)"}, "answer is '\\(C\\)', the letter of none of its 2 options"),
+        ("cvbench-2d", 0, {"answer": "(C)"}, "row 0: answer is 'C', the letter of none of its options"),
         ("mmmu", 0, {"options": "['a', __import__('os')]"}, "options is not a list in Python's notation"),
         ("mmmu", 0, {"options": "[" * 100000}, "options is not a list in Python's notation"),
         ("mmmu", 0, {"image_1": None}, "image_1, which the question marks, is null"),
@@ -561,3 +561,25 @@ def test_images_of_seedbench_need_no_frames(tmp_path):
     official_seedbench(tmp_path)
     (tmp_path / "llava-seed-bench.jsonl").unlink()
     assert len(BENCHMARKS["seedbench-image"].read(epath.Path(tmp_path))) == 2
+
+
+def test_a_table_with_a_short_row_is_one_line(tmp_path):
+    table_ai2d(tmp_path)
+    path = tmp_path / "AI2D_TEST.tsv"
+    path.write_bytes(path.read_bytes().rsplit(b"\t", 2)[0])
+    with pytest.raises(ValueError, match=r"AI2D_TEST\.tsv row 1 has 7 cells, and the head 9 names$"):
+        BENCHMARKS["ai2d"].read(epath.Path(tmp_path))
+
+
+def test_a_missing_problem_does_not_list_all_others(tmp_path):
+    official_scienceqa(tmp_path)
+    dump(tmp_path / "problems.json", {str(i): {} for i in range(100, 30000)})
+    with pytest.raises(ValueError, match="has no 5: it has 100, 101, ") as error:
+        BENCHMARKS["scienceqa"].read(epath.Path(tmp_path))
+    assert len(str(error.value)) < 600
+
+
+def test_questions_that_are_no_list_are_one_line(tmp_path):
+    dump(tmp_path / "SEED-Bench.json", {"questions": {"1": "x"}})
+    with pytest.raises(ValueError, match="questions is not a list of objects$"):
+        BENCHMARKS["seedbench"].read(epath.Path(tmp_path))

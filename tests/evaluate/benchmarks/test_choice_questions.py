@@ -581,5 +581,5 @@ def test_a_missing_problem_does_not_list_all_others(tmp_path):
 
 def test_questions_that_are_no_list_are_one_line(tmp_path):
     dump(tmp_path / "SEED-Bench.json", {"questions": {"1": "x"}})
-    with pytest.raises(ValueError, match="questions is not a list of objects$"):
-        BENCHMARKS["seedbench"].read(epath.Path(tmp_path))
+    with pytest.raises(ValueError, match=r"questions is not a list of objects$"):
+        BENCHMARKS["seedbench-image"].read(epath.Path(tmp_path))

@@ -88,6 +88,8 @@ def _choices(row: dict[str, Any], where: str) -> tuple[str, ...]:
     choices = texts(row, "choices", where)
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"{where} has {len(choices)} choices: 2 to {len(LETTERS)} have letters")
+    if len(set(map(normalise, choices))) < len(choices):
+        raise ValueError(f"{where}: two choices are the same text")
     return choices
 
 

@@ -111,7 +111,7 @@ def official_mme(folder):
     save(folder / "artwork/images/7.jpg", RED)
     save(folder / "count/1.txt", text.encode())
     save(folder / "count/1.png", BLUE)
-    save(folder / "eval_tool/LaVIN/count.txt", b"1.png\tAre there two dogs?\tYes\tYes\n")
+    save(folder / "eval_tool/count.txt", b"1.png\tAre there two dogs?\tYes\tYes\n")
 
 
 OFFICIAL = {

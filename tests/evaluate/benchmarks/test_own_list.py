@@ -142,6 +142,7 @@ GOOD = {"question": "?", "answer": "x"}
         ({**GOOD, "metric": "choice"}, "row 1 has no choices, which the metric choice needs"),
         ({**GOOD, "choices": ["x"]}, "row 1 has 1 choices: 2 to 26 have letters"),
         ({**GOOD, "choices": ["y", "z"]}, "row 1: the answer 'x' is neither a choice nor its letter"),
+        ({**GOOD, "choices": ["x", "X."]}, "row 1: two choices are the same text"),
         ({**GOOD, "choices": "xy"}, "row 1: choices is 'xy', not a list of texts"),
         ({**GOOD, "id": "0"}, "the id '0' of row 1 stands twice"),
         ({**GOOD, "category": 3}, "row 1: category is 3, not a text"),

@@ -14,6 +14,8 @@ from fastvlm_jax.metrics.writer import read_metrics
 from fastvlm_jax.workdir import read_run
 
 Rows = Sequence[dict[str, float]]
+ACCURACY = "validation/accuracy"
+MARKERS = "s^Dv<>pP*X"  # of the curves of scores, one a benchmark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Run:
     def last(self, key: str) -> float | None:
         """Returns the last value of a metric, None if it was never written."""
         return next((row[key] for row in reversed(self.rows) if key in row), None)
+
+    def scores(self) -> dict[str, float]:
+        """Returns the scores of the run, as name in the metrics -> what makes percent of it: those of benchmarks and,
+        of runs of earlier versions, the share "validation/accuracy"."""
+        keys = dict.fromkeys(key for row in self.rows for key in row)
+        names = [key for key in keys if key.startswith("evaluate/") and not key.endswith("_stderr")]
+        return {name: 1.0 for name in names} | ({ACCURACY: 100.0} if ACCURACY in keys else {})
 
     def points(self, key: str, scale: float = 1.0) -> list[tuple[float, float]]:
         """Returns the (step, value) of a metric, the steps counted from `start`, the values times `scale`."""
@@ -84,31 +93,44 @@ def names(workdirs: Sequence[pathlib.Path], stages: Sequence[str]) -> list[str]:
 
 
 def plot_losses(runs: Sequence[Run], path: pathlib.Path) -> None:
-    """Draws training loss, validation loss and validation accuracy of all runs, a colour each."""
+    """Draws training loss, validation loss and scores of all runs, a colour each; a marker for each benchmark."""
     figure, axis = plt.subplots(figsize=(9, 4.2))
-    shown = {key for key in ("validation/loss", "validation/accuracy") if any(run.points(key) for run in runs)}
-    accuracy_axis = axis.twinx() if "validation/accuracy" in shown else None
+    names = list(dict.fromkeys(name for run in runs for name in run.scores()))
+    markers = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(names)}
+    validated = any(run.points("validation/loss") for run in runs)
+    score_axis = axis.twinx() if names else None
     for i, run in enumerate(runs):
         if points := run.points("loss"):
             axis.plot(*zip(*points, strict=True), "-", color=f"C{i}", label=run.name)
         if points := run.points("validation/loss"):
             axis.plot(*zip(*points, strict=True), "o--", color=f"C{i}", markersize=5)
-        if points := run.points("validation/accuracy", 100):
-            accuracy_axis.plot(*zip(*points, strict=True), "s:", color=f"C{i}", markersize=5, alpha=0.6)
+        for name, scale in run.scores().items():
+            points = run.points(name, scale)
+            score_axis.plot(*zip(*points, strict=True), f"{markers[name]}:", color=f"C{i}", markersize=5, alpha=0.6)
     for start in {run.start for run in runs} - {0}:
         axis.axvline(start, color="0.85", linewidth=1)
-    if "validation/loss" in shown:
+    if validated:
         axis.plot([], [], "o--", color="0.2", label="validation loss")
-    if accuracy_axis:
-        axis.plot([], [], "s:", color="0.35", label="validation accuracy (right)")
-        accuracy_axis.set(ylabel="validation accuracy, %", ylim=(0, 101))
-        accuracy_axis.spines["top"].set_visible(False)
+    for name in names:
+        axis.plot([], [], f"{markers[name]}:", color="0.35", label=f"{named(name)} (right)")
+    if score_axis:
+        # Most scores are percent; MME and OCRBench count points.
+        highest = max(
+            value for run in runs for name, scale in run.scores().items() for _, value in run.points(name, scale)
+        )
+        score_axis.set(ylabel="score", ylim=(0, max(101, 1.05 * highest)))
+        score_axis.spines["top"].set_visible(False)
     axis.set(xlabel="step", ylabel="loss", yscale="log")
     axis.spines["top"].set_visible(False)
-    columns = min(4, len(runs) + len(shown))
-    lines = -(-(len(runs) + len(shown)) // columns)
-    figure.tight_layout(rect=(0, 0, 1, 0.99 - 0.06 * lines))
-    entries = axis.get_legend_handles_labels()
-    figure.legend(*entries, loc="upper center", ncol=columns, frameon=False, fontsize=9, columnspacing=1.2)
+    entries = len(runs) + validated + len(names)
+    columns = min(4, entries)
+    figure.tight_layout(rect=(0, 0, 1, 0.99 - 0.06 * -(-entries // columns)))
+    legend = axis.get_legend_handles_labels()
+    figure.legend(*legend, loc="upper center", ncol=columns, frameon=False, fontsize=9, columnspacing=1.2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def named(score: str) -> str:
+    """Returns how the page names a score: a benchmark by its name, "validation/accuracy" as "validation accuracy"."""
+    return score.removeprefix("evaluate/").replace("/", " ")

@@ -19,7 +19,7 @@ from fastvlm_jax.evaluate.benchmarks import qa
 from fastvlm_jax.evaluate.records import rows_of
 from fastvlm_jax.evaluate.run import score
 from fastvlm_jax.images.decode import decode
-from fastvlm_jax.report.curves import Run, plot_losses, plt, read_runs
+from fastvlm_jax.report.curves import Run, named, plot_losses, plt, read_runs
 
 NUM_SAMPLES = 16
 MAX_TOKENS = 16  # longest answer on the sheet
@@ -88,14 +88,19 @@ def write_report(
 
 def results(runs: Sequence[Run]) -> dict[str, Any]:
     """Returns the table of what each run reached; a metric that no run has gets no column."""
-    keys = {
-        "loss": "last loss", "validation/loss": "validation loss", "validation/accuracy": "validation accuracy",
-    }  # fmt: skip
+    keys = {"loss": "last loss", "validation/loss": "validation loss"}
+    keys |= {name: named(name) for run in runs for name in run.scores()}
     keys = {key: name for key, name in keys.items() if any(run.last(key) is not None for run in runs)}
     rows = [[run.name, run.rows[-1]["step"], f"{run.last('seconds'):.0f}"] for run in runs]
     for run, row in zip(runs, rows, strict=True):
-        row += [written(run.last(key)) for key in keys]
+        row += [with_error(run, key) for key in keys]
     return {"title": "Results", "head": ["run", "steps", "seconds", *keys.values()], "rows": rows}
+
+
+def with_error(run: Run, key: str) -> str:
+    """Formats the last value of a metric, a score with its standard error: "71.23 ± 1.1"."""
+    error = run.last(f"{key}_stderr")
+    return written(run.last(key)) + ("" if error is None else f" ± {error:.2g}")
 
 
 def rates(runs: Sequence[Run]) -> dict[str, Any]:

@@ -81,6 +81,28 @@ def test_a_stage_begins_where_the_one_ended_that_it_started_from(tmp_path):
     assert {"align", "instruct", "validation loss", "validation accuracy (right)"} <= set(texts(found, tmp_path))
 
 
+def test_scores_of_benchmarks_stand_beside_the_losses_and_those_of_old_runs_too(tmp_path):
+    scored = [
+        row(2, loss=2.0), row(2, validation__loss=2.5, evaluate__docvqa=61.0, evaluate__docvqa_stderr=3.25),
+        row(4, validation__loss=2.0, evaluate__docvqa=71.234, evaluate__docvqa_stderr=1.125, evaluate__mme=1500.0),
+    ]  # fmt: skip
+    old = [row(4, loss=1.0), row(4, validation__loss=2.5, validation__accuracy=0.5)]
+    folders = [workdir(tmp_path / "a/tune", scored), workdir(tmp_path / "b/tune", old)]
+    new, before = read_runs(folders)
+    assert new.scores() == {"evaluate/docvqa": 1.0, "evaluate/mme": 1.0} and before.scores() == {
+        "validation/accuracy": 100.0
+    }
+    words = texts([new, before], tmp_path)
+    assert {"docvqa (right)", "mme (right)", "validation accuracy (right)", "validation loss", "score"} <= set(words)
+    assert not any("stderr" in word for word in words)
+    page, _ = write_report(folders, tmp_path / "page.html")
+    assert tables(page)["Results"] == [
+        ["run", "steps", "seconds", "last loss", "validation loss", "docvqa", "mme", "validation accuracy"],
+        ["a/tune", "4", "2", "2", "2", "71.23 ± 1.1", "1,500", "-"],
+        ["b/tune", "4", "2", "1", "2.5", "-", "-", "0.5"],
+    ]
+
+
 def test_the_page_shows_results_rates_and_the_settings_that_differ(tmp_path):
     rates = {"step_seconds": 0.5, "images/s": 32.0, "tokens/s": 1234.5}
     slow = [row(1, loss=9.0, step_seconds=60.0), *(row(s, loss=1 / s, **rates) for s in (2, 3, 4))]

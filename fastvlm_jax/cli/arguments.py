@@ -35,8 +35,9 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
   bench     input --config FILE.py[:ARG] --config.data.path=DIR [--seconds N] [--output FILE.json]
   report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
 
---model, --source and --config.parent take a training workdir, one checkpoint in it, a model directory of any layout, a
-GGUF file, or parts of a model from several places: vision=DIR,llm=DIR[,projector=DIR]."""
+--model, --source and --config.parent take a training workdir (its latest checkpoint; DIR@best is the best), one
+checkpoint in it, a model directory of any layout, a GGUF file, or parts of a model from several places:
+vision=DIR,llm=DIR[,projector=DIR]."""
 
 
 def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (), positional: str = "") -> list[str]:

@@ -164,6 +164,7 @@ def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, token
         evaluate = validation.make_evaluation(config, stage.model, stage.processor, sharding.batch_sharding(mesh))
         params, before, seen = jax.tree.leaves(state.params), size(jax.live_arrays()), []
         found = evaluate(state, lambda: bool(seen.append(size(jax.live_arrays()))))
+        assert evaluate(state, lambda: True) is None  # it is left behind the batch at which the run is to stop
     # Two of four are "red": 0.5, and sqrt(0.5 * 0.5 / (4 - 1))
     assert found == {"evaluate/qa": 50.0, "evaluate/qa_stderr": pytest.approx(28.8675, abs=1e-4)}
     assert seen and max(seen) - before < size(params) / 2

@@ -73,7 +73,19 @@ def choose(
         read = [(*pair, pair[0].read(folder_of(pair[0], root, single))) for pair in chosen]
     else:
         read = _all(benchmarks, root, protocol, told)
-    return [Entry(own, how, select(rows, own.name, limit, samples)) for own, how, rows in read]
+    entries = [Entry(own, how, select(rows, own.name, limit, samples)) for own, how, rows in read]
+    for entry in entries:
+        _check_first(entry)
+    return entries
+
+
+def _check_first(entry: Entry) -> None:
+    """Raises ValueError, before a model is asked, if the first row of a published benchmark cannot be asked."""
+    if entry.benchmark.strict and entry.rows:
+        try:
+            entry.protocol.prompt(entry.rows[0])
+        except ValueError as error:
+            raise ValueError(f"{entry.benchmark.name}: {error}") from error
 
 
 def known(names: Sequence[str], benchmarks: Mapping[str, Benchmark]) -> list[Benchmark]:
@@ -207,7 +219,7 @@ def write(
         results.write_lines(
             folder / f"{entry.name}.predictions.jsonl", results.predictions(benchmark, protocol, scored.results)
         )
-        if benchmark.submission and any(result.mark is None for result in scored.results):
+        if benchmark.submission and scored.results:
             files.write_json(folder / f"{entry.name}.submission.json", benchmark.submission(scored.results))
         if protocol.judge:
             results.write_lines(folder / f"{entry.name}.judge.jsonl", protocol.judge(scored.results))

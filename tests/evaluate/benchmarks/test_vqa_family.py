@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 from published_files import parquet, png, save
 
+from fastvlm_jax.evaluate import run, suite
 from fastvlm_jax.evaluate.benchmark import Result
 from fastvlm_jax.evaluate.benchmarks import BENCHMARKS
 
@@ -320,17 +321,17 @@ def test_prompts_of_llava_are_the_texts_of_its_files(name, tmp_path):
 
 def scored(name, protocol, rows, answers):
     protocol = BENCHMARKS[name].protocol(protocol)
-    marks = [
-        None if row.references is None else protocol.score(answer, row)
-        for row, answer in zip(rows, answers, strict=True)
-    ]
-    return [Result(row, "", answer, mark) for row, answer, mark in zip(rows, answers, marks, strict=True)]
+    found = []
+    for row, answer in zip(rows, answers, strict=True):
+        mark = None if row.references is None else protocol.score(answer, row)
+        found.append(Result(row, "", answer, mark, tuple(picture.name for picture in row.pictures)))
+    return found
 
 
 def test_textvqa_says_where_its_ocr_tokens_are_from(tmp_path):
     for number, write in enumerate((hub_textvqa, llava_textvqa, official_textvqa)):
         write(tmp_path / str(number))
-    hub, llavas, alone = (read("textvqa", tmp_path / str(number)) for number in range(3))
+    hub, llavas = (read("textvqa", tmp_path / str(number)) for number in range(2))
     assert prompt("textvqa", "paper", hub[0]) == (
         ("user", (0, f"\nwhat is the BRAND of NASA?\nReference OCR token: DAKOTA, DIGITAL{SHORT}")),
     )
@@ -350,9 +351,10 @@ def test_textvqa_says_where_its_ocr_tokens_are_from(tmp_path):
     )  # "a" is an article: nothing is left
     for protocol in ("paper", "llava"):
         with pytest.raises(
-            ValueError, match=r"^LLaVA's prompt holds OCR tokens, and there are none: llava_text.* is not"
+            ValueError, match=r"^textvqa: LLaVA's prompt holds OCR tokens, and there are none: llava_textv"
         ):
-            prompt("textvqa", protocol, alone[0])
+            suite.choose(["textvqa"], tmp_path / "2", BENCHMARKS, protocol=protocol, told=print)
+    assert len(suite.choose(["textvqa"], tmp_path / "2", BENCHMARKS, protocol="lmms-eval", told=print)[0].rows) == 3
 
 
 def test_pope_reports_the_mean_of_the_f1_of_its_splits(tmp_path):
@@ -394,23 +396,26 @@ def test_marks_differ_by_protocol(tmp_path):
 
 
 def test_submissions(tmp_path):
-    for name, (write, *_) in LAYOUTS.items():
-        write(tmp_path / name)
-    made = {
-        name: BENCHMARKS[name].submission(scored(name, "llava", read(name, tmp_path / name), answers))
-        for name, answers in (
-            ("gqa", ["No.", "A man", "yes"]),
-            ("textvqa-test", ["The Dakota,", "", "Two dogs, isnt it?"]),
-        )
-    }
+    made = {}
+    for name, answers in (
+        ("gqa", ["No.", "A man", "yes"]),
+        ("textvqa-test", ["The Dakota,", "", "Two dogs, isnt it?"]),
+    ):
+        LAYOUTS[name][0](tmp_path / name)
+        rows, protocol = read(name, tmp_path / name), BENCHMARKS[name].protocol("llava")
+        entry = suite.Entry(BENCHMARKS[name], protocol, rows)
+        suite.write(tmp_path, entry, run.Scored(scored(name, "llava", rows, answers), [], 3, 1.0), None, {}, True)
+        made[name] = json.loads((tmp_path / f"{name}-llava.submission.json").read_text())
     assert made["gqa"] == [
-        {"questionId": "201307251", "prediction": "no"}, {"questionId": "202", "prediction": "a man"},
+        {"questionId": "201307251", "prediction": "no"},
+        {"questionId": "202", "prediction": "a man"},
         {"questionId": "203", "prediction": "yes"},
-    ]  # fmt: skip
+    ]
     assert made["textvqa-test"] == [
-        {"question_id": 34602, "answer": "dakota"}, {"question_id": 34603, "answer": ""},
+        {"question_id": 34602, "answer": "dakota"},
+        {"question_id": 34603, "answer": ""},
         {"question_id": 34604, "answer": "2 dogs isn't it"},
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("write", LAYOUTS["vqav2-testdev"])

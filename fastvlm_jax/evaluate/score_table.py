@@ -106,6 +106,7 @@ def _notes(
         notes.append("only scores of the protocol paper were made as the paper's were")
     if any(summary["questions"] < summary["questions_published"] for summary in summaries):
         notes.append("of: only a part of the published questions was asked")
+    notes += [f"{summary['title']}: {summary['not_scored']}" for summary in summaries if summary["not_scored"]]
     if lacking and set(names) & set(AVG_5):
         notes.append(f"Avg-5 needs {', '.join(AVG_5)}; without a score: {', '.join(lacking)}")
     return notes

@@ -75,6 +75,7 @@ def summary(
         "title": title,
         "score": score,
         "standard_error": error,
+        "not_scored": None if score else "not scored: only a judge can score it",
         "questions": count,
         "questions_published": 5000,
         "protocol": {"name": protocol},
@@ -117,6 +118,7 @@ def test_a_table_in_markdown_without_the_paper():
         "| GQA, testdev balanced | 60.0 | ± 0.6 | 12,578 | paper |\n"
         "| LLaVA\\|W | not scored |  | 5,000 | paper |\n"
         "\n"
+        "- LLaVA|W: not scored: only a judge can score it\n"
         "- Avg-5 needs gqa, textvqa, pope, docvqa, seedbench-image; without a score: textvqa, pope, docvqa, "
         "seedbench-image"
     )

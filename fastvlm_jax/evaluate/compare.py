@@ -72,8 +72,8 @@ def describe(comparison: Mapping[str, Any]) -> str:
         *_notes(c),
     ]
     if c["changed"]:
-        more = f" {LISTED} of {len(c['changed']):,}" if len(c["changed"]) > LISTED else ""
-        lines += ["", f"Scores that changed{more}:"]
+        cut = f", {LISTED} of {len(c['changed']):,}, all with --output" if len(c["changed"]) > LISTED else ""
+        lines += ["", f"Scores that changed{cut}:"]
     for line in c["changed"][:LISTED]:
         lines += [
             f"  {line['score_a']:.2f} -> {line['score_b']:.2f}  {shown(line['id'])}  {shown(line['question'])}",
@@ -105,7 +105,7 @@ def _difference(scored: Sequence[tuple[Line, Line]]) -> dict[str, Any]:
         "difference": difference,
         "standard_error": error.value,
         "standard_error_method": error.method,
-        "interval_95": standard_error.interval(difference, error.value),
+        "interval_95": standard_error.interval(difference, error.value, -100.0, 100.0),
         "better": better,
         "worse": worse,
         "equal": len(scored) - better - worse,

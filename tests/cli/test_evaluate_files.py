@@ -51,7 +51,7 @@ def test_compare_prints_the_difference_and_writes_all_of_it(monkeypatch, capsys,
     a, b = predictions(tmp_path / "a.jsonl", [1, 0, 0]), predictions(tmp_path / "b.jsonl", [1, 1, 1])
     ask = ("evaluate", "--compare", a, b)
     status, out, err = fastvlm(monkeypatch, capsys, *ask)
-    assert (status, err) == (0, "") and "B - A  +66.67  95 %: +1.33 to +132.00" in out
+    assert (status, err) == (0, "") and "B - A  +66.67  95 %: +1.33 to +100.00" in out
     assert fastvlm(monkeypatch, capsys, *ask, f"--output={tmp_path / 'out'}") == (0, out, "")
     assert json.loads((tmp_path / "out/comparison.json").read_text())["better"] == 2
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fastvlm_jax import files
-from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Result, Row, ask_llava
+from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Result, Row, ask, ask_llava
 from fastvlm_jax.evaluate.results import predictions, read_predictions, summarise, write_lines
 
 PROTOCOL = Protocol(
@@ -133,6 +133,16 @@ def test_predictions_are_written_and_read(tmp_path):
     write_lines(tmp_path / "out" / "a.jsonl", lines)
     assert read_predictions(tmp_path / "out" / "a.jsonl") == lines
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.jsonl"]
+
+
+def test_predictions_name_the_images_that_the_prompt_shows_in_the_order_of_their_numbers():
+    protocol = dataclasses.replace(PROTOCOL, prompt=lambda row: ask(2, " or ", 0, "?", 2))
+    pictures = tuple(Picture(f"{number}.png", bytes) for number in range(3))
+    result = Result(Row("0", "", pictures, None), "", "", None, ("digest of 0", "digest of 2"))
+    (line,) = predictions(BENCHMARK, protocol, [result])
+    assert [(image["name"], image["digest"]) for image in line["images"]] == [
+        ("0.png", "digest of 0"), ("2.png", "digest of 2"),
+    ]  # fmt: skip
 
 
 GOOD = predictions(BENCHMARK, PROTOCOL, results())

@@ -1,5 +1,6 @@
 """Writes files as benchmarks are published: tables of the hub with encoded images, and pictures of one colour."""
 
+import base64
 import io
 import pathlib
 from collections.abc import Sequence
@@ -20,6 +21,19 @@ def png(colour: str | tuple[int, int, int], size: tuple[int, int] = (4, 4)) -> b
 def save(path: pathlib.Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
+
+
+def encoded(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+def table(path: pathlib.Path, rows: Sequence[dict], columns: Sequence[str]) -> None:
+    """Writes a table of VLMEvalKit: tab-separated, with quotes around all cells but those that are empty."""
+    lines = ["\t".join(columns)]
+    for row in rows:
+        cells = [str(row[name]).replace('"', '""') for name in columns]
+        lines.append("\t".join(f'"{cell}"' if cell else "" for cell in cells))
+    save(path, ("\n".join(lines) + "\n").encode())
 
 
 def parquet(path: pathlib.Path, rows: Sequence[dict], images: Sequence[str] = ("image",)) -> None:

@@ -24,6 +24,7 @@ from fastvlm_jax.evaluate.benchmark import (
 )
 from fastvlm_jax.evaluate.published import Images, check_rows, find, pictures_of, read_parquet, text, wrong_layout
 from fastvlm_jax.evaluate.scores import yes_no_start
+from fastvlm_jax.evaluate.table import read_table
 from fastvlm_jax.text.conversation import Turn
 
 PERCEPTION = (
@@ -35,16 +36,24 @@ ENDING = " Please answer yes or no."
 ROOTS = ("MME_Benchmark_release_version/MME_Benchmark", "MME_Benchmark_release_version")
 FILES = (
     "data/test-*.parquet",
+    "MME.tsv (VLMEvalKit)",
     "MME_Benchmark_release_version/ with a folder for each category, of images and texts of the same name",
 )
 
 
 def read(folder: epath.Path) -> list[Row]:
-    """Returns the questions from the table of the hub, or from the published folders in the order of their names."""
+    """Returns the questions from the table of the hub or of VLMEvalKit, or from the published folders, by name."""
     if found := find(folder, "data/test-*.parquet", "test-*.parquet"):
         where = str(found[0].parent)
         listed = read_parquet(found, ("question_id", "question", "answer", "category"), ("image",))
         asked = [(row, f"{where} row {i}", pictures_of([row["image"]])) for i, row in enumerate(listed)]
+    elif tables := find(folder, "MME.tsv"):
+        where = str(tables[0])
+        listed = read_table(tables[0], ("image_path", "question", "answer", "category"), ("image",))
+        asked = [
+            (row | {"question_id": row["image_path"]}, f"{where} row {i}", pictures_of([row["image"]]))
+            for i, row in enumerate(listed)
+        ]
     else:
         root = next((folder / name for name in ROOTS if (folder / name).is_dir()), folder)
         where = str(root)

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Result, Row, ask_lmms_eval
+from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.published import (
     Images,
     check_rows,
@@ -20,9 +21,10 @@ from fastvlm_jax.evaluate.published import (
     wrong_layout,
 )
 from fastvlm_jax.evaluate.scores import containment
+from fastvlm_jax.evaluate.table import read_table
 from fastvlm_jax.text.conversation import Turn
 
-FILES = ("data/test-*.parquet", "OCRBench/OCRBench.json, OCRBench_Images/ with the images")
+FILES = ("data/test-*.parquet", "OCRBench.tsv (VLMEvalKit)", "OCRBench/OCRBench.json, OCRBench_Images/ with the images")
 FORMULAS = "HME100k"  # the data set whose answers are formulas
 # Published type of a question -> the part of the benchmark that it counts in.
 PARTS = {
@@ -40,11 +42,15 @@ PARTS = {
 
 
 def read(folder: epath.Path) -> list[Row]:
-    """Returns the questions from the table of the hub or from the published list."""
+    """Returns the questions from the table of the hub or of VLMEvalKit, or from the published list."""
     if found := find(folder, "data/test-*.parquet", "test-*.parquet"):
         where = str(found[0].parent)
         rows = read_parquet(found, ("dataset", "question", "question_type", "answer"), ("image",))
         rows = [(row, pictures_of([row["image"]])) for row in rows]
+    elif found := find(folder, "OCRBench.tsv"):
+        where = str(found[0])
+        listed = read_table(found[0], ("question", "answer", "category"), ("image",))
+        rows = [(_tabled(row, f"{where} row {i}"), pictures_of([row["image"]])) for i, row in enumerate(listed)]
     elif found := find(folder, "OCRBench/OCRBench.json", "OCRBench.json"):
         where = str(found[0])
         images = Images(folder, "OCRBench_Images", "OCRBench/OCRBench_Images")
@@ -69,12 +75,23 @@ def _listed(row: Any, where: str, images: Images) -> tuple[dict[str, Any], tuple
     return renamed, (images(text(row, "image_path", where)),)
 
 
+def _tabled(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns a row of VLMEvalKit's table with the names that the hub uses; it does not tell all data sets."""
+    kind = row["category"]
+    return {
+        "dataset": FORMULAS if PARTS.get(kind) == "handwritten formulas" else "",
+        "question": row["question"],
+        "question_type": kind,
+        "answer": options.parse(row["answer"], f"{where}: answer"),
+    }
+
+
 def _row(row: dict[str, Any], where: str, number: int, pictures: tuple[Picture, ...]) -> Row:
     kind = text(row, "question_type", where)
     if kind not in PARTS:
         raise ValueError(f"{where}: question_type is {kind[:80]!r}, which OCRBench does not have")
     fields = {"formula": text(row, "dataset", where) == FORMULAS}
-    groups = {"part": PARTS[kind], "type": kind, "dataset": row["dataset"]}
+    groups = {"part": PARTS[kind], "type": kind} | ({"dataset": row["dataset"]} if row["dataset"] else {})
     return Row(str(number), text(row, "question", where), pictures, texts(row, "answer", where), fields, groups)
 
 

@@ -14,11 +14,10 @@ from typing import Any
 from etils import epath
 
 from fastvlm_jax.evaluate.benchmark import OPTION_LETTER, Picture, Row
+from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.exact_match import normalise
 from fastvlm_jax.evaluate.published import Images, check_rows, find, get, read_json, read_lines, text, texts
 from fastvlm_jax.text.prompt import Prompt, place_images
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def find_list(path: epath.Path) -> epath.Path | None:
@@ -74,8 +73,8 @@ def _row(
             raise ValueError(f"{where} has no choices, which the metric choice needs")
         references = tuple(_letter(reference, choices, where) for reference in references)
     pictures = _pictures(row, where, images)
-    asked = "\n".join([question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))])
-    prompt = Prompt(where, (("user", asked + (OPTION_LETTER if choices else "")),))
+    asked = f"{question}\n{options.lines(choices)}{OPTION_LETTER}" if choices else question
+    prompt = Prompt(where, (("user", asked),))
     turns = place_images(prompt, range(len(pictures)))
     groups = {"category": text(row, "category", where)} if row.get("category") is not None else {}
     fields = {"turns": turns, "metric": metric, "choices": choices}
@@ -85,9 +84,7 @@ def _row(
 def _choices(row: dict[str, Any], where: str) -> tuple[str, ...]:
     if row.get("choices") is None:
         return ()
-    choices = texts(row, "choices", where)
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f"{where} has {len(choices)} choices: 2 to {len(LETTERS)} have letters")
+    choices = options.read(row, "choices", where)
     if len(set(map(normalise, choices))) < len(choices):
         raise ValueError(f"{where}: two choices are the same text")
     return choices
@@ -113,8 +110,8 @@ def _letter(reference: str, choices: tuple[str, ...], where: str) -> str:
     """Returns the letter of a right answer, which is a choice or its letter."""
     alike = [normalise(choice) for choice in choices]
     if normalise(reference) in alike:
-        return LETTERS[alike.index(normalise(reference))]
+        return options.letters(choices)[alike.index(normalise(reference))]
     letter = reference.strip().upper()
-    if len(letter) == 1 and letter in LETTERS[: len(choices)]:
+    if len(letter) == 1 and letter in options.letters(choices):
         return letter
     raise ValueError(f"{where}: the answer {reference[:80]!r} is neither a choice nor its letter")

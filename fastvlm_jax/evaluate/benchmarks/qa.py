@@ -11,7 +11,7 @@ from etils import epath
 from fastvlm_jax.data.rejected import most_frequent
 from fastvlm_jax.data.sources import MANIFEST, read_shards
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
-from fastvlm_jax.evaluate.benchmarks import own_list
+from fastvlm_jax.evaluate.benchmarks import options, own_list
 from fastvlm_jax.evaluate.exact_match import RULE, identical, matches, normalise
 from fastvlm_jax.evaluate.records import own_prompt, rows_of
 from fastvlm_jax.evaluate.scores import anls, evalai, letters, relaxed_accuracy, token_f1, vqa_accuracy
@@ -118,9 +118,8 @@ def _f1(answer: str, row: Row) -> Mark:
 
 def _choice(answer: str, row: Row) -> Mark:
     """Returns whether the answer is the text of the right choice, or else names its letter."""
-    named = dict(zip(map(normalise, row.fields["choices"]), own_list.LETTERS, strict=False))
-    letter = named.get(normalise(answer)) or letters.extract(answer, own_list.LETTERS[: len(row.fields["choices"])])
-    return Mark(float(letter in row.references), letter)
+    named = {normalise(choice): letter for letter, choice in options.lettered(row.fields["choices"])}
+    return options.mark(named.get(normalise(answer)) or letters.extract(answer, "".join(named.values())), row)
 
 
 METRICS = {

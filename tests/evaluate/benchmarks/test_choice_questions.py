@@ -1,13 +1,12 @@
 """The benchmarks with options: rows from files in every layout, and the prompts of lmms-eval and LLaVA."""
 
-import base64
 import dataclasses
 import json
 
 import harness
 import pytest
 from etils import epath
-from published_files import parquet, png, save
+from published_files import encoded, parquet, png, save, table
 
 from fastvlm_jax.evaluate.benchmark import Result
 from fastvlm_jax.evaluate.benchmarks import BENCHMARKS
@@ -124,19 +123,6 @@ def official_scienceqa(folder):
     dump(folder / "pid_splits.json", {"train": ["1"], "test": ["5", "6", "7"], "minitest": ["5"]})
     save(folder / "images/test/5/image.png", RED)
     save(folder / "images/test/7/image.png", BLUE)
-
-
-def table(path, rows, columns):
-    lines = ["\t".join(columns)]
-    for row in rows:
-        lines.append(
-            "\t".join('"' + str(row[name]).replace('"', '""') + '"' if row[name] != "" else "" for name in columns)
-        )
-    save(path, ("\n".join(lines) + "\n").encode())
-
-
-def encoded(image):
-    return base64.b64encode(image).decode()
 
 
 def table_ai2d(folder, name="AI2D_TEST.tsv"):

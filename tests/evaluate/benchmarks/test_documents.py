@@ -6,7 +6,7 @@ import json
 import harness
 import pytest
 from etils import epath
-from published_files import parquet, png, save
+from published_files import encoded, parquet, png, save, table
 
 from fastvlm_jax.evaluate.benchmark import Result
 from fastvlm_jax.evaluate.benchmarks import BENCHMARKS
@@ -114,6 +114,22 @@ def official_mme(folder):
     save(folder / "eval_tool/count.txt", b"1.png\tAre there two dogs?\tYes\tYes\n")
 
 
+def table_mme(folder):
+    rows = [
+        {**row, "index": i, "image": encoded(row["image"]), "image_path": row["question_id"]}
+        for i, row in enumerate(MME)
+    ]
+    table(folder / "MME.tsv", rows, ["index", "image", "image_path", "question", "answer", "category"])
+
+
+def table_ocrbench(folder):
+    rows = [
+        {**row, "index": i, "image": encoded(row["image"]), "category": row["question_type"]}
+        for i, row in enumerate(OCR)
+    ]
+    table(folder / "OCRBench.tsv", rows, ["index", "image", "question", "answer", "category"])
+
+
 OFFICIAL = {
     "docvqa": official_docvqa,
     "docvqa-test": lambda folder: official_docvqa(folder, "test", "test/test_v1.0.json"),
@@ -148,6 +164,16 @@ def test_both_layouts_hold_the_same_rows_in_the_same_order(name, tmp_path):
     assert len(set(names)) == len({row["image"] for row in HUB[name][1]}) and all(
         p.file.is_file() for p in own[0].pictures
     )
+
+
+@pytest.mark.parametrize("name, write", [("mme", table_mme), ("ocrbench", table_ocrbench)])
+def test_tables_of_vlmevalkit_hold_the_same_rows(name, write, tmp_path):
+    write_hub(name, tmp_path / "hub")
+    write(tmp_path / "own")
+    hub, own = read(name, tmp_path / "hub"), read(name, tmp_path / "own")
+    if name == "ocrbench":  # the table tells the data set of formulas alone
+        hub[0] = dataclasses.replace(hub[0], groups={k: v for k, v in hub[0].groups.items() if k != "dataset"})
+    assert seen(hub) == seen(own)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +303,7 @@ def without(name, column):
     return name, write
 
 
-def table(name, **changes):
+def hub(name, **changes):
     return name, lambda folder: write_hub(name, folder, **changes)
 
 
@@ -315,7 +341,7 @@ INFO_LIST = "infovqa_qas/infographicsVQA_val_v1.0_withQT.json"
         ),
         (
             ("mme", lambda folder: save(folder / "eval_tool/a.txt", b"")),
-            "expected are data/test-*.parquet; or MME_Bench",
+            "expected are data/test-*.parquet; or MME.tsv (VLMEvalKit); or MME_Bench",
         ),
         (("chartqa", lambda folder: folder.rmdir()), "there is no folder"),
         (
@@ -323,16 +349,16 @@ INFO_LIST = "infovqa_qas/infographicsVQA_val_v1.0_withQT.json"
             "validation-00000-of-00001.parquet has no column answer_type: it is not a table of InfoVQA",
         ),
         (without("realworldqa", "image"), "has no column image"),
-        (table("docvqa", questionId="337"), "the id '337' of row 1 stands twice"),
-        (table("docvqa", questionId="x1"), "row 0: questionId is 'x1', not a number"),
-        (table("docvqa", answers=None), "row 0: answers is None, not a list of texts"),
-        (table("docvqa-test", image=None), "row 0, id '337', has no image"),
-        (table("chartqa", type="train"), "row 0: type is 'train': the types are human_test and augmented_test"),
-        (table("chartqa", answer=None), "row 0: answer is None, not a text"),
-        (table("ocrbench", question_type="Reading"), "row 0: question_type is 'Reading', which OCRBench does not have"),
-        (table("mme", category="animals"), "row 0: category is 'animals', which MME does not have"),
-        (table("mme", answer="maybe"), "row 0: answer is 'maybe', not Yes or No"),
-        (table("mme", question_id="count/1.png"), "the image 'count/1.png' has 4 questions: MME asks 2 of each"),
+        (hub("docvqa", questionId="337"), "the id '337' of row 1 stands twice"),
+        (hub("docvqa", questionId="x1"), "row 0: questionId is 'x1', not a number"),
+        (hub("docvqa", answers=None), "row 0: answers is None, not a list of texts"),
+        (hub("docvqa-test", image=None), "row 0, id '337', has no image"),
+        (hub("chartqa", type="train"), "row 0: type is 'train': the types are human_test and augmented_test"),
+        (hub("chartqa", answer=None), "row 0: answer is None, not a text"),
+        (hub("ocrbench", question_type="Reading"), "row 0: question_type is 'Reading', which OCRBench does not have"),
+        (hub("mme", category="animals"), "row 0: category is 'animals', which MME does not have"),
+        (hub("mme", answer="maybe"), "row 0: answer is 'maybe', not Yes or No"),
+        (hub("mme", question_id="count/1.png"), "the image 'count/1.png' has 4 questions: MME asks 2 of each"),
         (("docvqa", moved), "has no folder of images: expected is documents or"),
         (changed("docvqa", "documents/a_1.png"), "documents lacks 1 of 2 images, the first 'a_1.png'"),
         (changed("docvqa", DOC_LIST, {"data": {}}), f"{DOC_LIST} has no list of questions under data"),

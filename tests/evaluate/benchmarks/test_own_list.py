@@ -140,7 +140,7 @@ GOOD = {"question": "?", "answer": "x"}
         ({**GOOD, "metric": ["f1"]}, "row 1: metric is \"['f1']\": choose exact"),
         ({**GOOD, "metric": "vqa"}, "row 1: the metric vqa compares with 10 answers, not 1"),
         ({**GOOD, "metric": "choice"}, "row 1 has no choices, which the metric choice needs"),
-        ({**GOOD, "choices": ["x"]}, "row 1 has 1 choices: 2 to 26 have letters"),
+        ({**GOOD, "choices": ["x"] * 27}, "row 1: choices are 27 options, more than letters"),
         ({**GOOD, "choices": ["y", "z"]}, "row 1: the answer 'x' is neither a choice nor its letter"),
         ({**GOOD, "choices": ["x", "X."]}, "row 1: two choices are the same text"),
         ({**GOOD, "choices": "xy"}, "row 1: choices is 'xy', not a list of texts"),

@@ -23,12 +23,13 @@ def folder(name: str) -> pathlib.Path:
     return FOLDER / name
 
 
-def ask(name: str, code: str, value, seconds: float = 120):
+def ask(name: str, code: str, value, seconds: float = 120, before: tuple[str, ...] = ()):
     """Returns what `main(value)`, which `code` defines, returns beside the harness; values are JSON.
 
-    Modules that the harness imports and that are not installed are stubs, which do nothing.
+    Modules that the harness imports and that are not installed are stubs, which do nothing; so are some that take long
+    to load. The modules `before` are imported before that, and are themselves.
     """
-    request = {"path": str(folder(name)), "code": code, "value": value}
+    request = {"path": str(folder(name)), "code": code, "value": value, "before": before}
     script = pathlib.Path(__file__).with_name("harness_process.py")
     done = subprocess.run(
         [sys.executable, str(script)], input=json.dumps(request), capture_output=True, text=True, timeout=seconds

@@ -1,5 +1,6 @@
 """Runs a snippet beside the unpacked package of another harness; see harness.py. Modules that are missing are stubs."""
 
+import importlib
 import importlib.machinery
 import json
 import sys
@@ -64,7 +65,9 @@ class Finder:
 HEAVY = {"torch", "torchvision", "transformers", "accelerate", "datasets", "pandas", "matplotlib", "wandb", "jax"}
 PACKAGES = {"lmms_eval", "llava"}  # of these nothing may be a stub
 request = json.load(sys.stdin)
-sys.meta_path.insert(0, Finder(lambda package: package in HEAVY))
+for name in request["before"]:
+    importlib.import_module(name)
+sys.meta_path.insert(0, Finder(lambda package: package in HEAVY and package not in sys.modules))
 sys.meta_path.append(Finder(lambda package: package not in PACKAGES))
 sys.path.insert(0, request["path"])
 for name in ("llava", "lmms_eval.tasks"):  # their own __init__ loads models and all tasks

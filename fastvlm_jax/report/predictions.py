@@ -1,5 +1,6 @@
 """Writes the HTML page of predictions: image, prompt, answer, references and score of each row, with filters."""
 
+import hashlib
 import io
 import math
 import os
@@ -38,12 +39,12 @@ def write_page(
     """
     folder = pathlib.Path(folder)
     chosen = [choose(results, rows) for _, results in evaluated]
-    files = write_images(folder, (result for results in chosen for result in results))
+    files = [write_images(folder, results) for results in chosen]
     data = {
         "benchmarks": [
             _benchmark(summary, results, len(few)) for (summary, results), few in zip(evaluated, chosen, strict=True)
         ],
-        "rows": [_row(number, result, files) for number, results in enumerate(chosen) for result in results],
+        "rows": [_row(number, result, files[number]) for number, results in enumerate(chosen) for result in results],
         "verdicts": VERDICTS,
     }
     write_whole(folder / PAGE, render(data, rows).encode("utf-8", "replace"))
@@ -83,22 +84,24 @@ def unparsed(mark: Mark | None) -> bool:
 
 
 def write_images(folder: pathlib.Path, results: Iterable[Result]) -> dict[str, dict[str, Any]]:
-    """Writes each image once as a JPEG named by its digest, unless it is there, and returns digest -> fields.
+    """Writes the images of a benchmark as JPEGs named by their digests, those that are not there, and returns fields.
 
-    The fields are its file, relative to the folder, width and height, or the error if it cannot be read.
+    The keys are the images' names. The fields are a file, relative to the folder, its width and height; or the error if
+    the image cannot be read.
     """
-    pictures: dict[str, Picture] = {}
-    for result in results:
-        pictures |= dict(zip(result.images, result.row.pictures, strict=False))
+    pictures = {picture.name: picture for result in results for picture in result.row.pictures}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(pictures, pool.map(lambda item: _write_image(folder, *item), pictures.items()), strict=True))
+        return dict(
+            zip(pictures, pool.map(lambda picture: _write_image(folder, picture), pictures.values()), strict=True)
+        )
 
 
-def _write_image(folder: pathlib.Path, digest: str, picture: Picture) -> dict[str, Any]:
-    name = f"{IMAGES}/{digest}.jpg"
+def _write_image(folder: pathlib.Path, picture: Picture) -> dict[str, Any]:
     try:
+        data = picture.read()
+        name = f"{IMAGES}/{hashlib.sha256(data).hexdigest()[:16]}.jpg"
         if not (folder / name).exists():
-            write_whole(folder / name, small_jpeg(picture.read()))
+            write_whole(folder / name, small_jpeg(data))
         width, height = size_of((folder / name).read_bytes())
     except ValueError as error:
         return {"error": str(error)}
@@ -155,7 +158,6 @@ def _score(part: dict[str, Any]) -> tuple[str, str]:
 def _row(number: int, result: Result, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns a row of the benchmark of that number as the page's script reads it."""
     mark, row = result.mark, result.row
-    names = [picture.name for picture in row.pictures]
     return {
         "benchmark": number,
         "id": clipped(row.id),
@@ -167,7 +169,7 @@ def _row(number: int, result: Result, files: dict[str, dict[str, Any]]) -> dict[
         "verdict": verdict(mark),
         "unparsed": unparsed(mark),
         "groups": {name: str(value) for name, value in row.groups.items()},
-        "images": [files[digest] | {"name": name} for digest, name in zip(result.images, names, strict=False)],
+        "images": [files[picture.name] | {"name": picture.name} for picture in row.pictures],
     }
 
 

@@ -29,7 +29,7 @@ def read(folder: epath.Path, form: str) -> list[Row]:
     """Reads the test split of a form, a key of FORMS, from a table of VLMEvalKit or Parquet files of the hub.
 
     Raises:
-      ValueError: the names of the folder or of its files tell that it holds the other form.
+      FileNotFoundError: the names of the folder or of its files tell that it holds the other form.
     """
     if table := published.find(folder, FORMS[form]):
         return _read_table(table[0])
@@ -40,7 +40,9 @@ def read(folder: epath.Path, form: str) -> list[Row]:
     held = tables.pop() if tables else told(paths[0])
     if held != form:
         mend = "; put files without masks into a folder named ai2d-no-mask" if held == "ai2d" else ""
-        raise ValueError(f"{folder} holds {held}, whose images are not those of {form}: pass --benchmark={held}{mend}")
+        raise FileNotFoundError(
+            f"{folder} holds {held}, whose images are not those of {form}: pass --benchmark={held}{mend}"
+        )
     return _read_hub(paths)
 
 

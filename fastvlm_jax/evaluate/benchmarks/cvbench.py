@@ -87,10 +87,10 @@ def figures(results: Sequence[Result]) -> dict[str, float]:
     return {} if mean is None else {"mean_by_source": 100 * mean}
 
 
-TWO = Benchmark(
-    name="cvbench-2d",
-    title="CV-Bench, 2D",
-    read=functools.partial(read, kinds=("2D",)),
+BOTH = Benchmark(
+    name="cvbench",
+    title="CV-Bench, 2D and 3D",
+    read=functools.partial(read, kinds=("2D", "3D")),
     protocols=(
         Protocol(
             name="lmms-eval",
@@ -103,30 +103,29 @@ TWO = Benchmark(
         ),
     ),
     metric="accuracy, %",
-    size=1438,
-    files=files_of(("2D",)),
+    size=2638,
+    files=files_of(("2D", "3D")),
     source="the hub's nyu-visionx/CV-Bench",
-    paper="CVB-2D",
     refused={"paper": "the paper does not say which harness scored CV-Bench, and lmms-eval 0.2.2 has no task for it"},
 )
 BENCHMARKS = (
-    TWO,
+    BOTH,
     dataclasses.replace(
-        TWO,
+        BOTH,
+        name="cvbench-2d",
+        title="CV-Bench, 2D",
+        read=functools.partial(read, kinds=("2D",)),
+        size=1438,
+        files=files_of(("2D",)),
+        paper="CVB-2D",
+    ),
+    dataclasses.replace(
+        BOTH,
         name="cvbench-3d",
         title="CV-Bench, 3D",
         read=functools.partial(read, kinds=("3D",)),
         size=1200,
         files=files_of(("3D",)),
         paper="CVB-3D",
-    ),
-    dataclasses.replace(
-        TWO,
-        name="cvbench",
-        title="CV-Bench, 2D and 3D",
-        read=functools.partial(read, kinds=("2D", "3D")),
-        size=2638,
-        files=files_of(("2D", "3D")),
-        paper="",
     ),
 )

@@ -147,8 +147,8 @@ ALL = Benchmark(
     submission=submission,
 )
 BENCHMARKS = (
+    ALL,
     dataclasses.replace(
         ALL, name="seedbench-image", title="SEED-Bench, images", read=read_images, size=14233, paper="SeedI"
     ),
-    ALL,
 )

@@ -458,7 +458,7 @@ def test_the_forms_of_ai2d_are_never_mixed(tmp_path):
         ("ai2d-no-mask", "two", "ai2d"),
         ("ai2d-no-mask", "three", "ai2d"),
     ):
-        with pytest.raises(ValueError, match=f"holds {held}, .* pass --benchmark={held}(;|$)"):
+        with pytest.raises(FileNotFoundError, match=f"holds {held}, .* pass --benchmark={held}(;|$)"):
             BENCHMARKS[form].read(epath.Path(tmp_path / folder))
 
 

@@ -221,8 +221,8 @@ def write(
         )
         if benchmark.submission and scored.results:
             files.write_json(folder / f"{entry.name}.submission.json", benchmark.submission(scored.results))
-        if protocol.judge:
-            results.write_lines(folder / f"{entry.name}.judge.jsonl", protocol.judge(scored.results))
+        if protocol.judge and (requests := protocol.judge(scored.results)):
+            results.write_lines(folder / f"{entry.name}.judge.jsonl", requests)
         speed = {"questions_answered": scored.asked, **{name: summary[name] for name in SPEED}}
         files.write_json(folder / f"{entry.name}.speed.json", speed)
         kept = {name: value for name, value in summary.items() if name not in SPEED}

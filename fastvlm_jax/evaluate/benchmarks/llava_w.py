@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import reviews
 from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Result, Row, ask_llava, ask_lmms_eval
 from fastvlm_jax.evaluate.published import (
@@ -68,24 +69,26 @@ def _by_key(path: epath.Path, key: str) -> dict[str, dict[str, Any]]:
     """Returns the lines of a file by their value of `key`."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: expected are {FILES[0]}")
-    lines = [(str(get(line, key, f"{path} line {number}")), line) for number, line in enumerate(read_lines(path), 1)]
-    found = dict(lines)
-    if len(found) < len(lines):
-        raise ValueError(f"{path}: a {key} stands twice")
+    found: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        name = str(get(line, key, f"{path} line {number}"))
+        if name in found:
+            raise ValueError(f"{path} line {number}: the {key} {shown(name)} stands twice")
+        found[name] = line
     return found
 
 
 def _joined(found: Mapping[str, dict], line: Mapping[str, Any], key: str, where: str, other: str) -> dict[str, Any]:
     name = str(get(line, key, where))
     if name not in found:
-        raise ValueError(f"{where}: {other} has no {key} {name}")
+        raise ValueError(f"{where}: {other} has no {key} {shown(name)}")
     return found[name]
 
 
 def _row(row: Mapping[str, Any], question: str, answer: str, picture, where: str) -> Row:
     category, caption = text(row, "category", where), get(row, "caption", where)
     if category not in CATEGORIES:
-        raise ValueError(f"{where}: its category is {category}, not {' or '.join(CATEGORIES)}")
+        raise ValueError(f"{where}: its category is {shown(category)}, not {' or '.join(CATEGORIES)}")
     if isinstance(caption, list) and all(isinstance(line, str) for line in caption):
         caption = "\n".join(caption)
     if not isinstance(caption, str):

@@ -1,5 +1,6 @@
 """MM-Vet: its layouts, requests to the judge, its review and the submission, against lmms-eval's code."""
 
+import dataclasses
 import json
 
 import PIL.Image
@@ -10,8 +11,10 @@ from etils import epath
 from harness import LMMS_EVAL, ask
 from pictures import encode
 
+from fastvlm_jax.evaluate import published, suite
 from fastvlm_jax.evaluate.benchmark import Result
 from fastvlm_jax.evaluate.benchmarks import mm_vet
+from fastvlm_jax.evaluate.run import Scored
 
 (BENCHMARK,) = mm_vet.BENCHMARKS
 # (id, question, answer, capabilities)
@@ -174,6 +177,17 @@ def test_the_submission_is_that_of_llavas_converter(official):
     assert BENCHMARK.submission(answered(BENCHMARK.read(official))) == dict(
         zip(["v1_0", "v1_1", "v1_2", "v1_3"], ANSWERS, strict=True)
     )
+
+
+def test_a_scored_model_leaves_requests_and_a_submission_but_no_score(official, tmp_path):
+    rows, protocol = BENCHMARK.read(official), BENCHMARK.protocol()
+    results = [dataclasses.replace(result, images=("digest",)) for result in answered(rows)]
+    entry = suite.Entry(BENCHMARK, protocol, rows)
+    summary = suite.write(tmp_path / "out", entry, Scored(results, [], 4, 1.0), None, {}, True)
+    assert (summary["score"], summary["questions"]) == (None, 4)
+    assert "only a judge can score it; mm-vet-paper.judge.jsonl is what to ask it" in summary["not_scored"]
+    assert published.read_lines(epath.Path(tmp_path / "out/mm-vet-paper.judge.jsonl")) == protocol.judge(results)
+    assert json.loads((tmp_path / "out/mm-vet-paper.submission.json").read_text())["v1_3"] == "right"
 
 
 def rewritten(folder: epath.Path, change) -> None:

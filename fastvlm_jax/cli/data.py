@@ -101,13 +101,15 @@ def inspect_data(argv: list[str]) -> None:
     )  # fmt: skip
     flags.DEFINE_string("benchmark", None, "with --against: benchmark whose published files these are", flag_values=fv)
     flags.DEFINE_list(
-        "kinds", "file,pixels,near,question", "with --against: kinds of matches that are looked for", flag_values=fv
-    )
+        "kinds", None, "with --against: kinds of matches to look for; default: file,pixels,near,question",
+        flag_values=fv,
+    )  # fmt: skip
     parse(fv, argv)
     if fv.against:
         return inspect_against(fv)
-    if fv.benchmark:
-        raise flags.Error("--benchmark says whose files --against names: give both")
+    if fv.benchmark or fv.kinds:
+        name = "benchmark" if fv.benchmark else "kinds"
+        raise flags.Error(f"--{name} goes with --against, the folder of a benchmark's files: give both")
     if not fv.config and not fv.data:
         raise ValueError("--data is missing: name a folder of shards, or the --config of a run")
     from fastvlm_jax.data.inspect import Outputs, inspect, inspect_run
@@ -134,13 +136,14 @@ def inspect_against(fv: flags.FlagValues) -> None:
     from fastvlm_jax.data.sources import read_shards
     from fastvlm_jax.evaluate import contamination
 
-    if unknown := [kind for kind in fv.kinds if kind not in contamination.KINDS]:
+    kinds = fv.kinds or contamination.KINDS
+    if unknown := [kind for kind in kinds if kind not in contamination.KINDS]:
         raise flags.Error(f"--kinds {unknown[0]}: the kinds are {', '.join(contamination.KINDS)}")
     source = read_shards(fv.data, fv.split)
     name, rows = contamination.open_rows(fv.against, fv.benchmark, fv.data, fv.split)
-    known = contamination.learn(name, rows, fv.kinds)
+    known = contamination.learn(name, rows, kinds)
     with tqdm_bar(len(source)) as bar:
-        report = contamination.compare(source, known, fv.kinds, fv.output, bar.update)
+        report = contamination.compare(source, known, kinds, fv.output, bar.update)
     if fv.json:
         to_json(dataclasses.asdict(report), fv.json)
     print(contamination.describe(report, known, fv.data))

@@ -199,7 +199,7 @@ def test_the_commands_lead_from_the_list_to_clean_shards(folders, tmp_path, monk
         (["--against={pages}", "--benchmark=dcvqa"], "--benchmark dcvqa: there is none of that name"),
         (["--against={pages}", "--kinds=file,same"], "--kinds same: the kinds are file, pixels, near, question"),
         (["--against={pages}", "--verify"], "--verify is not for --against"),
-        (["--benchmark=docvqa"], "--benchmark says whose files --against names: give both"),
+        (["--benchmark=docvqa"], "--benchmark goes with --against"),
     ],
 )
 def test_wrong_flags_are_told_in_a_line(folders, flags, message, monkeypatch, capsys):

@@ -29,6 +29,7 @@ checkpoint
 workdir
 evaluate.validation
 evaluate.suite evaluate.contamination
+evaluate.looked_for
 evaluate.benchmarks
 evaluate
 evaluate.scores

@@ -134,14 +134,14 @@ def inspect_against(fv: flags.FlagValues) -> None:
     if not fv.data:
         raise ValueError("--data is missing: name the folder of shards to compare with --against")
     from fastvlm_jax.data.sources import read_shards
-    from fastvlm_jax.evaluate import contamination
+    from fastvlm_jax.evaluate import contamination, looked_for
 
-    kinds = fv.kinds or contamination.KINDS
-    if unknown := [kind for kind in kinds if kind not in contamination.KINDS]:
-        raise flags.Error(f"--kinds {unknown[0]}: the kinds are {', '.join(contamination.KINDS)}")
+    kinds = fv.kinds or looked_for.KINDS
+    if unknown := [kind for kind in kinds if kind not in looked_for.KINDS]:
+        raise flags.Error(f"--kinds {unknown[0]}: the kinds are {', '.join(looked_for.KINDS)}")
     source = read_shards(fv.data, fv.split)
-    name, rows = contamination.open_rows(fv.against, fv.benchmark, fv.data, fv.split)
-    known = contamination.learn(name, rows, kinds)
+    name, rows = looked_for.open_rows(fv.against, fv.benchmark, fv.data, fv.split)
+    known = looked_for.learn(name, rows, kinds)
     with tqdm_bar(len(source)) as bar:
         report = contamination.compare(source, known, kinds, fv.output, bar.update)
     if fv.json:

@@ -16,8 +16,9 @@ from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_manifest, read_shards
 from fastvlm_jax.data.write import write, write_shards
 from fastvlm_jax.data.write.job import Settings
-from fastvlm_jax.evaluate import contamination
-from fastvlm_jax.evaluate.contamination import compare, learn, open_rows, words_of
+from fastvlm_jax.evaluate import looked_for
+from fastvlm_jax.evaluate.contamination import compare
+from fastvlm_jax.evaluate.looked_for import KINDS, learn, open_rows, words_of
 
 PAGES = [render(documents.page, number) for number in range(4)]
 BLANK = PIL.Image.new("RGB", (300, 200), "white")
@@ -69,7 +70,7 @@ def folders(tmp_path_factory):
     return root
 
 
-def found(folders, against, benchmark=None, kinds=contamination.KINDS, split="train"):
+def found(folders, against, benchmark=None, kinds=KINDS, split="train"):
     """The report, and the list by the keys of records."""
     name, rows = open_rows(str(folders / against), benchmark, str(folders / "train"), split)
     path = folders / "list.jsonl"
@@ -103,7 +104,7 @@ def test_each_kind_of_match_is_found_and_named(folders):
         "near": {"records": 2, "images": 2, "rows": 3},
         "question": {"records": 3, "images": 0, "rows": 2},
     }
-    assert (report.records, report.images, report.matching, report.both) == (8, 9, 6, 1)
+    assert (report.records, report.images, report.matching, report.by_image, report.both) == (8, 9, 6, 4, 1)
     assert len(report.left_out) == 1 and report.left_out[0].startswith("broken image 0: ")
 
 
@@ -180,8 +181,10 @@ def test_the_commands_lead_from_the_list_to_clean_shards(folders, tmp_path, monk
     argv += ["--benchmark=docvqa", f"--output={listed}", f"--json={tmp_path / 'counts.json'}"]
     status, said, _ = fastvlm(monkeypatch, capsys, *argv)
     assert status == 0
-    assert "docvqa: 5 rows, 4 different images, 5 different questions" in said
-    assert "6 records match; 1 of them hold an image and the question of one row" in said
+    assert "docvqa: 5 rows, 4 different images and 5 different questions" in said
+    assert (
+        "6 records match: 4 by an image (1 of them hold the question of one of its rows too), 2 by a question" in said
+    )
     assert "could not be looked at" in said
     assert json.loads((tmp_path / "counts.json").read_text())["by_kind"]["near"]["rows"] == 3
     argv = said.splitlines()[-1].replace("DIR", str(clean)).split()  # the command that it names
@@ -229,6 +232,6 @@ def test_a_list_of_another_data_set_is_told(folders, tmp_path):
 
 
 def test_distances_do_not_depend_on_how_many_images_there_are(monkeypatch, folders):
-    monkeypatch.setattr(contamination, "_BLOCK", 3)
+    monkeypatch.setattr(looked_for, "_BLOCK", 3)
     assert found(folders, "published", "docvqa")[0].matching == 6
     assert np.all([len(own) == 1 for key, own in found(folders, "pages")[1].items()])

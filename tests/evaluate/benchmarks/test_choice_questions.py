@@ -282,8 +282,12 @@ def test_mmmu_guesses_by_the_question_where_no_letter_is_read(tmp_path):
         assert [result.mark.parsed for result in found] == [None, answer or None, None]
         again = results("mmmu", tmp_path, [answer] * 3)[::-1]
         assert [result.mark for result in again[::-1]] == [result.mark for result in found]
-    # lmms-eval compares a list of right answers as one text.
-    assert results("mmmu", tmp_path, ["", "24/7", ""])[1].mark.score == 0
+
+
+def test_several_right_answers_of_mmmu_are_one_text_as_in_lmms_eval(tmp_path):
+    found = results("mmmu", tmp_path, ["(B)", "It is 3.43.", "(B)"])  # 3.429, to two places
+    assert [result.mark.score for result in found] == [1, 0, 0]
+    assert BENCHMARKS["mmmu"].protocol().figures(found) == {"any_of_several_answers": pytest.approx(200 / 3)}
 
 
 def test_mmmu_test_is_sent_to_the_server(tmp_path):

@@ -184,7 +184,10 @@ def _rows_of(
     rows = plain or [{} for _ in range(part.num_rows)]
     first = sum(table.metadata.row_group(before).num_rows for before in range(group))
     for name in images:
-        leaves = [part.column(i) for i in range(part.num_columns) if part.column(i).path_in_schema.startswith(name)]
+        if not _is_picture(schema.field(name).type):
+            raise ValueError(f"{path}: the column {name} holds no images, it is {schema.field(name).type}")
+        leaves = [part.column(i) for i in range(part.num_columns)]
+        leaves = [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{name}.")]
         whole = [leaf for leaf in leaves if leaf.statistics is not None and leaf.statistics.null_count == 0]
         light = [leaf.path_in_schema for leaf in leaves if leaf.path_in_schema.endswith(".path")]
         # The names of the images tell which are null and how many a list has, without reading the images.

@@ -22,7 +22,7 @@ from fastvlm_jax.evaluate.benchmark import (
 )
 from fastvlm_jax.evaluate.benchmarks.llava_questions import read_llava_questions
 from fastvlm_jax.evaluate.scores import vqa_accuracy
-from fastvlm_jax.evaluate.scores.evalai import normalise, one_line, signs_and_words
+from fastvlm_jax.evaluate.scores.evalai import normalise, normalise_lightly
 
 VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 VAL_ANSWERS = "v2_mscoco_val2014_annotations.json"
@@ -177,8 +177,7 @@ def _score_lmms_eval_0_2(answer: str, row: Row) -> Mark:
 
 
 def _score_lmms_eval_0_7(answer: str, row: Row) -> Mark:
-    parsed = signs_and_words(one_line(answer))
-    return Mark(vqa_accuracy.vqav2_lmms_eval_0_7(answer, row.references), parsed or None)
+    return Mark(vqa_accuracy.vqav2_lmms_eval_0_7(answer, row.references), normalise_lightly(answer) or None)
 
 
 PAPER = Protocol(

@@ -43,6 +43,11 @@ def normalise(text: str) -> str:
     return signs_and_words(one_line(text))
 
 
+def normalise_lightly(text: str) -> str:
+    """Returns a text after the steps 4 to 8: commas, question marks and "'s" are left to them."""
+    return signs_and_words(one_line(text))
+
+
 def one_line(text: str) -> str:
     """Returns a text after step 4, without white space at its ends."""
     return text.replace("\n", " ").replace("\t", " ").strip()

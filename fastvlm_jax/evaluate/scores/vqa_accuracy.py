@@ -6,7 +6,7 @@ Of 10 references, 0, 1, 2, 3, 4 that match give 0, 0.3, 0.6, 0.9, 1. The rules d
 
 from collections.abc import Sequence
 
-from fastvlm_jax.evaluate.scores.evalai import normalise, one_line, signs_and_words
+from fastvlm_jax.evaluate.scores.evalai import normalise, normalise_lightly, one_line, signs_and_words
 
 
 def soft_accuracy(answer: str, references: Sequence[str]) -> float:
@@ -47,9 +47,8 @@ def vqav2_lmms_eval_0_2(prediction: str, references: Sequence[str]) -> float:
 
 
 def vqav2_lmms_eval_0_7(prediction: str, references: Sequence[str]) -> float:
-    """Returns the score by steps 5 to 8 on both sides.
+    """Returns the score by steps 4 to 8 on both sides.
 
     Source: vqav2_process_results of lmms-eval 0.7.3.
     """
-    answer = signs_and_words(one_line(prediction))
-    return soft_accuracy(answer, [signs_and_words(one_line(reference)) for reference in references])
+    return soft_accuracy(normalise_lightly(prediction), [normalise_lightly(reference) for reference in references])

@@ -494,6 +494,12 @@ NO_IMAGE = [{"id": "n2", "image": BLUE}, {"id": "n161313", "image": None}]
         ("gqa", hub_gqa, table(GQA_IMAGES, *NO_IMAGE), "testdev_balanced_images has no image 'n161313'"),
         ("gqa", hub_gqa, drop(GQA_IMAGES), "needs its images beside it: there are no Parquet files"),
         ("textvqa", nothing, table(TEXT_TABLE, {**TEXTVQA[0], "answers": TEN[:9]}), "row 0 has 9 answers, not 10"),
+        (
+            "textvqa",
+            nothing,
+            table(TEXT_TABLE, {**TEXTVQA[0], "ocr_tokens": [1]}),
+            "row 0: ocr_tokens is not a list of",
+        ),
         ("textvqa", nothing, table(TEXT_TABLE, TEXTVQA[0], SECOND), "row 1, id '34603', has no image"),
         ("textvqa", nothing, table(TEXT_TABLE, *TEXTVQA[:1] * 2), "the id '34602' of row 1 stands twice"),
         ("textvqa", nothing, table("validation-00000-of-00003.parquet", *TEXTVQA), "lacks validation-00001-of-00003"),
@@ -623,6 +629,17 @@ def test_bad_files_are_one_line(name, layout, change, words, tmp_path):
 def test_pope_without_llavas_file_asks_what_the_labels_ask(tmp_path):
     official_pope(tmp_path, lambda row: {**row, "text": row["text"].replace("image", "imange")})
     assert read("pope", tmp_path)[0].question == "Is there a snowboard in the imange?"
+
+
+def test_labels_of_pope_in_any_case(tmp_path):
+    official_pope(tmp_path, lambda row: {**row, "label": f"{row['label'].upper()} "})
+    assert [row.references for row in read("pope-random", tmp_path)] == [("yes",), ("no",), ("yes",)]
+
+
+def test_gqa_asks_what_llavas_file_asks(tmp_path):
+    llava_gqa(tmp_path)
+    edit(GQA_LLAVA, lambda rows: (rows.pop(0), rows[0].update(text="Who is it?" + SHORT)))(tmp_path)
+    assert [row.question for row in read("gqa", tmp_path)] == ["Who is it?", "Is it a  CAT?"]
 
 
 def test_images_outside_the_folder_are_not_read(tmp_path):

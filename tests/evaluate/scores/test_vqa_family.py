@@ -19,7 +19,8 @@ def main(value):
     vqav2, textvqa = [], []
     for prediction, references in value["asked"]:
         doc = {"question_id": 1, "answers": [{"answer": text, "answer_id": i} for i, text in enumerate(references)]}
-        vqav2.append(vqav2_process_results(doc, [prediction])["exact_match"])
+        result = vqav2_process_results(doc, [prediction])
+        vqav2.append([result["exact_match"], result["submission"]["answer"]])
         doc = {"question_id": 1, "answers": list(references)}
         textvqa.append(textvqa_process_results(doc, [prediction])["exact_match"])
     marks = [
@@ -118,7 +119,10 @@ def test_rules_of_lmms_eval(value, version):
     vqav2 = vqa_accuracy.vqav2_lmms_eval_0_7 if version == "lmms-eval-0.7.3" else vqa_accuracy.vqav2_lmms_eval_0_2
     assert theirs["normalised"] == [evalai.normalise(text) for text in value["texts"]]
     assert theirs["partly"] == [evalai.signs_and_words(text) for text in value["texts"]]
+    theirs["vqav2"], compared = zip(*theirs["vqav2"], strict=True)
     assert theirs["vqav2"] == pytest.approx([vqav2(*asked) for asked in value["asked"]], abs=1e-12)
+    if version == "lmms-eval-0.7.3":
+        assert list(compared) == [evalai.normalise_lightly(text) for text, _ in value["asked"]]
     assert theirs["textvqa"] == pytest.approx([vqa_accuracy.textvqa(*asked) for asked in value["asked"]], abs=1e-12)
     for name in ("vqav2", "textvqa"):
         assert {0, 0.3, 0.6, 0.9, 1} <= {round(score, 9) for score in theirs[name]}, name

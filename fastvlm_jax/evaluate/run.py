@@ -112,7 +112,7 @@ def score_prepared(
     """Asks the model the questions of prepared rows, which may be asked again and again; see `score`."""
     start = time.monotonic()
     questions, left_out = prepared
-    _check_same(questions)
+    check_same(questions)
     known = journal.known(questions, max_tokens) if journal else {}
     own: dict[int, Answer] = {}
     marks: dict[int, Mark | None] = {}
@@ -149,18 +149,19 @@ def _tell_own(prepared: Prepared, processor: Processor, max_tokens: int, told: C
     """Says what lowers the score of one's own data, or changes its questions, though the model is not at fault."""
     if prepared.left_out:
         told(f"{len(prepared.left_out)} rows are left out: {prepared.describe_left_out()}")
-    references = [question.row.references or () for question in prepared.questions]
-    long = sum(
-        bool(own) and min(len(processor.tokenizer.encode(text)) for text in own) > max_tokens for own in references
-    )
-    if long:
-        told(
-            f"{long} of {len(references)} references are longer than {max_tokens} tokens and cannot be matched: raise "
-            "--max_tokens"
-        )
+    if long := count_long(prepared.questions, processor, max_tokens):
+        what = f"{long} of {len(prepared.questions)} references are longer than {max_tokens} tokens"
+        told(f"{what} and cannot be matched: raise --max_tokens")
 
 
-def _check_same(questions: Sequence[Question]) -> None:
+def count_long(questions: Sequence[Question], processor: Processor, max_tokens: int) -> int:
+    """Returns the number of questions all of whose references are longer than an answer may be."""
+    references = [question.row.references or () for question in questions]
+    encode = processor.tokenizer.encode
+    return sum(bool(own) and min(len(encode(text)) for text in own) > max_tokens for own in references)
+
+
+def check_same(questions: Sequence[Question]) -> None:
     """Raises ValueError if the processes have different questions."""
     own = json_digest([[question.row.id, question.turns, question.length] for question in questions])
     digests = distributed.exchange(exchange_name("questions"), own)

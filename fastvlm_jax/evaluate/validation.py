@@ -12,18 +12,18 @@ import jax
 from absl import logging
 from etils import epath
 
-from fastvlm_jax import distributed
+from fastvlm_jax import sharding
 from fastvlm_jax.data.load.from_config import open_sources
 from fastvlm_jax.data.sources import RecordSource
+from fastvlm_jax.evaluate import run
 from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Row
 from fastvlm_jax.evaluate.benchmarks import BENCHMARKS, qa
+from fastvlm_jax.evaluate.groups import MAX_LOGITS, ROWS, padded
 from fastvlm_jax.evaluate.held_out_loss import make_loss
 from fastvlm_jax.evaluate.questions import Prepared, prepare
 from fastvlm_jax.evaluate.records import rows_of
 from fastvlm_jax.evaluate.results import summarise
-from fastvlm_jax.evaluate.run import score_prepared
 from fastvlm_jax.evaluate.suite import folder_of
-from fastvlm_jax.files import json_digest
 from fastvlm_jax.generate import answer_limit
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
@@ -87,7 +87,7 @@ def make_evaluation(config, model: FastVLM, processor: Processor, batches: jax.s
             if loss:
                 scalars["validation/loss"] = loss(variables, go_on)
             for entry in entries:
-                scalars |= score(entry, model, variables, processor, batches.mesh, go_on)
+                scalars |= score(entry, config, model, variables, processor, batches.mesh, go_on)
         except _Stopped:
             return None
         return scalars
@@ -96,16 +96,35 @@ def make_evaluation(config, model: FastVLM, processor: Processor, batches: jax.s
 
 
 def score(
-    entry: Entry, model: FastVLM, variables: dict, processor: Processor, mesh: jax.sharding.Mesh, go_on: Callable
+    entry: Entry,
+    config,
+    model: FastVLM,
+    variables: dict,
+    processor: Processor,
+    mesh: jax.sharding.Mesh,
+    go_on: Callable,
 ) -> dict[str, float]:
-    """Returns the score of a benchmark and its standard error; calls `go_on`, whose errors end it, after each batch."""
+    """Returns the score of a benchmark and its standard error; calls `go_on`, whose errors end it, between batches."""
     protocol, name = entry.protocol, f"evaluate/{entry.benchmark.name}"
-    scored = score_prepared(
-        model, variables, processor, protocol, entry.prepared, max_tokens=protocol.max_tokens, mesh=mesh, progress=go_on
-    )
+    scored = run.score_prepared(
+        model, variables, processor, protocol, entry.prepared, max_tokens=protocol.max_tokens, mesh=mesh,
+        batch_size=most_rows(entry, config), progress=go_on,
+    )  # fmt: skip
     summary = summarise(entry.benchmark, protocol, scored.results)
     found = {name: summary["score"], f"{name}_stderr": summary["standard_error"]}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def most_rows(entry: Entry, config) -> int:
+    """Returns how many questions a data shard answers at once, beside the state that stays in its memory meanwhile.
+
+    With their answers they have no more tokens than the groups that the shard trains on at once, so that what fits in
+    training fits here; and they are no more than `fastvlm evaluate` would ask together.
+    """
+    groups = max(1, config.data.groups // (sharding.batch_shards() * config.accumulate))
+    longest = max(question.length for question in entry.prepared.questions)
+    trained = groups * config.data.rows_per_group * config.data.row_length // (longest + entry.protocol.max_tokens)
+    return max(1, min(ROWS[-1], trained, MAX_LOGITS // (padded(longest) * config.model.llm.vocab_size)))
 
 
 def _open(
@@ -144,12 +163,14 @@ def _open(
         _check_images(prepared, processor)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"evaluate, {name} of {folder or 'the validation split'}: {error}") from error
-    distributed.check_same({f"evaluate.{name}": json_digest([[q.row.id, q.prompt] for q in prepared.questions])})
+    run.check_same(prepared.questions)
     if prepared.left_out:
         _say(f"evaluate/{name} leaves out {len(prepared.left_out)} questions: {prepared.describe_left_out()}")
-    most, encode = protocol.max_tokens, processor.tokenizer.encode
-    if long := sum(all(len(encode(text)) > most for text in q.row.references or ("",)) for q in prepared.questions):
-        _say(f"{long} of {len(prepared.questions)} right answers of evaluate/{name} are longer than {most} tokens")
+    if long := run.count_long(prepared.questions, processor, protocol.max_tokens):
+        _say(
+            f"{long} of {len(prepared.questions)} references of evaluate/{name} are longer than {protocol.max_tokens} "
+            "tokens and cannot be matched"
+        )
     return Entry(benchmark, protocol, prepared)
 
 

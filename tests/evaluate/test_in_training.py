@@ -18,6 +18,8 @@ from fastvlm_jax import checkpoint, model_io, sharding
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.evaluate import validation
+from fastvlm_jax.evaluate.benchmarks import qa
+from fastvlm_jax.evaluate.questions import Prepared, Question
 from fastvlm_jax.metrics.best import BestScore, best_step, better, find_best
 from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.stage import make_step, open_stage
@@ -193,6 +195,27 @@ def test_what_cannot_be_evaluated_is_an_error_before_anything_is_written(
     with pytest.raises((FileNotFoundError, ValueError), match=words):
         run(settings(ended.data, tokenizer_file, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "longest, changes, rows",
+    [
+        # Tokens that a data shard trains on at once / (the longest prompt and 128 tokens of its answer)
+        (172, dict(data__groups=8, data__rows_per_group=2, data__row_length=2048), 8 * 2 * 2048 // 300),
+        (172, dict(data__groups=8, data__rows_per_group=2, data__row_length=2048, accumulate=4), 2 * 2 * 2048 // 300),
+        (172, dict(data__groups=1, data__row_length=80), 1),
+        (172, dict(data__groups=999, data__row_length=9999), 192),  # as `fastvlm evaluate` asks at most
+        # 2**30 logits of prompts that are padded to 192 tokens
+        (172, dict(data__groups=999, data__row_length=9999, model__llm__vocab_size=151936), 2**30 // (192 * 151936)),
+    ],
+)
+def test_a_batch_of_questions_fits_where_a_part_of_a_training_batch_does(longest, changes, rows):
+    question = Question(None, (), (), longest, None, ())
+    entry = validation.Entry(None, qa.benchmark().protocols[0], Prepared([question], []))
+    config = small_config("/data", data__rows_per_group=1)
+    with config.unlocked():
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    assert validation.most_rows(entry, config) == rows
 
 
 def test_better_is_lower_for_a_loss_and_higher_for_a_score_and_never_nan():

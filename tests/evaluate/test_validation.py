@@ -70,7 +70,7 @@ def test_records_that_cannot_be_asked_about_are_left_out_and_counted(config, tmp
     assert 0 <= rows[-1]["evaluate/qa"] <= 100
     said = [message for message in caplog.messages if "evaluate/qa" in message]
     assert len(said) == 2 and "evaluate/qa leaves out 1 questions: 1 x " in said[0]
-    assert said[1] == "1 of 3 right answers of evaluate/qa are longer than 128 tokens"
+    assert said[1] == "1 of 3 references of evaluate/qa are longer than 128 tokens and cannot be matched"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fastvlm_jax import model_io, sharding
 from fastvlm_jax.evaluate.answers import answer_batches
 from fastvlm_jax.evaluate.questions import Question, prepare
 from fastvlm_jax.generate import answer_limit, generate
-from fastvlm_jax.lmms_eval.requests import PROTOCOL, Settings, read_row, read_settings
+from fastvlm_jax.lmms_eval.requests import PROTOCOL, Settings, read_batch_size, read_row, read_settings
 
 SAMPLED = 8  # rows of a batch that is sampled, by default
 
@@ -147,16 +147,3 @@ class FastVLM(lmms):
 def name_of(request: Instance) -> str:
     """Returns the task, split and number of the row that a request is about."""
     return "/".join(map(str, (*request.args[4:], request.args[3])))
-
-
-def read_batch_size(batch_size: int | str | None, max_batch_size: int | None) -> int | None:
-    """Returns the most questions of a batch that --batch_size and --max_batch_size ask for; None for as many as fit.
-
-    Raises:
-      ValueError: it is no number above 0, and not "auto".
-    """
-    if batch_size is None or batch_size == 1 or str(batch_size).startswith("auto"):  # a 1 that was given is text
-        return max_batch_size
-    if not str(batch_size).isdecimal() or int(batch_size) < 1:
-        raise ValueError(f"--batch_size {batch_size}: give a number from 1, or auto")
-    return int(batch_size)

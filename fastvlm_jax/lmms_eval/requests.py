@@ -66,6 +66,19 @@ def read_settings(given: Mapping[str, Any], task: str) -> Settings:
     return settings
 
 
+def read_batch_size(batch_size: int | str | None, max_batch_size: int | None) -> int | None:
+    """Returns the most questions of a batch that --batch_size and --max_batch_size ask for; None for as many as fit.
+
+    Raises:
+      ValueError: it is no number above 0, and not "auto".
+    """
+    if batch_size is None or batch_size == 1 or str(batch_size).startswith("auto"):  # a 1 that was given is text
+        return max_batch_size
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise ValueError(f"--batch_size {batch_size}: give a number from 1, or auto")
+    return int(batch_size)
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     logging.warning(message)

@@ -133,6 +133,7 @@ def _benchmark(summary: dict[str, Any], results: Sequence[Result], shown: int) -
         for name, group in names.items()
     ]
     score, error = _score(summary)
+    figures = {name: value for name, value in summary["figures"].items() if isinstance(value, int | float)}
     return {
         "name": summary["benchmark"],
         "title": summary["title"],
@@ -142,7 +143,9 @@ def _benchmark(summary: dict[str, Any], results: Sequence[Result], shown: int) -
         "score": score,
         "error": error,
         "why": summary["not_scored"],
+        "figures": ", ".join(f"{name} {value:,.1f}" for name, value in figures.items()),
         "groups": groups,
+        "left_out": summary["left_out"]["questions"],
         "n": len(results),
         "shown": shown,
         "unparsed": f"{100 * share:.1f} %" if share else "",

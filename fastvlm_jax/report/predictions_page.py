@@ -214,7 +214,9 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <button class="benchmark" data-benchmark="{{ loop.index0 }}" aria-pressed="false"><b>{{ b.title }}</b>
 <span>{% if b.score %}<strong>{{ b.score }}</strong>{% if b.error %}± {{ b.error }}{% endif %} {{ b.metric }}
 {% else %}{{ b.why }}{% endif %}</span>
-<small>{{ "{:,}".format(b.n) }} questions, protocol {{ b.protocol }}</small>
+{% if b.figures %}<small>{{ b.figures }}</small>{% endif %}
+<small>{{ "{:,}".format(b.n) }} questions, protocol {{ b.protocol }}
+{%- if b.left_out %}; {{ "{:,}".format(b.left_out) }} could not be asked{% endif %}</small>
 <small>{{ b.rule }}</small>
 {% if b.unparsed %}<small>{{ b.unparsed }} of the answers could not be parsed</small>{% endif %}
 <small>{{ "{:,}".format(b.shown) }} on this page, <span data-count></span> of them selected</small></button>

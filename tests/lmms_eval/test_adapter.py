@@ -23,7 +23,7 @@ from small import small_config
 from fastvlm_jax import convert, model_io
 from fastvlm_jax.evaluate.benchmark import Row
 from fastvlm_jax.generate import generate
-from fastvlm_jax.lmms_eval.requests import Settings, prompt, read_row, read_settings
+from fastvlm_jax.lmms_eval.requests import Settings, prompt, read_batch_size, read_row, read_settings
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.processor import Processor
 
@@ -86,6 +86,17 @@ def test_beams_are_refused_and_unknown_settings_are_told(caplog):
     assert "task one_task: these generation settings are not known and not applied: best_of" in caplog.text
 
 
+def test_the_default_batch_size_of_lmms_eval_takes_as_many_questions_as_fit():
+    # Its default is the number 1; what is given on its command line is text.
+    assert [read_batch_size(size, None) for size in (1, None, "auto", "auto:4", "1", "16", 16)] == [
+        None, None, None, None, 1, 16, 16
+    ]  # fmt: skip
+    assert read_batch_size("auto", 32) == 32
+    for size in ("0", "-1", "many", "1.5", 0):
+        with pytest.raises(ValueError, match=f"--batch_size {size}: give a number from 1, or auto"):
+            read_batch_size(size, None)
+
+
 @pytest.mark.parametrize(
     "text, images, content",
     [
@@ -136,10 +147,11 @@ def entry_points(folder):
 
 
 ADAPTER = """
-import base64, io, sys
+import base64, io, os, sys
 import PIL.Image
 
 def main(value):
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     sys.path.insert(0, value["site"])
     from lmms_eval.api.instance import Instance
     from lmms_eval.api.model import lmms
@@ -164,6 +176,11 @@ def main(value):
             method(requests)
         except NotImplementedError as error:
             refused.append(str(error))
+    os.environ["WORLD_SIZE"] = "2"
+    try:
+        found.create_from_arg_string(f"pretrained={value['model']}")
+    except ValueError as error:
+        refused.append(str(error))
     return {
         "type": resolved.model_type, "base": issubclass(found, lmms), "rank": [lm.rank, lm.world_size],
         "answers": answers, "again": lm.generate_until(requests[1:2]), "refused": refused,
@@ -189,7 +206,8 @@ def test_lmms_eval_finds_the_model_and_gets_the_answers_of_generate_in_the_order
     before = ("fastvlm_jax.model_io", "fastvlm_jax.evaluate.answers", "fastvlm_jax.generate")
     told = ask("lmms-eval-0.7.3", ADAPTER, value, before=before)
     assert (told["type"], told["base"], told["rank"], told["kept"]) == ("simple", True, [0, 1], True)
-    assert len(told["refused"]) == 2 and all("generate_until" in text for text in told["refused"])
+    likelihood, rounds, processes = told["refused"]
+    assert "generate_until" in likelihood and "generate_until" in rounds and "in one process" in processes
     loaded = model_io.load(folder, "float32")
     contents = [
         (0, "\nwhat is it?"), (0, "\nwhat color is the thing one two?"), (0, " ", 1, "\ngreen or blue?"),

@@ -26,18 +26,19 @@ from fastvlm_jax.evaluate.benchmark import (
 from fastvlm_jax.evaluate.benchmarks.llava_questions import LlavaQuestion, read_llava_questions
 from fastvlm_jax.evaluate.scores import pope
 
-SPLITS = ("adversarial", "popular", "random")
+# Split -> number of its questions; later versions have 3,000 random ones.
+SPLITS = {"adversarial": 3000, "popular": 3000, "random": 2910}
 LLAVA = "llava_pope_test.jsonl"
 # LLaVA's file counts the splits on: its question 10000007 is question 7 of random, 20000007 of popular.
 LLAVA_IDS = 10_000_000
 FILES = (
     "coco_pope_{adversarial,popular,random}.json, in the folder or in its folder coco, and COCO's images in the folder "
-    f"val2014; if LLaVA's {LLAVA} is there, of the same version (2,910 random questions)",
+    f"val2014; if LLaVA's {LLAVA} is there, of the same version (2,910 random questions, not 3,000)",
     "Full/{adversarial,popular,random}-*.parquet, or test-*.parquet in the folder or in its folder data",
 )
 
 
-def read(folder: epath.Path, splits: Sequence[str] = SPLITS) -> list[Row]:
+def read(folder: epath.Path, splits: Sequence[str] = tuple(SPLITS)) -> list[Row]:
     """Reads the questions of splits, one split after the other.
 
     Raises:
@@ -144,11 +145,22 @@ def pooled_f1(results: Sequence[Result]) -> float:
 
 def figures(results: Sequence[Result]) -> dict[str, dict[str, float]]:
     """Returns F1, accuracy, precision, recall, share of "yes" (percent) and number of questions of each split."""
-    names = ("f1", "accuracy", "precision", "recall", "yes_share")
+    return {split: _shares(counts) for split, counts in _counts(results).items()}
+
+
+def figures_lmms_eval(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """Returns the same of all questions and of each split, and lmms-eval's yes_ratio, that of the labels (percent)."""
+    splits = _counts(results)
+    whole = pope.Counts(*map(sum, zip(*splits.values(), strict=True)))
     return {
-        split: {name: 100 * getattr(counts, name) for name in names} | {"questions": counts.questions}
-        for split, counts in _counts(results).items()
+        name: _shares(counts) | {"yes_ratio": 100 * counts.yes_labels}
+        for name, counts in {"all": whole, **splits}.items()
     }
+
+
+def _shares(counts: pope.Counts) -> dict[str, float]:
+    names = ("f1", "accuracy", "precision", "recall", "yes_share")
+    return {name: 100 * getattr(counts, name) for name in names} | {"questions": counts.questions}
 
 
 PAPER = Protocol(
@@ -169,7 +181,7 @@ LMMS_EVAL = Protocol(
     max_tokens=128,
     rule='"yes" or "no" in any case and nothing else, other answers are wrong; the F1 of all questions together',
     aggregate=pooled_f1,
-    figures=figures,
+    figures=figures_lmms_eval,
 )
 
 
@@ -180,7 +192,7 @@ def _benchmark(name: str, splits: Sequence[str], title: str, paper: str = "") ->
         read=functools.partial(read, splits=splits),
         protocols=(PAPER, dataclasses.replace(PAPER, name="llava"), LMMS_EVAL),
         metric="F1, %",
-        size=3000 * len(splits),
+        size=sum(SPLITS[split] for split in splits),
         files=FILES,
         source="labels: POPE's repository; images: COCO's; LLaVA's file: eval.zip of LLaVA; Parquet: lmms-lab/POPE",
         paper=paper,
@@ -188,6 +200,6 @@ def _benchmark(name: str, splits: Sequence[str], title: str, paper: str = "") ->
 
 
 BENCHMARKS = (
-    _benchmark("pope", SPLITS, "POPE, all splits", "POPE"),
+    _benchmark("pope", tuple(SPLITS), "POPE, all splits", "POPE"),
     *(_benchmark(f"pope-{split}", (split,), f"POPE, {split}") for split in SPLITS),
 )

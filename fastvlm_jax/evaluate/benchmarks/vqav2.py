@@ -180,20 +180,22 @@ def _score_lmms_eval_0_7(answer: str, row: Row) -> Mark:
     return Mark(vqa_accuracy.vqav2_lmms_eval_0_7(answer, row.references), normalise_lightly(answer) or None)
 
 
+_AS_THEY_STAND = "ten references that are the same are compared as they stand"
 PAPER = Protocol(
     name="paper",
     version="lmms-eval 0.2.2",
     prompt=lambda row: ask_lmms_eval(row, row.question + SHORT_ANSWER),
     score=_score_lmms_eval_0_2,
     max_tokens=16,
-    rule="soft accuracy of the normalised answer; ten references that are the same are compared as they stand",
+    rule="soft accuracy of the normalised answer; " + _AS_THEY_STAND,
 )
-LLAVA = dataclasses.replace(  # what its submission would score by VQA's own rule; its scripts stop at test-dev
+LLAVA = dataclasses.replace(  # LLaVA's scripts ask test-dev alone; on validation this is what the server would do
     PAPER,
     name="llava",
     version="LLaVA 2024-05",
     prompt=lambda row: ask_llava(row, row.question + SHORT_ANSWER),
     max_tokens=128,
+    rule="VQA's own rule for the answer as LLaVA submits it, normalised: soft accuracy; " + _AS_THEY_STAND,
 )
 LMMS_EVAL = dataclasses.replace(
     PAPER,

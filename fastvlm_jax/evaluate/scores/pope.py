@@ -70,8 +70,13 @@ class Counts(NamedTuple):
 
     @property
     def yes_share(self) -> float:
-        """Returns the share of "yes" among the answers; lmms-eval's yes_ratio is that of the labels instead."""
+        """Returns the share of "yes" among the answers."""
         return _share(self.true_yes + self.false_yes, self.questions)
+
+    @property
+    def yes_labels(self) -> float:
+        """Returns the share of "yes" among the labels, which lmms-eval reports as yes_ratio."""
+        return _share(self.true_yes + self.false_no + self.unread_yes, self.questions)
 
 
 def count(pairs: Iterable[tuple[str | None, str]]) -> Counts:

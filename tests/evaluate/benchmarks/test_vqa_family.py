@@ -373,6 +373,12 @@ def test_pope_reports_the_mean_of_the_f1_of_its_splits(tmp_path):
     )
     results = scored("pope", "lmms-eval", rows, answers)
     assert [result.mark.parsed for result in results] == ["yes", None, None, "no", "no", "no", "yes"]
+    found = pooled.figures(results)
+    assert list(found) == ["all", "adversarial", "popular", "random"]
+    assert found["adversarial"] == pytest.approx(
+        {"f1": 100, "accuracy": 50, "precision": 100, "recall": 100, "yes_share": 50, "questions": 2, "yes_ratio": 50}
+    )
+    assert (found["all"]["yes_ratio"], found["all"]["questions"]) == (pytest.approx(400 / 7), 7)
     # 2 right yes, no wrong yes, 1 yes missed by "no"
     assert pooled.aggregate(results) == pytest.approx(100 * 2 * (1 * 2 / 3) / (1 + 2 / 3))
 

@@ -38,7 +38,7 @@ def main(value):
             aggregate(marks)
             for aggregate in (
                 pope.pope_aggregate_precision, pope.pope_aggregate_recall, pope.pope_aggregate_f1_score,
-                pope.pope_aggregate_accuracy,
+                pope.pope_aggregate_accuracy, pope.pope_aggregate_yes_ratio,
             )
         ],
     }
@@ -131,7 +131,9 @@ def test_rules_of_lmms_eval(value, version):
     pairs = [(pope.lmms_eval(text), label) for text, label in value["pope"]]
     assert theirs["pope"] == [float(read == label) for read, label in pairs]
     counts = pope.count(pairs)
-    assert theirs["f1"] == pytest.approx([counts.precision, counts.recall, counts.f1, counts.accuracy], abs=1e-12)
+    assert theirs["f1"] == pytest.approx(
+        [counts.precision, counts.recall, counts.f1, counts.accuracy, counts.yes_labels], abs=1e-12
+    )
     assert counts.unread_yes > 100 and counts.true_yes > 100
 
 
@@ -253,5 +255,6 @@ def test_counts_of_pope():
     counts = pope.count(pairs)
     assert counts == pope.Counts(true_yes=3, false_yes=1, true_no=2, false_no=2, unread_yes=1, unread_no=1)
     assert (counts.precision, counts.recall, counts.accuracy, counts.yes_share) == (0.75, 0.6, 0.5, 0.4)
+    assert counts.yes_labels == 0.6
     assert counts.f1 == pytest.approx(2 * 0.75 * 0.6 / 1.35)
     assert pope.count([]).f1 == 0 == pope.count([("no", "yes")]).f1  # LLaVA's script divides by zero

@@ -58,9 +58,9 @@ def make_evaluation(config, model: FastVLM, processor: Processor, batches: jax.s
       batches: sharding of the batches.
 
     Raises:
-      FileNotFoundError, ValueError: files of a benchmark are missing or damaged, it is unknown or cannot be scored,
-        none of its questions can be asked, the held-out split cannot be used for the loss, or is missing for keep_best;
-        the message names the key.
+      ValueError: files of a benchmark are missing or damaged, it is unknown or cannot be scored, none of its questions
+        can be asked, the held-out split cannot be used for the loss, or is missing for keep_best; the message names
+        the key.
     """
     wanted = [tuple(entry) for entry in config.evaluate]
     own = [entry for entry in wanted if entry[:2] == ("qa", "")]
@@ -139,10 +139,10 @@ def _open(
     """Reads and prepares the questions of an entry of `evaluate`, and says what is left out.
 
     Raises:
-      FileNotFoundError, ValueError: see `make_evaluation`.
+      ValueError: see `make_evaluation`.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"evaluate: there is no benchmark {name!r}: choose among {', '.join(BENCHMARKS)}")
+        raise ValueError(f"evaluate: there is no benchmark {name!r}; fastvlm evaluate --list names them")
     benchmark = qa.benchmark("validation", turns, limit=limit or None) if name == "qa" else BENCHMARKS[name]
     protocol = benchmark.protocols[0]
 
@@ -160,17 +160,12 @@ def _open(
             raise ValueError(f"none of its questions can be asked ({prepared.describe_left_out()})")
         if protocol.score is None or all(question.row.references is None for question in prepared.questions):
             raise ValueError("it has no public answers, or only a judge can score them: leave it out")
-        _check_images(prepared, processor)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"evaluate, {name} of {folder or 'the validation split'}: {error}") from error
+        if benchmark.strict:  # of others, each was read once above
+            _check_images(prepared, processor)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"evaluate, {name} of {folder or 'the validation split'}: {error}") from error
     run.check_same(prepared.questions)
-    if prepared.left_out:
-        _say(f"evaluate/{name} leaves out {len(prepared.left_out)} questions: {prepared.describe_left_out()}")
-    if long := run.count_long(prepared.questions, processor, protocol.max_tokens):
-        _say(
-            f"{long} of {len(prepared.questions)} references of evaluate/{name} are longer than {protocol.max_tokens} "
-            "tokens and cannot be matched"
-        )
+    _tell(name, protocol, prepared, processor)
     return Entry(benchmark, protocol, prepared)
 
 
@@ -201,6 +196,15 @@ def _check_images(prepared: Prepared, processor: Processor) -> None:
     pictures = {picture.name: picture for question in prepared.questions for picture in question.pictures}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(look, pictures.values()))
+
+
+def _tell(name: str, protocol: Protocol, prepared: Prepared, processor: Processor) -> None:
+    """Says which questions are left out, and which cannot be answered right."""
+    count, most = len(prepared.questions), protocol.max_tokens
+    if prepared.left_out:
+        _say(f"evaluate/{name} leaves out {len(prepared.left_out)} questions: {prepared.describe_left_out()}")
+    if long := run.count_long(prepared.questions, processor, most):
+        _say(f"{long} of {count} references of evaluate/{name} are longer than {most} tokens and cannot be matched")
 
 
 def _say(line: str) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pathlib
+import re
 import shutil
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from published_files import parquet
 from small import small_config
 
 from fastvlm_jax import checkpoint, model_io, sharding
@@ -176,23 +178,28 @@ def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, token
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(evaluate=(("docqa", "/x", 9),)), r"^evaluate: there is no benchmark 'docqa': choose among .*easy-vqa"),
+        (dict(evaluate=(("docqa", "/x", 9),)), r"^evaluate: there is no benchmark 'docqa'; fastvlm evaluate --list"),
         (dict(evaluate=(("easy-vqa", "/nowhere", 9),)), r"^evaluate, easy-vqa of /nowhere: there is no dataset folder"),
         (dict(evaluate=(("qa", "DAMAGED", 9),)), r"^evaluate, qa of \S+: none of its questions can be asked \(1 x "),
         (dict(evaluate=(("qa", "NONE", 9),)), r"^evaluate, qa of \S+: .*no split 'validation'"),
+        (dict(evaluate=(("docvqa", "DOCUMENTS", 1),)), r"^evaluate, docvqa of \S+: its image .* row 0 .*cannot be"),
+        (dict(evaluate=(("docvqa-test", "DOCUMENTS", 0),)), r"^evaluate, docvqa-test of \S+: it has no public answers"),
         (dict(data__path="NONE", evaluate=()), r"^keep_best='validation/loss': no data set has records in a split"),
     ],
-    ids=["unknown", "missing", "damaged", "no split", "no validation loss"],
+    ids=["unknown", "missing", "damaged", "no split", "damaged image", "no answers", "no validation loss"],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_an_error_before_anything_is_written(
     ended, tokenizer_file, tmp_path, changes, words
 ):
     write_shards(tmp_path / "NONE", "train", HELD_OUT)
     write_shards(tmp_path / "DAMAGED", "validation", [Record("cut", (HELD_OUT[0].images[0][:50],), HELD_OUT[0].turns)])
-    changes = json.loads(
-        json.dumps(changes).replace("NONE", str(tmp_path / "NONE")).replace("DAMAGED", str(tmp_path / "DAMAGED"))
-    )
-    with pytest.raises((FileNotFoundError, ValueError), match=words):
+    row = {"questionId": "1", "question": "what?", "question_types": ["form"], "docId": 1, "answers": ["red"]}
+    row |= {"image": HELD_OUT[0].images[0][:50]}
+    parquet(tmp_path / "DOCUMENTS" / "DocVQA" / "validation-00000-of-00001.parquet", [row])
+    row |= {"answers": None, "image": HELD_OUT[0].images[0]}
+    parquet(tmp_path / "DOCUMENTS" / "DocVQA" / "test-00000-of-00001.parquet", [row])
+    changes = json.loads(re.sub("(NONE|DAMAGED|DOCUMENTS)", rf"{tmp_path}/\1", json.dumps(changes)))
+    with pytest.raises(ValueError, match=words):
         run(settings(ended.data, tokenizer_file, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -134,7 +134,7 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
     """Scores the model, and prints the table and the files in process 0."""
     import jax
 
-    from fastvlm_jax import model_io
+    from fastvlm_jax import files, model_io
     from fastvlm_jax.evaluate import paper, score_table, suite
     from fastvlm_jax.evaluate.benchmarks import BENCHMARKS, qa
 
@@ -159,8 +159,9 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
         config, seen = loaded.config, loaded.processor
         rows = paper.rows_of(config.get("vision"), config.get("llm"), seen.image_size, seen.grids)
         in_domain = [entry.benchmark.name for entry in entries if entry.benchmark.in_domain]
-        print(score_table.make_table(summaries, rows, in_domain).text())
-        print()
+        table = score_table.make_table(summaries, rows, in_domain)
+        files.write_whole(folder / "table.md", f"{table.markdown()}\n".encode())
+        print(f"{table.text()}\n")
         for entry in entries:
             print(folder / f"{entry.name}.json")
 

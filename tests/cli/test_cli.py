@@ -53,6 +53,7 @@ def test_evaluate_prints_a_table_and_writes_the_files_of_a_benchmark(monkeypatch
     assert status == 0 and "evaluate: easy-vqa-own: " in err
     assert out.splitlines()[2].split()[:3] == ["easy-VQA,", "test", f"{summary['score']:.1f}"]
     assert out.splitlines()[-1] == str(folder / "easy-vqa-own.json")
+    assert f"| easy-VQA, test | {summary['score']:.1f} | ± " in (folder / "table.md").read_text()
     assert summary["questions"] == len(lines) == 300 and 0 <= summary["score"] <= 100
     assert 0.55 < summary["figures"]["baseline_accuracy"] < 0.75
     assert lines[0]["question"] in lines[0]["prompt"] and lines[0]["images"][0]["digest"]

@@ -1,6 +1,7 @@
 """GQA, testdev_balanced: questions about scenes, composed by a program, with one short answer each."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def _read_official(folder: epath.Path, path: epath.Path) -> list[Row]:
     entries = published.read_json(path)
     images = published.Images(folder, "images", "data/images")
     rows = []
-    for key, question in _asked(folder, path, entries):
+    for key, question in _asked(folder, entries):
         where = f"{path} question {shown(key)}"
         if key not in entries:
             raise ValueError(f"{path} has no question {shown(key)}, which {LLAVA} asks: they are of different versions")
@@ -65,7 +66,7 @@ def _read_official(folder: epath.Path, path: epath.Path) -> list[Row]:
     return published.check_rows(rows, path)
 
 
-def _asked(folder: epath.Path, path: epath.Path, entries: Mapping[str, Any]) -> Iterable[tuple[str, str | None]]:
+def _asked(folder: epath.Path, entries: Mapping[str, Any]) -> Iterable[tuple[str, str | None]]:
     """Returns (id, question) of each question that LLaVA asks, or (id, None) of each that the official file has."""
     if llava := published.find(folder, LLAVA):
         return [(str(question.id), question.text) for question in read_llava_questions(llava[0])]
@@ -79,7 +80,8 @@ def _read_parquet(tables: Sequence[epath.Path]) -> list[Row]:
         raise FileNotFoundError(
             f"{tables[0].parent} needs its images beside it: there are no Parquet files in {folder}"
         )
-    pictures = {row["id"]: row["image"] for row in published.read_parquet(files, ["id"], ["image"])}
+    images = published.read_parquet(files, ["id"], ["image"])
+    pictures = {published.text(row, "id", os.fspath(folder)): row["image"] for row in images}
     rows = []
     entries = published.read_parquet(tables, ["id", "imageId", "question", "answer"], optional=["types"])
     for number, entry in enumerate(entries):

@@ -94,10 +94,10 @@ def _check_version(path: epath.Path, labels: Sequence[dict[str, Any]], llava: Se
     if len(labels) != len(llava):
         counts = f"it has {len(labels):,} questions and {LLAVA} asks {len(llava):,} of them"
         raise ValueError(f"{path} is of another version than {LLAVA}: {counts}; {mend}")
-    texts = {entry.get("question_id"): (entry.get("image"), entry.get("text")) for entry in labels}
+    texts = {str(entry.get("question_id")): (entry.get("image"), entry.get("text")) for entry in labels}
     for question in llava:
         number = question.id % LLAVA_IDS if isinstance(question.id, int) else question.id
-        if texts.get(number) != (question.image, question.text):
+        if texts.get(str(number)) != (question.image, question.text):
             what = f"its question {number} is not {shown(question.text)} of {question.image}"
             raise ValueError(f"{path} is of another version than {LLAVA}: {what}; {mend}")
 

@@ -78,7 +78,7 @@ def _tokens(entry: Mapping[str, Any], where: str) -> tuple[str | None, str]:
     tokens = entry.get("ocr_tokens")
     if tokens is None:
         return None, "none: the Parquet files have no ocr_tokens"
-    if not all(isinstance(token, str) for token in tokens):
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError(f"{where}: ocr_tokens is not a list of texts")
     return f"{entry['question']}{OCR}{', '.join(tokens)}", "ocr_tokens of the Parquet files"
 

@@ -498,6 +498,7 @@ NO_IMAGE = [{"id": "n2", "image": BLUE}, {"id": "n161313", "image": None}]
         ("gqa", hub_gqa, table(GQA_TABLE, *GQA, GQA[0]), "the id '201307251' of row 3 stands twice"),
         ("gqa", hub_gqa, table(GQA_TABLE, without(GQA[0], "answer")), "has no column answer: it has id, imageId"),
         ("gqa", hub_gqa, table(GQA_IMAGES, *NO_IMAGE), "testdev_balanced_images has no image 'n161313'"),
+        ("gqa", hub_gqa, table(GQA_IMAGES, {"id": ["n2"], "image": BLUE}), "id is list, not a text"),
         ("gqa", hub_gqa, drop(GQA_IMAGES), "needs its images beside it: there are no Parquet files"),
         ("textvqa", nothing, table(TEXT_TABLE, {**TEXTVQA[0], "answers": TEN[:9]}), "row 0 has 9 answers, not 10"),
         (
@@ -505,6 +506,12 @@ NO_IMAGE = [{"id": "n2", "image": BLUE}, {"id": "n161313", "image": None}]
             nothing,
             table(TEXT_TABLE, {**TEXTVQA[0], "ocr_tokens": [1]}),
             "row 0: ocr_tokens is not a list of",
+        ),
+        (
+            "textvqa",
+            nothing,
+            table(TEXT_TABLE, {**TEXTVQA[0], "ocr_tokens": "A, B"}),
+            "row 0: ocr_tokens is not a list",
         ),
         ("textvqa", nothing, table(TEXT_TABLE, TEXTVQA[0], SECOND), "row 1, id '34603', has no image"),
         ("textvqa", nothing, table(TEXT_TABLE, *TEXTVQA[:1] * 2), "the id '34602' of row 1 stands twice"),
@@ -585,6 +592,12 @@ NO_IMAGE = [{"id": "n2", "image": BLUE}, {"id": "n161313", "image": None}]
             llava_pope,
             edit(POPE_FILE, lambda v: v[0].update(question_id=4)),
             "its question 1 is not 'Is there a s",
+        ),
+        (
+            "pope",
+            llava_pope,
+            edit(POPE_FILE, lambda v: v[0].update(question_id=[1])),
+            "its question 1 is not 'Is there a",
         ),
         ("pope", official_pope, drop(POPE_FILE), "lacks coco/coco_pope_random.json, a split of POPE"),
         (

@@ -143,7 +143,7 @@ def _benchmark(summary: dict[str, Any], results: Sequence[Result], shown: int) -
         "score": score,
         "error": error,
         "why": summary["not_scored"],
-        "figures": ", ".join(f"{name} {value:,.1f}" for name, value in figures.items()),
+        "figures": ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in figures.items()),
         "groups": groups,
         "left_out": summary["left_out"]["questions"],
         "n": len(results),

@@ -212,8 +212,9 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <div class="benchmarks">
 {% for b in data.benchmarks %}
 <button class="benchmark" data-benchmark="{{ loop.index0 }}" aria-pressed="false"><b>{{ b.title }}</b>
-<span>{% if b.score %}<strong>{{ b.score }}</strong>{% if b.error %}± {{ b.error }}{% endif %} {{ b.metric }}
+<span>{% if b.score %}<strong>{{ b.score }}</strong>{% if b.error %}± {{ b.error }}{% endif %}
 {% else %}{{ b.why }}{% endif %}</span>
+<small>{{ b.metric }}</small>
 {% if b.figures %}<small>{{ b.figures }}</small>{% endif %}
 <small>{{ "{:,}".format(b.n) }} questions, protocol {{ b.protocol }}
 {%- if b.left_out %}; {{ "{:,}".format(b.left_out) }} could not be asked{% endif %}</small>
@@ -230,9 +231,11 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 {% endfor %}
 </table></details>
 {% endfor %}
-<p class="soft">± is the standard error of the score. Of a benchmark with more than {{ "{:,}".format(rows) }}
-questions the page shows {{ "{:,}".format(rows) }}, drawn with a fixed seed, with right and wrong answers in their real
-proportion (<code>--page_rows</code> changes the number).</p>
+<p class="soft">± is the standard error of the score.
+{% if drawn %}
+Of a benchmark with more than {{ "{:,}".format(rows) }} questions the page shows {{ "{:,}".format(rows) }}, drawn with a
+fixed seed, with right and wrong answers in their real proportion (<code>--page_rows</code> changes the number).
+{% endif %}</p>
 <noscript><p>The rows are shown by a script of this page: allow scripts.</p></noscript>
 <div class="filters"><div class="verdicts" role="group" aria-label="verdict">
 <button data-verdict="">all <span></span></button>
@@ -260,4 +263,5 @@ def render(data: dict[str, Any], rows: int) -> str:
     """
     style, script = markupsafe.Markup(STYLE), markupsafe.Markup(SCRIPT)
     title = f"Predictions: {', '.join(benchmark['name'] for benchmark in data['benchmarks'])}"
-    return PAGE.render(title=title, style=style, script=script, policy=POLICY, data=data, rows=rows)
+    drawn = any(benchmark["shown"] < benchmark["n"] for benchmark in data["benchmarks"])
+    return PAGE.render(title=title, style=style, script=script, policy=POLICY, data=data, rows=rows, drawn=drawn)

@@ -40,7 +40,7 @@ def summary(name, score, n, **changes):
     return {
         "benchmark": name, "title": f"{name}, test", "metric": "accuracy, %", "score": score, "standard_error": 2.5,
         "protocol": {"name": "paper", "version": "lmms-eval 0.2.2", "rule": "equal"}, "n": n, "not_scored": None,
-        "unparsed": 0.25, "figures": {"perception": 1234.5, "parts": {}}, "left_out": {"questions": 3},
+        "unparsed": 0.25, "figures": {"perception_score": 1234.25, "parts": {}}, "left_out": {"questions": 3},
         "groups": {"color": {"red": {"score": 50.0, "standard_error": 1.25, "n": 2}}},
     } | changes  # fmt: skip
 
@@ -158,9 +158,14 @@ def test_the_page_shows_and_filters_its_rows_in_a_browser(tmp_path):
             "all": 36, "right": 22, "partly": 1, "wrong": 12, "unparsed": 1, "not scored": 1
         }  # fmt: skip
         assert browser.run("document.title") == "Predictions: one, two"
+        assert "questions the page shows 30, drawn" in browser.run("document.body.textContent.replace(/\\s+/g, ' ')")
         heads = browser.run("[...document.querySelectorAll('.benchmark')].map(b => b.innerText)")
-        assert "50.0± 2.5 accuracy, %" in heads[0] and "6 questions, protocol paper (lmms-eval 0.2.2)" in heads[0]
-        assert "3 could not be asked" in heads[0] and "perception 1,234.5" in heads[0]
+        assert (
+            "50.0± 2.5" in heads[0]
+            and "accuracy, %" in heads[0]
+            and "6 questions, protocol paper (lmms-eval 0.2.2)" in heads[0]
+        )
+        assert "3 could not be asked" in heads[0] and "perception score 1,234" in heads[0]
         assert "25.0 % of the answers could not be parsed" in heads[0] and "30 on this page, 30 of them" in heads[1]
 
         press(browser, "[data-verdict=wrong]")
@@ -213,3 +218,4 @@ def test_the_page_fits_a_phone_and_rows_are_added_while_one_scrolls(tmp_path):
         browser.run("window.scrollTo(0, document.body.scrollHeight)")
         browser.wait("document.querySelectorAll('article').length === 66")
         assert browser.run("document.getElementById('more').hidden") and browser.complaints == []
+        assert "drawn" not in browser.run("document.querySelector('p').textContent")

@@ -88,6 +88,6 @@ def letter(index: Any, options: Sequence[str], where: str) -> str:
     Raises:
       ValueError: it is no index of an option; the message names `where`.
     """
-    if isinstance(index, bool) or str(index) not in map(str, range(len(options))):
+    if str(index) not in map(str, range(len(options))):
         raise ValueError(f"{where} is {shown(index)}, not the index of one of its {len(options)} options, from 0")
     return letters(options)[int(index)]

@@ -209,6 +209,8 @@ def right(read, asked) -> list[float]:
 def test_rules_of_lmms_eval(value, version):
     new = version == "lmms-eval-0.7.3"
     exact = NO_EXACT if version == "lmms-eval-0.2.1" else EXACT
+    if not new:
+        value = {**value, "mathvista": value["mathvista"][::5]}  # no protocol follows 0.2 there
     if version == "lmms-eval-0.2.1":
         value = {name: questions[::5] for name, questions in value.items()}  # its functions are those of 0.2.3
     theirs = harness.ask(version, exact + OLD + (NEW if new else ""), value)

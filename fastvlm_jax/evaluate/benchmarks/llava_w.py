@@ -9,7 +9,7 @@ from etils import epath
 
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import reviews
-from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Result, Row, ask_llava, ask_lmms_eval
+from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Result, Row, ask_llava, ask_lmms_eval
 from fastvlm_jax.evaluate.published import (
     Images,
     check_rows,
@@ -48,21 +48,28 @@ def read(folder: epath.Path) -> list[Row]:
     if paths := find(folder, "data/train-*.parquet", "train-*.parquet"):
         columns = ("question_id", "question", "category", "gpt_answer", "caption")
         found = read_parquet(paths, columns, pictures=("image",))
-        rows = [_row(row, "question", "gpt_answer", row["image"], f"{folder} row {i}") for i, row in enumerate(found)]
-        return check_rows(rows, folder)
-    if not find(folder, "questions.jsonl"):
-        raise wrong_layout(folder, FILES)
-    contexts = _by_key(folder / "context.jsonl", "image")
-    answers = _by_key(folder / "answers_gpt4.jsonl", "question_id")
-    images, rows = Images(folder, "images"), []
-    for number, line in enumerate(read_lines(folder / "questions.jsonl"), 1):
-        where = f"{folder / 'questions.jsonl'} line {number}"
+        return check_rows([_row(row, row["image"], f"{folder} row {i}") for i, row in enumerate(found)], folder)
+    if paths := find(folder, "questions.jsonl", "llava-bench-in-the-wild/questions.jsonl"):
+        return check_rows(_official(paths[0]), paths[0])
+    raise wrong_layout(folder, FILES)
+
+
+def _official(path: epath.Path) -> list[Row]:
+    """Returns the rows of a list of questions, joined with its captions by image and with the answers by question."""
+    contexts = _by_key(path.parent / "context.jsonl", "image")
+    answers = _by_key(path.parent / "answers_gpt4.jsonl", "question_id")
+    images, rows = Images(path.parent, "images"), []
+    for number, line in enumerate(read_lines(path), 1):
+        where = f"{path} line {number}"
+        image, question = text(line, "image", where), text(line, "text", where)
         context = _joined(contexts, line, "image", where, "context.jsonl")
         answer = _joined(answers, line, "question_id", where, "answers_gpt4.jsonl")
-        whole = {**line, "caption": get(context, "caption", "context.jsonl"), "gpt_answer": answer.get("text")}
-        rows.append(_row(whole, "text", "gpt_answer", images(text(line, "image", where)), where))
+        caption = get(context, "caption", f"context.jsonl, {shown(image)},")
+        answer = text(answer, "text", f"answers_gpt4.jsonl, question {shown(line['question_id'])},")
+        whole = {**line, "question": question, "caption": caption, "gpt_answer": answer}
+        rows.append(_row(whole, images(image), where))
     images.check()
-    return check_rows(rows, folder)
+    return rows
 
 
 def _by_key(path: epath.Path, key: str) -> dict[str, dict[str, Any]]:
@@ -85,7 +92,7 @@ def _joined(found: Mapping[str, dict], line: Mapping[str, Any], key: str, where:
     return found[name]
 
 
-def _row(row: Mapping[str, Any], question: str, answer: str, picture, where: str) -> Row:
+def _row(row: Mapping[str, Any], picture: Picture | None, where: str) -> Row:
     category, caption = text(row, "category", where), get(row, "caption", where)
     if category not in CATEGORIES:
         raise ValueError(f"{where}: its category is {shown(category)}, not {' or '.join(CATEGORIES)}")
@@ -95,9 +102,9 @@ def _row(row: Mapping[str, Any], question: str, answer: str, picture, where: str
         raise ValueError(f"{where}: its caption is no text")
     return Row(
         id=str(get(row, "question_id", where)),
-        question=text(row, question, where),
+        question=text(row, "question", where),
         pictures=pictures_of([picture]),
-        references=(text(row, answer, where),),
+        references=(text(row, "gpt_answer", where),),
         fields={"caption": caption},
         groups={"category": category},
     )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import reviews
 from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Result, Row, ask_llava, ask_lmms_eval
 from fastvlm_jax.evaluate.published import (
@@ -81,17 +82,16 @@ def read(folder: epath.Path) -> list[Row]:
             capabilities = text(row, "capability", where).split(",")
             rows.append(_row(text(row, "question_id", where), row, row["image"], capabilities, where))
         return check_rows(rows, folder)
-    if find(folder, "mm-vet.json"):
-        return check_rows(_official(folder), folder)
-    if find(folder, "llava-mm-vet.jsonl"):
-        return check_rows(_llava(folder), folder)
+    for name, rows_of in (("mm-vet.json", _official), ("llava-mm-vet.jsonl", _llava)):
+        if paths := find(folder, name, f"mm-vet/{name}"):  # the published archive holds a folder mm-vet
+            return check_rows(rows_of(paths[0]), paths[0])
     raise wrong_layout(folder, FILES)
 
 
-def _official(folder: epath.Path) -> list[Row]:
-    images, rows = Images(folder, "images"), []
-    for name, row in read_json(folder / "mm-vet.json").items():
-        where = f"{folder / 'mm-vet.json'}: {name}"
+def _official(path: epath.Path) -> list[Row]:
+    images, rows = Images(path.parent, "images"), []
+    for name, row in read_json(path).items():
+        where = f"{path}: {shown(name)}"
         if not isinstance(row, dict):
             raise ValueError(f"{where} is no object")
         capabilities = get(row, "capability", where)
@@ -102,10 +102,10 @@ def _official(folder: epath.Path) -> list[Row]:
     return rows
 
 
-def _llava(folder: epath.Path) -> list[Row]:
-    images, rows = Images(folder, "images"), []
-    for number, line in enumerate(read_lines(folder / "llava-mm-vet.jsonl"), 1):
-        where = f"{folder / 'llava-mm-vet.jsonl'} line {number}"
+def _llava(path: epath.Path) -> list[Row]:
+    images, rows = Images(path.parent, "images"), []
+    for number, line in enumerate(read_lines(path), 1):
+        where = f"{path} line {number}"
         name = f"v1_{str(get(line, 'question_id', where)).removeprefix('v1_')}"
         rows.append(Row(name, text(line, "text", where), (images(text(line, "image", where)),), None))
     images.check()

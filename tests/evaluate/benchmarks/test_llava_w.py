@@ -78,6 +78,9 @@ def test_both_layouts_give_the_same_rows(official, hub):
         [picture.read() for picture in row.pictures] for row in others
     ]
     assert [row.id for row in rows] == ["0", "1", "2"]
+    (official.parent / "data").mkdir()
+    official.rename(official.parent / "data" / "llava-bench-in-the-wild")
+    assert BENCHMARK.read(official.parent / "data") == rows
     assert rows[2].fields == {"caption": "A café.\nPeople sit outside."}
     assert (rows[0].references, rows[0].groups) == (("Diamond Head.",), {"category": "conv"})
 
@@ -259,6 +262,14 @@ def replaced(path: epath.Path, old: str, new: str) -> None:
             "line 3: answers_gpt4.jsonl has no question_id '2'",
         ),
         (lambda f: replaced(f / "answers_gpt4.jsonl", ": 2,", ": 1,"), "line 2: the question_id '1' stands twice"),
+        (
+            lambda f: replaced(f / "answers_gpt4.jsonl", '"text"', '"texts"'),
+            "answers_gpt4.jsonl, question 2, has no text: it has question_id, texts",
+        ),
+        (
+            lambda f: replaced(f / "context.jsonl", '"caption"', '"c"'),
+            "context.jsonl, '001.jpg', has no caption: it has",
+        ),
         (lambda f: replaced(f / "questions.jsonl", '"conv"', '"chat"'), "line 1: its category is 'chat', not conv or"),
         (lambda f: replaced(f / "questions.jsonl", '"text"', '"texts"'), "line 1 has no text: it has question_id"),
         (lambda f: replaced(f / "questions.jsonl", '_id": 1', '_id": 0'), "the id '0' of row 1 stands twice"),

@@ -74,6 +74,10 @@ def test_both_layouts_give_the_same_rows(official, hub):
         (r.id, r.question, r.references, r.fields, r.groups) for r in others
     ]
     assert [[p.read() for p in row.pictures] for row in rows] == [[p.read() for p in row.pictures] for row in others]
+    (official / "data" / "mm-vet").mkdir(parents=True)
+    for name in ("mm-vet.json", "images"):
+        (official / name).rename(official / "data" / "mm-vet" / name)
+    assert BENCHMARK.read(official / "data") == rows
     assert rows[0].references == ("-1<AND>-5",)
     assert rows[0].groups == rows[3].groups == {"capabilities": "math, ocr"}
 
@@ -200,14 +204,14 @@ def rewritten(folder: epath.Path, change) -> None:
     [
         (lambda rows: [rows], "holds no object: it is not the published file"),
         (lambda rows: {}, "holds no rows"),
-        (lambda rows: {**rows, "v1_0": []}, "mm-vet.json: v1_0 is no object"),
+        (lambda rows: {**rows, "v1_0": []}, "mm-vet.json: 'v1_0' is no object"),
         (
             lambda rows: {**rows, "v1_2": {**rows["v1_2"], "imagename": "9.png"}},
             "lacks 1 of 4 images, the first '9.png'",
         ),
-        (lambda rows: {**rows, "v1_2": {**rows["v1_2"], "capability": "ocr"}}, "v1_2: its capability is no list"),
-        (lambda rows: {**rows, "v1_2": {**rows["v1_2"], "answer": 5}}, "v1_2: answer is 5, not a text"),
-        (lambda rows: {**rows, "v1_2": {"imagename": "v1_2.png"}}, "v1_2 has no capability: it has imagename"),
+        (lambda rows: {**rows, "v1_2": {**rows["v1_2"], "capability": "ocr"}}, "'v1_2': its capability is no list"),
+        (lambda rows: {**rows, "v1_2": {**rows["v1_2"], "answer": 5}}, "'v1_2': answer is 5, not a text"),
+        (lambda rows: {**rows, "v1_2": {"imagename": "v1_2.png"}}, "'v1_2' has no capability: it has imagename"),
     ],
 )
 def test_wrong_files_are_named_in_a_line(official, change, message):

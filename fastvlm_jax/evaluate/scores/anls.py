@@ -32,8 +32,9 @@ def normalise(text: str) -> str:
 def distance(one: str, other: str) -> int:
     """Returns the Levenshtein distance: the least number of characters inserted, deleted or replaced."""
     row = list(range(len(one) + 1))
-    for i, right in enumerate(other):
-        above, row[0] = row[0], i + 1
-        for k, left in enumerate(one):
-            above, row[k + 1] = row[k + 1], min(above + (left != right), row[k] + 1, row[k + 1] + 1)
+    for i, right in enumerate(other, 1):
+        above, beside, row[0] = i - 1, i, i  # row[k], and the new row[k]
+        for k, left in enumerate(one, 1):
+            beside = above if left == right else 1 + min(above, row[k], beside)
+            above, row[k] = row[k], beside
     return row[-1]

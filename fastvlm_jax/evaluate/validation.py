@@ -143,7 +143,7 @@ def _open(
     """
     if name not in BENCHMARKS:
         raise ValueError(f"evaluate: there is no benchmark {name!r}; fastvlm evaluate --list names them")
-    benchmark = qa.benchmark("validation", turns, limit=limit or None) if name == "qa" else BENCHMARKS[name]
+    benchmark = qa.benchmark(turns=turns, limit=limit or None) if name == "qa" else BENCHMARKS[name]
     protocol = benchmark.protocols[0]
 
     def ready(rows: Sequence[Row]) -> Prepared:

@@ -16,6 +16,8 @@ from fastvlm_jax.evaluate.exact_match import RULE, identical, matches, normalise
 from fastvlm_jax.evaluate.records import own_prompt, rows_of
 from fastvlm_jax.evaluate.scores import anls, evalai, letters, relaxed_accuracy, token_f1, vqa_accuracy
 
+SPLIT = "validation"  # of shards, by default
+
 
 class Metric(NamedTuple):
     """Describes a metric: its rule, in a line, and the function that marks an answer to a row."""
@@ -25,12 +27,12 @@ class Metric(NamedTuple):
 
 
 def benchmark(
-    split: str = "validation", turns: str = "conversation", metric: str | None = None, limit: int | None = None
+    split: str | None = None, turns: str = "conversation", metric: str | None = None, limit: int | None = None
 ) -> Benchmark:
     """Returns the benchmark of one's own data: a folder of shards, or a list of questions beside its images.
 
     Args:
-      split: split of the shards.
+      split: split of the shards, by default validation; a list has none.
       turns: "conversation" asks every question of a record with the earlier questions and their reference answers
         before it; "separate" asks each alone.
       metric: one of METRICS; by default exact, or choice for questions of a list with choices. A row of a list may name
@@ -45,7 +47,7 @@ def benchmark(
         score=score,
         max_tokens=128,
         rule=default if metric else f"{default}; of questions with choices: {METRICS['choice'].rule}",
-        figures=functools.partial(figures, split=split, turns=turns),
+        figures=functools.partial(figures, split=split or SPLIT, turns=turns),
     )
     return Benchmark(
         name="qa",
@@ -65,7 +67,7 @@ def benchmark(
 
 def read_rows(
     folder: epath.Path,
-    split: str = "validation",
+    split: str | None = None,
     turns: str = "conversation",
     metric: str | None = None,
     limit: int | None = None,
@@ -77,7 +79,10 @@ def read_rows(
       ValueError: it has no such split, none of the split's records can be asked about, or a row of a list is wrong.
     """
     if not (folder / MANIFEST).exists() and (path := own_list.find_list(folder)):
+        if split is not None:
+            raise ValueError(f"{path} is a list of questions and has no split {split!r}: --split is for shards")
         return own_list.read_list(path, metric, METRICS)[:limit]
+    split = split or SPLIT
     if metric in ("choice", "vqa"):
         raise ValueError(
             f"the metric {metric} is for a list of questions: the records of {folder} have one answer each"

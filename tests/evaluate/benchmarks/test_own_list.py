@@ -166,6 +166,10 @@ def test_wrong_files_are_named_in_one_line(tmp_path):
     write(tmp_path, [GOOD])
     assert "b.png is no list of questions: expected is a .jsonl or .json file, or a folder" in error(tmp_path / "b.png")
     assert "there is no dataset folder" in error(tmp_path / "lost")
+    with pytest.raises(
+        ValueError, match=r"mine\.jsonl is a list of questions and has no split 'test': --split is for shards"
+    ):
+        read(tmp_path, split="test")
     write(tmp_path, [GOOD], "other.json")
     assert f"{tmp_path} holds 2 lists, mine.jsonl and other.json: name the one to score" in error(tmp_path)
     save(tmp_path / "other.json", b'["x"]')

@@ -191,7 +191,7 @@ def _check_images(prepared: Prepared, processor: Processor) -> None:
         try:
             processor.decode(picture.read(), picture.name)
         except ValueError as error:
-            raise ValueError(f"its image {picture.name} cannot be read: {error}") from error
+            raise ValueError(str(error) if picture.name in str(error) else f"{picture.name}: {error}") from error
 
     pictures = {picture.name: picture for question in prepared.questions for picture in question.pictures}
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -63,8 +63,8 @@ class BestScore:
 
     def describe(self) -> str:
         """Returns in words why the run ends."""
-        best = "that is a number" if self.step is None else f"better than {self.value:.4g}, of step {self.step}"
-        return f"{self.since} evaluations without a {self.name} {best}; --config.stop_after=0 goes on"
+        best = "a number" if self.step is None else f"better than {self.value:.4g}, that of step {self.step}"
+        return f"in {self.since} evaluations {self.name} was not {best}; --config.stop_after=0 goes on"
 
 
 def better(name: str, value: float, best: float) -> bool:
@@ -95,6 +95,8 @@ def find_best(workdir: pathlib.Path) -> pathlib.Path:
       FileNotFoundError, ValueError: the folder is no training workdir, its run keeps no best checkpoint, or no
         checkpoint of it has the score.
     """
+    if not (workdir / "config.json").is_file():
+        raise FileNotFoundError(f"{workdir}{MARK}: there is no training workdir {workdir}")
     name = read_run(workdir)["config"].get("keep_best")
     if not name:
         raise ValueError(f"{workdir}{MARK}: the run keeps no best checkpoint, its config has no keep_best")

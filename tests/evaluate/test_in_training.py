@@ -119,8 +119,8 @@ def test_a_run_that_gets_no_better_ends_and_the_same_command_trains_no_further(e
     value = dict(scores(ended.workdir, "validation/loss"))[ended.best]
     assert int(ended.state.step) == ended.best + 4 < 16
     line = (
-        f"small: ended at step {ended.best + 4} of 16: 2 evaluations without a validation/loss better than "
-        f"{value:.4g}, of step {ended.best}; --config.stop_after=0 goes on\n"
+        f"small: ended at step {ended.best + 4} of 16: in 2 evaluations validation/loss was not better than "
+        f"{value:.4g}, that of step {ended.best}; --config.stop_after=0 goes on\n"
     )
     assert ended.said.endswith(line)
     before = (ended.workdir / "metrics.jsonl").read_text()
@@ -182,7 +182,7 @@ def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, token
         (dict(evaluate=(("easy-vqa", "/nowhere", 9),)), r"^evaluate, easy-vqa of /nowhere: there is no dataset folder"),
         (dict(evaluate=(("qa", "DAMAGED", 9),)), r"^evaluate, qa of \S+: none of its questions can be asked \(1 x "),
         (dict(evaluate=(("qa", "NONE", 9),)), r"^evaluate, qa of \S+: .*no split 'validation'"),
-        (dict(evaluate=(("docvqa", "DOCUMENTS", 1),)), r"^evaluate, docvqa of \S+: \S+parquet row 0 image: the image cannot"),
+        (dict(evaluate=(("docvqa", "DOCUMENTS", 1),)), r"^evaluate, docvqa of \S+: \S+parquet row 0 image: the image"),
         (dict(evaluate=(("docvqa-test", "DOCUMENTS", 0),)), r"^evaluate, docvqa-test of \S+: it has no public answers"),
         (dict(data__path="NONE", evaluate=()), r"^keep_best='validation/loss': no data set has records in a split"),
     ],
@@ -253,6 +253,7 @@ def test_a_resumed_run_knows_the_best_of_its_checkpoints(tmp_path, values, store
     best = BestScore("evaluate/docvqa", stop_after=2)
     best.resume(tmp_path, 8, stored)
     assert (best.step, best.since, best.ends) == expected
+    assert ("was not a number" in best.describe()) == (best.step is None)
     assert best_step("evaluate/docvqa", rows, stored) == expected[0]
 
 
@@ -267,7 +268,7 @@ def test_a_run_without_a_best_checkpoint_is_told(ended, tokenizer_file, tmp_path
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=f"run@best: .*{words}"):
             model_io.read(f"{tmp_path / 'run'}@best")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere@best: there is no training workdir"):
         model_io.read(f"{tmp_path / 'nowhere'}@best")
 
 

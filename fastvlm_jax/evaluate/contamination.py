@@ -143,10 +143,10 @@ def _match_image(data: bytes, image: int, known: Known, kinds: Sequence[str]) ->
     """Returns the closest match of a training image, None if there is none."""
     if "file" in kinds and (number := known.files.get(digest(data))) is not None:
         return Match("file", 0, image, number, tuple(known.shown[number]))
-    if not {"pixels", "near"} & set(kinds) or not len(known.hashes):
+    if not {"pixels", "near"} & set(kinds) or not known.pictures:
         return None
     look = look_at(data)
-    near, apart = nearest(look, known.hashes, known.photographs)
+    near, apart = nearest(look, known.looks)
     if "pixels" in kinds and len(near):
         pixels = pixel_digest(data)
         for number, distance in zip(near.tolist(), apart.tolist(), strict=True):

@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from fastvlm_jax.data.readers import files
@@ -17,7 +16,7 @@ from fastvlm_jax.data.sources import read_manifest, read_shards
 from fastvlm_jax.evaluate.benchmark import Picture, Row
 from fastvlm_jax.evaluate.benchmarks import BENCHMARKS
 from fastvlm_jax.evaluate.records import rows_of
-from fastvlm_jax.images.similar import WORDS, Look, digest, look_at, pixel_digest
+from fastvlm_jax.images.similar import NOTHING, Look, digest, look_at, pixel_digest, stacked
 
 KINDS = ("file", "pixels", "near", "question")
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
@@ -35,8 +34,7 @@ class Known:
       shown: rows that show each image.
       files: digest of the file of an image -> its number.
       pixels: digest of the pixels of each image; b"" if these are not compared.
-      hashes: uint64 [P, WORDS], perceptual hash of each image; all 0 if there is none.
-      photographs: bool [P], whether it is like a photograph.
+      looks: how the images look, `stacked`.
       questions: words of a question -> its rows.
       left_out: why images could not be read.
     """
@@ -47,8 +45,7 @@ class Known:
     shown: list[list[int]]
     files: dict[bytes, int]
     pixels: list[bytes]
-    hashes: np.ndarray
-    photographs: np.ndarray
+    looks: Look
     questions: dict[str, list[int]]
     left_out: list[str]
 
@@ -112,10 +109,7 @@ def learn(name: str, rows: Sequence[Row], kinds: Sequence[str] = KINDS) -> Known
             shown.setdefault(picture.name, []).append(number)
         if "question" in kinds and (words := words_of(row.question)):
             questions.setdefault(words, []).append(number)
-    known = Known(
-        name, [row.id for row in rows], [], [], {}, [], np.zeros((0, WORDS), np.uint64), np.zeros(0, bool), questions,
-        left_out,
-    )  # fmt: skip
+    known = Known(name, [row.id for row in rows], [], [], {}, [], stacked([]), questions, left_out)
     looks: list[Look] = []
     wanted = list(pictures.values()) if set(kinds) - {"question"} else []
     for picture, found in zip(wanted, in_threads(lambda one: _learn_picture(one, kinds), wanted), strict=True):
@@ -133,18 +127,14 @@ def learn(name: str, rows: Sequence[Row], kinds: Sequence[str] = KINDS) -> Known
         looks.append(look)
     if wanted and not looks:
         raise ValueError(f"none of the {len(wanted):,} images of {name} can be read: {left_out[-1]}")
-    if not looks:
-        return known
-    return dataclasses.replace(
-        known, hashes=np.stack([look.hash for look in looks]), photographs=np.array([look.photograph for look in looks])
-    )
+    return dataclasses.replace(known, looks=stacked(looks))
 
 
 def _learn_picture(picture: Picture, kinds: Sequence[str]) -> tuple[bytes, bytes, Look] | ValueError:
     try:
         data = picture.read()
         if not {"pixels", "near"} & set(kinds):
-            return digest(data), b"", Look(np.zeros(WORDS, np.uint64), False)
+            return digest(data), b"", NOTHING
         return digest(data), pixel_digest(data) if "pixels" in kinds else b"", look_at(data)
     except ValueError as error:
         return error

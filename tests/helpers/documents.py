@@ -154,19 +154,18 @@ def render(kind, number):
 
 def measure(count):
     """Prints a row of the table for each kind: pairs taken for the same, least distance, and the share found again."""
-    from fastvlm_jax.images.similar import distances, look_at, nearest
+    from fastvlm_jax.images.similar import distances, look_at, nearest, stacked
 
     print("| pictures | pairs | taken for the same | least distance |", " | ".join(CHANGES), "|")
     for kind in KINDS:
         images = [render(kind, number) for number in range(count)]
         looks = [look_at(encoded(image)) for image in images]
-        hashes, upper = np.stack([look.hash for look in looks]), np.triu_indices(count, 1)
-        photographs = np.array([look.photograph for look in looks])
-        wrong = sum(len(nearest(look, hashes, photographs)[0]) for look in looks) - count
-        cells = [f"{len(upper[0]):,}", wrong // 2, distances(hashes, hashes)[upper].min()]
+        known, upper = stacked(looks), np.triu_indices(count, 1)
+        wrong = sum(len(nearest(look, known)[0]) for look in looks) - count
+        cells = [f"{len(upper[0]):,}", wrong // 2, distances(known.hash, known.hash)[upper].min()]
         for change, quality in CHANGES.values():
             moved = [look_at(encoded(change(image), "JPEG", quality=quality)) for image in images]
-            found = [len(nearest(look, hashes[[i]], photographs[[i]])[0]) for i, look in enumerate(moved)]
+            found = [len(nearest(look, stacked(looks[i : i + 1]))[0]) for i, look in enumerate(moved)]
             cells.append(f"{100 * np.mean(found):.0f} %")
         print("|", " | ".join(map(str, [kind.__name__, *cells])), "|", flush=True)
 

@@ -6,17 +6,18 @@ import cv2
 import documents
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import pytest
 import scipy.fft
 from documents import CHANGES, KINDS, encoded, render
 
-from fastvlm_jax.images.similar import BITS, NEAR, WORDS, distances, look_at, nearest, pixel_digest
+from fastvlm_jax.images.similar import BITS, NEAR, WORDS, distances, look_at, nearest, pixel_digest, stacked
 
 LOOKS = {kind.__name__: [look_at(encoded(render(kind, number))) for number in range(8)] for kind in KINDS}
 
 
 def near(a, b):
-    return len(nearest(a, b.hash[None], np.array([b.photograph]))[0]) == 1
+    return len(nearest(a, stacked([b]))[0]) == 1
 
 
 @pytest.mark.parametrize("kind", LOOKS)
@@ -40,6 +41,29 @@ def test_a_picture_that_fills_its_frame_is_a_photograph_and_may_lose_two_per_cen
         assert near(cut, LOOKS["discs"][i])
         assert distances(cut.hash[None], LOOKS["discs"][i].hash[None])[0, 0] > NEAR // 4  # it did change
     assert not any(look.photograph for kind in LOOKS if kind != "discs" for look in LOOKS[kind])
+
+
+def shape(color, left, background="white", size=(300, 200)):
+    image = PIL.Image.new("RGB", size, background)
+    draw = PIL.ImageDraw.Draw(image)
+    draw.polygon([(left, 40), (left + 80, 60), (left + 50, 85), (left + 70, 120), (left + 20, 110)], color)
+    return look_at(encoded(image))
+
+
+def test_the_same_shape_in_another_place_or_colour_is_another_picture():
+    red = shape("red", 20)
+    assert near(red, shape("red", 20)) and near(red, shape((245, 0, 0), 20))
+    others = {"place": shape("red", 180), "colour": shape("blue", 20), "ground": shape("red", 20, "#c0c0ff")}
+    assert [name for name, look in others.items() if near(red, look)] == []
+    assert distances(red.hash[None], others["place"].hash[None])[0, 0] <= NEAR  # by the hash alone they are the same
+
+
+def test_the_box_is_what_lies_inside_the_plain_border_and_its_colour_a_mean():
+    image = PIL.Image.new("RGB", (200, 100), "white")
+    PIL.ImageDraw.Draw(image).rectangle((50, 20, 149, 59), "#0000ff")
+    look = look_at(encoded(image))
+    assert look.box.tolist() == pytest.approx([0.2, 0.59, 0.25, 0.745])
+    assert look.color.tolist() == pytest.approx([-0.114 * 255, 255 - 0.114 * 255], abs=0.1)
 
 
 def test_the_hash_is_the_sign_of_the_lowest_frequencies_against_their_median():

@@ -22,7 +22,7 @@ BITS = 64 * WORDS
 # charts have plain borders, which are trimmed, and resemble each other more.
 NEAR, NEAR_PHOTOGRAPHS = 60, 120
 # The hash sees neither where something lies on a plain ground nor its colours: how far these may differ.
-MOVED, COLORED = 0.1, 12  # part of a side; levels of 255
+MOVED, COLORED = 0.1, 20  # part of a side; levels of 255
 _LONGEST = 512  # pixels of the longer side of the image that is hashed
 _FREQUENCIES, _SIDE = 24, 96
 _ALIKE = 26  # grey levels that count as equally bright

@@ -19,6 +19,7 @@ from fastvlm_jax.evaluate.benchmark import (
     SHORT_ANSWER,
     Benchmark,
     Mark,
+    Picture,
     Protocol,
     Result,
     Row,
@@ -54,79 +55,85 @@ def read(folder: epath.Path, split: str = "validation") -> list[Row]:
 
     Returns:
       Rows whose fields hold "question_id", a number; "llava", what LLaVA asks below the image, None without OCR tokens;
-      and "ocr", where the OCR tokens come from.
+      and "ocr", where these come from: LLaVA's file or, if it is not there, the files themselves.
 
     Raises:
       FileNotFoundError, ValueError: files or images are missing or damaged; the message is one line that names them.
     """
+    llava = _read_llava(folder) if split == "validation" else None
     if official := published.find(folder, OFFICIAL[split]):
-        return _read_official(folder, official[0], split)
-    if tables := published.find(folder, f"{split}-*.parquet", f"data/{split}-*.parquet"):
-        path = tables[0].parent
-        columns = ["question_id", "question", *(["answers"] if split == "validation" else [])]
-        rows = []
-        for number, entry in enumerate(published.read_parquet(tables, columns, ["image"], ["ocr_tokens"])):
-            where = f"{path} row {number}"
-            pictures = published.pictures_of([entry["image"]])
-            rows.append(_row(entry, pictures, split, where, *_tokens(entry, where)))
-        return published.check_rows(rows, path)
-    raise published.wrong_layout(folder, FILES[split])
+        where, entries = str(official[0]), published.read_objects(official[0], "data")
+        images = published.Images(folder, IMAGES[split], f"train_val_images/{IMAGES[split]}")
+        names = [published.text(entry, "image_id", f"{where} row {number}") for number, entry in enumerate(entries)]
+        pictures = [images(f"{name}.jpg") for name in names]
+        images.check()
+    elif tables := published.find(folder, f"{split}-*.parquet", f"data/{split}-*.parquet"):
+        where, columns = str(tables[0].parent), ["question_id", "question", "answers"]
+        columns = columns if split == "validation" else columns[:-1]
+        entries = published.read_parquet(tables, columns, ["image"], ["ocr_tokens", "image_id"])
+        pictures = [entry["image"] for entry in entries]
+    else:
+        raise published.wrong_layout(folder, FILES[split])
+    rows = [
+        _row(entry, picture, split, llava, f"{where} row {number}")
+        for number, (entry, picture) in enumerate(zip(entries, pictures, strict=True))
+    ]
+    return published.check_rows(rows, where)
 
 
-def _tokens(entry: Mapping[str, Any], where: str) -> tuple[str | None, str]:
-    """Returns what LLaVA would ask with the tokens of a row of the Parquet files, and where these are from."""
-    tokens = entry.get("ocr_tokens")
-    if tokens is None:
-        return None, "none: the Parquet files have no ocr_tokens"
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f"{where}: ocr_tokens is not a list of texts")
-    return f"{entry['question']}{OCR}{', '.join(tokens)}", "ocr_tokens of the Parquet files"
-
-
-def _read_official(folder: epath.Path, path: epath.Path, split: str) -> list[Row]:
-    entries = published.read_objects(path, "data")
-    asked = _llava(folder) if split == "validation" else {}
-    images = published.Images(folder, IMAGES[split], f"train_val_images/{IMAGES[split]}")
-    rows = []
-    for number, entry in enumerate(entries):
-        where = f"{path} question {number}"
-        image, question = published.text(entry, "image_id", where), published.text(entry, "question", where)
-        text, ocr = asked.get((image, question.lower())), LLAVA
-        if asked and text is None:
-            raise ValueError(f"{where}: {LLAVA} does not ask {shown(question)} of {image}: it is of another version")
-        if not asked:
-            ocr = f"none: {LLAVA} is not there" if split == "validation" else "none: the official file has none"
-        rows.append(_row(entry, (images(f"{image}.jpg"),), split, where, text, ocr))
-    images.check()
-    return published.check_rows(rows, path)
-
-
-def _llava(folder: epath.Path) -> dict[tuple[str, str], str]:
-    """Returns (image, question in lower case), by which LLaVA joins the files, -> what LLaVA asks."""
+def _read_llava(folder: epath.Path) -> dict[tuple[str, str], str] | None:
+    """Returns (image, question in lower case), by which LLaVA joins files, -> what it asks; None without its file."""
+    if not (found := published.find(folder, LLAVA)):
+        return None
     asked = {}
-    for path in published.find(folder, LLAVA):
-        for question in read_llava_questions(path):
-            words, ocr, _ = question.text.partition(OCR)
-            if not ocr:
-                raise ValueError(f"{path}: question {shown(words)} has no line of OCR tokens: it is not LLaVA's file")
-            asked[str(question.id), words.lower()] = question.text
+    for question in read_llava_questions(found[0]):
+        words, ocr, _ = question.text.partition(OCR)
+        if not ocr:
+            raise ValueError(f"{found[0]}: question {shown(words)} has no line of OCR tokens: it is not LLaVA's file")
+        asked[str(question.id), words.lower()] = question.text
     return asked
 
 
-def _row(entry: Mapping[str, Any], pictures: tuple, split: str, where: str, llava: str | None, ocr: str) -> Row:
+def _row(
+    entry: Mapping[str, Any],
+    picture: Picture | None,
+    split: str,
+    llava: Mapping[tuple[str, str], str] | None,
+    where: str,
+) -> Row:
     references = None
     if split == "validation":
         references = published.texts(entry, "answers", where)
         if len(references) != 10:
             raise ValueError(f"{where} has {len(references)} answers, not 10")
     number, question = published.number(entry, "question_id", where), published.text(entry, "question", where)
-    return Row(str(number), question, pictures, references, {"question_id": number, "llava": llava, "ocr": ocr})
+    asked, ocr = _asked(entry, question, llava, where)
+    fields = {"question_id": number, "llava": asked, "ocr": ocr}
+    return Row(str(number), question, published.pictures_of([picture]), references, fields)
+
+
+def _asked(
+    entry: Mapping[str, Any], question: str, llava: Mapping[tuple[str, str], str] | None, where: str
+) -> tuple[str | None, str]:
+    """Returns what LLaVA asks, from its file or made of the row's OCR tokens, and which of both it was."""
+    if llava is not None:
+        image = published.text(entry, "image_id", where)
+        if (image, question.lower()) not in llava:
+            raise ValueError(f"{where}: {LLAVA} does not ask {shown(question)} of {image}: it is of another version")
+        return llava[image, question.lower()], LLAVA
+    tokens = entry.get("ocr_tokens")
+    if tokens is None:
+        return None, "none"
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError(f"{where}: ocr_tokens is not a list of texts")
+    return f"{question}{OCR}{', '.join(tokens)}", "ocr_tokens of the Parquet files"
 
 
 def _prompt_llava(row: Row) -> tuple[Turn, ...]:
     if row.fields["llava"] is None:
-        mend = f"add LLaVA's {LLAVA}, take the Parquet files, which have them, or pass --protocol lmms-eval"
-        raise ValueError(f"LLaVA's prompt holds OCR tokens, and there are {row.fields['ocr']}; {mend}")
+        file = "" if row.references is None else f"add LLaVA's {LLAVA}, "  # of the validation split alone
+        mend = f"{file}take the Parquet files, whose ocr_tokens are such, or pass --protocol lmms-eval"
+        raise ValueError(f"LLaVA's prompt lists the OCR tokens of the image, which the files do not hold: {mend}")
     return ask_llava(row, row.fields["llava"] + SHORT_ANSWER)
 
 

@@ -351,10 +351,23 @@ def test_textvqa_says_where_its_ocr_tokens_are_from(tmp_path):
     )  # "a" is an article: nothing is left
     for protocol in ("paper", "llava"):
         with pytest.raises(
-            ValueError, match=r"^textvqa: LLaVA's prompt holds OCR tokens, and there are none: llava_textv"
+            ValueError, match=r"^textvqa: LLaVA's prompt lists the OCR tokens .*: add LLaVA's llava_textv"
         ):
             suite.choose(["textvqa"], tmp_path / "2", BENCHMARKS, protocol=protocol, told=print)
     assert len(suite.choose(["textvqa"], tmp_path / "2", BENCHMARKS, protocol="lmms-eval", told=print)[0].rows) == 3
+
+
+def test_textvqa_of_the_hub_is_asked_as_llavas_file_does_where_it_is_there(tmp_path):
+    llava_textvqa(tmp_path / "llava")
+    hub_textvqa(tmp_path)
+    hub_textvqa(tmp_path, "test")
+    (tmp_path / "llava" / TEXT_LLAVA).rename(tmp_path / TEXT_LLAVA)
+    rows = read("textvqa", tmp_path)
+    assert {row.fields["ocr"] for row in rows} == {TEXT_LLAVA}
+    assert prompt("textvqa", "paper", rows[0])[0][1][1].startswith(
+        "\nWhat is the BRAND of NASA?\nReference OCR token: D"
+    )
+    assert {row.fields["ocr"] for row in read("textvqa-test", tmp_path)} == {"ocr_tokens of the Parquet files"}
 
 
 def test_pope_reports_the_mean_of_the_f1_of_its_splits(tmp_path):
@@ -539,7 +552,7 @@ NO_IMAGE = [{"id": "n2", "image": BLUE}, {"id": "n161313", "image": None}]
             "textvqa",
             official_textvqa,
             edit(TEXT_FILE, lambda v: v["data"][1].update(question_id="x")),
-            "question 1: question_id is 'x', not a whole number",
+            "row 1: question_id is 'x', not a whole number",
         ),
         ("vqav2", official_vqav2, drop(VQA_ANSWERS), "lacks v2_mscoco_val2014_annotations.json, which has the answers"),
         (

@@ -54,6 +54,7 @@ def test_flags_that_the_text_names_exist(monkeypatch, capsys):
     known = ""
     for command in (["evaluate"], ["data", "inspect"], ["data", "write"], ["train"], ["report"]):
         known += fastvlm(monkeypatch, capsys, *command, "--help")[1]
+    known += "--include_path --use_cache"  # of lmms-eval's own command
     named = set(re.findall(r"`(--[a-z_]+)", PAGE))
     assert {flag for flag in named if not re.search(rf"{flag}\b", known)} == set()
 

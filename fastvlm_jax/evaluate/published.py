@@ -286,6 +286,6 @@ def check_rows(rows: Sequence[Row], where: os.PathLike | str, pictures: int | No
     return list(rows)
 
 
-def pictures_of(values: Iterable[Picture | None]) -> tuple[Picture, ...]:
-    """Returns the images that are not null."""
-    return tuple(value for value in values if value is not None)
+def pictures_of(values: Iterable[Picture | tuple[Picture, ...] | None]) -> tuple[Picture, ...]:
+    """Returns the images of cells in order, each an image, several, or none."""
+    return tuple(picture for value in values if value for picture in (value if isinstance(value, tuple) else (value,)))

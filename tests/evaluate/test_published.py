@@ -43,6 +43,7 @@ def test_images_that_are_null_or_in_lists(tmp_path):
     pq.write_table(pa.table({"image": lists}), tmp_path / "lists.parquet")
     one, none, null = (row["image"] for row in read(tmp_path / "lists.parquet", (), ("image",)))
     assert [picture.read() for picture in one] == [RED, BLUE] and none == () and null is None
+    assert published.pictures_of([one, none, null, one[1]]) == (*one, one[1])
     without_bytes = pa.array([{"bytes": None, "path": "a.png"}, {"bytes": RED, "path": "b.png"}], IMAGE)
     other = pa.array([{"bytes": RED, "path": "c.png"}] * 2, IMAGE)  # its name begins as the first one's
     pq.write_table(pa.table({"image": without_bytes, "image_1": other}), tmp_path / "bytes.parquet")

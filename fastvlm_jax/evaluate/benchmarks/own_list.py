@@ -78,7 +78,8 @@ def _row(
     turns = place_images(prompt, range(len(pictures)))
     groups = {"category": text(row, "category", where)} if row.get("category") is not None else {}
     fields = {"turns": turns, "metric": metric, "choices": choices}
-    return Row(str(row.get("id", number)), question, pictures, references, fields, groups)
+    name = number if row.get("id") is None else row["id"]
+    return Row(str(name), question, pictures, references, fields, groups)
 
 
 def _choices(row: dict[str, Any], where: str) -> tuple[str, ...]:

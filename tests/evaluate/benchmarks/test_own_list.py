@@ -33,7 +33,7 @@ ROWS = [
     {"image": "7.png", "question": "what is it?", "answer": "a square", "id": "first", "category": "shapes"},
     {"images": ["images/7.png", "b.png"], "question": "<image> or <image>?", "choices": ["the first", "Both."],
      "answers": "both"},
-    {"question": "1 + 1?", "answers": [2, "two"], "metric": "f1"},
+    {"question": "1 + 1?", "answers": [2, "two"], "metric": "f1", "id": None, "category": None, "choices": None},
 ]  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class FastVLM(lmms):
 
         Args:
           pretrained: model directory, workdir or checkpoint; see model_io.load.
-          dtype: dtype of the parameters; by default as they are stored.
+          dtype: dtype of the parameters and the computation; see model_io.load.
           batch_size: lmms-eval's --batch_size; "auto", and its default 1, take as many as fit. Answers do not depend on
             it.
           max_batch_size: most questions with --batch_size auto.
@@ -130,7 +130,8 @@ class FastVLM(lmms):
     def _sample(self, questions: Sequence[Question], settings: Settings, done: Callable[[int], Any]) -> dict[int, str]:
         """Returns sampled answers by the numbers of the questions; the longest prompts come first."""
         order = sorted(range(len(questions)), key=lambda number: -questions[number].length)
-        size = self.batch_size or SAMPLED
+        # All images of a batch have one size, and a question's answer must not depend on those beside it.
+        size = 1 if len(self.processor.sizes) > 1 else self.batch_size or SAMPLED
         answers: dict[int, str] = {}
         for start in range(0, len(order), size):
             batch = order[start : start + size]

@@ -78,7 +78,7 @@ def _row(values: Mapping[str, Any], picture: Picture | None, where: str) -> Row:
             "unit": published.get(values, "unit", where) or "",
             "answer_type": kind,
             "precision": precision,
-            "skills": published.texts(about, "skills", f"{where}: metadata"),
+            "skills": published.texts(about, "skills", where) if published.get(about, "skills", where) else (),
         },
         groups={"question_type": values["question_type"], "answer_type": kind, **groups},
     )

@@ -95,7 +95,7 @@ def _row(values: dict[str, Any], pictures: Sequence[Picture], where: str) -> Row
         question=published.text(values, "question", where),
         pictures=published.pictures_of(pictures or ()),
         references=(options.one_of("ABCD", values, "answer", where),),
-        fields={"choices": tuple(published.text(values, name, where) for name in CHOICES)},
+        fields={"choices": tuple(str(published.get(values, name, where)) for name in CHOICES)},
         groups={"type": TYPES.get(kind, f"type {kind}"), "data": values["data_type"]},
     )
 

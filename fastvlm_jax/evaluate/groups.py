@@ -96,7 +96,7 @@ def divided(questions: Sequence[Question], numbers: Iterable[int], most_rows: in
     slots: dict[str, int] = {}
     for number in numbers:
         more = slots | _slots([questions[number]])
-        if group and (len(group) == most_rows or sum(more.values()) > SLOTS[-1]):
+        if group and (len(group) == most_rows or sum(more.values()) > max(SLOTS[-1], sum(slots.values()))):
             yield group
             group, more = [], _slots([questions[number]])
         group.append(number)

@@ -137,6 +137,7 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
     from fastvlm_jax import files, model_io
     from fastvlm_jax.evaluate import paper, score_table, suite
     from fastvlm_jax.evaluate.benchmarks import BENCHMARKS, qa
+    from fastvlm_jax.report import predictions
 
     def tell(line: str) -> None:
         if jax.process_index() == 0:
@@ -151,7 +152,7 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
     model, variables = model_io.put(loaded, fv.dtype, mesh)
     if fv.output is None:
         tell(f"the results go to {folder}")
-    summaries = suite.evaluate(
+    done = suite.evaluate(
         entries, model, variables, loaded.processor, folder, source={"path": fv.model, **loaded.lineage},
         max_tokens=fv.max_tokens, mesh=mesh, batch_size=fv.batch_size, stopped=stopped, told=tell,
     )  # fmt: skip
@@ -159,11 +160,12 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
         config, seen = loaded.config, loaded.processor
         rows = paper.rows_of(config.get("vision"), config.get("llm"), seen.image_size, seen.grids)
         in_domain = [entry.benchmark.name for entry in entries if entry.benchmark.in_domain]
-        table = score_table.make_table(summaries, rows, in_domain)
+        table = score_table.make_table([summary for summary, _ in done], rows, in_domain)
         files.write_whole(folder / "table.md", f"{table.markdown()}\n".encode())
         print(f"{table.text()}\n")
         for entry in entries:
             print(folder / f"{entry.name}.json")
+        print(predictions.write_page(folder, done))
 
 
 def make_mesh(sizes: list[str] | None):

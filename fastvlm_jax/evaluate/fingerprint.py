@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fastvlm_jax import sharding
 from fastvlm_jax.evaluate.benchmark import Picture, Row
@@ -22,6 +23,7 @@ from fastvlm_jax.files import json_digest, sha256
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 
+_LARGE = 2**18  # elements
 _TRAINING_ONLY = ("remat", "drop_path", "init_std", "layer_scale_init")  # arguments that do not change an answer
 
 
@@ -32,7 +34,7 @@ def of_model(model: FastVLM, variables: Any, processor: Processor, mesh: jax.sha
       variables: the model's variables, on one device or laid out on `mesh` in any way.
     """
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        sums = jax.device_get(_sums(variables))
+        sums = jax.device_get([_sums(leaf) for leaf in jax.tree.leaves(variables)])
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), leaf.shape, pair.tolist()]
         for (path, leaf), pair in zip(jax.tree_util.tree_leaves_with_path(variables), sums, strict=True)
@@ -44,28 +46,39 @@ def of_model(model: FastVLM, variables: Any, processor: Processor, mesh: jax.sha
     return json_digest([leaves, parts, model.dtype, _of_processor(processor)])
 
 
+def _sums(leaf: jax.Array) -> jax.Array | np.ndarray:
+    """Returns the sums, modulo 2^32, of two hashes of every element's bits and place: uint32 [2].
+
+    Small leaves are hashed on the host, which compiles nothing; the others where they lie.
+    """
+    if leaf.size >= _LARGE or not leaf.is_fully_replicated:
+        return _sums_on_device(leaf)
+    whole = np.asarray(leaf)
+    bits = whole.view(f"u{whole.dtype.itemsize}").astype(np.uint32)
+    return np.stack(_hashes(bits, np.arange(whole.size, dtype=np.uint32).reshape(whole.shape)))
+
+
 @jax.jit
-def _sums(variables: Any) -> list[jax.Array]:
-    """Returns uint32 [2] of each leaf, in the order of the tree."""
-    return [sharding.constrain(_sums_of(leaf), (None,)) for leaf in jax.tree.leaves(variables)]
-
-
-def _sums_of(leaf: jax.Array) -> jax.Array:
-    """Returns the sums, modulo 2^32, of two hashes of every element's bits and place."""
+def _sums_on_device(leaf: jax.Array) -> jax.Array:
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    mixed = _mixed(bits ^ _mixed(place + jnp.uint32(0x9E3779B9)))
-    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(_mixed(mixed ^ place), dtype=jnp.uint32)])
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+    return sharding.constrain(jnp.stack(_hashes(bits, place)), (None,))
 
 
-def _mixed(x: jax.Array) -> jax.Array:
+def _hashes(bits: Any, place: Any) -> list[Any]:
+    """Returns the two sums from the bits and the places of all elements, uint32 arrays of numpy or of jax."""
+    first = _mixed(bits ^ _mixed(place + np.uint32(0x9E3779B9)))
+    return [x.sum(dtype=np.uint32) for x in (first, _mixed(first ^ place))]
+
+
+def _mixed(x: Any) -> Any:
     """Returns each uint32 with its bits mixed: the finalizer of MurmurHash3."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
 
 
 def _of_processor(processor: Processor) -> dict[str, str]:

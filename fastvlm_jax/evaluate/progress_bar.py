@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+import jax
 import tqdm
 
 from fastvlm_jax.evaluate.run import Progress
@@ -15,10 +16,13 @@ _EVERY = 30  # seconds between lines
 
 @contextlib.contextmanager
 def shown(name: str, stream: TextIO | None = None) -> Iterator[Callable[[Progress], None]]:
-    """Yields a function that shows the progress of the benchmark `name` on `stream`, by default on stderr."""
+    """Yields a function that shows the progress of the benchmark `name` on `stream`, by default on stderr.
+
+    Of several processes only the first shows it.
+    """
     stream = stream or sys.stderr
-    last = time.monotonic()
-    with tqdm.tqdm(desc=name, unit="question", file=stream, disable=not stream.isatty()) as bar:
+    last, silent = time.monotonic(), jax.process_index() > 0
+    with tqdm.tqdm(desc=name, unit="question", file=stream, disable=silent or not stream.isatty()) as bar:
 
         def show(state: Progress) -> None:
             nonlocal last
@@ -26,7 +30,7 @@ def shown(name: str, stream: TextIO | None = None) -> Iterator[Callable[[Progres
             # The rate and the time left count what is asked now, not what the journal held.
             bar.total, bar.initial, bar.n = state.total, state.done - state.asked, state.done
             bar.set_postfix_str(score)
-            if bar.disable and time.monotonic() - last > _EVERY:
+            if bar.disable and not silent and time.monotonic() - last > _EVERY:
                 print(f"{name}: {line(state)}", file=stream, flush=True)
                 last = time.monotonic()
 

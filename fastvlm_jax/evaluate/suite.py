@@ -19,7 +19,7 @@ from etils import epath
 
 from fastvlm_jax import distributed, files
 from fastvlm_jax.evaluate import fingerprint, progress_bar, published, results
-from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Row
+from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Result, Row
 from fastvlm_jax.evaluate.benchmarks import FAMILIES
 from fastvlm_jax.evaluate.journal import Journal
 from fastvlm_jax.evaluate.run import Progress, Scored, score
@@ -162,8 +162,10 @@ def evaluate(
     batch_size: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
     told: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:
-    """Scores a model on benchmarks, one after the other, and returns their summaries; process 0 writes the files.
+) -> list[tuple[dict[str, Any], list[Result]]]:
+    """Scores a model on benchmarks, one after the other, and returns (summary, results) of each, in all processes.
+
+    Process 0 writes the files; every process writes its own journals.
 
     Args:
       folder: folder of the files; answers that its journals hold are not asked again.
@@ -177,15 +179,15 @@ def evaluate(
     """
     folder, first = pathlib.Path(folder), jax.process_index() == 0
     told = told if first else lambda line: None
+    folder.mkdir(parents=True, exist_ok=True)  # a mistake in its name shows before the first question
     key = fingerprint.of_model(model, variables, processor, mesh)
-    summaries = []
+    done = []
     for entry in entries:
         journal = Journal(folder, entry.benchmark, entry.protocol, key)
         with progress_bar.shown(entry.name) as show:
 
             def look(state: Progress, entry=entry, show=show) -> None:
-                if first:
-                    show(state)
+                show(state)
                 if stopped() and state.done < state.total:
                     raise distributed.Interrupted(
                         f"stopped at {state.done:,} of {state.total:,} questions of {entry.name}, whose answers are in "
@@ -202,8 +204,9 @@ def evaluate(
                 raise ValueError(f"{entry.benchmark.name}: {error}") from error
             finally:
                 journal.close()
-        summaries.append(write(folder, entry, scored, max_tokens, {**source, "fingerprint": key}, first))
-    return summaries
+        summary = write(folder, entry, scored, max_tokens, {**source, "fingerprint": key}, first)
+        done.append((summary, scored.results))
+    return done
 
 
 def write(

@@ -52,15 +52,15 @@ def test_evaluate_prints_a_table_and_writes_the_files_of_a_benchmark(monkeypatch
     lines = [json.loads(line) for line in (folder / "easy-vqa-own.predictions.jsonl").read_text().splitlines()]
     assert status == 0 and "evaluate: easy-vqa-own: " in err
     assert out.splitlines()[2].split()[:3] == ["easy-VQA,", "test", f"{summary['score']:.1f}"]
-    assert out.splitlines()[-1] == str(folder / "easy-vqa-own.json")
+    assert out.splitlines()[-2:] == [str(folder / name) for name in ("easy-vqa-own.json", "predictions.html")]
     assert f"| easy-VQA, test | {summary['score']:.1f} | ± " in (folder / "table.md").read_text()
     assert summary["questions"] == len(lines) == 300 and 0 <= summary["score"] <= 100
     assert 0.55 < summary["figures"]["baseline_accuracy"] < 0.75
     assert lines[0]["question"] in lines[0]["prompt"] and lines[0]["images"][0]["digest"]
 
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     status, _, err = fastvlm(monkeypatch, capsys, *ask, f"--output={folder}")  # the journal has all answers
-    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     speed = json.loads(after.pop("easy-vqa-own.speed.json"))
     assert (status, err, speed["questions_answered"]) == (0, "", 0)
     assert after == {name: data for name, data in before.items() if name != "easy-vqa-own.speed.json"}

@@ -1,11 +1,13 @@
 """`fastvlm evaluate` as real processes: what is stopped or killed goes on, one process or two, to the same files."""
 
 import json
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -69,11 +71,15 @@ class Processes:
     def wait_for(self, answers):
         """Waits until the journals hold so many lines, and returns how many they hold; 0 if the process ended."""
         while all(process.poll() is None for process in self.all):
-            held = sum(path.read_bytes().count(b"\n") for path in self.folder.glob("*.journal-*.jsonl"))
-            if held >= answers:
+            if (held := held_in(self.folder)) >= answers:
                 return held
             time.sleep(0.002)
         return 0
+
+
+def held_in(folder):
+    """Returns the number of lines in the journals of a folder."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.journal-*.jsonl"))
 
 
 def finish(processes):
@@ -89,7 +95,16 @@ def answered_by(folder):
     return json.loads(path.read_text())["questions_answered"] if path.exists() else None
 
 
-def test_what_is_killed_or_stopped_goes_on_with_other_processes_to_the_same_files(command, score, tmp_path):
+def send_signal_after(folder, answers):
+    """Sends SIGTERM to this process once the journals hold so many lines."""
+    while held_in(folder) < answers:
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_is_killed_or_stopped_goes_on_with_other_processes_to_the_same_files(
+    command, score, tmp_path, monkeypatch, capsys
+):
     straight, folder, moments = score(tmp_path / "straight"), tmp_path / "stopped", random.Random(1)
     one = Processes(1, command, folder)
     held = one.wait_for(moments.randrange(1, 80))
@@ -105,16 +120,16 @@ def test_what_is_killed_or_stopped_goes_on_with_other_processes_to_the_same_file
     assert status == [1, -signal.SIGKILL] and held and answered is None
     assert "process 1" in errors[-1] and (folder / "easy-vqa-own.journal-1.jsonl").exists()
 
-    one = Processes(1, command, folder)
-    held = one.wait_for(held + 9)
-    one.all[0].send_signal(signal.SIGTERM)
-    status, errors, answered = finish(one)
+    stop = threading.Thread(target=send_signal_after, args=(folder, held + 9))
+    stop.start()
+    status, _, error = fastvlm(monkeypatch, capsys, *command, f"--output={folder}")
+    stop.join()
     found = re.fullmatch(
         rf"fastvlm evaluate: stopped at (\d+) of {LIMIT} questions of easy-vqa-own, whose answers are in "
         rf"{re.escape(str(folder))}; the same command goes on from there",
-        errors[-1],
+        error.splitlines()[-1],
     )
-    assert status == [130] and found and answered is None and held <= int(found[1]) < LIMIT, errors
+    assert status == 130 and found and answered_by(folder) is None and held < int(found[1]) < LIMIT, error
 
     assert score(folder) == straight
     assert answered_by(folder) == LIMIT - int(found[1])

@@ -102,23 +102,18 @@ def send_signal_after(folder, answers):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_what_is_killed_or_stopped_goes_on_with_other_processes_to_the_same_files(
+def test_what_is_killed_or_stopped_goes_on_with_other_devices_to_the_same_files(
     command, score, tmp_path, monkeypatch, capsys
 ):
     straight, folder, moments = score(tmp_path / "straight"), tmp_path / "stopped", random.Random(1)
-    one = Processes(1, command, folder)
-    held = one.wait_for(moments.randrange(1, 80))
-    one.all[0].kill()
-    assert finish(one)[0] == [-signal.SIGKILL] and held
-    with (folder / "easy-vqa-own.journal-0.jsonl").open("ab") as journal:
-        journal.write(b'{"key": "torn')  # as if it had been killed while it wrote
-
-    two = Processes(2, command, folder)
-    held = two.wait_for(held + moments.randrange(9, 60))
-    two.all[1].kill()
-    status, errors, answered = finish(two)
-    assert status == [1, -signal.SIGKILL] and held and answered is None
-    assert "process 1" in errors[-1] and (folder / "easy-vqa-own.journal-1.jsonl").exists()
+    held = 0
+    for _ in range(2):
+        one = Processes(1, command, folder)
+        held = one.wait_for(held + moments.randrange(1, 80))
+        one.all[0].kill()
+        assert finish(one)[0] == [-signal.SIGKILL] and held
+        with (folder / "easy-vqa-own.journal-0.jsonl").open("ab") as journal:
+            journal.write(b'{"key": "torn')  # as if it had been killed while it wrote
 
     stop = threading.Thread(target=send_signal_after, args=(folder, held + 9))
     stop.start()
@@ -133,6 +128,21 @@ def test_what_is_killed_or_stopped_goes_on_with_other_processes_to_the_same_file
 
     assert score(folder) == straight
     assert answered_by(folder) == LIMIT - int(found[1])
+
+
+@pytest.mark.full
+def test_one_goes_on_where_two_stopped_of_which_one_was_killed(command, score, tmp_path):
+    straight, folder = score(tmp_path / "straight"), tmp_path / "stopped"
+    for stop, expected in ((signal.SIGKILL, [1, -signal.SIGKILL]), (signal.SIGTERM, [130, 130])):
+        two = Processes(2, command, folder)
+        held = two.wait_for(held_in(folder) + 30)
+        two.all[1].send_signal(stop)
+        status, errors, answered = finish(two)
+        assert status == expected and held and answered is None, errors
+    assert all((folder / f"easy-vqa-own.journal-{process}.jsonl").exists() for process in range(2))
+    held = held_in(folder)
+    assert score(folder) == straight
+    assert answered_by(folder) == LIMIT - held
 
 
 @pytest.mark.full

@@ -109,15 +109,15 @@ def test_what_is_killed_or_stopped_goes_on_with_other_devices_to_the_same_files(
     held = 0
     for _ in range(2):
         one = Processes(1, command, folder)
-        held = one.wait_for(held + moments.randrange(1, 80))
+        held = one.wait_for(held + moments.randrange(1, 50))
         one.all[0].kill()
         assert finish(one)[0] == [-signal.SIGKILL] and held
         with (folder / "easy-vqa-own.journal-0.jsonl").open("ab") as journal:
             journal.write(b'{"key": "torn')  # as if it had been killed while it wrote
 
-    stop = threading.Thread(target=send_signal_after, args=(folder, held + 9))
+    stop = threading.Thread(target=send_signal_after, args=(folder, held_in(folder) + 1))
     stop.start()
-    status, _, error = fastvlm(monkeypatch, capsys, *command, f"--output={folder}")
+    status, _, error = fastvlm(monkeypatch, capsys, *command, "--batch_size=1", f"--output={folder}")
     stop.join()
     found = re.fullmatch(
         rf"fastvlm evaluate: stopped at (\d+) of {LIMIT} questions of easy-vqa-own, whose answers are in "

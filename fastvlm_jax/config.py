@@ -229,6 +229,8 @@ def _check_evaluation(config: ml_collections.ConfigDict) -> None:
                 f"evaluate={config.evaluate!r} must hold a name, a folder and a number of questions each, as in "
                 '(("docvqa", "data/docvqa", 500),), with 0 for all questions'
             )
+        if not entry[1] and entry[0] != "qa":
+            raise ValueError(f"evaluate names no folder for {entry[0]}: only qa asks about the run's own data")
         names.append(entry[0])
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"evaluate names {twice[0]} twice: its scores would have the same name")

@@ -124,6 +124,7 @@ QA = (("qa", "", 50),)
          r"evaluate=\('qa', '', 50\) must hold a name, a folder and .* \(\(.docvqa., .data/docvqa., 500\),\)"),
         (dict(evaluate=(("qa", "", None),)), "evaluate=.* with 0 for all questions"),
         (dict(evaluate=(("qa", "", -1),)), "evaluate=.* with 0 for all questions"),
+        (dict(evaluate=(("docvqa", "", 50),)), "evaluate names no folder for docvqa: only qa asks about"),
         (dict(evaluate=(*QA, ("qa", "data/mine", 9))), "evaluate names qa twice"),
         (dict(keep_best="evaluate/docvqa", evaluate=QA),
          "keep_best='evaluate/docvqa' is not evaluated in this run: choose evaluate/qa or validation/loss"),

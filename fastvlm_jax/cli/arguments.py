@@ -20,6 +20,7 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
             [--temperature T] [--top_p P] [--top_k K] [--repetition_penalty R]
   evaluate  --model DIR --benchmark NAME[,NAME]|all --data DIR [--protocol paper|llava|lmms-eval] [--output DIR]
                   [--limit N] [--samples ID[,ID]|@FILE] [--max_tokens N] [--dtype D] [--batch_size N] [--mesh R,D,F,T]
+                  [--page_rows N]
             --model DIR --benchmark qa --data DIR [--split validation] [--turns conversation|separate]
             --list [--benchmark NAME]
             --compare A.predictions.jsonl B.predictions.jsonl [--output DIR]

@@ -85,6 +85,10 @@ def define(fv: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "output", None, "folder for all files; default: evaluation/ and the model's name", flag_values=fv
     )
+    flags.DEFINE_integer(
+        "page_rows", 300, "most questions of each benchmark on the page predictions.html; of more, some are drawn",
+        lower_bound=1, flag_values=fv,
+    )  # fmt: skip
     flags.DEFINE_bool(
         "list", False, "tell which benchmarks there are, their files and the paper's figures; with --benchmark all of "
         "one", flag_values=fv,
@@ -165,7 +169,7 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
         print(f"{table.text()}\n")
         for entry in entries:
             print(folder / f"{entry.name}.json")
-        print(predictions.write_page(folder, done))
+        print(predictions.write_page(folder, done, rows=fv.page_rows))
 
 
 def make_mesh(sizes: list[str] | None):

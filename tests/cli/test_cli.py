@@ -45,7 +45,14 @@ def test_one_checkpoint_of_a_workdir_is_a_model(monkeypatch, capsys, workdir, pi
 
 
 def test_evaluate_prints_a_table_and_writes_the_files_of_a_benchmark(monkeypatch, capsys, workdir, easy_vqa, tmp_path):
-    ask = ["evaluate", f"--model={workdir}", "--benchmark=easy-vqa", f"--data={easy_vqa}", "--limit=300"]
+    ask = [
+        "evaluate",
+        f"--model={workdir}",
+        "--benchmark=easy-vqa",
+        f"--data={easy_vqa}",
+        "--limit=300",
+        "--page_rows=20",
+    ]
     folder = tmp_path / "deep" / "scores"
     status, out, err = fastvlm(monkeypatch, capsys, *ask, f"--output={folder}")
     summary = json.loads((folder / "easy-vqa-own.json").read_text())
@@ -57,6 +64,8 @@ def test_evaluate_prints_a_table_and_writes_the_files_of_a_benchmark(monkeypatch
     assert summary["questions"] == len(lines) == 300 and 0 <= summary["score"] <= 100
     assert 0.55 < summary["figures"]["baseline_accuracy"] < 0.75
     assert lines[0]["question"] in lines[0]["prompt"] and lines[0]["images"][0]["digest"]
+    assert (folder / "predictions.html").read_text().count('"verdict":') == 20
+    assert 0 < len(list((folder / "predictions_images").glob("*.jpg"))) <= 20
 
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     status, _, err = fastvlm(monkeypatch, capsys, *ask, f"--output={folder}")  # the journal has all answers

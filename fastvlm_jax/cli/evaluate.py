@@ -158,7 +158,8 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
         tell(f"the results go to {folder}")
     done = suite.evaluate(
         entries, model, variables, loaded.processor, folder,
-        source={"path": fv.model, "dtype": model.dtype, **loaded.lineage}, max_tokens=fv.max_tokens, mesh=mesh, batch_size=fv.batch_size, stopped=stopped, told=tell,
+        source={"path": fv.model, "dtype": model.dtype, **loaded.lineage}, max_tokens=fv.max_tokens,
+        mesh=mesh, batch_size=fv.batch_size, stopped=stopped, told=tell,
     )  # fmt: skip
     if jax.process_index() == 0:
         config, seen = loaded.config, loaded.processor

@@ -28,11 +28,13 @@ class Picture:
       name: where it lies, unique in its benchmark, for messages: "images/7.jpg" or "test-00000-of-00001.parquet row 7".
       read: returns the encoded image; raises ValueError, with a short line, if it cannot.
       file: the file that holds it, whose size and time tell whether it was changed; None if that is not a file.
+      in_table: whether the file holds the images of other rows too, perhaps the same image again.
     """
 
     name: str
     read: Callable[[], bytes] = dataclasses.field(compare=False, repr=False)
     file: os.PathLike | None = dataclasses.field(default=None, compare=False, repr=False)
+    in_table: bool = dataclasses.field(default=False, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.evaluate.benchmark import Picture
 from fastvlm_jax.evaluate.questions import Question
-from fastvlm_jax.images.sizes import Size, slots_of
+from fastvlm_jax.images.sizes import Grid, Size, slots_of
 from fastvlm_jax.processor import Processor
 
 # Numbers of rows and image slots that a group may have; it is padded to one of them.
@@ -106,8 +106,8 @@ def divided(questions: Sequence[Question], numbers: Iterable[int], most_rows: in
 
 
 def _slots(questions: Iterable[Question]) -> dict[str, int]:
-    """Returns the number of slots of each image of the questions, by its name, in their order."""
-    return {picture.name: count for q in questions for picture, count in zip(q.pictures, q.slots, strict=True)}
+    """Returns the number of slots of each different image of the questions, by its name, in their order."""
+    return {name: count for q in questions for name, count in zip(q.images, q.slots, strict=True)}
 
 
 def fit(count: int, sizes: Sequence[int]) -> int:
@@ -133,37 +133,53 @@ def build(
     for name, count in _slots(questions[number] for number in group.members).items():
         first[name], used = used, used + count
     images = np.zeros((slots, size.height, size.width, 3) if size else (0, 0, 0, 3), np.uint8)
-    needed = {p.name: (number, p, grid) for number in asked
-              for p, grid in zip(questions[number].pictures, questions[number].grids, strict=True)}  # fmt: skip
-    read = [(number, picture, grid, _read(questions[number], picture)) for number, picture, grid in needed.values()]
+    needed: dict[str, tuple[int, Picture, Grid]] = {}
+    for number in asked:
+        question = questions[number]
+        for name, picture, grid in zip(question.images, question.pictures, question.grids, strict=True):
+            needed.setdefault(name, (number, picture, grid))
+    contents = {name: _read(questions[number], picture) for name, (number, picture, _) in needed.items()}
 
-    def draw(item) -> None:
-        number, picture, grid, data = item
+    def draw(name: str) -> None:
+        number, picture, grid = needed[name]
         try:
-            views = processor.views(processor.decode(data, picture.name), size, grid)
+            views = processor.views(processor.decode(contents[name], picture.name), size, grid)
         except ValueError as error:
             raise _damaged(questions[number], error) from error
-        images[first[picture.name] : first[picture.name] + len(views)] = views
+        images[first[name] : first[name] + len(views)] = views
 
-    list(map_(draw, read))
-    contents = {picture.name: data for _, picture, _, data in read}
-    for number in asked:  # a row may have images that its prompt does not name
-        for picture in questions[number].row.pictures:
-            if picture.name not in contents:
-                contents[picture.name] = _read(questions[number], picture)
-    digests = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in contents.items()}
+    list(map_(draw, needed))
     tokens, segment_ids = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     positions, image_index = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
     for row in range(rows):
         number = group.members[row] if row < len(group.members) and group.members[row] in asked else asked[0]
         question = questions[number]
-        ids, index = _tokens(question, processor, [first[picture.name] for picture in question.pictures])
+        ids, index = _tokens(question, processor, [first[name] for name in question.images])
         span = np.s_[row, : len(ids)]
         tokens[span], image_index[span], segment_ids[span], positions[span] = ids, index, 1, np.arange(len(ids))
     mask = np.arange(slots) < used
     zeros = np.zeros((rows, length), np.int32)
     batch = Batch(images, mask, tokens, image_index, zeros, zeros.astype(bool), segment_ids, positions)
-    return Built(batch, digests)
+    return Built(batch, _digests([questions[number] for number in asked], contents))
+
+
+def _digests(asked: Sequence[Question], contents: dict[str, bytes]) -> dict[str, str]:
+    """Returns the digest of each image of the rows by its name, also of images that the prompt does not name.
+
+    Args:
+      contents: encoded images, by the names in Question.images.
+    """
+    digests = {name: _digest(data) for name, data in contents.items()}
+    for question in asked:
+        digests |= {p.name: digests[name] for p, name in zip(question.pictures, question.images, strict=True)}
+        for picture in question.row.pictures:
+            if picture.name not in digests:
+                digests[picture.name] = _digest(_read(question, picture))
+    return digests
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _read(question: Question, picture: Picture) -> bytes:

@@ -214,12 +214,12 @@ def _lazy(path: epath.Path, group: int, column: str, i: int, number: int, value:
     name = f"{path.parent.name}/{path.name} row {number} {column}"
     if isinstance(value, pa.ListScalar | pa.LargeListScalar):
         return tuple(
-            Picture(f"{name}[{k}]", functools.partial(_read_cell, path, group, column, i, k), path)
+            Picture(f"{name}[{k}]", functools.partial(_read_cell, path, group, column, i, k), path, True)
             for k in range(len(value))
         )
     if isinstance(value, pa.StructScalar) and "bytes" in value and not value["bytes"].is_valid:
         return None
-    return Picture(name, functools.partial(_read_cell, path, group, column, i, None), path)
+    return Picture(name, functools.partial(_read_cell, path, group, column, i, None), path, True)
 
 
 @functools.lru_cache(maxsize=4)  # rows are read in their order, so that a row group is read about once

@@ -4,6 +4,7 @@ What is prepared for a row depends on that row alone, so that its answer does no
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ class Question:
       length: number of tokens of the prompt, with the placeholders of its images.
       size: size of its images as the model sees them; None without images.
       grids: AnyRes tiles of each image, see images/sizes.py.
+      same: for each image of a table the name of the first one with its contents, else its own name; () means the
+        latter for all.
     """
 
     row: Row
@@ -35,6 +38,12 @@ class Question:
     length: int
     size: Size | None
     grids: tuple[Grid, ...]
+    same: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Returns the name of each image, the same for images of the same contents."""
+        return self.same or tuple(picture.name for picture in self.pictures)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -77,7 +86,8 @@ def prepare(
 
     A row cannot be asked if its protocol says so, the model's template or encoder cannot take it, or its prompt is too
     long. Rows that are not strict have their images decoded once, so that a damaged one shows here; those of a
-    published benchmark are read while they are asked, or here if the model's image shapes depend on them.
+    published benchmark are read while they are asked, or here too if they lie in a table, which may hold an image once
+    for each of its questions, or if the model's image shapes depend on them.
 
     Args:
       most_tokens: longest prompt, tokens; see generate.answer_limit.
@@ -87,10 +97,10 @@ def prepare(
       ValueError: a row of a strict benchmark cannot be asked; the message names it.
     """
     questions, left_out = [], []
-    shape_of = _shapes(processor, strict)
+    seen = _looking(processor, strict)
     for row in rows:
         try:
-            questions.append(_prepared(row, protocol, processor, most_tokens, shape_of))
+            questions.append(_prepared(row, protocol, processor, most_tokens, seen))
         except ValueError as error:
             if strict:
                 raise ValueError(f"row {row.id} cannot be asked: {error}") from error
@@ -98,21 +108,35 @@ def prepare(
     return Prepared(questions, left_out)
 
 
-def _shapes(processor: Processor, strict: bool) -> Callable[[Picture], tuple[int, int]]:
-    """Returns a function that gives the (width, height) of a picture, and reads it once if it must."""
-    known: dict[str, tuple[int, int] | ValueError] = {}
+class _Seen(NamedTuple):
+    """Holds what is known of an image before it is asked about; see Question.same."""
 
-    def look(picture: Picture) -> tuple[int, int]:
-        if strict and not processor.grids and len(processor.sizes) <= 1:
-            return 1, 1  # all images have one shape
+    width: int
+    height: int
+    same: str
+
+
+def _looking(processor: Processor, strict: bool) -> Callable[[Picture], _Seen]:
+    """Returns a function that looks at a picture, and reads it at most once."""
+    known: dict[str, _Seen | ValueError] = {}
+    first: dict[str, str] = {}  # digest of an image -> name of the first picture of it
+    one_shape = not processor.grids and len(processor.sizes) <= 1
+
+    def look(picture: Picture) -> _Seen:
+        width = height = 1  # all images have one shape
+        if strict and one_shape and not picture.in_table:
+            return _Seen(width, height, picture.name)
         data = picture.read()
         if not strict:
             height, width, _ = processor.decode(data, picture.name).shape
-        else:
+        elif not one_shape:
             height, width = read_header(data).upright
-        return width, height
+        same = picture.name
+        if picture.in_table:
+            same = first.setdefault(hashlib.sha256(data).hexdigest(), picture.name)
+        return _Seen(width, height, same)
 
-    def shape_of(picture: Picture) -> tuple[int, int]:
+    def seen(picture: Picture) -> _Seen:
         if picture.name not in known:
             try:
                 known[picture.name] = look(picture)
@@ -123,10 +147,10 @@ def _shapes(processor: Processor, strict: bool) -> Callable[[Picture], tuple[int
             raise found
         return found
 
-    return shape_of
+    return seen
 
 
-def _prepared(row: Row, protocol: Protocol, processor: Processor, most_tokens: int, shape_of: Callable) -> Question:
+def _prepared(row: Row, protocol: Protocol, processor: Processor, most_tokens: int, seen: Callable) -> Question:
     turns = protocol.prompt(row)
     named = sorted({part for _, content in turns for part in content if isinstance(part, int)})
     if named and not 0 <= named[0] <= named[-1] < len(row.pictures):
@@ -136,12 +160,14 @@ def _prepared(row: Row, protocol: Protocol, processor: Processor, most_tokens: i
     prompt = read_prompts(_renumbered(turns, named))[0]
     turns = place_images(prompt, range(len(named)), TEMPLATES[processor.template].user_text)
     pictures = tuple(row.pictures[number] for number in named)
-    size, grids = processor.layout([shape_of(picture) for picture in pictures])
+    looks = [seen(picture) for picture in pictures]
+    size, grids = processor.layout([(look.width, look.height) for look in looks])
     segment = processor.segment(turns, True, tuple(map(slots_of, grids)), size.tokens)
     length = len(segment.tokens)
     if length > most_tokens:
         raise ValueError(f"its prompt is {length} tokens long, more than the {most_tokens} that leave room to answer")
-    return Question(row, turns, pictures, length, size if pictures else None, tuple(grids))
+    same = tuple(look.same for look in looks)
+    return Question(row, turns, pictures, length, size if pictures else None, tuple(grids), same)
 
 
 def _renumbered(turns: Sequence[Turn], numbers: Sequence[int]) -> tuple[Turn, ...]:

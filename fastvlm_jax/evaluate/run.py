@@ -114,6 +114,8 @@ def score_prepared(
     questions, left_out = prepared
     check_same(questions)
     known = journal.known(questions, max_tokens) if journal else {}
+    if known and told:
+        told(f"{len(known):,} of {len(questions):,} answers are in the journal")
     own: dict[int, Answer] = {}
     marks: dict[int, Mark | None] = {}
     tally = [0, 0.0]  # number and sum of this process's scores

@@ -105,9 +105,9 @@ def _notes(
     if paper and any(summary["protocol"]["name"] != "paper" for summary in summaries):
         notes.append("only scores of the protocol paper were made as the paper's were")
     if any(summary["questions"] < summary["questions_published"] for summary in summaries):
-        notes.append("of: only a part of the published questions was asked")
+        notes.append("of: fewer questions were asked than are published")
     notes += [f"{summary['title']}: {summary['not_scored']}" for summary in summaries if summary["not_scored"]]
-    if lacking and set(names) & set(AVG_5):
+    if lacking and len(names) > 1 and set(names) & set(AVG_5):
         notes.append(f"Avg-5 needs {', '.join(AVG_5)}; without a score: {', '.join(lacking)}")
     return notes
 

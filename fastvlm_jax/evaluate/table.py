@@ -54,7 +54,7 @@ def read_table(path: epath.Path, columns: Sequence[str], pictures: Sequence[str]
             else:
                 where = f"{path.name} row {len(rows)} {name}"
                 read = functools.partial(_read_base64, path, start, names.index(name), where)
-                row[name] = Picture(where, read, path)
+                row[name] = Picture(where, read, path, True)
         if "index" in row:
             seen[row["index"]] = row
         rows.append(row)

@@ -1,14 +1,19 @@
 """How questions become groups of few shapes, and what the model reads of a group: drawn by hand."""
 
+import hashlib
 import io
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from etils import epath
 
-from fastvlm_jax.evaluate.benchmark import Picture, Row, ask
+from fastvlm_jax.evaluate.benchmark import Picture, Protocol, Row, ask
 from fastvlm_jax.evaluate.groups import Group, Shape, build, fit, padded, plan
-from fastvlm_jax.evaluate.questions import Question
+from fastvlm_jax.evaluate.published import read_parquet
+from fastvlm_jax.evaluate.questions import Question, prepare
 from fastvlm_jax.images.sizes import Size
 from fastvlm_jax.processor import Processor
 
@@ -123,3 +128,23 @@ def test_an_image_that_cannot_be_read_is_named_with_its_row(processor):
     asked = [Question(Row("7", "?", (cut,), None), ask(0, "?"), (cut,), 9, SQUARE, ((0, 0),))]
     with pytest.raises(ValueError, match=r"^row 7 cannot be asked: cut.png: "):
         build(Group(Shape(32, 1, 1, SQUARE), (0,)), asked, [0], processor)
+
+
+def test_an_image_that_a_table_holds_for_each_question_is_encoded_once(processor, tmp_path):
+    blue, red = png("blue"), png("red")
+    cells = [{"bytes": data, "path": None} for data in (blue, red, blue)]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "test.parquet")
+    table = read_parquet([epath.Path(tmp_path / "test.parquet")], [], ["image"])
+    rows = [Row(str(i), "what?", (cell["image"],), None) for i, cell in enumerate(table)]
+    own = Protocol("own", "1", lambda row: ask(0, "what?"), None, 16, "a rule")
+    asked = prepare(rows, own, processor, most_tokens=100).questions
+    (group,) = plan(asked, 100)
+    assert group.shape.slots == 2
+    batch, digests = build(group, asked, [0, 1, 2], processor)
+    assert [image[0, 0].tolist() for image in batch.images] == [[0, 0, 255], [255, 0, 0]]
+    placed = [row[row >= 0].tolist() for row in batch.image_index[:3]]
+    assert placed == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+    expected = [hashlib.sha256(data).hexdigest()[:16] for data in (blue, red, blue)]
+    assert [digests[row.pictures[0].name] for row in rows] == expected
+    last, digests = build(group, asked, [2], processor)
+    assert last.images[0, 0, 0].tolist() == [0, 0, 255] and digests[rows[2].pictures[0].name] == expected[2]

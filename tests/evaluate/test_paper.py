@@ -106,7 +106,7 @@ def test_a_table_for_a_terminal():
         "* in-domain: the paper's training mixes hold its training split\n"
         "right: the paper's Qwen2-1.5B, FastViTHD, 768 px, by millions of samples of pretraining + tuning\n"
         "only scores of the protocol paper were made as the paper's were\n"
-        "of: only a part of the published questions was asked"
+        "of: fewer questions were asked than are published"
     )
 
 

@@ -62,7 +62,8 @@ fastvlm generate --model "$parent" --image "$image" --prompt "what color is the 
 
 echo "== export"
 fastvlm convert --source "$parent" --target "$output/export_hf" --layout hf --overwrite
-python launch/check_export.py --model "$parent" --export "$output/export_hf" --image "$image" --output "$output/export.json"
+python launch/check_export.py --model "$parent" --export "$output/export_hf" --image "$image" --data data/easy_vqa \
+  --predictions "$output/evaluation/easy-vqa-own.predictions.jsonl" --output "$output/export.json"
 
 echo "== pictures"
 fastvlm report "$output/stage1_align" "$output/stage15_pretrain" "$output/stage2_instruct" \

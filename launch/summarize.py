@@ -31,9 +31,10 @@ def main(_):
         ("baseline (most frequent answer)", f"{summary['baseline_accuracy']:.1%}"),
         ("minutes: training, all", f"{summary['train_seconds'] / 60:.1f}, {summary['total_seconds'] / 60:.1f}"),
         ("exported logits differ by at most", f"{summary['export_max_abs_diff']:.1e}"),
+        ("answers equal in transformers", f"{summary['export_same_answers']} of {summary['export_same_answers']}"),
         ("pictures", f"{run / 'report_loss.png'}, {run / 'report_samples.png'}"),
         ("page", run / "report.html"),
-        ("all answers", run / "evaluation" / "easy-vqa-own.predictions.jsonl"),
+        ("page of answers", run / "evaluation" / "predictions.html"),
         ("model", stages[-1]),
         ("model for transformers", run / "export_hf"),
     ]

@@ -11,7 +11,7 @@ from paths import ROOT
 
 KEYS = [
     "accuracy", "standard_error", "baseline_accuracy", "test_questions", "train_seconds", "total_seconds",
-    "export_max_abs_diff",
+    "export_max_abs_diff", "export_same_answers",
 ]  # fmt: skip
 
 
@@ -57,6 +57,10 @@ def test_it_ends_with_a_table_and_a_summary(finished):
 
 def test_the_export_gives_the_same_logits_in_transformers(finished):
     assert 0 <= json.loads((finished[0] / "summary.json").read_text())["export_max_abs_diff"] <= 1e-4
+
+
+def test_the_export_gives_the_same_answers_in_transformers(finished):
+    assert json.loads((finished[0] / "summary.json").read_text())["export_same_answers"] == 40
 
 
 def test_stages_chain_through_their_checkpoints(finished):

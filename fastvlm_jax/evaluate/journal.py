@@ -4,8 +4,9 @@
     {"key": "8c1f...", "id": "337", "text": "1/8/93", "images": ["98ceaf199bddfea3"]}
 
 The key is a digest of all that the answer depends on: the model, what the benchmark's files say of the row, its images,
-the protocol, the conversation and the longest answer. So a journal may hold answers of several models, and any number
-of processes can go on with it.
+the protocol, the conversation and the longest answer. So a journal may hold answers of several models, any number of
+processes can go on with it, and a benchmark takes the answers that another which it is a part of already has, as
+pope-random those of pope.
 """
 
 import contextlib
@@ -26,11 +27,7 @@ from fastvlm_jax.files import json_digest
 
 
 class Journal:
-    """Holds the journal of one benchmark and protocol in a folder, for one model.
-
-    Attributes:
-      others: number of answers in it that belong to another model, file, prompt or longest answer.
-    """
+    """Holds the journal of one benchmark and protocol in a folder, for one model."""
 
     def __init__(self, folder: os.PathLike, benchmark: Benchmark, protocol: Protocol, model: str):
         """Opens the journal; nothing is written yet.
@@ -39,11 +36,11 @@ class Journal:
           folder: folder of the results.
           model: fingerprint of the model; see fingerprint.of_model.
         """
-        self._folder, self._name = pathlib.Path(folder), f"{benchmark.name}-{protocol.name}"
-        self._run = [model, benchmark.name, protocol.name, protocol.version]
+        self._folder, self._protocol = pathlib.Path(folder), protocol.name
+        self._name = f"{benchmark.name}-{protocol.name}"
+        self._run = [model, protocol.name, protocol.version]
         self._keys: list[str] = []
         self._file: IO[bytes] | None = None
-        self.others = 0
 
     def known(self, questions: Sequence[Question], max_tokens: int) -> dict[int, Answer]:
         """Returns the answers that it holds, by the number of the question, the same in all processes."""
@@ -54,7 +51,6 @@ class Journal:
         ]
         held = self._read()
         found = {number: held[key] for number, key in enumerate(self._keys) if key in held}
-        self.others = len(held) - len({self._keys[number] for number in found})
         # All must agree on what is missing: the others add what process 0 cannot see, on disks of their own.
         (first, *_) = distributed.exchange(exchange_name("journal"), found if jax.process_index() == 0 else None)
         first = {int(number): Answer(*answer) for number, answer in first.items()}
@@ -88,7 +84,7 @@ class Journal:
     def _read(self) -> dict[str, Answer]:
         """Returns the answers in all files that this process can see, by their keys; torn lines are passed over."""
         held: dict[str, Answer] = {}
-        for path in sorted(self._folder.glob(f"{self._name}.journal-*.jsonl")):
+        for path in sorted(self._folder.glob(f"*-{self._protocol}.journal-*.jsonl")):
             for line in path.read_bytes().split(b"\n"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     held.setdefault(*_entry(json.loads(line)))

@@ -16,6 +16,8 @@ from fastvlm_jax.generate import answer_limit
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 
+MANY = 5000  # questions that take long to prepare
+
 
 class Progress(NamedTuple):
     """Says how far a benchmark is.
@@ -84,6 +86,8 @@ def score(
         raise ValueError("this model has no language model or no tokenizer, so it answers nothing")
     max_tokens = max_tokens or protocol.max_tokens
     most_tokens = answer_limit(model, max_tokens, None)
+    if told and len(rows) > MANY:
+        told(f"reads {len(rows):,} questions")  # a second or two for each thousand
     prepared = prepare(rows, protocol, processor, most_tokens=most_tokens, strict=benchmark.strict)
     if rows and not prepared.questions:
         raise ValueError(f"none of {len(rows)} questions can be asked: {prepared.describe_left_out()}")

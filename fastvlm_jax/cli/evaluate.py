@@ -118,11 +118,11 @@ def define(fv: flags.FlagValues) -> None:
 def answer_without_model(fv: flags.FlagValues, mode: str, names: list[str], paths: list[str]) -> str:
     """Returns what --list, --compare or --review prints; the last two write it to files in --output too."""
     from fastvlm_jax.evaluate import compare, listing, suite
-    from fastvlm_jax.evaluate.benchmarks import BENCHMARKS
+    from fastvlm_jax.evaluate.benchmarks import BENCHMARKS, known
 
     folder = None if fv.output is None else output_folder(fv.output, "")
     if mode == "list":
-        chosen = suite.known(names, BENCHMARKS) if fv["benchmark"].present and names != ["all"] else []
+        chosen = known(names) if fv["benchmark"].present and names != ["all"] else []
         return "\n\n".join(map(listing.details, chosen)) if chosen else listing.listing(BENCHMARKS.values())
     if mode == "compare":
         if len(paths) != 2:

@@ -14,7 +14,7 @@ from fastvlm_jax.data.readers import files
 from fastvlm_jax.data.readers.folders import below
 from fastvlm_jax.data.sources import read_manifest, read_shards
 from fastvlm_jax.evaluate.benchmark import Picture, Row
-from fastvlm_jax.evaluate.benchmarks import BENCHMARKS
+from fastvlm_jax.evaluate.benchmarks import folder_of, known
 from fastvlm_jax.evaluate.records import rows_of
 from fastvlm_jax.images.similar import NOTHING, Look, digest, look_at, pixel_digest, stacked
 
@@ -63,10 +63,8 @@ def open_rows(folder: str, benchmark: str | None, data: str, split: str) -> tupl
     """
     path = epath.Path(folder).expanduser()
     if benchmark is not None:
-        if benchmark not in BENCHMARKS:
-            raise ValueError(f"--benchmark {benchmark}: there is none of that name; there are {', '.join(BENCHMARKS)}")
-        inner = path / benchmark
-        return benchmark, BENCHMARKS[benchmark].read(inner if inner.is_dir() else path)
+        (own,) = known([benchmark])
+        return benchmark, own.read(folder_of(own, path, single=True))
     if not path.is_dir():
         raise FileNotFoundError(f"--against {folder}: there is no such folder")
     if splits := read_manifest(path)["splits"]:

@@ -8,7 +8,6 @@ FOLDER/docvqa-paper.journal-0.jsonl      the answers of process 0, from which a 
 FOLDER/docvqa-paper.speed.json           how long this start took; the other files do not depend on it
 """
 
-import difflib
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from etils import epath
 from fastvlm_jax import distributed, files
 from fastvlm_jax.evaluate import fingerprint, progress_bar, published, results
 from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Result, Row
-from fastvlm_jax.evaluate.benchmarks import FAMILIES
+from fastvlm_jax.evaluate.benchmarks import folder_of, known
 from fastvlm_jax.evaluate.journal import Journal
 from fastvlm_jax.evaluate.run import Progress, Scored, score
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -88,16 +87,6 @@ def _check_first(entry: Entry) -> None:
             raise ValueError(f"{entry.benchmark.name}: {error}") from error
 
 
-def known(names: Sequence[str], benchmarks: Mapping[str, Benchmark]) -> list[Benchmark]:
-    """Returns the benchmarks of these names, each once; raises ValueError for a name that there is not."""
-    for name in names:
-        if name not in benchmarks:
-            near = difflib.get_close_matches(name, ["all", *benchmarks], n=1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"there is no benchmark {name!r}{meant}; fastvlm evaluate --list names them")
-    return [benchmarks[name] for name in dict.fromkeys(names)]
-
-
 def _all(
     benchmarks: Mapping[str, Benchmark], root: epath.Path, protocol: str | None, told: Callable[[str], None]
 ) -> list[tuple[Benchmark, Protocol, list[Row]]]:
@@ -122,15 +111,6 @@ def _all(
         names = ", ".join(benchmarks)
         raise FileNotFoundError(f"{root} holds no folder of a benchmark: expected is one or more of {names}")
     return found
-
-
-def folder_of(benchmark: Benchmark, root: epath.Path, single: bool) -> epath.Path:
-    """Returns the folder of a benchmark's files: ROOT/NAME, that of its family's first, or for a single one ROOT."""
-    family = next((own.BENCHMARKS for own in FAMILIES if benchmark.name in [b.name for b in own.BENCHMARKS]), ())
-    for name in (benchmark.name, *(other.name for other in family[:1])):
-        if (root / name).is_dir():
-            return root / name
-    return root if single else root / benchmark.name
 
 
 def select(rows: Sequence[Row], name: str, limit: int | None, samples: Sequence[str]) -> list[Row]:

@@ -17,13 +17,12 @@ from fastvlm_jax.data.load.from_config import open_sources
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.evaluate import run
 from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Row
-from fastvlm_jax.evaluate.benchmarks import BENCHMARKS, qa
+from fastvlm_jax.evaluate.benchmarks import folder_of, known, qa
 from fastvlm_jax.evaluate.groups import MAX_LOGITS, ROWS, padded
 from fastvlm_jax.evaluate.held_out_loss import make_loss
 from fastvlm_jax.evaluate.questions import Prepared, prepare
 from fastvlm_jax.evaluate.records import rows_of
 from fastvlm_jax.evaluate.results import summarise
-from fastvlm_jax.evaluate.suite import folder_of
 from fastvlm_jax.generate import answer_limit
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
@@ -141,9 +140,10 @@ def _open(
     Raises:
       ValueError: see `make_evaluation`.
     """
-    if name not in BENCHMARKS:
-        raise ValueError(f"evaluate: there is no benchmark {name!r}; fastvlm evaluate --list names them")
-    benchmark = qa.benchmark(turns=turns, limit=limit or None) if name == "qa" else BENCHMARKS[name]
+    try:
+        benchmark = qa.benchmark(turns=turns, limit=limit or None) if name == "qa" else known([name])[0]
+    except ValueError as error:
+        raise ValueError(f"evaluate: {error}") from error
     protocol = benchmark.protocols[0]
 
     def ready(rows: Sequence[Row]) -> Prepared:

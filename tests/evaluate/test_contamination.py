@@ -199,7 +199,7 @@ def test_the_commands_lead_from_the_list_to_clean_shards(folders, tmp_path, monk
         (["--against=nowhere"], "--against nowhere: there is no such folder"),
         (["--against={published}"], "name it with --benchmark"),
         (["--against={pages}", "--benchmark=docvqa"], "expected are"),
-        (["--against={pages}", "--benchmark=dcvqa"], "--benchmark dcvqa: there is none of that name"),
+        (["--against={pages}", "--benchmark=dcvqa"], "there is no benchmark 'dcvqa' (did you mean docvqa?)"),
         (["--against={pages}", "--kinds=file,same"], "--kinds same: the kinds are file, pixels, near, question"),
         (["--against={pages}", "--verify"], "--verify is not for --against"),
         (["--benchmark=docvqa"], "--benchmark goes with --against"),

@@ -179,7 +179,7 @@ def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, token
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(evaluate=(("docqa", "/x", 9),)), r"^evaluate: there is no benchmark 'docqa'; fastvlm evaluate --list"),
+        (dict(evaluate=(("docqa", "/x", 9),)), r"^evaluate: there is no benchmark 'docqa' \(did you mean docvqa\?\)"),
         (dict(evaluate=(("easy-vqa", "/nowhere", 9),)), r"^evaluate, easy-vqa of /nowhere: there is no dataset folder"),
         (dict(evaluate=(("qa", "DAMAGED", 9),)), r"^evaluate, qa of \S+: none of its questions can be asked \(1 x "),
         (dict(evaluate=(("qa", "NONE", 9),)), r"^evaluate, qa of \S+: .*no split 'validation'"),

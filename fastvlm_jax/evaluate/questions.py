@@ -13,7 +13,7 @@ from fastvlm_jax.evaluate.benchmark import Picture, Protocol, Row
 from fastvlm_jax.images.header import read_header
 from fastvlm_jax.images.sizes import Grid, Size, slots_of
 from fastvlm_jax.processor import Processor
-from fastvlm_jax.text.conversation import TEMPLATES, Turn
+from fastvlm_jax.text.conversation import TEMPLATES, Turn, renumbered
 from fastvlm_jax.text.prompt import MARK, place_images, read_prompts
 
 
@@ -157,7 +157,7 @@ def _prepared(row: Row, protocol: Protocol, processor: Processor, most_tokens: i
         raise ValueError(f"its prompt names image {named[-1]} of {len(row.pictures)}")
     if named and not processor.image_size:
         raise ValueError("it has images, which this model does not read")
-    prompt = read_prompts(_renumbered(turns, named))[0]
+    prompt = read_prompts(renumbered(turns, named))[0]
     turns = place_images(prompt, range(len(named)), TEMPLATES[processor.template].user_text)
     pictures = tuple(row.pictures[number] for number in named)
     looks = [seen(picture) for picture in pictures]
@@ -168,11 +168,3 @@ def _prepared(row: Row, protocol: Protocol, processor: Processor, most_tokens: i
         raise ValueError(f"its prompt is {length} tokens long, more than the {most_tokens} that leave room to answer")
     same = tuple(look.same for look in looks)
     return Question(row, turns, pictures, length, size if pictures else None, tuple(grids), same)
-
-
-def _renumbered(turns: Sequence[Turn], numbers: Sequence[int]) -> tuple[Turn, ...]:
-    """Returns turns whose images are counted from 0 in the order of `numbers`."""
-    return tuple(
-        (role, tuple(part if isinstance(part, str) else numbers.index(part) for part in content))
-        for role, content in turns
-    )

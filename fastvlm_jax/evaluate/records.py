@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.evaluate.benchmark import Picture, Row
-from fastvlm_jax.text.conversation import Turn, questions, split_system
+from fastvlm_jax.text.conversation import Turn, questions, renumbered, split_system
 
 TURNS = ("conversation", "separate")
 
@@ -82,7 +82,7 @@ def _rows(record: Record, key: str, number: int, turns: str, record_at: Callable
         pictures = tuple(
             Picture(f"record {number} image {n}", functools.partial(_read, record_at, number, n)) for n in named
         )
-        asked = _renumbered(talk[:-1], named)
+        asked = renumbered(talk[:-1], named)
         fields = {"record": record.key, "turns": asked}
         name = f"{key}/{i}" if len(talks) > 1 else key
         rows.append(Row(name, text_of(asked[-1]), pictures, (text_of(talk[-1]),), fields))
@@ -96,11 +96,3 @@ def _read(record_at: Callable[[int], Record], number: int, image: int) -> bytes:
 def text_of(turn: Turn) -> str:
     """Returns the text of a turn, without its images."""
     return "".join(part for part in turn[1] if isinstance(part, str))
-
-
-def _renumbered(talk: Sequence[Turn], numbers: Sequence[int]) -> tuple[Turn, ...]:
-    """Returns turns whose images are counted from 0 in the order of `numbers`."""
-    return tuple(
-        (role, tuple(part if isinstance(part, str) else numbers.index(part) for part in content))
-        for role, content in talk
-    )

@@ -269,6 +269,14 @@ def split_system(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], tuple[Turn, .
     return tuple(turns[:count]), tuple(turns[count:])
 
 
+def renumbered(turns: Sequence[Turn], numbers: Sequence[int]) -> tuple[Turn, ...]:
+    """Returns turns whose images are counted from 0 in the order of `numbers`."""
+    return tuple(
+        (role, tuple(part if isinstance(part, str) else numbers.index(part) for part in content))
+        for role, content in turns
+    )
+
+
 def _parts(turns: Sequence[Turn], template: Template, generation_prompt: bool) -> Iterator[_Part]:
     system, talk = split_system(turns)
     if template.system is not None and not system:

@@ -7,7 +7,7 @@ Result      answer "1/8/93."   mark (score 0.86, parsed "1/8/93.")
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -189,3 +189,11 @@ def ask_lmms_eval(row: Row, text: str) -> tuple[Turn, ...]:
     for number in range(len(row.pictures)):
         content += [" ", number] if content else [number]
     return ask(*content, f"\n{text}") if content else ask(text)
+
+
+def mean_by(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Returns name -> mean of its scores, in percent, by name, from pairs (name, score 0 to 1)."""
+    found: dict[str, list[float]] = {}
+    for name, score in scores:
+        found.setdefault(name, []).append(score)
+    return {name: 100 * sum(own) / len(own) for name, own in sorted(found.items())}

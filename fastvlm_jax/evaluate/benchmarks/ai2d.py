@@ -91,7 +91,7 @@ def files_of(form: str) -> tuple[str, ...]:
 
 
 def prompt(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's tasks ai2d and ai2d_no_mask."""
+    """Returns the conversation of lmms-eval's tasks ai2d and ai2d_no_mask."""
     return ask_lmms_eval(row, options.question(row))
 
 

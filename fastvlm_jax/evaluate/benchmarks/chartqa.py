@@ -4,17 +4,9 @@ from typing import Any
 
 from etils import epath
 
+from fastvlm_jax.data.readers.conversations import shown
+from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Row, ask_lmms_eval
-from fastvlm_jax.evaluate.published import (
-    Images,
-    check_rows,
-    find,
-    pictures_of,
-    read_json,
-    read_parquet,
-    text,
-    wrong_layout,
-)
 from fastvlm_jax.evaluate.scores import relaxed_accuracy
 from fastvlm_jax.text.conversation import Turn
 
@@ -26,34 +18,35 @@ LISTS = tuple(f"{parent}test_human.json" for parent in ("", "test/", "ChartQA Da
 
 def read(folder: epath.Path) -> list[Row]:
     """Returns the questions of the test split, those of people first, from the table of the hub or published lists."""
-    if found := find(folder, "data/test-*.parquet", "test-*.parquet"):
+    if found := published.find(folder, "data/test-*.parquet", "test-*.parquet"):
         where = str(found[0].parent)
-        rows = read_parquet(found, ("type", "question", "answer"), ("image",))
-        return check_rows([_hub(row, f"{where} row {i}", i) for i, row in enumerate(rows)], where)
-    if not (found := find(folder, *LISTS)):
-        raise wrong_layout(folder, FILES)
+        rows = published.read_parquet(found, ("type", "question", "answer"), ("image",))
+        return published.check_rows([_hub(row, f"{where} row {i}", i) for i, row in enumerate(rows)], where)
+    if not (found := published.find(folder, *LISTS)):
+        raise published.wrong_layout(folder, FILES)
     folder, rows = found[0].parent, []
-    images = Images(folder, "png")
+    images = published.Images(folder, "png")
     for kind in TYPES:
         path = folder / f"test_{kind}.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} lacks {path.name}: half of the questions are in it")
-        for i, row in enumerate(read_json(path, list)):
+        for i, row in enumerate(published.read_json(path, list)):
             where = f"{path} row {i}"
             if not isinstance(row, dict):
                 raise ValueError(f"{where} is no object: it is not the published file")
-            pictures = (images(text(row, "imgname", where)),)
-            rows.append(_row(len(rows), text(row, "query", where), text(row, "label", where), kind, pictures))
+            question, answer = published.text(row, "query", where), published.text(row, "label", where)
+            pictures = (images(published.text(row, "imgname", where)),)
+            rows.append(_row(len(rows), question, answer, kind, pictures))
     images.check()
-    return check_rows(rows, folder)
+    return published.check_rows(rows, folder)
 
 
 def _hub(row: dict[str, Any], where: str, number: int) -> Row:
-    kind = text(row, "type", where).removesuffix("_test")
+    kind = published.text(row, "type", where).removesuffix("_test")
     if kind not in TYPES:
-        raise ValueError(f"{where}: type is {kind[:80]!r}: the types are human_test and augmented_test")
-    pictures = pictures_of([row["image"]])
-    return _row(number, text(row, "question", where), text(row, "answer", where), kind, pictures)
+        raise ValueError(f"{where}: type is {shown(kind)}: the types are human_test and augmented_test")
+    pictures = published.pictures_of([row["image"]])
+    return _row(number, published.text(row, "question", where), published.text(row, "answer", where), kind, pictures)
 
 
 def _row(number: int, question: str, answer: str, kind: str, pictures: tuple[Picture, ...]) -> Row:

@@ -77,7 +77,7 @@ def _row(values: dict[str, Any], picture: Picture | None, where: str) -> Row:
 
 
 def prompt(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's tasks cv_bench, cv_bench_2d and cv_bench_3d."""
+    """Returns the conversation of lmms-eval's tasks cv_bench, cv_bench_2d and cv_bench_3d."""
     return ask_lmms_eval(row, NOTE.format(", ".join(options.letters(row.fields["choices"]))) + row.fields["prompt"])
 
 

@@ -3,25 +3,24 @@
 The answers of the test splits are not public: a submission is what the server takes.
 """
 
-import collections
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from fastvlm_jax.evaluate.benchmark import SHORT_ANSWER, Benchmark, Mark, Picture, Protocol, Result, Row, ask_lmms_eval
-from fastvlm_jax.evaluate.published import (
-    Images,
-    check_rows,
-    find,
-    get,
-    pictures_of,
-    read_json,
-    read_parquet,
-    text,
-    texts,
-    wrong_layout,
+from fastvlm_jax.data.readers.conversations import shown
+from fastvlm_jax.evaluate import published
+from fastvlm_jax.evaluate.benchmark import (
+    SHORT_ANSWER,
+    Benchmark,
+    Mark,
+    Picture,
+    Protocol,
+    Result,
+    Row,
+    ask_lmms_eval,
+    mean_by,
 )
 from fastvlm_jax.evaluate.scores import anls
 from fastvlm_jax.text.conversation import Turn
@@ -60,38 +59,38 @@ def read(folder: epath.Path, what: _Set, split: str) -> list[Row]:
     name = f"{what.listing}{split}_v1.0"
     tables = [f"{what.hub}/{LONG[split]}-*.parquet", f"{LONG[split]}-*.parquet"]
     lists = [f"{name}_withQT.json", f"{name}.json", f"*/{name}_withQT.json", f"*/{name}.json"]
-    if found := find(folder, *tables):
+    if found := published.find(folder, *tables):
         where = str(found[0].parent)
-        rows = read_parquet(found, ("questionId", "question", "answers"), ("image",), (what.types,))
+        rows = published.read_parquet(found, ("questionId", "question", "answers"), ("image",), (what.types,))
         if rows and what.types not in rows[0]:
             raise FileNotFoundError(f"{found[0]} has no column {what.types}: it is not a table of {what.title}")
-        rows = [(row, pictures_of([row["image"]])) for row in rows]
-    elif found := find(folder, *lists):
-        images = Images(folder, *what.folders, *(f"{split}/{name}" for name in what.folders))
+        rows = [(row, published.pictures_of([row["image"]])) for row in rows]
+    elif found := published.find(folder, *lists):
+        images = published.Images(folder, *what.folders, *(f"{split}/{name}" for name in what.folders))
         where = str(found[0])
-        listed = read_json(found[0]).get("data")
+        listed = published.read_json(found[0]).get("data")
         if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
             raise ValueError(f"{where} has no list of questions under data: it is not the published file")
         # A list calls an image "documents/7.png" wherever the folder lies.
         rows = [
-            (row, (images(text(row, what.image, f"{where} row {i}").rsplit("/", 1)[-1]),))
+            (row, (images(published.text(row, what.image, f"{where} row {i}").rsplit("/", 1)[-1]),))
             for i, row in enumerate(listed)
         ]
         images.check()
     else:
-        raise wrong_layout(folder, files(what, split))
+        raise published.wrong_layout(folder, files(what, split))
     found = [_row(row, f"{where} row {i}", pictures, what, split) for i, (row, pictures) in enumerate(rows)]
-    return check_rows(found, where)
+    return published.check_rows(found, where)
 
 
 def _row(row: dict[str, Any], where: str, pictures: tuple[Picture, ...], what: _Set, split: str) -> Row:
-    number = get(row, "questionId", where)
+    number = published.get(row, "questionId", where)
     if not str(number).isdecimal():
-        raise ValueError(f"{where}: questionId is {str(number)[:80]!r}, not a number")
-    references = texts(row, "answers", where) if split == "val" else None
+        raise ValueError(f"{where}: questionId is {shown(number)}, not a number")
+    references = published.texts(row, "answers", where) if split == "val" else None
     types = row.get(what.types)
     fields = {"types": tuple(map(str, types))} if isinstance(types, list) else {}
-    return Row(str(number), text(row, "question", where), pictures, references, fields)
+    return Row(str(number), published.text(row, "question", where), pictures, references, fields)
 
 
 def prompt(row: Row) -> tuple[Turn, ...]:
@@ -106,11 +105,8 @@ def score(answer: str, row: Row) -> Mark:
 
 def figures(results: Sequence[Result]) -> dict[str, Any]:
     """Returns the ANLS, %, of the questions of each type; a question may be of several types."""
-    marks = collections.defaultdict(list)
-    for result in results:
-        for name in result.row.fields.get("types", ()):
-            marks[name].append(result.mark.score)
-    return {"by_type": {name: 100 * sum(found) / len(found) for name, found in sorted(marks.items())}}
+    scores = ((name, result.mark.score) for result in results for name in result.row.fields.get("types", ()))
+    return {"by_type": mean_by(scores)}
 
 
 def submission(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -8,19 +8,8 @@ import numpy as np
 from etils import epath
 
 from fastvlm_jax.data.readers.conversations import shown
-from fastvlm_jax.evaluate import reviews
+from fastvlm_jax.evaluate import published, reviews
 from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Result, Row, ask_llava, ask_lmms_eval
-from fastvlm_jax.evaluate.published import (
-    Images,
-    check_rows,
-    find,
-    get,
-    pictures_of,
-    read_lines,
-    read_parquet,
-    text,
-    wrong_layout,
-)
 from fastvlm_jax.evaluate.scores import judge_replies
 from fastvlm_jax.evaluate.standard_error import StandardError, of_aggregate
 
@@ -45,27 +34,28 @@ INSTRUCTION = (
 
 def read(folder: epath.Path) -> list[Row]:
     """Returns the questions; references are GPT-4's answers, "caption" in their fields is what the judge is told."""
-    if paths := find(folder, "data/train-*.parquet", "train-*.parquet"):
+    if paths := published.find(folder, "data/train-*.parquet", "train-*.parquet"):
         columns = ("question_id", "question", "category", "gpt_answer", "caption")
-        found = read_parquet(paths, columns, pictures=("image",))
-        return check_rows([_row(row, row["image"], f"{folder} row {i}") for i, row in enumerate(found)], folder)
-    if paths := find(folder, "questions.jsonl", "llava-bench-in-the-wild/questions.jsonl"):
-        return check_rows(_official(paths[0]), paths[0])
-    raise wrong_layout(folder, FILES)
+        found = published.read_parquet(paths, columns, pictures=("image",))
+        rows = [_row(row, row["image"], f"{folder} row {i}") for i, row in enumerate(found)]
+        return published.check_rows(rows, folder)
+    if paths := published.find(folder, "questions.jsonl", "llava-bench-in-the-wild/questions.jsonl"):
+        return published.check_rows(_official(paths[0]), paths[0])
+    raise published.wrong_layout(folder, FILES)
 
 
 def _official(path: epath.Path) -> list[Row]:
     """Returns the rows of a list of questions, joined with its captions by image and with the answers by question."""
     contexts = _by_key(path.parent / "context.jsonl", "image")
     answers = _by_key(path.parent / "answers_gpt4.jsonl", "question_id")
-    images, rows = Images(path.parent, "images"), []
-    for number, line in enumerate(read_lines(path), 1):
+    images, rows = published.Images(path.parent, "images"), []
+    for number, line in enumerate(published.read_lines(path), 1):
         where = f"{path} line {number}"
-        image, question = text(line, "image", where), text(line, "text", where)
+        image, question = published.text(line, "image", where), published.text(line, "text", where)
         context = _joined(contexts, line, "image", where, "context.jsonl")
         answer = _joined(answers, line, "question_id", where, "answers_gpt4.jsonl")
-        caption = get(context, "caption", f"context.jsonl, {shown(image)},")
-        answer = text(answer, "text", f"answers_gpt4.jsonl, question {shown(line['question_id'])},")
+        caption = published.get(context, "caption", f"context.jsonl, {shown(image)},")
+        answer = published.text(answer, "text", f"answers_gpt4.jsonl, question {shown(line['question_id'])},")
         whole = {**line, "question": question, "caption": caption, "gpt_answer": answer}
         rows.append(_row(whole, images(image), where))
     images.check()
@@ -77,8 +67,8 @@ def _by_key(path: epath.Path, key: str) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: expected are {FILES[0]}")
     found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(read_lines(path), 1):
-        name = str(get(line, key, f"{path} line {number}"))
+    for number, line in enumerate(published.read_lines(path), 1):
+        name = str(published.get(line, key, f"{path} line {number}"))
         if name in found:
             raise ValueError(f"{path} line {number}: the {key} {shown(name)} stands twice")
         found[name] = line
@@ -86,14 +76,14 @@ def _by_key(path: epath.Path, key: str) -> dict[str, dict[str, Any]]:
 
 
 def _joined(found: Mapping[str, dict], line: Mapping[str, Any], key: str, where: str, other: str) -> dict[str, Any]:
-    name = str(get(line, key, where))
+    name = str(published.get(line, key, where))
     if name not in found:
         raise ValueError(f"{where}: {other} has no {key} {shown(name)}")
     return found[name]
 
 
 def _row(row: Mapping[str, Any], picture: Picture | None, where: str) -> Row:
-    category, caption = text(row, "category", where), get(row, "caption", where)
+    category, caption = published.text(row, "category", where), published.get(row, "caption", where)
     if category not in CATEGORIES:
         raise ValueError(f"{where}: its category is {shown(category)}, not {' or '.join(CATEGORIES)}")
     if isinstance(caption, list) and all(isinstance(line, str) for line in caption):
@@ -101,10 +91,10 @@ def _row(row: Mapping[str, Any], picture: Picture | None, where: str) -> Row:
     if not isinstance(caption, str):
         raise ValueError(f"{where}: its caption is no text")
     return Row(
-        id=str(get(row, "question_id", where)),
-        question=text(row, "question", where),
-        pictures=pictures_of([picture]),
-        references=(text(row, "gpt_answer", where),),
+        id=str(published.get(row, "question_id", where)),
+        question=published.text(row, "question", where),
+        pictures=published.pictures_of([picture]),
+        references=(published.text(row, "gpt_answer", where),),
         fields={"caption": caption},
         groups={"category": category},
     )

@@ -15,7 +15,17 @@ from etils import epath
 
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
-from fastvlm_jax.evaluate.benchmark import OPTION_LETTER, Benchmark, Mark, Picture, Protocol, Result, Row, ask_lmms_eval
+from fastvlm_jax.evaluate.benchmark import (
+    OPTION_LETTER,
+    Benchmark,
+    Mark,
+    Picture,
+    Protocol,
+    Result,
+    Row,
+    ask_lmms_eval,
+    mean_by,
+)
 from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.scores import mathvista as scores
 from fastvlm_jax.text.conversation import Turn
@@ -107,17 +117,17 @@ def _reasoned(row: Row) -> str:
 
 
 def prompt(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's task mathvista_testmini_cot."""
+    """Returns the conversation of lmms-eval's task mathvista_testmini_cot."""
     return ask_lmms_eval(row, _reasoned(row))
 
 
 def prompt_solution(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's task mathvista_testmini_solution."""
+    """Returns the conversation of lmms-eval's task mathvista_testmini_solution."""
     return ask_lmms_eval(row, f"{_reasoned(row)}\nSolution:")
 
 
 def prompt_format(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's task mathvista_testmini_format."""
+    """Returns the conversation of lmms-eval's task mathvista_testmini_format."""
     if row.fields["choices"]:
         text = f"{_question(row)}\n{options.lines(row.fields['choices'])}{OPTION_LETTER}"
     else:
@@ -136,11 +146,9 @@ def score(answer: str, row: Row) -> Mark:
 
 def figures(results: Sequence[Result]) -> dict[str, dict[str, float]]:
     """Returns the share of right answers of each skill, percent; a question may need several."""
-    members: dict[str, list[float]] = {}
-    for result in results:
-        for skill in result.row.fields["skills"]:
-            members.setdefault(skill, []).append(result.mark.score)
-    return {"skills": {skill: 100 * sum(marks) / len(marks) for skill, marks in sorted(members.items())}}
+    return {
+        "skills": mean_by((skill, result.mark.score) for result in results for skill in result.row.fields["skills"])
+    }
 
 
 def _protocol(name: str, ask: Callable[[Row], tuple[Turn, ...]]) -> Protocol:

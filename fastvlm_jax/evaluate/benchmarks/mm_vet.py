@@ -7,20 +7,8 @@ import numpy as np
 from etils import epath
 
 from fastvlm_jax.data.readers.conversations import shown
-from fastvlm_jax.evaluate import reviews
+from fastvlm_jax.evaluate import published, reviews
 from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Result, Row, ask_llava, ask_lmms_eval
-from fastvlm_jax.evaluate.published import (
-    Images,
-    check_rows,
-    find,
-    get,
-    pictures_of,
-    read_json,
-    read_lines,
-    read_parquet,
-    text,
-    wrong_layout,
-)
 from fastvlm_jax.evaluate.scores import judge_replies
 from fastvlm_jax.evaluate.standard_error import StandardError, of_mean
 
@@ -74,40 +62,42 @@ INSTRUCTION = (
 
 def read(folder: epath.Path) -> list[Row]:
     """Returns the questions; their references are public in all layouts but LLaVA's."""
-    if paths := find(folder, "data/test-*.parquet", "test-*.parquet"):
-        found = read_parquet(paths, ("question_id", "question", "answer", "capability"), pictures=("image",))
+    if paths := published.find(folder, "data/test-*.parquet", "test-*.parquet"):
+        found = published.read_parquet(paths, ("question_id", "question", "answer", "capability"), pictures=("image",))
         rows = []
         for number, row in enumerate(found):
             where = f"{folder} row {number}"
-            capabilities = text(row, "capability", where).split(",")
-            rows.append(_row(text(row, "question_id", where), row, row["image"], capabilities, where))
-        return check_rows(rows, folder)
+            capabilities = published.text(row, "capability", where).split(",")
+            rows.append(_row(published.text(row, "question_id", where), row, row["image"], capabilities, where))
+        return published.check_rows(rows, folder)
     for name, rows_of in (("mm-vet.json", _official), ("llava-mm-vet.jsonl", _llava)):
-        if paths := find(folder, name, f"mm-vet/{name}"):  # the published archive holds a folder mm-vet
-            return check_rows(rows_of(paths[0]), paths[0])
-    raise wrong_layout(folder, FILES)
+        if paths := published.find(folder, name, f"mm-vet/{name}"):  # the published archive holds a folder mm-vet
+            return published.check_rows(rows_of(paths[0]), paths[0])
+    raise published.wrong_layout(folder, FILES)
 
 
 def _official(path: epath.Path) -> list[Row]:
-    images, rows = Images(path.parent, "images"), []
-    for name, row in read_json(path).items():
+    images, rows = published.Images(path.parent, "images"), []
+    for name, row in published.read_json(path).items():
         where = f"{path}: {shown(name)}"
         if not isinstance(row, dict):
             raise ValueError(f"{where} is no object")
-        capabilities = get(row, "capability", where)
+        capabilities = published.get(row, "capability", where)
         if not isinstance(capabilities, list) or not all(isinstance(part, str) for part in capabilities):
             raise ValueError(f"{where}: its capability is no list of texts")
-        rows.append(_row(name, row, images(text(row, "imagename", where)), capabilities, where))
+        rows.append(_row(name, row, images(published.text(row, "imagename", where)), capabilities, where))
     images.check()
     return rows
 
 
 def _llava(path: epath.Path) -> list[Row]:
-    images, rows = Images(path.parent, "images"), []
-    for number, line in enumerate(read_lines(path), 1):
+    images, rows = published.Images(path.parent, "images"), []
+    for number, line in enumerate(published.read_lines(path), 1):
         where = f"{path} line {number}"
-        name = f"v1_{str(get(line, 'question_id', where)).removeprefix('v1_')}"
-        rows.append(Row(name, text(line, "text", where), (images(text(line, "image", where)),), None))
+        name = f"v1_{str(published.get(line, 'question_id', where)).removeprefix('v1_')}"
+        rows.append(
+            Row(name, published.text(line, "text", where), (images(published.text(line, "image", where)),), None)
+        )
     images.check()
     return rows
 
@@ -116,9 +106,9 @@ def _row(name: str, row: Mapping[str, Any], picture: Picture | None, capabilitie
     names = tuple(sorted(part.strip() for part in capabilities))
     return Row(
         id=name,
-        question=text(row, "question", where),
-        pictures=pictures_of([picture]),
-        references=(text(row, "answer", where),),
+        question=published.text(row, "question", where),
+        pictures=published.pictures_of([picture]),
+        references=(published.text(row, "answer", where),),
         fields={"capabilities": names},
         groups={"capabilities": ", ".join(names)},
     )

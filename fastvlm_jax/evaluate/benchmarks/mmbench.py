@@ -25,6 +25,7 @@ from fastvlm_jax.evaluate.benchmark import (
     Row,
     ask_llava,
     ask_lmms_eval,
+    mean_by,
 )
 from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.scores import mmbench as scores
@@ -77,7 +78,7 @@ def _cell(value: Any) -> str:
 
 
 def prompt_llava(row: Row) -> tuple[Turn, ...]:
-    """Asks as LLaVA's model_vqa_mmbench.py with --single-pred-prompt: options until the first that is empty."""
+    """Returns the conversation of LLaVA's model_vqa_mmbench.py --single-pred-prompt: options to the first empty one."""
     cells = {n: "" if cell in EMPTY or cell.lower() in ("nan", "none") else cell for n, cell in row.fields.items()}
     choices = list(itertools.takewhile(bool, (cells[letter] for letter in "ABCD")))
     text = "\n".join(filter(None, (cells["hint"], row.question, options.lines(choices))))
@@ -85,7 +86,7 @@ def prompt_llava(row: Row) -> tuple[Turn, ...]:
 
 
 def prompt_lmms_eval(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's task mmbench_en_dev_static: all options that are not empty."""
+    """Returns the conversation of lmms-eval's task mmbench_en_dev_static: all options that are not empty."""
     hint = f"{row.fields['hint']} " if row.fields["hint"] else ""
     choices = "".join(f"\n{letter}. {row.fields[letter]}" for letter in "ABCD" if row.fields[letter])
     return ask_lmms_eval(row, f"{hint}{row.question} There are several options:{choices}\n{OPTION_LETTER}")
@@ -112,12 +113,9 @@ def figures(results: Sequence[Result]) -> dict[str, Any]:
     right = items(results)
     found: dict[str, Any] = {"items": len(right)}
     for kind in ("category", "l2-category"):
-        members: dict[str, list[bool]] = {}
-        for result in results:
-            if int(result.row.id) in right and kind in result.row.groups:
-                members.setdefault(result.row.groups[kind], []).append(right[int(result.row.id)])
-        if members:
-            found[f"items_right_by_{kind}"] = {name: 100 * sum(m) / len(m) for name, m in sorted(members.items())}
+        rows = (result.row for result in results if int(result.row.id) in right and kind in result.row.groups)
+        if shares := mean_by((row.groups[kind], right[int(row.id)]) for row in rows):
+            found[f"items_right_by_{kind}"] = shares
     return found
 
 

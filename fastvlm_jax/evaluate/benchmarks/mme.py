@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from fastvlm_jax.data.readers.conversations import shown
+from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import (
     SHORT_ANSWER,
     Benchmark,
@@ -22,7 +23,6 @@ from fastvlm_jax.evaluate.benchmark import (
     ask_llava,
     ask_lmms_eval,
 )
-from fastvlm_jax.evaluate.published import Images, check_rows, find, pictures_of, read_parquet, text, wrong_layout
 from fastvlm_jax.evaluate.scores import yes_no_start
 from fastvlm_jax.evaluate.table import read_table
 from fastvlm_jax.text.conversation import Turn
@@ -43,39 +43,39 @@ FILES = (
 
 def read(folder: epath.Path) -> list[Row]:
     """Returns the questions from the table of the hub or of VLMEvalKit, or from the published folders, by name."""
-    if found := find(folder, "data/test-*.parquet", "test-*.parquet"):
+    if found := published.find(folder, "data/test-*.parquet", "test-*.parquet"):
         where = str(found[0].parent)
-        listed = read_parquet(found, ("question_id", "question", "answer", "category"), ("image",))
-        asked = [(row, f"{where} row {i}", pictures_of([row["image"]])) for i, row in enumerate(listed)]
-    elif tables := find(folder, "MME.tsv"):
+        listed = published.read_parquet(found, ("question_id", "question", "answer", "category"), ("image",))
+        asked = [(row, f"{where} row {i}", published.pictures_of([row["image"]])) for i, row in enumerate(listed)]
+    elif tables := published.find(folder, "MME.tsv"):
         where = str(tables[0])
         listed = read_table(tables[0], ("image_path", "question", "answer", "category"), ("image",))
         asked = [
-            (row | {"question_id": row["image_path"]}, f"{where} row {i}", pictures_of([row["image"]]))
+            (row | {"question_id": row["image_path"]}, f"{where} row {i}", published.pictures_of([row["image"]]))
             for i, row in enumerate(listed)
         ]
     else:
         root = next((folder / name for name in ROOTS if (folder / name).is_dir()), folder)
         where = str(root)
-        found = find(root, "*/*.txt"), find(root, "*/questions_answers_YN/*.txt")
+        found = published.find(root, "*/*.txt"), published.find(root, "*/questions_answers_YN/*.txt")
         asked = _published(root, [path for paths in found for path in paths if _category(root, path) in CATEGORIES])
         if not asked:
-            raise wrong_layout(folder, FILES)
+            raise published.wrong_layout(folder, FILES)
     count: collections.Counter[str] = collections.Counter()
     rows = []
     for row, place, pictures in asked:
-        image = text(row, "question_id", place)
+        image = published.text(row, "question_id", place)
         count[image] += 1
         rows.append(_row(row, place, image, count[image], pictures))
     for image, questions in count.items():
         if questions != 2:
             raise ValueError(f"{where}: the image {shown(image)} has {questions} questions: MME asks 2 of each")
-    return check_rows(rows, where)
+    return published.check_rows(rows, where)
 
 
 def _published(root: epath.Path, paths: list[epath.Path]) -> list[tuple[dict[str, Any], str, tuple[Picture, ...]]]:
     """Returns (row with the names that the hub uses, where it lies, its image) of each line of the texts."""
-    images, asked = Images(root, "."), []
+    images, asked = published.Images(root, "."), []
     for path in sorted(paths):
         category = _category(root, path)
         parent = path.parent if path.parent.name == category else path.parent.parent / "images"
@@ -103,14 +103,14 @@ def _category(root: epath.Path, path: epath.Path) -> str:
 
 
 def _row(row: dict[str, Any], where: str, image: str, number: int, pictures: tuple[Picture, ...]) -> Row:
-    category, answer = text(row, "category", where), text(row, "answer", where)
+    category, answer = published.text(row, "category", where), published.text(row, "answer", where)
     reference = answer.lower().strip().replace(".", "")
     if category not in CATEGORIES:
         raise ValueError(f"{where}: category is {shown(category)}, which MME does not have")
     if reference not in ("yes", "no"):
         raise ValueError(f"{where}: answer is {shown(answer)}, not Yes or No")
     part = "perception" if category in PERCEPTION else "cognition"
-    question = text(row, "question", where)
+    question = published.text(row, "question", where)
     return Row(
         f"{image}#{number}", question, pictures, (reference,), {"image": image}, {"part": part, "category": category}
     )

@@ -118,17 +118,17 @@ def _text(row: Row, letter: str = OPTION_LETTER, short: str = SHORT_ANSWER) -> s
 
 
 def prompt(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's task mmmu_val asks its LLaVA model: images in front, marks in the text."""
+    """Returns the conversation of lmms-eval's task mmmu_val with its LLaVA model: images first, marks in the text."""
     return ask_lmms_eval(row, _text(row))
 
 
 def prompt_test(row: Row) -> tuple[Turn, ...]:
-    """Asks as the task mmmu_test of lmms-eval 0.7.3, whose YAML names no sentence of the format."""
+    """Returns the conversation of the task mmmu_test of lmms-eval 0.7.3, whose YAML names no sentence of the format."""
     return ask_lmms_eval(row, _text(row, "\n", "\n"))
 
 
 def prompt_interleaved(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's task mmmu_val asks chat models: each image where its mark is."""
+    """Returns the conversation of lmms-eval's task mmmu_val with chat models: each image where its mark is."""
     parts = _MARK.split(_text(row))  # text, number, text, number, text
     content: list[str | int] = []
     for i, part in enumerate(parts):

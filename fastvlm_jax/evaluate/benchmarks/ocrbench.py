@@ -6,20 +6,10 @@ from typing import Any
 
 from etils import epath
 
+from fastvlm_jax.data.readers.conversations import shown
+from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Result, Row, ask_lmms_eval
 from fastvlm_jax.evaluate.benchmarks import options
-from fastvlm_jax.evaluate.published import (
-    Images,
-    check_rows,
-    find,
-    get,
-    pictures_of,
-    read_json,
-    read_parquet,
-    text,
-    texts,
-    wrong_layout,
-)
 from fastvlm_jax.evaluate.scores import containment
 from fastvlm_jax.evaluate.table import read_table
 from fastvlm_jax.text.conversation import Turn
@@ -43,36 +33,39 @@ PARTS = {
 
 def read(folder: epath.Path) -> list[Row]:
     """Returns the questions from the table of the hub or of VLMEvalKit, or from the published list."""
-    if found := find(folder, "data/test-*.parquet", "test-*.parquet"):
+    if found := published.find(folder, "data/test-*.parquet", "test-*.parquet"):
         where = str(found[0].parent)
-        rows = read_parquet(found, ("dataset", "question", "question_type", "answer"), ("image",))
-        rows = [(row, pictures_of([row["image"]])) for row in rows]
-    elif found := find(folder, "OCRBench.tsv"):
+        rows = published.read_parquet(found, ("dataset", "question", "question_type", "answer"), ("image",))
+        rows = [(row, published.pictures_of([row["image"]])) for row in rows]
+    elif found := published.find(folder, "OCRBench.tsv"):
         where = str(found[0])
         listed = read_table(found[0], ("question", "answer", "category"), ("image",))
-        rows = [(_tabled(row, f"{where} row {i}"), pictures_of([row["image"]])) for i, row in enumerate(listed)]
-    elif found := find(folder, "OCRBench/OCRBench.json", "OCRBench.json"):
+        rows = [
+            (_tabled(row, f"{where} row {i}"), published.pictures_of([row["image"]])) for i, row in enumerate(listed)
+        ]
+    elif found := published.find(folder, "OCRBench/OCRBench.json", "OCRBench.json"):
         where = str(found[0])
-        images = Images(folder, "OCRBench_Images", "OCRBench/OCRBench_Images")
-        rows = [_listed(row, f"{where} row {i}", images) for i, row in enumerate(read_json(found[0], list))]
+        images = published.Images(folder, "OCRBench_Images", "OCRBench/OCRBench_Images")
+        rows = [_listed(row, f"{where} row {i}", images) for i, row in enumerate(published.read_json(found[0], list))]
         images.check()
     else:
-        raise wrong_layout(folder, FILES)
-    return check_rows([_row(row, f"{where} row {i}", i, pictures) for i, (row, pictures) in enumerate(rows)], where)
+        raise published.wrong_layout(folder, FILES)
+    rows = [_row(row, f"{where} row {i}", i, pictures) for i, (row, pictures) in enumerate(rows)]
+    return published.check_rows(rows, where)
 
 
-def _listed(row: Any, where: str, images: Images) -> tuple[dict[str, Any], tuple[Picture, ...]]:
+def _listed(row: Any, where: str, images: published.Images) -> tuple[dict[str, Any], tuple[Picture, ...]]:
     """Returns a row of the list with the names that the hub uses, and its image."""
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no object: it is not the published file")
-    answers = get(row, "answers", where)
+    answers = published.get(row, "answers", where)
     renamed = {
-        "dataset": get(row, "dataset_name", where),
-        "question": get(row, "question", where),
-        "question_type": get(row, "type", where),
+        "dataset": published.get(row, "dataset_name", where),
+        "question": published.get(row, "question", where),
+        "question_type": published.get(row, "type", where),
         "answer": [answers] if isinstance(answers, str) else answers,
     }
-    return renamed, (images(text(row, "image_path", where)),)
+    return renamed, (images(published.text(row, "image_path", where)),)
 
 
 def _tabled(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -87,12 +80,13 @@ def _tabled(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _row(row: dict[str, Any], where: str, number: int, pictures: tuple[Picture, ...]) -> Row:
-    kind = text(row, "question_type", where)
+    kind = published.text(row, "question_type", where)
     if kind not in PARTS:
-        raise ValueError(f"{where}: question_type is {kind[:80]!r}, which OCRBench does not have")
-    fields = {"formula": text(row, "dataset", where) == FORMULAS}
+        raise ValueError(f"{where}: question_type is {shown(kind)}, which OCRBench does not have")
+    fields = {"formula": published.text(row, "dataset", where) == FORMULAS}
     groups = {"part": PARTS[kind], "type": kind} | ({"dataset": row["dataset"]} if row["dataset"] else {})
-    return Row(str(number), text(row, "question", where), pictures, texts(row, "answer", where), fields, groups)
+    question, references = published.text(row, "question", where), published.texts(row, "answer", where)
+    return Row(str(number), question, pictures, references, fields, groups)
 
 
 def prompt(row: Row) -> tuple[Turn, ...]:

@@ -13,10 +13,11 @@ from typing import Any
 
 from etils import epath
 
+from fastvlm_jax.data.readers.conversations import shown
+from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import OPTION_LETTER, Picture, Row
 from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.exact_match import normalise
-from fastvlm_jax.evaluate.published import Images, check_rows, find, get, read_json, read_lines, text, texts
 from fastvlm_jax.text.prompt import Prompt, place_images
 
 
@@ -30,7 +31,7 @@ def find_list(path: epath.Path) -> epath.Path | None:
         if path.suffix not in (".jsonl", ".json"):
             raise ValueError(f"{path} is no list of questions: expected is a .jsonl or .json file, or a folder")
         return path
-    found = find(path, "*.jsonl") + find(path, "*.json") if path.is_dir() else []
+    found = published.find(path, "*.jsonl") + published.find(path, "*.json") if path.is_dir() else []
     if len(found) > 1:
         raise ValueError(f"{path} holds {len(found)} lists, {found[0].name} and {found[1].name}: name the one to score")
     return found[0] if found else None
@@ -46,8 +47,8 @@ def read_list(path: epath.Path, metric: str | None, metrics: Mapping[str, Any]) 
     Raises:
       ValueError, FileNotFoundError: a row lacks a key or holds another value, or an image is missing.
     """
-    listed = read_lines(path) if path.suffix == ".jsonl" else read_json(path, list)
-    images = Images(path.parent, ".", "images")
+    listed = published.read_lines(path) if path.suffix == ".jsonl" else published.read_json(path, list)
+    images = published.Images(path.parent, ".", "images")
     rows = []
     for number, row in enumerate(listed):
         where = f"{path} row {number}"
@@ -55,13 +56,18 @@ def read_list(path: epath.Path, metric: str | None, metrics: Mapping[str, Any]) 
             raise ValueError(f"{where} is no object with question and answers")
         rows.append(_row(row, where, number, images, metric, metrics))
     images.check()
-    return check_rows(rows, path, pictures=None)
+    return published.check_rows(rows, path, pictures=None)
 
 
 def _row(
-    row: dict[str, Any], where: str, number: int, images: Images, metric: str | None, metrics: Mapping[str, Any]
+    row: dict[str, Any],
+    where: str,
+    number: int,
+    images: published.Images,
+    metric: str | None,
+    metrics: Mapping[str, Any],
 ) -> Row:
-    question, choices = text(row, "question", where), _choices(row, where)
+    question, choices = published.text(row, "question", where), _choices(row, where)
     metric = row.get("metric") or metric or ("choice" if choices else "exact")
     if not isinstance(metric, str) or metric not in metrics:
         raise ValueError(f"{where}: metric is {str(metric)[:80]!r}: choose {', '.join(metrics)}")
@@ -76,7 +82,7 @@ def _row(
     asked = f"{question}\n{options.lines(choices)}{OPTION_LETTER}" if choices else question
     prompt = Prompt(where, (("user", asked),))
     turns = place_images(prompt, range(len(pictures)))
-    groups = {"category": text(row, "category", where)} if row.get("category") is not None else {}
+    groups = {"category": published.text(row, "category", where)} if row.get("category") is not None else {}
     fields = {"turns": turns, "metric": metric, "choices": choices}
     name = number if row.get("id") is None else row["id"]
     return Row(str(name), question, pictures, references, fields, groups)
@@ -91,16 +97,16 @@ def _choices(row: dict[str, Any], where: str) -> tuple[str, ...]:
     return choices
 
 
-def _pictures(row: dict[str, Any], where: str, images: Images) -> tuple[Picture, ...]:
+def _pictures(row: dict[str, Any], where: str, images: published.Images) -> tuple[Picture, ...]:
     key = "images" if "images" in row else "image"
     if key not in row:
         return ()
-    names = texts(row, key, where) if isinstance(row[key], list) else (text(row, key, where),)
+    names = published.texts(row, key, where) if isinstance(row[key], list) else (published.text(row, key, where),)
     return tuple(images(name) for name in names)
 
 
 def _references(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    value = get(row, "answer" if "answer" in row else "answers", where)
+    value = published.get(row, "answer" if "answer" in row else "answers", where)
     values = value if isinstance(value, list) else [value]
     if not values or not all(type(value) in (str, int, float) for value in values):
         raise ValueError(f"{where}: the answers are {str(value)[:80]!r}, not texts or numbers")
@@ -115,4 +121,4 @@ def _letter(reference: str, choices: tuple[str, ...], where: str) -> str:
     letter = reference.strip().upper()
     if len(letter) == 1 and letter in options.letters(choices):
         return letter
-    raise ValueError(f"{where}: the answer {reference[:80]!r} is neither a choice nor its letter")
+    raise ValueError(f"{where}: the answer {shown(reference)} is neither a choice nor its letter")

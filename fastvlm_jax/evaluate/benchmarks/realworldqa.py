@@ -2,8 +2,8 @@
 
 from etils import epath
 
+from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Row, ask_lmms_eval
-from fastvlm_jax.evaluate.published import check_rows, find, pictures_of, read_parquet, text, wrong_layout
 from fastvlm_jax.evaluate.scores import realworldqa as rules
 from fastvlm_jax.text.conversation import Turn
 
@@ -12,16 +12,17 @@ FILES = ("data/test-*.parquet",)
 
 def read(folder: epath.Path) -> list[Row]:
     """Returns the questions, whose text holds the options and a format sentence, from the table of the hub."""
-    found = find(folder, "data/test-*.parquet", "test-*.parquet")
+    found = published.find(folder, "data/test-*.parquet", "test-*.parquet")
     if not found:
-        raise wrong_layout(folder, FILES)
+        raise published.wrong_layout(folder, FILES)
     where = str(found[0].parent)
     rows = []
-    for i, row in enumerate(read_parquet(found, ("question", "answer"), ("image",))):
-        question, answer = text(row, "question", f"{where} row {i}"), text(row, "answer", f"{where} row {i}")
+    for i, row in enumerate(published.read_parquet(found, ("question", "answer"), ("image",))):
+        place = f"{where} row {i}"
+        question, answer = published.text(row, "question", place), published.text(row, "answer", place)
         kind = "options" if answer.strip().upper() in ("A", "B", "C", "D") else "open"
-        rows.append(Row(str(i), question, pictures_of([row["image"]]), (answer,), {}, {"kind": kind}))
-    return check_rows(rows, where)
+        rows.append(Row(str(i), question, published.pictures_of([row["image"]]), (answer,), {}, {"kind": kind}))
+    return published.check_rows(rows, where)
 
 
 def prompt(row: Row) -> tuple[Turn, ...]:

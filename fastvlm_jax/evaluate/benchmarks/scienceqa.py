@@ -84,14 +84,14 @@ def _row(identity: str, values: dict[str, Any], picture: Picture | None, where: 
 
 
 def prompt_llava(row: Row) -> tuple[Turn, ...]:
-    """Asks as LLaVA's model_vqa_science.py asks the file that its convert_sqa_to_llava.py makes (CQM-A)."""
+    """Returns the conversation of LLaVA's model_vqa_science.py, on the file of its convert_sqa_to_llava.py (CQM-A)."""
     choices = " ".join(f"({letter}) {option}" for letter, option in options.lettered(row.fields["choices"]))
     text = f"Context: {row.fields['hint'].strip() or 'N/A'}\nQuestion: {row.question}\nOptions: {choices}"
     return ask_llava(row, f"{text.replace('  ', ' ').strip()}{OPTION_LETTER}")
 
 
 def prompt_lmms_eval(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's tasks scienceqa and scienceqa_img."""
+    """Returns the conversation of lmms-eval's tasks scienceqa and scienceqa_img."""
     hint = f"Context: {row.fields['hint']}\n" if row.fields["hint"] else ""
     return ask_lmms_eval(row, hint + options.question(row))
 

@@ -101,12 +101,12 @@ def _row(values: dict[str, Any], pictures: Sequence[Picture], where: str) -> Row
 
 
 def prompt_llava(row: Row) -> tuple[Turn, ...]:
-    """Asks as LLaVA's model_vqa_loader.py asks llava-seed-bench.jsonl: one image."""
+    """Returns the conversation of LLaVA's model_vqa_loader.py on llava-seed-bench.jsonl: one image."""
     return ask_llava(row, options.question(row))
 
 
 def prompt_lmms_eval(row: Row) -> tuple[Turn, ...]:
-    """Asks as lmms-eval's task seedbench: all images."""
+    """Returns the conversation of lmms-eval's task seedbench: all images."""
     return ask_lmms_eval(row, options.question(row))
 
 

@@ -18,6 +18,7 @@ PROTOCOLS = ("paper", "llava", "lmms-eval")
 # The format sentences of LLaVA's mixes, as LLaVA and lmms-eval write them behind a question.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
+NO_LLAVA = {"llava": "LLaVA has no script for it"}  # of benchmarks that came later: see Benchmark.refused
 
 
 @dataclasses.dataclass(frozen=True)

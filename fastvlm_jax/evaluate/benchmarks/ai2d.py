@@ -14,7 +14,7 @@ import re
 from etils import epath
 
 from fastvlm_jax.evaluate import published
-from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Row, ask_lmms_eval
+from fastvlm_jax.evaluate.benchmark import NO_LLAVA, Benchmark, Protocol, Row, ask_lmms_eval
 from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.scores import ai2d as scores
 from fastvlm_jax.evaluate.table import read_table
@@ -87,7 +87,7 @@ def _read_table(path: epath.Path) -> list[Row]:
 
 def files_of(form: str) -> tuple[str, ...]:
     """Returns the line of each layout of a form."""
-    return (f"{FORMS[form]} (VLMEvalKit)", "data/test-*.parquet (hub)")
+    return (f"{FORMS[form]} (VLMEvalKit)", "data/test-*.parquet")
 
 
 def prompt(row: Row) -> tuple[Turn, ...]:
@@ -111,9 +111,10 @@ MASKED = Benchmark(
     metric="accuracy, %",
     size=3088,
     files=files_of("ai2d"),
-    source="the hub's lmms-lab/ai2d, or VLMEvalKit's AI2D_TEST.tsv",
+    source="table: VLMEvalKit; Hugging Face: lmms-lab/ai2d",
     paper="AI2D",
     in_domain=True,
+    refused=NO_LLAVA,
 )
 BENCHMARKS = (
     MASKED,
@@ -124,8 +125,9 @@ BENCHMARKS = (
         read=functools.partial(read, form="ai2d-no-mask"),
         protocols=(LMMS_EVAL,),
         files=files_of("ai2d-no-mask"),
-        source="the hub's Efficient-Large-Model/ai2d-no-mask, or VLMEvalKit's AI2D_TEST_NO_MASK.tsv",
+        source="table: VLMEvalKit; Hugging Face: Efficient-Large-Model/ai2d-no-mask",
         paper="",
-        refused={"paper": "the paper's table follows lmms-eval 0.2.2, which has only the form with masks, ai2d"},
+        refused=NO_LLAVA
+        | {"paper": "the paper's table follows lmms-eval 0.2.2, which has only the form with masks, ai2d"},
     ),
 )

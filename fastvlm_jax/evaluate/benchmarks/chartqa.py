@@ -6,7 +6,7 @@ from etils import epath
 
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
-from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Row, ask_lmms_eval
+from fastvlm_jax.evaluate.benchmark import NO_LLAVA, Benchmark, Mark, Picture, Protocol, Row, ask_lmms_eval
 from fastvlm_jax.evaluate.scores import relaxed_accuracy
 from fastvlm_jax.text.conversation import Turn
 
@@ -75,9 +75,9 @@ BENCHMARKS = (
         metric="relaxed accuracy, %",
         size=2500,
         files=FILES,
-        source="vis-nlp/ChartQA on GitHub; lmms-lab/ChartQA on the hub",
+        source="vis-nlp/ChartQA (GitHub); Hugging Face: lmms-lab/ChartQA",
         paper="ChartQA",
         in_domain=True,
-        refused={"llava": "LLaVA has no script for it"},
+        refused=NO_LLAVA,
     ),
 )

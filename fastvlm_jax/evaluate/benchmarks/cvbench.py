@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from fastvlm_jax.evaluate import published
-from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Result, Row, ask_lmms_eval
+from fastvlm_jax.evaluate.benchmark import NO_LLAVA, Benchmark, Picture, Protocol, Result, Row, ask_lmms_eval
 from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.scores import cvbench as scores
 from fastvlm_jax.text.conversation import Turn
@@ -27,8 +27,8 @@ def files_of(kinds: Sequence[str]) -> tuple[str, ...]:
     """Returns the line of each layout of some of "2D" and "3D"."""
     names = [f"test_{kind.lower()}" for kind in kinds]
     return (
-        f"{' and '.join(f'{name}.parquet' for name in names)} (hub)",
-        f"{' and '.join(f'{name}.jsonl' for name in names)} and img/ (hub)",
+        f"{' and '.join(f'{name}.parquet' for name in names)}",
+        f"{' and '.join(f'{name}.jsonl' for name in names)} and img/",
     )
 
 
@@ -105,8 +105,9 @@ BOTH = Benchmark(
     metric="accuracy, %",
     size=2638,
     files=files_of(("2D", "3D")),
-    source="the hub's nyu-visionx/CV-Bench",
-    refused={"paper": "the paper does not say which harness scored CV-Bench, and lmms-eval 0.2.2 has no task for it"},
+    source="Hugging Face: nyu-visionx/CV-Bench",
+    refused=NO_LLAVA
+    | {"paper": "the paper does not say which harness scored CV-Bench, and lmms-eval 0.2.2 has no task for it"},
 )
 BENCHMARKS = (
     BOTH,

@@ -12,6 +12,7 @@ from etils import epath
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import (
+    NO_LLAVA,
     SHORT_ANSWER,
     Benchmark,
     Mark,
@@ -137,10 +138,10 @@ def _benchmark(what: _Set, split: str, size: int) -> Benchmark:
         metric="ANLS, %" if split == "val" else "ANLS, by the server",
         size=size,
         files=files(what, split),
-        source="rrc.cvc.uab.es, challenge Document Visual Question Answering; lmms-lab/DocVQA on the hub",
+        source="rrc.cvc.uab.es, challenge Document Visual Question Answering; Hugging Face: lmms-lab/DocVQA",
         paper=what.title if split == "val" else "",
         in_domain=what is DOCVQA,
-        refused={"llava": "LLaVA has no script for it"},
+        refused=NO_LLAVA,
         submission=submission if split == "test" else None,
     )
 

@@ -15,7 +15,7 @@ from fastvlm_jax.evaluate.standard_error import StandardError, of_aggregate
 
 FILES = (
     "questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/",
-    "data/train-*.parquet of the hub's llava-bench-in-the-wild",
+    "data/train-*.parquet",
 )
 CATEGORIES = ("conv", "detail", "complex")
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
@@ -195,7 +195,7 @@ BENCHMARKS = (
         metric="judge's points, % of GPT-4's",
         size=60,
         files=FILES,
-        source="liuhaotian/llava-bench-in-the-wild on the Hugging Face hub, or lmms-lab/llava-bench-in-the-wild",
+        source="Hugging Face: liuhaotian/llava-bench-in-the-wild; lmms-lab/llava-bench-in-the-wild (Parquet)",
         paper="LLaVA-W",
     ),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from etils import epath
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import (
+    NO_LLAVA,
     OPTION_LETTER,
     Benchmark,
     Mark,
@@ -31,7 +32,7 @@ from fastvlm_jax.evaluate.scores import mathvista as scores
 from fastvlm_jax.text.conversation import Turn
 
 LISTS = ("testmini.json", "annot_testmini.json", "data/testmini.json", "data/annot_testmini.json")
-FILES = ("data/testmini-*.parquet (hub)", "testmini.json or annot_testmini.json, and images/ (official)")
+FILES = ("data/testmini-*.parquet", "testmini.json or annot_testmini.json, and images/ (official)")
 COLUMNS = (
     "pid", "question", "choices", "unit", "precision", "answer", "question_type", "answer_type", "metadata",
 )  # fmt: skip
@@ -176,8 +177,9 @@ BENCHMARKS = (
         metric="accuracy, %",
         size=1000,
         files=FILES,
-        source="the hub's AI4Math/MathVista, or the MathVista repository",
+        source="the MathVista repository; Hugging Face: AI4Math/MathVista",
         paper="MathVista",
-        refused={"paper": "the paper does not say which of lmms-eval's three prompts it took, and used a judge"},
+        refused=NO_LLAVA
+        | {"paper": "the paper does not say which of lmms-eval's three prompts it took, and used a judge"},
     ),
 )

@@ -14,7 +14,7 @@ from fastvlm_jax.evaluate.standard_error import StandardError, of_mean
 
 FILES = (
     "mm-vet.json and images/ (or llava-mm-vet.jsonl and images/, without answers for a judge)",
-    "data/test-*.parquet of the hub's MMVet",
+    "data/test-*.parquet",
 )
 # What lmms-eval puts before a question (tasks/mmvet/mmvet.yaml).
 THINK = "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
@@ -193,7 +193,7 @@ BENCHMARKS = (
         metric="judge's grades, %",
         size=218,
         files=FILES,
-        source="mm-vet.zip of github.com/yuweihao/MM-Vet, or lmms-lab/MMVet on the Hugging Face hub",
+        source="mm-vet.zip of yuweihao/MM-Vet (GitHub); Hugging Face: lmms-lab/MMVet",
         paper="MM-Vet",
         submission=submission,
     ),

@@ -32,7 +32,7 @@ from fastvlm_jax.evaluate.scores import mmbench as scores
 from fastvlm_jax.evaluate.table import read_table
 from fastvlm_jax.text.conversation import Turn
 
-FILES = ("mmbench_dev_20230712.tsv or MMBench_DEV_EN.tsv (official, LLaVA, VLMEvalKit)", "en/dev-*.parquet (hub)")
+FILES = ("mmbench_dev_20230712.tsv or MMBench_DEV_EN.tsv (official, LLaVA, VLMEvalKit)", "en/dev-*.parquet")
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category")
 L2 = ("l2-category", "L2-category")  # the table's name, the hub's name
 # Cells that pandas, with which LLaVA reads the table, takes for empty; for LLaVA, "nan" and "none" in any case too.
@@ -162,7 +162,7 @@ BENCHMARKS = (
         metric="items with all rotations right, %",
         size=4329,
         files=FILES,
-        source="the MMBench site (TSV), or the hub's lmms-lab/MMBench, en",
+        source="table: the MMBench site; Hugging Face: lmms-lab/MMBench, en",
         refused={"paper": "lmms-eval 0.2.2 asks a judge about MMBench, and the paper gives no MMBench figure"},
         submission=submission,
     ),

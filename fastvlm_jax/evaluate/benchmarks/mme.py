@@ -192,6 +192,6 @@ BENCHMARKS = (
         metric="points of 2,800",
         size=2374,
         files=FILES,
-        source="the authors of MME, by their form; lmms-lab/MME on the hub",
+        source="the authors of MME, by their form; Hugging Face: lmms-lab/MME",
     ),
 )

@@ -18,6 +18,7 @@ from etils import epath
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import (
+    NO_LLAVA,
     OPTION_LETTER,
     SHORT_ANSWER,
     Benchmark,
@@ -73,7 +74,7 @@ def _read(folder: epath.Path, split: str) -> list[Row]:
 
 def files_of(split: str) -> tuple[str, ...]:
     """Returns the line of each layout of a split."""
-    return (f"data/{split}-*.parquet (hub, lmms-lab)", f"SUBJECT/{split}-*.parquet (official, 30 subjects)")
+    return (f"data/{split}-*.parquet (lmms-lab)", f"SUBJECT/{split}-*.parquet (MMMU, 30 subjects)")
 
 
 def _row(values: Mapping[str, Any], split: str, where: str) -> Row:
@@ -210,8 +211,9 @@ VALIDATION = Benchmark(
     metric="accuracy, %",
     size=900,
     files=files_of("validation"),
-    source="the hub's lmms-lab/MMMU or MMMU/MMMU",
+    source="Hugging Face: lmms-lab/MMMU or MMMU/MMMU",
     paper="MMMU",
+    refused=NO_LLAVA,
 )
 BENCHMARKS = (
     VALIDATION,

@@ -8,7 +8,7 @@ from etils import epath
 
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate import published
-from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Result, Row, ask_lmms_eval
+from fastvlm_jax.evaluate.benchmark import NO_LLAVA, Benchmark, Mark, Picture, Protocol, Result, Row, ask_lmms_eval
 from fastvlm_jax.evaluate.benchmarks import options
 from fastvlm_jax.evaluate.scores import containment
 from fastvlm_jax.evaluate.table import read_table
@@ -122,8 +122,8 @@ BENCHMARKS = (
         metric="right answers, % (the published sum / 10)",
         size=1000,
         files=FILES,
-        source="Yuliang-Liu/MultimodalOCR on GitHub; echo840/OCRBench on the hub",
+        source="Yuliang-Liu/MultimodalOCR (GitHub); Hugging Face: echo840/OCRBench",
         paper="OCRBench",
-        refused={"llava": "LLaVA has no script for it"},
+        refused=NO_LLAVA,
     ),
 )

@@ -3,7 +3,7 @@
 from etils import epath
 
 from fastvlm_jax.evaluate import published
-from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Row, ask_lmms_eval
+from fastvlm_jax.evaluate.benchmark import NO_LLAVA, Benchmark, Mark, Protocol, Row, ask_lmms_eval
 from fastvlm_jax.evaluate.scores import realworldqa as rules
 from fastvlm_jax.text.conversation import Turn
 
@@ -55,7 +55,7 @@ BENCHMARKS = (
         metric="accuracy, %",
         size=765,
         files=FILES,
-        source="xai-org/RealworldQA or lmms-lab/RealWorldQA on the hub",
-        refused={"llava": "LLaVA has no script for it"},
+        source="Hugging Face: xai-org/RealworldQA or lmms-lab/RealWorldQA",
+        refused=NO_LLAVA,
     ),
 )

@@ -18,7 +18,7 @@ from fastvlm_jax.text.conversation import Turn
 
 FILES = (
     "problems.json, pid_splits.json and images/test/ID/image.png (official; LLaVA's folder has them too)",
-    "ScienceQA-FULL/test-*.parquet, ScienceQA-IMG/test-*.parquet or data/test-*.parquet (hub)",
+    "ScienceQA-FULL/test-*.parquet, ScienceQA-IMG/test-*.parquet or data/test-*.parquet",
 )
 COLUMNS = ("question", "choices", "answer", "hint", "subject", "grade")
 
@@ -124,7 +124,7 @@ ALL = Benchmark(
     metric="accuracy, %",
     size=4241,
     files=FILES,
-    source="the ScienceQA repository and its images test.zip, or the hub's lmms-lab/ScienceQA, ScienceQA-FULL",
+    source="the ScienceQA repository and its images test.zip; Hugging Face: lmms-lab/ScienceQA, ScienceQA-FULL",
     paper="SQA",
     in_domain=True,
 )
@@ -136,7 +136,7 @@ BENCHMARKS = (
         title="ScienceQA-IMG, the questions of the test split with an image",
         read=read_images,
         size=2017,
-        source="the ScienceQA repository and its images test.zip, or the hub's lmms-lab/ScienceQA, ScienceQA-IMG",
+        source="the ScienceQA repository and its images test.zip; Hugging Face: lmms-lab/ScienceQA, ScienceQA-IMG",
         paper="",
     ),
 )

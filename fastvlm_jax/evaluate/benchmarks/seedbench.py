@@ -21,7 +21,7 @@ from fastvlm_jax.text.conversation import Turn
 QUESTIONS, PROMPTS = "SEED-Bench.json", "llava-seed-bench.jsonl"
 FILES = (
     f"{QUESTIONS} and SEED-Bench-image/DATA_ID; for videos {PROMPTS} and the frames that it names (official, LLaVA)",
-    "data/test-*.parquet (hub)",
+    "data/test-*.parquet",
 )
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 COLUMNS = ("question_id", "question", "answer", "data_type", "question_type_id", *CHOICES)
@@ -142,7 +142,7 @@ ALL = Benchmark(
     metric="accuracy, %",
     size=17990,
     files=FILES,
-    source="the SEED-Bench repository (AILab-CVC), with LLaVA's eval.zip for videos, or the hub's lmms-lab/SEED-Bench",
+    source="AILab-CVC/SEED-Bench, LLaVA's file: eval.zip of LLaVA; Hugging Face: lmms-lab/SEED-Bench",
     paper="Seed-all",
     submission=submission,
 )

@@ -194,7 +194,7 @@ def _benchmark(name: str, splits: Sequence[str], title: str, paper: str = "") ->
         metric="F1, %",
         size=sum(SPLITS[split] for split in splits),
         files=FILES,
-        source="labels: POPE's repository; images: COCO's; LLaVA's file: eval.zip of LLaVA; Hugging Face: lmms-lab/POPE",
+        source="labels: POPE's repository; images: COCO's; LLaVA's file: its eval.zip; Hugging Face: lmms-lab/POPE",
         paper=paper,
     )
 

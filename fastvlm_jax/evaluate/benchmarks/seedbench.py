@@ -142,7 +142,7 @@ ALL = Benchmark(
     metric="accuracy, %",
     size=17990,
     files=FILES,
-    source="AILab-CVC/SEED-Bench, LLaVA's file: eval.zip of LLaVA; Hugging Face: lmms-lab/SEED-Bench",
+    source="AILab-CVC/SEED-Bench (GitHub); LLaVA's file: its eval.zip; Hugging Face: lmms-lab/SEED-Bench",
     paper="Seed-all",
     submission=submission,
 )

@@ -174,7 +174,7 @@ LMMS_EVAL = Protocol(
     figures=lambda results: {"ocr_tokens": "not in the prompt"},
 )
 PROTOCOLS = (PAPER, dataclasses.replace(PAPER, name="llava"), LMMS_EVAL)
-SOURCE = "questions and images: TextVQA's site; LLaVA's file: eval.zip of LLaVA; Hugging Face: lmms-lab/textvqa"
+SOURCE = "questions and images: TextVQA's site; LLaVA's file: its eval.zip; Hugging Face: lmms-lab/textvqa"
 BENCHMARKS = (
     Benchmark(
         name="textvqa",

@@ -204,9 +204,7 @@ LMMS_EVAL = dataclasses.replace(
     score=_score_lmms_eval_0_7,
     rule="soft accuracy; punctuation, number words, articles and contractions are normalised on both sides",
 )
-SOURCE = (
-    "questions and answers: VQA's site; images: COCO's; LLaVA's files: eval.zip of LLaVA; Hugging Face: lmms-lab/VQAv2"
-)
+SOURCE = "questions and answers: VQA's site; images: COCO's; LLaVA's file: its eval.zip; Hugging Face: lmms-lab/VQAv2"
 BENCHMARKS = (
     Benchmark(
         name="vqav2",

@@ -1,7 +1,7 @@
 """Scores a model on a benchmark: its rows are prepared, asked, answered and marked, each process its own share."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,35 +120,50 @@ def score_prepared(
     known = journal.known(questions, max_tokens) if journal else {}
     if known and told:
         told(f"{len(known):,} of {len(questions):,} answers are in the journal")
-    own: dict[int, Answer] = {}
-    marks: dict[int, Mark | None] = {}
-    tally = [0, 0.0]  # number and sum of this process's scores
+    share, asked = _Share(protocol, questions), 0
 
-    def take(answers: dict[int, Answer]) -> None:
-        own.update(answers)
-        for number, answer in answers.items():
-            marks[number] = found = mark(protocol, questions[number], answer.text)
-            if found is not None:
-                tally[:] = tally[0] + 1, tally[1] + found.score
-
-    def look(asked: int) -> None:
+    def look() -> None:
         if progress:
-            mean = 100 * tally[1] / tally[0] if tally[0] else None
-            progress(Progress(len(known) + asked, len(questions), asked, mean, time.monotonic() - start))
+            done, seconds = len(known) + asked, time.monotonic() - start
+            progress(Progress(done, len(questions), asked, share.mean, seconds))
 
-    take({number: answer for number, answer in known.items() if number % jax.process_count() == jax.process_index()})
-    look(asked := 0)
+    process, processes = jax.process_index(), jax.process_count()
+    share.add({number: answer for number, answer in known.items() if number % processes == process})
+    look()
     for batch in answer_batches(
         model, variables, processor, questions, max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, known=known,
         told=told,
     ):  # fmt: skip
         if journal:
             journal.append(questions, batch.own)
-        take(batch.own)
-        look(asked := asked + batch.count)
-    found = gathered({number: (answer, marks[number]) for number, answer in own.items()})
+        share.add(batch.own)
+        asked += batch.count
+        look()
+    found = gathered(share.marked)
     results = [_result(question, *found[number]) for number, question in enumerate(questions)]
     return Scored(results, left_out, asked, time.monotonic() - start)
+
+
+class _Share:
+    """Holds the answers of this process with their marks, and the mean score so far."""
+
+    def __init__(self, protocol: Protocol, questions: Sequence[Question]):
+        self._protocol, self._questions = protocol, questions
+        self.marked: dict[int, tuple[Answer, Mark | None]] = {}
+        self._count, self._sum = 0, 0.0
+
+    def add(self, answers: Mapping[int, Answer]) -> None:
+        """Marks answers, by the numbers of their questions."""
+        for number, answer in answers.items():
+            found = mark(self._protocol, self._questions[number], answer.text)
+            self.marked[number] = answer, found
+            if found is not None:
+                self._count, self._sum = self._count + 1, self._sum + found.score
+
+    @property
+    def mean(self) -> float | None:
+        """Returns 100 times the mean score; None without scores."""
+        return 100 * self._sum / self._count if self._count else None
 
 
 def _tell_own(prepared: Prepared, processor: Processor, max_tokens: int, told: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ from etils import epath
 
 from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import NO_LLAVA, Benchmark, Mark, Protocol, Row, ask_lmms_eval
+from fastvlm_jax.evaluate.scores import equality
 from fastvlm_jax.evaluate.scores import realworldqa as rules
 from fastvlm_jax.text.conversation import Turn
 
@@ -33,7 +34,7 @@ def prompt(row: Row) -> tuple[Turn, ...]:
 def score_0_2(answer: str, row: Row) -> Mark:
     """Returns the mark of an answer by the rule of lmms-eval 0.2.x."""
     parsed = rules.parse_0_2(answer, row.question)
-    return Mark(float(parsed == row.references[0].lower().strip()), parsed)
+    return Mark(equality.lmms_eval(parsed, row.references[0]), parsed)
 
 
 def score_0_7(answer: str, row: Row) -> Mark:

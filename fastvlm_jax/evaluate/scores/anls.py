@@ -11,6 +11,7 @@ RULE = (
     "ANLS: lower case, one space for each run of white space; 1 - edits / length of the longer text, best reference, "
     "below 0.5 it is 0"
 )
+RULE_0_2 = f"1 if its ANLS is 0.5 or more, else 0, as lmms-eval before 0.3 makes of it; {RULE}"
 
 
 def score(prediction: str, references: Sequence[str]) -> float:
@@ -22,6 +23,15 @@ def score(prediction: str, references: Sequence[str]) -> float:
         shares.append(distance(normalise(reference), answer) / length if length else 0.0)
     similarity = 1 - min(shares)
     return similarity if similarity >= THRESHOLD else 0.0
+
+
+def score_0_2(prediction: str, references: Sequence[str]) -> float:
+    """Returns 1 if the similarity to a reference is 0.5 or more, else 0: what lmms-eval 0.2.x takes the mean of.
+
+    Source: ConfigurableTask.process_results in api/task.py of 0.2.1, 0.2.2 and 0.2.3, for tasks with several targets:
+    it asks `anls` about each reference alone, and gives 1 if any of the results is not 0. Mended in 0.3.0.
+    """
+    return float(score(prediction, references) > 0)
 
 
 def normalise(text: str) -> str:

@@ -1,13 +1,14 @@
 """Rules of RealWorldQA: a letter of its options, a word or a number.
 
-Source: lmms-eval 0.2.x and 0.7.3, tasks/realworldqa: its YAML and utils.py.
+Source: lmms-eval 0.2.x and 0.7.3, tasks/realworldqa: its YAML and utils.py. The YAML of 0.2.x names filters and the
+metric exact_match without case and punctuation; the function `realworldqa_process_results` beside it is not used.
 """
 
 import re
 
 from fastvlm_jax.evaluate.scores import letters
 
-RULE_0_2 = "number words as digits, no punctuation, an option's text as its letter; then the same text but for case"
+RULE_0_2 = "number words as digits, an option's text as its letter; then the same text but for case and punctuation"
 RULE_0_7 = f"options A to D: {letters.RULE}; other answers: the same text but for case and full stops at its end"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
@@ -16,7 +17,7 @@ _SIGN = re.compile(r"[^\w\s]")
 
 
 def parse_0_2(prediction: str, question: str) -> str:
-    """Returns the answer as 0.2.x compares it, which is equality with the reference in lower case.
+    """Returns the answer as 0.2.x compares it: by `equality.lmms_eval` with the reference.
 
     The first option whose text stands in the answer becomes its letter, counted from A in the order of the options of
     the question; of options of the same text it is the last.
@@ -26,7 +27,7 @@ def parse_0_2(prediction: str, question: str) -> str:
     if options and (found := re.search("|".join(map(re.escape, options)), text)):
         last = len(options) - 1 - options[::-1].index(found[0])
         text = chr(ord("A") + last)
-    return text.lower().strip().rstrip(".")
+    return text
 
 
 def parse_0_7(prediction: str, reference: str) -> str | None:

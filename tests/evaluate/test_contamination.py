@@ -193,6 +193,15 @@ def test_the_commands_lead_from_the_list_to_clean_shards(folders, tmp_path, monk
     assert {read_shards(clean, "train")[i].key for i in range(1)} == {"blank"}
 
 
+def test_a_benchmark_is_found_in_the_folder_of_its_family(folders, tmp_path):
+    table = pq.read_table(folders / "published/DocVQA/validation-00000-of-00001.parquet")
+    (tmp_path / "docvqa/InfographicVQA").mkdir(parents=True)
+    names = ["answer_type" if name == "question_types" else name for name in table.column_names]
+    pq.write_table(table.rename_columns(names), tmp_path / "docvqa/InfographicVQA/validation-00000-of-00001.parquet")
+    name, rows = open_rows(str(tmp_path), "infovqa", "train", "train")
+    assert name == "infovqa" and [row.id for row in rows] == ["1", "2", "3", "4", "5"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -15,13 +15,12 @@ from command import fastvlm
 from paths import HELPERS, ROOT
 from ports import free_port
 from random_model import random_variables
-from small import small_config
+from small import ONE_STAGE, small_config
 
 from fastvlm_jax import convert
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
 
-SMALL = dict(model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",))
 LIMIT, BATCH = 240, 8
 FILES = ("easy-vqa-own.json", "easy-vqa-own.predictions.jsonl", "predictions.html")
 
@@ -30,7 +29,7 @@ FILES = ("easy-vqa-own.json", "easy-vqa-own.predictions.jsonl", "predictions.htm
 def command(easy_vqa, tmp_path_factory):
     """Returns the command that scores a model of random weights, without its folder."""
     run = tmp_path_factory.mktemp("evaluated") / "model"
-    config = small_config(easy_vqa, data__image_size=8, **SMALL).model.to_dict()
+    config = small_config(easy_vqa, **ONE_STAGE).model.to_dict()
     model, variables = random_variables(config)
     processor = Processor(load_tokenizer(easy_vqa), "chatml", 8, model.tokens_per_image(8))
     convert.write(run, "native", variables, config, processor, {})

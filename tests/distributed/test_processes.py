@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from paths import HELPERS, ROOT
 from ports import free_port
-from small import small_config
+from small import ONE_STAGE, small_config
 
 from fastvlm_jax.metrics.writer import read_metrics
 from fastvlm_jax.train import train
 
 CONFIG = dict(mesh=(1, 2, 2, 1), data__groups=4, steps=12, eval_batches=1, evaluate=(("qa", "", 3),))
-CONFIG |= dict(model__vision__form="folded", model__vision__batch_norm="frozen", data__image_size=8)
-CONFIG |= dict(model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",))
+CONFIG |= dict(model__vision__form="folded", model__vision__batch_norm="frozen", **ONE_STAGE)
 DEVICES = 4
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from flax import linen as nn
-from small import small_config
+from small import ONE_STAGE, small_config
 
 from fastvlm_jax import sharding
 from fastvlm_jax.evaluate.answers import answer, answer_batches
@@ -54,13 +54,13 @@ ROWS = {
 PROCESSORS = {
     "square": {},
     "tiles": {"grids": ((1, 2), (2, 1), (2, 2))},
-    "buckets": {"sizes": (Size(16, 16, 16, 4), Size(16, 8, 24, 3), Size(16, 24, 8, 3))},
+    "buckets": {"sizes": (Size(8, 8, 8, 4), Size(8, 4, 12, 3), Size(8, 12, 4, 3))},
 }
 
 
 @pytest.fixture(scope="module")
 def tiny(tokenizer):
-    config = small_config("none")
+    config = small_config("none", **ONE_STAGE)
     config.model.llm.vocab_size = -(-tokenizer.vocab_size // 8) * 8
     model = fastvlm.build(**config.model.to_dict())
     variables = jax.jit(lambda: nn.unbox(fastvlm.init_variables(model, jax.random.key(3))))()
@@ -77,7 +77,7 @@ def asked(tiny, tokenizer):
 
     @functools.cache
     def of(kind):
-        processor = Processor(tokenizer, "chatml", 16, 4, **PROCESSORS[kind])
+        processor = Processor(tokenizer, "chatml", 8, 4, **PROCESSORS[kind])
         questions = prepare(ROWS[kind], OWN, processor, most_tokens=400).questions
         alone = [
             generate(*tiny, processor, [p.read() for p in q.pictures], [q.turns], [list(range(len(q.pictures)))],
@@ -130,7 +130,7 @@ def test_it_may_be_stopped_between_two_batches_and_reads_no_image_that_is_known(
         return Picture(name, lambda: read.append(name) or PICTURES[0].read())
 
     asked = [Row(str(i), "?", (watched(str(i)),), None, {"turns": ask(0, "?")}) for i in range(40)]
-    processor = Processor(tokenizer, "chatml", 16, 4)
+    processor = Processor(tokenizer, "chatml", 8, 4)
     questions = prepare(asked, OWN, processor, most_tokens=400).questions
     assert read == []
     batches = answer_batches(*tiny, processor, questions, max_tokens=5, batch_size=8, known=range(8, 16))

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from published_files import parquet
-from small import small_config
+from small import ONE_STAGE, small_config
 
 from fastvlm_jax import checkpoint, model_io, sharding
 from fastvlm_jax.data.record import Record
@@ -45,10 +45,8 @@ RUN |= dict(
     stop_after=2,
     mesh=(1, 2, 2, 1),
     data__groups=4,
-    data__image_size=8,
     groups=((".*", 2e-2, 0.0),),
 )
-RUN |= dict(model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",))
 
 
 class Ended(NamedTuple):
@@ -66,7 +64,9 @@ def run(config, workdir):
 
 
 def settings(data, tokenizer, **changes):
-    return small_config(data, data__tokenizer=str(tokenizer), **{**RUN, "evaluate": (("qa", "", 0),), **changes})
+    return small_config(
+        data, data__tokenizer=str(tokenizer), **{**ONE_STAGE, **RUN, "evaluate": (("qa", "", 0),), **changes}
+    )
 
 
 @pytest.fixture(scope="module")

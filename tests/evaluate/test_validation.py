@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from paths import ROOT
-from small import small_config
+from small import ONE_STAGE, small_config
 
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
@@ -42,8 +42,7 @@ def config(tokenizer, tmp_path):
         write_shards(tmp_path / "data", "train", TRAIN)
         write_shards(tmp_path / "data", "validation", validation)
         small = dict(steps=1, mesh=(1, 1, 1, 1), data__tokenizer=str(tokenizer.files[0]), eval_batches=0)
-        small |= dict(model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",))
-        small |= dict(model__llm__num_layers=1, data__groups=2, data__image_size=8)
+        small |= dict(model__llm__num_layers=1, data__groups=2, **ONE_STAGE)
         return small_config(tmp_path / "data", **(small | overrides))
 
     return make

@@ -2,6 +2,11 @@
 
 from fastvlm_jax.config import get_base
 
+# Overrides for a still smaller encoder, 8 px images of 4 tokens, where compiling is most of what a test costs.
+ONE_STAGE = dict(
+    data__image_size=8, model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",)
+)
+
 
 def small_config(data, steps=4, **overrides):
     c = get_base("tiny")

@@ -18,7 +18,7 @@ import pytest
 from flax import linen as nn
 from harness import ask
 from paths import ROOT
-from small import small_config
+from small import ONE_STAGE, small_config
 
 from fastvlm_jax import convert, model_io
 from fastvlm_jax.evaluate.benchmark import Row
@@ -45,7 +45,7 @@ def png(image):
 def folder(tokenizer, tmp_path_factory):
     """The folder of a tiny model whose answers differ from question to question."""
     folder = tmp_path_factory.mktemp("model")
-    config = small_config("none", model__vision__batch_norm="frozen")
+    config = small_config("none", model__vision__batch_norm="frozen", **ONE_STAGE)
     config.model.llm.vocab_size, config.model.llm.context_length = tokenizer.vocab_size, 64
     model = fastvlm.build(**config.model.to_dict())
     variables = jax.jit(lambda: nn.unbox(fastvlm.init_variables(model, jax.random.key(3))))()
@@ -53,7 +53,7 @@ def folder(tokenizer, tmp_path_factory):
     for name, factor in (("q", 5), ("k", 5), ("v", 20), ("o", 20)):
         layers[name]["kernel"] *= factor
     variables = jax.tree.map(np.asarray, variables)
-    convert.write(folder / "m", "native", variables, config.model.to_dict(), Processor(tokenizer, "chatml", 16, 4), {})
+    convert.write(folder / "m", "native", variables, config.model.to_dict(), Processor(tokenizer, "chatml", 8, 4), {})
     return folder / "m"
 
 

@@ -6,7 +6,7 @@ import unicodedata
 import jax
 import pytest
 from command import fastvlm
-from small import small_config
+from small import ONE_STAGE, small_config
 
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
@@ -18,8 +18,7 @@ from fastvlm_jax.train import train
 def trained(easy_vqa, tmp_path_factory):
     """A workdir of one step, and a data set whose reference answers are partly those that this model gives."""
     folder = tmp_path_factory.mktemp("qa")
-    small = dict(model__vision__layers=(1,), model__vision__embed_dims=(8,), model__vision__mixers=("repmixer",))
-    config = small_config(easy_vqa, steps=1, mesh=(1, 1, 1, 1), model__llm__num_layers=1, data__image_size=8, **small)
+    config = small_config(easy_vqa, steps=1, mesh=(1, 1, 1, 1), model__llm__num_layers=1, **ONE_STAGE)
     train(config, folder / "run", jax.devices()[:1])
     return folder / "run", read_shards(easy_vqa, "test")[0].images[0], folder
 

@@ -5,7 +5,7 @@ import pathlib
 
 from absl import app, flags
 
-from fastvlm_jax.metrics.writer import read_metrics
+from fastvlm_jax.metrics.rows import read_metrics
 
 RUN = flags.DEFINE_string("run", None, "folder of the quickstart run", required=True)
 TOTAL = flags.DEFINE_integer("seconds", None, "wall time of the whole run, seconds", required=True)

@@ -21,7 +21,7 @@ from fastvlm_jax import workdir as workdir_lib
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
-from fastvlm_jax.metrics.writer import read_metrics
+from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.train import Interrupted, train
 from fastvlm_jax.train_state import TrainState
 

@@ -15,7 +15,7 @@ from paths import HELPERS, ROOT
 from ports import free_port
 from small import ONE_STAGE, small_config
 
-from fastvlm_jax.metrics.writer import read_metrics
+from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.train import train
 
 CONFIG = dict(mesh=(1, 2, 2, 1), data__groups=4, steps=12, eval_batches=1, evaluate=(("qa", "", 3),))

@@ -18,7 +18,7 @@ from small import ONE_STAGE, small_config
 
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
-from fastvlm_jax.metrics.writer import read_metrics
+from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.train import Interrupted, train
 
 

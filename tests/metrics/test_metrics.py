@@ -22,7 +22,7 @@ from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.metrics import profiling, throughput, tracking
-from fastvlm_jax.metrics.writer import read_metrics
+from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.models import fastvlm as models
 from fastvlm_jax.text.tokenizer import train_sentencepiece
 from fastvlm_jax.train import train

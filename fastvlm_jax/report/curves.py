@@ -114,7 +114,7 @@ def plot_losses(runs: Sequence[Run], path: pathlib.Path) -> None:
     for name in names:
         axis.plot([], [], f"{markers[name]}:", color="0.35", label=f"{named(name)} (right)")
     if score_axis:
-        # Most scores are percent; MME and OCRBench count points.
+        # Most scores are percent; MME counts points.
         highest = max(
             value for run in runs for name, scale in run.scores().items() for _, value in run.points(name, scale)
         )

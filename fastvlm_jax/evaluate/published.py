@@ -83,19 +83,7 @@ def read_objects(path: epath.Path, key: str) -> list[dict[str, Any]]:
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """Returns the objects of a file of JSON lines; empty lines do not count."""
-    rows = []
-    with path.open("rb") as file:
-        for number, (_, line) in enumerate(files.lines(file, MAX_LINE), 1):
-            if line is not None and not line.strip():
-                continue
-            try:
-                row = None if line is None else files.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path} line {number}: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} holds no object")
-            rows.append(row)
-    return rows
+    return [row for _, row in files.objects(path, MAX_LINE)]
 
 
 def get(row: Mapping[str, Any], key: str, where: str) -> Any:

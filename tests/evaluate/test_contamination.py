@@ -222,7 +222,11 @@ def test_wrong_flags_are_told_in_a_line(folders, flags, message, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("key\n", "line 1: it is not JSON"), ('\n{"id": 1}\n', "line 2 is no object")],
+    [
+        (None, "cannot be read"),
+        ("key\n", "line 1: it is not JSON"),
+        ('\n{"id": 1}\n', 'line 2 has no "key" of a record'),
+    ],
 )
 def test_a_wrong_list_is_named_before_anything_is_written(folders, tmp_path, content, message):
     listed = tmp_path / "list.jsonl"

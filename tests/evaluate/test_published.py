@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 from published_files import IMAGE, parquet, png, save
 
+from fastvlm_jax.data.readers import files
 from fastvlm_jax.evaluate import published
 from fastvlm_jax.evaluate.benchmark import Row
 
@@ -95,6 +96,14 @@ def test_wrong_lists_are_named_in_one_line(tmp_path):
             published.read_lines(path)
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n{"a": 2}')
     assert published.read_lines(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_line_of_more_bytes_than_any_row_has_is_named(tmp_path):
+    path = epath.Path(tmp_path / "a.jsonl")
+    path.write_text('{"a": 1}\n{"a": 12}\n')
+    assert [number for number, _ in files.objects(path, 9)] == [1, 2]
+    with pytest.raises(ValueError, match="a.jsonl line 2 has more than 8 bytes"):
+        list(files.objects(path, 8))
 
 
 def test_images_of_a_list_stay_in_their_folders(tmp_path):

@@ -250,6 +250,27 @@ def lines(file: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
             yield length, line.rstrip(b"\r\n")
 
 
+def objects(path: epath.Path, limit: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number of the line, object) of a file of JSON lines; empty lines do not count.
+
+    Raises:
+      ValueError: a line has more than `limit` bytes or holds no object; the message names the file and the line.
+    """
+    with path.open("rb") as file:
+        for number, (_, line) in enumerate(lines(file, limit), 1):
+            if line is None:
+                raise ValueError(f"{path} line {number} has more than {limit:,} bytes")
+            if not line.strip():
+                continue
+            try:
+                row = loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} holds no object")
+            yield number, row
+
+
 def loads(raw: bytes) -> Any:
     """Returns the JSON value in UTF-8 bytes; raises ValueError, with a short line, if there is none."""
     try:

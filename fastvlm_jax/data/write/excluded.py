@@ -1,7 +1,9 @@
 """Reads the list of records that a write leaves out, as `fastvlm data inspect --against` writes it."""
 
 import functools
-import pathlib
+import os
+
+from etils import epath
 
 from fastvlm_jax.data.readers import files
 
@@ -20,7 +22,7 @@ def read_excluded(path: str) -> dict[str, str]:
       ValueError: a line holds no such object; the message names it.
     """
     try:
-        state = pathlib.Path(path).expanduser().stat()
+        state = os.stat(os.path.expanduser(path))
         return _read(path, state.st_mtime_ns, state.st_size)
     except OSError as error:
         raise FileNotFoundError(f"--exclude {path} cannot be read: {error.strerror or error}") from error
@@ -29,19 +31,12 @@ def read_excluded(path: str) -> dict[str, str]:
 @functools.lru_cache(maxsize=2)  # every record is looked up
 def _read(path: str, *_version: int) -> dict[str, str]:
     found: dict[str, str] = {}
-    with pathlib.Path(path).expanduser().open("rb") as lines:
-        for number, (_, line) in enumerate(files.lines(lines, _MAX_LINE), 1):
-            if line is not None and not line.strip():
-                continue
-            try:
-                entry = None if line is None else files.loads(line)
-            except ValueError as error:
-                raise ValueError(f"--exclude {path} line {number}: {error}") from error
-            if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
-                raise ValueError(
-                    f'--exclude {path} line {number} is no object with the "key" of a record: the list is what '
-                    "`fastvlm data inspect --against` writes"
-                )
+    try:
+        for number, entry in files.objects(epath.Path(path).expanduser(), _MAX_LINE):
+            if not isinstance(entry.get("key"), str):
+                raise ValueError(f'{path} line {number} has no "key" of a record')
             what = ", ".join(str(entry[name])[:100] for name in ("kind", "benchmark", "row") if entry.get(name))
             found.setdefault(entry["key"], f"{MARK}: {what}" if what else MARK)
+    except ValueError as error:
+        raise ValueError(f"--exclude {error}: the list is what `fastvlm data inspect --against` writes") from error
     return found

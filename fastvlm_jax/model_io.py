@@ -34,12 +34,14 @@ class Loaded:
     """Holds a model that was read: config, variables on the host, processor and lineage.
 
     Attributes:
+      source: what `read` was asked for.
       config: arguments of `fastvlm.build`, {"vision": ..., "llm": ..., "dtype": ...}; a missing part is left out.
       variables: arrays or Leaves; a Leaf reads its part of the files when it is indexed.
       processor: tokenizer, template and image settings; None for an encoder alone or without a tokenizer.
       lineage: JSON values that say where the weights come from.
     """
 
+    source: str
     config: dict[str, Any]
     variables: dict[str, Any]
     processor: Processor | None
@@ -82,7 +84,7 @@ def read(source: str | os.PathLike) -> Loaded:
         if "projector" in paths and part not in paths:
             raise ValueError(f"{source}: a projector needs both vision and llm: add {part}=DIR")
     lineage = {"parts": {part: {"path": paths[part], **model.lineage} for part, model in loaded.items()}}
-    return Loaded(config, variables, _joined_processor(loaded, config), lineage)
+    return Loaded(str(source), config, variables, _joined_processor(loaded, config), lineage)
 
 
 def _joined_processor(loaded: dict[str, Loaded], config: dict[str, Any]) -> Processor | None:
@@ -114,7 +116,7 @@ def _read_one(source: str | os.PathLike) -> Loaded:
         config = without_remat(run["config"]["model"])
         variables = checkpoint.load_variables(folder, abstract_variables(fastvlm.build(**config)))
         lineage = {**run["lineage"], "step": int(folder.name)}
-        return Loaded(config, variables, load_processor(workdir / "processor"), lineage)
+        return Loaded(str(source), config, variables, load_processor(workdir / "processor"), lineage)
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
     lineage = convert.read_lineage(path) if layout == "native" else {"layout": layout, "path": str(path)}
@@ -122,7 +124,7 @@ def _read_one(source: str | os.PathLike) -> Loaded:
     if layout == "fastvlm" and processor is not None:
         statistics = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
         config = {**config, "vision": {**config["vision"], **statistics}}
-    return Loaded(config, variables, processor, lineage)
+    return Loaded(str(source), config, variables, processor, lineage)
 
 
 def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Processor | None:
@@ -180,7 +182,9 @@ def put(
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     if {"vision", "llm"} <= set(loaded.variables["params"]) and "projector" not in loaded.variables["params"]:
-        raise ValueError("this model has no projector: train one (configs/stage1_align.py) with it as --config.parent")
+        raise ValueError(
+            f"{loaded.source} has no projector: train one (configs/stage1_align.py) with it as --config.parent"
+        )
     model = fastvlm.build(**{**loaded.config, "dtype": dtype or loaded.config.get("dtype", "float32")})
     dtypes = {name: DTYPES[dtype or "float32"] if name == "params" else np.float32 for name in loaded.variables}
     trees = {name: tree for name, tree in loaded.variables.items() if name != COUNTERS}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
+from etils import epath
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
 
@@ -35,7 +36,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 def refuse_pointer(path: os.PathLike) -> None:
     """Raises ValueError if a file is a pointer of Git LFS, which a clone leaves where the content was not fetched."""
-    with open(path, "rb") as file:
+    with epath.Path(path).open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise ValueError(pointer_message(path))
 
@@ -60,8 +61,10 @@ def whole_file(path: os.PathLike, mode: str = "wb") -> Iterator[IO]:
             file.close()
             os.chmod(file.name, 0o644)
             put_in_place(pathlib.Path(file.name), path)
-        except BaseException:
+        except BaseException as error:
             os.unlink(file.name)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = os.fspath(path)  # a full disk names no file
             raise
 
 

@@ -56,6 +56,8 @@ def main() -> None:
         if os.environ.get("FASTVLM_TRACEBACK"):
             raise
         message = str(error).strip()
+        if isinstance(error, OSError) and error.filename and error.strerror:  # without Python's "[Errno 28]"
+            message = f"{error.filename}: {error.strerror}"
         if "Traceback" in message:  # the flag library quotes the whole traceback of an error in a config file
             message = re.sub(r"^\w*Error: ", "", message.splitlines()[-1])
         message = message.removeprefix("Configuration is not available because of an earlier failure to load: ")

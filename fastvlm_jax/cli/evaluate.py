@@ -26,7 +26,12 @@ def evaluate(argv: list[str]) -> None:
     mode = next((name for name in WITHOUT_MODEL if any(re.match(f"--?{name}(=|$)", word) for word in argv)), "")
     required = {"": ("model", "data"), "review": ("data",)}.get(mode, ())
     paths = parse(fv, argv, required=required, positional="file of predictions" if mode == "compare" else "")
+    for name in fv:
+        if fv[name].present and fv[name].value in ("", []):
+            raise flags.Error(f"--{name} is empty")
     names = [name.strip() for name in fv.benchmark.split(",") if name.strip()]
+    if not names or ("all" in names and len(names) > 1):
+        raise flags.Error(f"--benchmark={fv.benchmark}: give names of benchmarks with commas between them, or all alone")
     if mode:
         for name in fv:
             if fv[name].present and name not in (mode, *WITHOUT_MODEL[mode]):
@@ -195,17 +200,27 @@ def output_folder(output: str | None, model: str) -> pathlib.Path:
         parts = [path.name] if not path.name.isdigit() else [path.parent.parent.name, path.name]
         return pathlib.Path("evaluation", "-".join(parts))
     folder = pathlib.Path(output).expanduser()
-    if folder.suffix in (".json", ".jsonl", ".html") or folder.is_file():
+    if folder.suffix in (".json", ".jsonl", ".html"):
         raise flags.Error(
             f"--output={output} must be a folder, which gets several files: give {os.fspath(folder.with_suffix(''))}"
         )
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is not a folder" if not there.is_dir() else "is a folder in which you may not write"
+        raise flags.Error(f"--output={output} must be a folder for several files, and {there} {what}: give another")
     return folder
 
 
 def read_ids(samples: str) -> list[str]:
-    """Returns the ids that --samples gives."""
+    """Returns the ids that --samples gives; raises flags.Error if it gives none, or its file cannot be read."""
+    names = samples.split(",")
     if samples.startswith("@"):
-        return [
-            line.strip() for line in pathlib.Path(samples[1:]).expanduser().read_text().splitlines() if line.strip()
-        ]
-    return [name.strip() for name in samples.split(",") if name.strip()]
+        try:
+            names = pathlib.Path(samples[1:]).expanduser().read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise flags.Error(f"--samples={samples}: the file of ids cannot be read: {why}") from error
+    ids = [name.strip() for name in names if name.strip()]
+    if samples and not ids:
+        raise flags.Error(f"--samples={samples} names no question: leave it out to ask all")
+    return ids

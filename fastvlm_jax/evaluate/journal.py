@@ -10,11 +10,12 @@ pope-random those of pope.
 """
 
 import contextlib
+import io
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import jax
 
@@ -40,7 +41,7 @@ class Journal:
         self._name = f"{benchmark.name}-{protocol.name}"
         self._run = [model, protocol.name, protocol.version]
         self._keys: list[str] = []
-        self._file: IO[bytes] | None = None
+        self._file: io.FileIO | None = None
 
     def known(self, questions: Sequence[Question], max_tokens: int) -> dict[int, Answer]:
         """Returns the answers that it holds, by the number of the question, the same in all processes."""
@@ -67,13 +68,24 @@ class Journal:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{self._name}.journal-{jax.process_index()}.jsonl"
             torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-            self._file = path.open("ab")
+            self._file = path.open("ab", buffering=0)
             if torn:  # the line that was being written when the process was killed
-                self._file.write(b"\n")
-        for number, answer in answers.items():
-            line = {"key": self._keys[number], "id": questions[number].row.id, **answer._asdict()}
-            self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+                self._write(b"\n")
+        lines = [
+            {"key": self._keys[number], "id": questions[number].row.id, **answer._asdict()}
+            for number, answer in answers.items()
+        ]
+        self._write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def _write(self, data: bytes) -> None:
+        """Appends bytes at once, so that another process that goes on with the same file tears no line of a batch."""
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._file.write(left) :]
+            except OSError as error:  # a full disk, whose error names no file
+                error.filename = self._file.name
+                raise
 
     def close(self) -> None:
         """Closes the file of this process."""

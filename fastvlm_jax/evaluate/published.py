@@ -17,9 +17,13 @@ from etils import epath
 from fastvlm_jax.data.readers import files
 from fastvlm_jax.data.readers.conversations import shown, text_of
 from fastvlm_jax.evaluate.benchmark import Picture, Row
+from fastvlm_jax.files import refuse_pointer
 
 MAX_LINE = 64 << 20  # bytes of a line of JSON lines
 MAX_NAMES = 300  # characters of a list of names in an error message
+MAX_LOOKED = 20_000  # files of a folder among which a mistake is looked for
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".zst", ".xz")
+_UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download")  # endings that downloads have
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet")
 
 
@@ -56,14 +60,31 @@ def _check_parts(paths: Sequence[epath.Path]) -> None:
 def wrong_layout(folder: epath.Path, layouts: Sequence[str]) -> FileNotFoundError:
     """Returns the error of a folder that holds no layout of a benchmark; `layouts` are the lines of Benchmark.files."""
     if not folder.is_dir():
-        return FileNotFoundError(f"there is no folder {folder}")
+        return FileNotFoundError(f"{folder} is a file, not a folder" if folder.exists() else f"there is no folder {folder}")
     names = sorted(path.name for path in folder.iterdir())[:5]
     holds = ", ".join(map(shown, names)) or "nothing"
-    return FileNotFoundError(f"{folder} holds {holds}: expected are {'; or '.join(layouts)}")
+    return FileNotFoundError(f"{folder} holds {holds}: expected are {'; or '.join(layouts)}{_mistake(folder)}")
+
+
+def _mistake(folder: epath.Path) -> str:
+    """Returns the mend of a frequent mistake in a folder that lacks files, as "; unpack a.zip ..."; "" without one."""
+    walk = ((os.path.join(root, name), name.lower()) for root, _, names in os.walk(folder) for name in sorted(names))
+    looked = [(os.path.relpath(path, folder), path, name) for path, name in itertools.islice(walk, MAX_LOOKED)]
+    for inner, path, name in looked:
+        if not os.path.exists(path):
+            return f"; {shown(inner)} is a link that leads nowhere: copy the files, not the links (cp -rL)"
+        if name.endswith(_UNFINISHED):
+            return f"; {shown(inner)} is the rest of a download that was not finished: start it again"
+    if packed := [inner for inner, _, name in looked if name.endswith(_ARCHIVES)]:
+        return f"; unpack {shown(min(packed))} if they are in it"
+    if looked and all(os.sep in inner for inner, _, _ in looked):
+        return f"; its first file is {shown(looked[0][0])}: name or move its folder if that is meant"
+    return ""
 
 
 def read_json(path: epath.Path, kind: type = dict) -> Any:
     """Returns the value of a JSON file, which must be of `kind`, dict or list."""
+    refuse_pointer(path)
     try:
         value = files.loads(path.read_bytes())
     except ValueError as error:
@@ -83,6 +104,7 @@ def read_objects(path: epath.Path, key: str) -> list[dict[str, Any]]:
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """Returns the objects of a file of JSON lines; empty lines do not count."""
+    refuse_pointer(path)
     return [row for _, row in files.objects(path, MAX_LINE)]
 
 
@@ -123,9 +145,11 @@ def number(row: Mapping[str, Any], key: str, where: str) -> int:
 def texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     """Returns row[key], which must be a list of one text or more; for errors see `get`."""
     value = get(row, key, where)
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(part, str) for part in value):
+    if not isinstance(value, list | tuple) or not value:
         what = "an empty list" if value == [] else shown(value)
         raise ValueError(f"{where}: {key} is {what}, not a list of texts")
+    if wrong := [part for part in value if not isinstance(part, str)]:
+        raise ValueError(f"{where}: {key} is a list that holds {shown(wrong[0])}, not a list of texts")
     return tuple(value)
 
 
@@ -148,6 +172,7 @@ def read_parquet(
     """
     rows: list[dict[str, Any]] = []
     for path in paths:
+        refuse_pointer(path)
         try:
             with path.open("rb") as file, pq.ParquetFile(file) as table:
                 names = table.schema_arrow.names
@@ -158,8 +183,12 @@ def read_parquet(
                 for group in range(table.num_row_groups):
                     rows += _rows_of(path, table, group, wanted, pictures)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+            raise _not_parquet(path, error) from error
     return rows
+
+
+def _not_parquet(path: epath.Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0].rstrip('.')}: download it again")
 
 
 def _rows_of(
@@ -220,7 +249,7 @@ def _read_cell(path: epath.Path, group: int, column: str, i: int, k: int | None)
     try:
         value = _column(path, group, column)[i].as_py()
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        raise _not_parquet(path, error) from error
     value = value if k is None else value[k]
     data = value.get("bytes") if isinstance(value, dict) else value
     return files.checked(data or b"", f"{path.name} {column}")
@@ -237,8 +266,10 @@ class Images:
         """
         found = tuple(folder / name for name in names if (folder / name).is_dir())
         if not found:
-            raise FileNotFoundError(f"{folder} has no folder of images: expected is {' or '.join(names)}")
-        self._files = files.ImagesFolder(found)
+            raise FileNotFoundError(
+                f"{folder} has no folder of images: expected is {' or '.join(names)}{_mistake(folder)}"
+            )
+        self._files = files.ImagesFolder(found, link_mend="copy the file itself there")
         self._asked: dict[str, epath.Path | None] = {}
 
     def __call__(self, name: str) -> Picture:
@@ -252,7 +283,8 @@ class Images:
         """Raises FileNotFoundError if an image that was asked for is not there; the message counts and names them."""
         if missing := [name for name, file in self._asked.items() if file is None]:
             count = f"{len(missing)} of {len(self._asked)} images"
-            raise FileNotFoundError(f"{self._files} lacks {count}, the first {shown(missing[0])}")
+            mistakes = "".join(map(_mistake, self._files.roots[:1]))
+            raise FileNotFoundError(f"{self._files} lacks {count}, the first {shown(missing[0])}{mistakes}")
 
 
 def check_rows(rows: Sequence[Row], where: os.PathLike | str, pictures: int | None = 1) -> list[Row]:

@@ -183,7 +183,10 @@ def read_predictions(path: os.PathLike) -> list[dict[str, Any]]:
     path = epath.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; `fastvlm evaluate --output` writes *.predictions.jsonl")
-    lines = read_lines(path)
+    try:
+        lines = read_lines(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: it is no whole file of predictions of `fastvlm evaluate`") from error
     if not lines:
         raise ValueError(f"{path} holds no predictions")
     seen: set[str] = set()

@@ -8,6 +8,7 @@ FOLDER/docvqa-paper.journal-0.jsonl      the answers of process 0, from which a 
 FOLDER/docvqa-paper.speed.json           how long this start took; the other files do not depend on it
 """
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from etils import epath
 
 from fastvlm_jax import distributed, files
 from fastvlm_jax.evaluate import fingerprint, progress_bar, published, results
-from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Result, Row
+from fastvlm_jax.evaluate.benchmark import PROTOCOLS, Benchmark, Protocol, Result, Row
 from fastvlm_jax.evaluate.benchmarks import folder_of, known
 from fastvlm_jax.evaluate.journal import Journal
 from fastvlm_jax.evaluate.run import Progress, Scored, score
@@ -91,6 +92,10 @@ def _all(
     benchmarks: Mapping[str, Benchmark], root: epath.Path, protocol: str | None, told: Callable[[str], None]
 ) -> list[tuple[Benchmark, Protocol, list[Row]]]:
     """Reads the benchmarks whose files lie under a folder."""
+    if protocol and all(protocol != how.name for benchmark in benchmarks.values() for how in benchmark.protocols):
+        raise ValueError(f"there is no --protocol {protocol}: choose {', '.join(PROTOCOLS)}")
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
     found = []
     for benchmark in benchmarks.values():
         own = root / benchmark.name
@@ -163,6 +168,8 @@ def evaluate(
     key = fingerprint.of_model(model, variables, processor, mesh)
     done = []
     for entry in entries:
+        if _other_model(folder / f"{entry.name}.json", key):
+            told(f"{entry.name}: the results of another model in {folder} are replaced; --output names another folder")
         journal = Journal(folder, entry.benchmark, entry.protocol, key)
         with progress_bar.shown(entry.name) as show:
 
@@ -187,6 +194,13 @@ def evaluate(
         summary = write(folder, entry, scored, max_tokens, {**source, "fingerprint": key}, first)
         done.append((summary, scored.results))
     return done
+
+
+def _other_model(summary: pathlib.Path, key: str) -> bool:
+    """Returns whether a summary is there and says that it is of a model with another fingerprint than `key`."""
+    with contextlib.suppress(OSError, ValueError):
+        return files.read_object(summary).get("model", {}).get("fingerprint") not in (None, key)
+    return False
 
 
 def write(

@@ -18,6 +18,7 @@ from fastvlm_jax.data.readers import files
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.evaluate.benchmark import Picture
 from fastvlm_jax.evaluate.published import named
+from fastvlm_jax.files import refuse_pointer
 
 MAX_CELL = 256 << 20  # characters of a cell; an image in base64 is one
 
@@ -33,6 +34,7 @@ def read_table(path: epath.Path, columns: Sequence[str], pictures: Sequence[str]
     Raises:
       ValueError: the table is damaged or lacks a column.
     """
+    refuse_pointer(path)
     rows: list[dict[str, Any]] = []
     seen: dict[str, dict[str, Any]] = {}
     for start, names, cells in _records(path):

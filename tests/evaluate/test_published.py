@@ -10,7 +10,7 @@ from etils import epath
 from published_files import IMAGE, parquet, png, save
 
 from fastvlm_jax.data.readers import files
-from fastvlm_jax.evaluate import published
+from fastvlm_jax.evaluate import published, table
 from fastvlm_jax.evaluate.benchmark import Row
 
 RED, BLUE = png("red"), png("blue")
@@ -124,6 +124,47 @@ def test_images_of_a_list_stay_in_their_folders(tmp_path):
         images.check()
     with pytest.raises(FileNotFoundError, match="has no folder of images: expected is png or jpg"):
         published.Images(folder, "png", "jpg")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 132735373\n"
+
+
+@pytest.mark.parametrize(
+    "read_file",
+    [
+        lambda path: published.read_parquet([path], ("id",)),
+        published.read_json,
+        published.read_lines,
+        lambda path: table.read_table(path, ("index",)),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_told_by_name(tmp_path, read_file):
+    save(tmp_path / "a.file", POINTER)
+    with pytest.raises(ValueError, match=r"a\.file is a Git LFS pointer and not the content: run `git lfs pull` in its"):
+        read_file(epath.Path(tmp_path / "a.file"))
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("data.zip", "holds 'data.zip': expected are a.json; unpack 'data.zip' if they are in it"),
+        ("data/images.tar.gz", "; unpack 'data/images.tar.gz' if they are in it"),
+        (
+            ".cache/x/a.json.incomplete",
+            "; '.cache/x/a.json.incomplete' is the rest of a download that was not finished: start it again",
+        ),
+        ("repo/deep/a.json", "; its first file is 'repo/deep/a.json': name or move its folder if that is meant"),
+        ("other.json", "holds 'other.json': expected are a.json"),
+        ("link", "; 'link' is a link that leads nowhere: copy the files, not the links"),
+    ],
+)
+def test_what_stands_in_place_of_the_expected_files_is_told(tmp_path, name, words):
+    save(tmp_path / name, b"x") if name != "link" else os.symlink("../blobs/1f", tmp_path / name)
+    found = str(published.wrong_layout(epath.Path(tmp_path), ("a.json",)))
+    assert words in found and found.endswith((words, "(cp -rL)"))
+    with pytest.raises(FileNotFoundError, match="has no folder of images: expected is images") as error:
+        published.Images(epath.Path(tmp_path), "images")
+    assert str(error.value).endswith(words.partition("expected are a.json")[2] or words.partition("holds")[0] or "images")
 
 
 def test_rows_are_checked(tmp_path):

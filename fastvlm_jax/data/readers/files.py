@@ -75,10 +75,12 @@ class ImagesFolder(NamedTuple):
     Attributes:
       roots: folders, local or gs://; a name is looked up in each in turn.
       follow_links: whether links may lead out of them.
+      link_mend: what the user can do about a link that leads out, for the error message.
     """
 
     roots: tuple[epath.Path, ...]
     follow_links: bool = False
+    link_mend: str = "pass --follow_links, or name the folder that it leads to with one more --images"
 
     def __str__(self) -> str:
         return " or ".join(map(os.fspath, self.roots))
@@ -166,10 +168,7 @@ def _read(folder: ImagesFolder, root: epath.Path, inner: str, name: str) -> byte
             return file.read(MAX_IMAGE_BYTES + 1)
     path = os.path.realpath(os.path.join(_paths(root)[-1], inner))
     if not folder.follow_links and not any(path.startswith(os.path.join(_paths(r)[-1], "")) for r in folder.roots):
-        raise ValueError(
-            f"{shown(name)} is a link out of the images' folder: pass --follow_links, or name the folder that it leads "
-            "to with one more --images"
-        )
+        raise ValueError(f"{shown(name)} is a link out of the images' folder: {folder.link_mend}")
     # Opening a device may already act on it.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{shown(name)} is not a regular file")

@@ -1,6 +1,8 @@
 """Files that appear whole or not at all, JSON, checksums, the cache folder."""
 
+import errno
 import json
+import os
 import pathlib
 import stat
 import threading
@@ -27,6 +29,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         assert path.read_bytes() == b"old"
         raise RuntimeError("disk")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/x'$"), files.whole_file(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writers_of_one_name_do_not_meet(tmp_path):

@@ -67,7 +67,7 @@ def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (),
         if "Non-boolean argument" not in str(error):
             raise
         name, _, value = str(error).removeprefix("flag ").partition(": (")[0].partition("=")
-        raise flags.Error(f"{name}={value}: {name} takes no value, write {name} {value}".rstrip()) from error
+        raise flags.Error(f"{name}={value}: write {name} without '='") from error
     except (AttributeError, KeyError, TypeError) as error:  # the config lacks the key, or its value has another type
         raise ValueError(f"--config: {_of_config(error)}") from error
     if rest and not positional:

@@ -31,7 +31,9 @@ def evaluate(argv: list[str]) -> None:
             raise flags.Error(f"--{name} is empty")
     names = [name.strip() for name in fv.benchmark.split(",") if name.strip()]
     if not names or ("all" in names and len(names) > 1):
-        raise flags.Error(f"--benchmark={fv.benchmark}: give names of benchmarks with commas between them, or all alone")
+        raise flags.Error(
+            f"--benchmark={fv.benchmark}: give names of benchmarks with commas between them, or all alone"
+        )
     if mode:
         for name in fv:
             if fv[name].present and name not in (mode, *WITHOUT_MODEL[mode]):

@@ -60,7 +60,9 @@ def _check_parts(paths: Sequence[epath.Path]) -> None:
 def wrong_layout(folder: epath.Path, layouts: Sequence[str]) -> FileNotFoundError:
     """Returns the error of a folder that holds no layout of a benchmark; `layouts` are the lines of Benchmark.files."""
     if not folder.is_dir():
-        return FileNotFoundError(f"{folder} is a file, not a folder" if folder.exists() else f"there is no folder {folder}")
+        return FileNotFoundError(
+            f"{folder} is a file, not a folder" if folder.exists() else f"there is no folder {folder}"
+        )
     names = sorted(path.name for path in folder.iterdir())[:5]
     holds = ", ".join(map(shown, names)) or "nothing"
     return FileNotFoundError(f"{folder} holds {holds}: expected are {'; or '.join(layouts)}{_mistake(folder)}")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 
 import flax
 import jax
@@ -65,6 +66,26 @@ def test_answers_are_kept_line_by_line(tmp_path, questions):
     ]  # fmt: skip
     found = Journal(folder, BENCHMARK, OWN, "model").known(questions, 5)
     assert found == {0: Answer("answer 0\n\u2028", ("digest",)), 2: Answer("answer 2\n\u2028", ("digest",))}
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file_and_costs_one_answer(tmp_path, questions):
+    journal = Journal(tmp_path, BENCHMARK, OWN, "model")
+    journal.known(questions, 5)
+    journal.append(questions, {0: Answer("red", ())})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # a largest file size stands in for the full disk: both end in the middle of a line
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError, match=r"File too large: '.*shapes-own\.journal-0\.jsonl'$"):
+            journal.append(questions, {1: Answer("blue", ())})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    journal.close()
+    assert (tmp_path / "shapes-own.journal-0.jsonl").stat().st_size == 100
+    again = Journal(tmp_path, BENCHMARK, OWN, "model")
+    assert set(again.known(questions, 5)) == {0}
+    again.append(questions, {1: Answer("blue", ())})
+    again.close()
+    assert known(tmp_path, questions) == {0: "red", 1: "blue"}
 
 
 def test_torn_and_foreign_lines_are_passed_over_and_the_next_begins_a_line_of_its_own(tmp_path, questions):

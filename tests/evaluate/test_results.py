@@ -172,7 +172,7 @@ def test_what_is_no_file_of_predictions_is_refused_in_a_line(tmp_path, lines, me
 
 def test_a_summary_or_a_missing_file_is_no_file_of_predictions(tmp_path):
     files.write_json(tmp_path / "a.json", {"benchmark": "docvqa", "score": 1})
-    with pytest.raises(ValueError, match=r"a\.json line 1: it is not JSON"):
+    with pytest.raises(ValueError, match=r"a\.json line 1: it is not JSON .*: it is no whole file of predictions"):
         read_predictions(tmp_path / "a.json")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*b\.jsonl"):
         read_predictions(tmp_path / "b.jsonl")

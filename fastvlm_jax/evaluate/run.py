@@ -82,8 +82,7 @@ def score(
       ValueError: a row of a strict benchmark cannot be asked, or none of another's; `max_tokens` leaves no room for a
         prompt; the model has no language model or no tokenizer; or the processes have different rows.
     """
-    if model.llm_args is None or processor is None:
-        raise ValueError("this model has no language model or no tokenizer, so it answers nothing")
+    check_answers(model, processor)
     max_tokens = max_tokens or protocol.max_tokens
     most_tokens = answer_limit(model, max_tokens, None)
     if told and len(rows) > MANY:
@@ -97,6 +96,12 @@ def score(
         model, variables, processor, protocol, prepared,
         max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, journal=journal, progress=progress, told=told,
     )  # fmt: skip
+
+
+def check_answers(model: FastVLM, processor: Processor | None) -> None:
+    """Raises ValueError if a model cannot answer, as it lacks its language model or its tokenizer."""
+    if model.llm_args is None or processor is None:
+        raise ValueError("this model has no language model or no tokenizer, so it answers nothing")
 
 
 def score_prepared(

@@ -22,7 +22,7 @@ from fastvlm_jax.evaluate import fingerprint, progress_bar, published, results
 from fastvlm_jax.evaluate.benchmark import PROTOCOLS, Benchmark, Protocol, Result, Row
 from fastvlm_jax.evaluate.benchmarks import folder_of, known
 from fastvlm_jax.evaluate.journal import Journal
-from fastvlm_jax.evaluate.run import Progress, Scored, score
+from fastvlm_jax.evaluate.run import Progress, Scored, check_answers, score
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 
@@ -162,6 +162,7 @@ def evaluate(
     Raises:
       Interrupted: `stopped` said so; the journals are whole.
     """
+    check_answers(model, processor)
     folder, first = pathlib.Path(folder), jax.process_index() == 0
     told = told if first else lambda line: None
     folder.mkdir(parents=True, exist_ok=True)  # a mistake in its name shows before the first question

@@ -10,7 +10,9 @@ from command import fastvlm
 from paths import ROOT
 from small import small_config
 
+import fastvlm_jax
 from fastvlm_jax import cli
+from fastvlm_jax.evaluate import suite
 from fastvlm_jax.train import train
 
 CONFIG = str(ROOT / "configs" / "quickstart.py")
@@ -114,6 +116,13 @@ def test_evaluate_refuses_what_it_cannot_do_in_a_line(monkeypatch, capsys, workd
     found, out, err = fastvlm(monkeypatch, capsys, *ask)
     assert (found, out) == (status, "") and words in err and err.splitlines()[-1] in err, err
     assert len([line for line in err.splitlines() if line.startswith("fastvlm evaluate: ")]) == 1
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_a_folder_is_made(workdir, tmp_path):
+    model, variables, _ = fastvlm_jax.load(workdir)
+    with pytest.raises(ValueError, match="this model has no language model or no tokenizer, so it answers nothing"):
+        suite.evaluate([], model, variables, None, tmp_path / "scores", source={})
+    assert not (tmp_path / "scores").exists()
 
 
 def test_converted_models_answer_as_the_source_does(monkeypatch, capsys, workdir, picture, tmp_path):

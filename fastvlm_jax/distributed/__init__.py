@@ -11,7 +11,8 @@ variables or the platform (Cloud TPU slices, GKE, Slurm, Open MPI), in this orde
 on the next port, or a free one, for JAX. A process that dies stops the others at once; one that freezes or is cut off
 stops them after --heartbeat_seconds. Each of the others prints which process was lost and exits with status 1. SIGINT
 or SIGTERM to one process stops all after the same step; that step is saved, and all exit with status 130. In both
-cases the same command, given to all processes, continues from the last checkpoint.
+cases the same command, given to all processes, continues from what is saved: the last checkpoint, or the answers so
+far.
 """
 
 from fastvlm_jax.distributed.detect import find_settings

@@ -19,7 +19,7 @@ from typing import Any
 
 from fastvlm_jax.distributed.rendezvous import Settings, meet, readable, send
 
-AGAIN = "start all processes again: they go on from the last checkpoint"
+AGAIN = "start all processes again: they go on from what is saved"
 END = "the end of the run"  # name of the last exchange; after it a connection may close
 
 

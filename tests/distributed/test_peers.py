@@ -176,7 +176,7 @@ def test_a_connection_that_closes_or_falls_silent_is_told_by_all_others(goes, ho
     while not lost and time.monotonic() - begin < 10:
         time.sleep(0.05)
     what = "died" if how == "closes" else "is frozen or cut off, silent for 1 s"
-    assert lost == [f"process {goes} on frozen {what}; start all processes again: they go on from the last checkpoint"]
+    assert lost == [f"process {goes} on frozen {what}; start all processes again: they go on from what is saved"]
     assert time.monotonic() - begin < 8
     bare.close()
 

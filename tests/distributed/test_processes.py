@@ -124,7 +124,7 @@ def test_a_process_that_dies_or_freezes_stops_the_other_with_a_line_that_names_i
     assert run.statuses(60, leave_out=victim) == [1]
     assert time.monotonic() - begin < (30 if number == signal.SIGSTOP else 15)
     what = "is frozen or cut off, silent for 10 s" if number == signal.SIGSTOP else "died"
-    again = "start all processes again: they go on from the last checkpoint"
+    again = "start all processes again: they go on from what is saved"
     assert run.errors(1 - victim) == [f"fastvlm: process {victim} on {socket.gethostname()} {what}; {again}"]
 
 

@@ -82,6 +82,8 @@ def read_rows(
         if split is not None:
             raise ValueError(f"{path} is a list of questions and has no split {split!r}: --split is for shards")
         return own_list.read_list(path, metric, METRICS)[:limit]
+    if folder.suffix in (".json", ".jsonl"):
+        raise FileNotFoundError(f"there is no list of questions {folder}")
     split = split or SPLIT
     if metric in ("choice", "vqa"):
         raise ValueError(

@@ -166,6 +166,7 @@ def test_wrong_files_are_named_in_one_line(tmp_path):
     write(tmp_path, [GOOD])
     assert "b.png is no list of questions: expected is a .jsonl or .json file, or a folder" in error(tmp_path / "b.png")
     assert "there is no dataset folder" in error(tmp_path / "lost")
+    assert "there is no list of questions" in error(tmp_path / "lost.jsonl")
     with pytest.raises(
         ValueError, match=r"mine\.jsonl is a list of questions and has no split 'test': --split is for shards"
     ):

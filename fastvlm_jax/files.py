@@ -63,8 +63,8 @@ def whole_file(path: os.PathLike, mode: str = "wb") -> Iterator[IO]:
             put_in_place(pathlib.Path(file.name), path)
         except BaseException as error:
             os.unlink(file.name)
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = os.fspath(path)  # a full disk names no file
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = os.fspath(path)  # the system's error of a full disk names no file
             raise
 
 

@@ -1,13 +1,22 @@
-"""Writes files as benchmarks are published: tables of the hub with encoded images, and pictures of one colour."""
+"""Writes files as benchmarks are published: tables of the hub with encoded images, JSON, and pictures of one colour.
+
+Also changes such files, for tests of wrong ones, and reads them as the benchmarks do. The files of single benchmarks,
+in every layout, are in the modules beside this one whose names begin with published_.
+"""
 
 import base64
 import io
+import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
+from etils import epath
+
+from fastvlm_jax.evaluate.benchmark import Row
+from fastvlm_jax.evaluate.benchmarks import BENCHMARKS
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -18,9 +27,22 @@ def png(colour: str | tuple[int, int, int], size: tuple[int, int] = (4, 4)) -> b
     return file.getvalue()
 
 
+RED, BLUE, GREEN = png("red"), png("blue"), png("green")
+
+
 def save(path: pathlib.Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
+
+
+def dump(path: pathlib.Path, value) -> None:
+    """Writes a value as JSON."""
+    save(path, json.dumps(value).encode())
+
+
+def dump_lines(path: pathlib.Path, rows: Sequence[dict]) -> None:
+    """Writes a list of objects as JSON lines."""
+    save(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def encoded(image: bytes) -> str:
@@ -50,3 +72,43 @@ def parquet(path: pathlib.Path, rows: Sequence[dict], images: Sequence[str] = ("
             columns[name] = pa.array([None if value is None else {"bytes": value} for value in values], IMAGE)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
+
+
+def without(row: dict, *names: str) -> dict:
+    return {key: value for key, value in row.items() if key not in names}
+
+
+def nothing(folder: pathlib.Path) -> None:
+    """Leaves the folder as it is."""
+
+
+def drop(path: str) -> Callable[[pathlib.Path], None]:
+    """Returns a change of a folder: the file at `path` is removed."""
+    return lambda folder: (folder / path).unlink()
+
+
+def edit(path: str, change: Callable) -> Callable[[pathlib.Path], None]:
+    """Returns a change of a folder: `change` is applied in place to the value of the JSON file at `path`."""
+
+    def apply(folder):
+        value = json.loads((folder / path).read_text())
+        change(value)
+        dump(folder / path, value)
+
+    return apply
+
+
+def edit_lines(path: str, change: Callable) -> Callable[[pathlib.Path], None]:
+    """Returns a change of a folder: `change` is applied in place to the list of objects of JSON lines at `path`."""
+
+    def apply(folder):
+        rows = [json.loads(line) for line in (folder / path).read_text().splitlines()]
+        change(rows)
+        dump_lines(folder / path, rows)
+
+    return apply
+
+
+def read(name: str, folder: pathlib.Path) -> list[Row]:
+    """Returns the rows of a benchmark whose files lie in a folder."""
+    return BENCHMARKS[name].read(epath.Path(folder))

@@ -1,226 +1,42 @@
-"""GQA, VQAv2, TextVQA and POPE: rows from files in every layout, prompts, figures and submissions."""
+"""GQA, VQAv2, TextVQA and POPE: rows from files in every layout, prompts, figures and submissions.
+
+Their files are written by published_vqa.py; test_vqa_wrong_files.py has those that are wrong.
+"""
 
 import json
 
 import harness
 import pytest
-from etils import epath
-from published_files import parquet, png, save
+from published_files import BLUE, RED, edit_lines, read, without
+from published_vqa import (
+    GQA,
+    GQA_LLAVA,
+    LAYOUTS,
+    POPE,
+    SHORT,
+    TEN,
+    TEXT_LLAVA,
+    TEXTVQA,
+    VQAV2,
+    hub_gqa,
+    hub_pope,
+    hub_textvqa,
+    hub_vqav2,
+    llava_gqa,
+    llava_textvqa,
+    official_pope,
+    official_textvqa,
+)
 
 from fastvlm_jax.evaluate import run, suite
 from fastvlm_jax.evaluate.benchmark import Result
 from fastvlm_jax.evaluate.benchmarks import BENCHMARKS
 
-RED, BLUE = png("red"), png("blue")
-SHORT = "\nAnswer the question using a single word or phrase."
-TYPES = {"structural": "verify", "semantic": "attr", "detailed": "weatherVerify"}
-GQA = [
-    {"id": "201307251", "imageId": "n161313", "question": "Is it overcast?", "answer": "no", "types": TYPES},
-    {"id": "202", "imageId": "n2", "question": "Who?", "answer": "man", "types": {**TYPES, "structural": "query"}},
-    {"id": "203", "imageId": "n161313", "question": "Is it a  CAT?", "answer": "yes", "types": TYPES},
-]
-TEN = ["dakota", "dakota", "dakota", "dakota", "dakota digital", "dakota", "dakota", "DAKOTA", "dakota digital", "a"]
-TEXTVQA = [
-    {"image_id": "003a8ae2ef43b901", "question_id": 34602, "question": "what is the BRAND of NASA?", "answers": TEN,
-     "ocr_tokens": ["DAKOTA", "DIGITAL"], "image": RED},
-    {"image_id": "003a8ae2ef43b901", "question_id": 34603, "question": "who?", "answers": TEN[::-1],
-     "ocr_tokens": ["DAKOTA", "DIGITAL"], "image": RED},
-    {"image_id": "b9dc400eb20bad64", "question_id": 34604, "question": "What is it?", "answers": ["x"] * 10,
-     "ocr_tokens": [], "image": BLUE},
-]  # fmt: skip
-
-
-def ten(*answers):
-    return [{"answer": answers[i % len(answers)], "answer_confidence": "yes", "answer_id": i + 1} for i in range(10)]
-
-
-VQAV2 = [
-    {"question_type": "what color is the", "multiple_choice_answer": "red", "answers": ten("red", "dark red"),
-     "image_id": 458752, "answer_type": "other", "question_id": 458752000, "question": "What color is the bus?",
-     "image": RED},
-    {"question_type": "is", "multiple_choice_answer": "yes", "answers": ten("the sky"), "image_id": 42,
-     "answer_type": "other", "question_id": 42000, "question": "What is it?", "image": BLUE},
-    {"question_type": "how many", "multiple_choice_answer": "2", "answers": ten("2"), "image_id": 42,
-     "answer_type": "number", "question_id": 42001, "question": "How many?", "image": BLUE},
-]  # fmt: skip
-PHOTOS = {458752: RED, 42: BLUE}
-OTHERS = [{"question_id": 7, "image_id": 1, "question": "Why?"}, {"question_id": 9, "image_id": 1, "question": "?"}]
-POPE = [
-    {"id": str(number), "question_id": str(key), "question": f"Is there a {name} in the image?", "answer": answer,
-     "image_source": f"COCO_val2014_{photo:012d}", "image": PHOTOS[photo], "category": split}
-    for number, (split, key, name, answer, photo) in enumerate(
-        (split, key, *what)
-        for split, whats in (
-            ("adversarial", [("snowboard", "yes", 42), ("dog", "no", 42)]),
-            ("popular", [("snowboard", "yes", 42), ("person", "no", 458752)]),
-            ("random", [("snowboard", "yes", 42), ("car", "no", 458752), ("bus", "yes", 458752)]),
-        )
-        for key, what in enumerate(whats, 1)
-    )
-]  # fmt: skip
-
-
-def dump(path, value):
-    save(path, json.dumps(value).encode())
-
-
-def dump_lines(path, rows):
-    save(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def without(row, *names):
-    return {key: value for key, value in row.items() if key not in names}
-
-
-def llava(question_id, image, text, category="default"):
-    return {"question_id": question_id, "image": image, "text": text + SHORT, "category": category}
-
-
-def hub_gqa(folder):
-    parquet(folder / "testdev_balanced_instructions/testdev-00000-of-00001.parquet", GQA)
-    images = [{"id": "n2", "image": BLUE}, {"id": "n161313", "image": RED}]
-    parquet(folder / "testdev_balanced_images/testdev-00000-of-00001.parquet", images)
-
-
-def official_gqa(folder, data="."):
-    dump(folder / data / "testdev_balanced_questions.json", {row["id"]: without(row, "id") for row in GQA})
-    save(folder / data / "images/n161313.jpg", RED)
-    save(folder / data / "images/n2.jpg", BLUE)
-
-
-def llava_gqa(folder):
-    official_gqa(folder, "data")
-    rows = [llava(row["id"], f"{row['imageId']}.jpg", row["question"]) for row in GQA]
-    dump_lines(folder / "llava_gqa_testdev_balanced.jsonl", rows)
-
-
-def hub_textvqa(folder, split="validation"):
-    rows = TEXTVQA if split == "validation" else [{**row, "answers": [""] * 10} for row in TEXTVQA]
-    parquet(folder / f"data/{split}-00000-of-00001.parquet", rows)
-
-
-def official_textvqa(folder, split="val", images="train_images"):
-    rows = [without(row, "ocr_tokens", "image", *(["answers"] if split == "test" else [])) for row in TEXTVQA]
-    dump(folder / f"TextVQA_0.5.1_{split}.json", {"dataset_type": split, "data": rows})
-    for row in TEXTVQA:
-        save(folder / images / f"{row['image_id']}.jpg", row["image"])
-
-
-def llava_textvqa(folder):
-    official_textvqa(folder)
-    rows = [
-        llava(
-            row["image_id"],
-            f"{row['image_id']}.jpg",
-            f"{question}\nReference OCR token: {', '.join(row['ocr_tokens'])}",
-        )
-        for row, question in zip(TEXTVQA, ["What is the BRAND of NASA?", "who?", "What is it?"], strict=True)
-    ]
-    dump_lines(folder / "llava_textvqa_val_v051_ocr.jsonl", rows[::-1])
-
-
-def photos(folder, split):
-    for number, data in PHOTOS.items():
-        save(folder / f"{split}/COCO_{split}_{number:012d}.jpg", data)
-
-
-def hub_vqav2(folder):
-    parquet(folder / "data/validation-00000-of-00002.parquet", VQAV2[:1])
-    parquet(folder / "data/validation-00001-of-00002.parquet", VQAV2[1:])
-
-
-def official_vqav2(folder):
-    names = ("question_id", "image_id", "question")
-    questions = [{name: row[name] for name in names} for row in VQAV2]
-    dump(folder / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
-    answers = [without(row, "question", "image") for row in VQAV2[::-1]]
-    dump(folder / "v2_mscoco_val2014_annotations.json", {"annotations": answers})
-    photos(folder, "val2014")
-
-
-def hub_testdev(folder):
-    rows = [{name: row[name] for name in ("question_id", "image_id", "question", "image")} for row in VQAV2]
-    parquet(folder / "data/testdev-00000-of-00001.parquet", rows)
-    parquet(
-        folder / "data/test-00000-of-00001.parquet", [{**OTHERS[0], "image": RED}, *rows, {**OTHERS[1], "image": RED}]
-    )
-
-
-def official_testdev(folder):
-    questions = [{name: row[name] for name in ("question_id", "image_id", "question")} for row in VQAV2]
-    every = [OTHERS[0], *questions, OTHERS[1]]
-    dump(folder / "v2_OpenEnded_mscoco_test-dev2015_questions.json", {"questions": questions})
-    dump(folder / "v2_OpenEnded_mscoco_test2015_questions.json", {"questions": every})
-    photos(folder, "test2015")
-
-
-def llava_testdev(folder):
-    rows = [
-        llava(row["question_id"], f"COCO_test2015_{row['image_id']:012d}.jpg", row["question"])
-        for row in [OTHERS[0], *VQAV2, OTHERS[1]]
-    ]
-    dump_lines(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", rows[1:-1])
-    dump_lines(folder / "llava_vqav2_mscoco_test2015.jsonl", rows)
-    photos(folder, "test2015")
-
-
-def hub_pope(folder):
-    parquet(folder / "data/test-00000-of-00001.parquet", POPE)
-
-
-def full_pope(folder):
-    for split in ("adversarial", "popular", "random"):
-        rows = [row for row in POPE if row["category"] == split]
-        parquet(folder / f"Full/{split}-00000-of-00001.parquet", rows)
-
-
-def official_pope(folder, change=lambda row: row):
-    for split in ("adversarial", "popular", "random"):
-        rows = [
-            {"question_id": int(row["question_id"]), "image": row["image_source"] + ".jpg", "text": row["question"],
-             "label": row["answer"]}
-            for row in POPE
-            if row["category"] == split
-        ]  # fmt: skip
-        dump_lines(folder / f"coco/coco_pope_{split}.json", [change(row) for row in rows])
-    photos(folder, "val2014")
-
-
-def llava_pope(folder, change=lambda row: row):
-    official_pope(folder, change)
-    ids = {"adversarial": 0, "popular": 20_000_000, "random": 10_000_000}
-    rows = [
-        llava(
-            ids[row["category"]] + int(row["question_id"]),
-            f"{row['image_source']}.jpg",
-            row["question"],
-            row["category"],
-        )
-        for row in POPE
-    ]
-    dump_lines(folder / "llava_pope_test.jsonl", rows)
-
-
-LAYOUTS = {
-    "gqa": (hub_gqa, official_gqa, llava_gqa),
-    "textvqa": (hub_textvqa, official_textvqa, llava_textvqa),
-    "textvqa-test": (
-        lambda folder: hub_textvqa(folder, "test"),
-        lambda folder: official_textvqa(folder, "test", "test_images"),
-    ),
-    "vqav2": (hub_vqav2, official_vqav2),
-    "vqav2-testdev": (hub_testdev, official_testdev, llava_testdev),
-    **{f"pope{split}": (hub_pope, full_pope, official_pope, llava_pope) for split in ("", "-random", "-popular")},
-}
 IMAGES = {
     "gqa": [RED, BLUE, RED], "textvqa": [RED, RED, BLUE], "textvqa-test": [RED, RED, BLUE], "vqav2": [RED, BLUE, BLUE],
     "vqav2-testdev": [RED, BLUE, BLUE], "pope": [row["image"] for row in POPE], "pope-random": [BLUE, RED, RED],
     "pope-popular": [BLUE, RED],
 }  # fmt: skip
-
-
-def read(name, folder):
-    return BENCHMARKS[name].read(epath.Path(folder))
 
 
 def prompt(name, protocol, row):
@@ -259,6 +75,22 @@ def test_rows(name, number, row, tmp_path):
     LAYOUTS[name][0](tmp_path)
     found = read(name, tmp_path)[number]
     assert (found.id, found.question, found.references, found.groups) == row
+
+
+def test_pope_without_llavas_file_asks_what_the_labels_ask(tmp_path):
+    official_pope(tmp_path, lambda row: {**row, "text": row["text"].replace("image", "imange")})
+    assert read("pope", tmp_path)[0].question == "Is there a snowboard in the imange?"
+
+
+def test_labels_of_pope_in_any_case(tmp_path):
+    official_pope(tmp_path, lambda row: {**row, "label": f"{row['label'].upper()} "})
+    assert [row.references for row in read("pope-random", tmp_path)] == [("yes",), ("no",), ("yes",)]
+
+
+def test_gqa_asks_what_llavas_file_asks(tmp_path):
+    llava_gqa(tmp_path)
+    edit_lines(GQA_LLAVA, lambda rows: (rows.pop(0), rows[0].update(text="Who is it?" + SHORT)))(tmp_path)
+    assert [row.question for row in read("gqa", tmp_path)] == ["Who is it?", "Is it a  CAT?"]
 
 
 PROMPTS = """
@@ -448,234 +280,3 @@ def test_submission_of_vqav2_answers_every_question_of_test2015(write, tmp_path)
         {"question_id": 42001, "answer": ""},
         {"question_id": 9, "answer": ""},
     ]
-
-
-def nothing(folder):
-    """Leaves the folder as it is."""
-
-
-def drop(path):
-    return lambda folder: (folder / path).unlink()
-
-
-def table(path, *rows):
-    return lambda folder: parquet(folder / path, rows)
-
-
-def edit(path, change):
-    """Changes the value of a JSON file, or the list of the objects of JSON lines, in place."""
-
-    def apply(folder):
-        text = (folder / path).read_text()
-        if lines := path.endswith(".jsonl") or path.startswith("coco/"):
-            value = [json.loads(line) for line in text.splitlines()]
-        else:
-            value = json.loads(text)
-        change(value)
-        (dump_lines if lines else dump)(folder / path, value)
-
-    return apply
-
-
-GQA_FILE, GQA_LLAVA = "testdev_balanced_questions.json", "llava_gqa_testdev_balanced.jsonl"
-GQA_TABLE = "testdev_balanced_instructions/testdev-00000-of-00001.parquet"
-GQA_IMAGES = "testdev_balanced_images/testdev-00000-of-00001.parquet"
-TEXT_FILE, TEXT_LLAVA = "TextVQA_0.5.1_val.json", "llava_textvqa_val_v051_ocr.jsonl"
-TEXT_TABLE = "data/validation-00000-of-00001.parquet"
-VQA_ANSWERS, VQA_TABLE = "v2_mscoco_val2014_annotations.json", "data/validation-00000-of-00002.parquet"
-DEV_TABLE, TEST_FILE = "data/testdev-00000-of-00001.parquet", "v2_OpenEnded_mscoco_test2015_questions.json"
-POPE_TABLE, POPE_FILE = "data/test-00000-of-00001.parquet", "coco/coco_pope_random.json"
-SECOND = {**TEXTVQA[1], "image": None}
-NO_IMAGE = [{"id": "n2", "image": BLUE}, {"id": "n161313", "image": None}]
-
-
-@pytest.mark.parametrize(
-    "name, layout, change, words",
-    [
-        ("gqa", nothing, nothing, "there is no folder"),
-        (
-            "gqa",
-            hub_textvqa,
-            nothing,
-            "holds 'data': expected are testdev_balanced_questions.json and the folder images",
-        ),
-        ("gqa", nothing, lambda folder: dump(folder / GQA_FILE, {}), "has no folder of images: expected is images"),
-        ("gqa", official_gqa, drop("images/n2.jpg"), "lacks 1 of 2 images, the first 'n2.jpg'"),
-        ("gqa", llava_gqa, drop(f"data/{GQA_FILE}"), "the answers are in GQA's testdev_balanced_questions.json"),
-        ("gqa", official_gqa, lambda folder: dump(folder / GQA_FILE, {}), "holds no rows"),
-        ("gqa", official_gqa, lambda folder: dump(folder / GQA_FILE, []), "holds no object"),
-        ("gqa", official_gqa, edit(GQA_FILE, lambda v: v["202"].pop("answer")), "question '202' has no answer: it has"),
-        ("gqa", official_gqa, edit(GQA_FILE, lambda v: v.update({"202": 1})), "question '202' holds no object"),
-        ("gqa", llava_gqa, edit(f"data/{GQA_FILE}", lambda v: v.pop("203")), "no question '203', which llava_gqa"),
-        ("gqa", llava_gqa, edit(GQA_LLAVA, lambda v: v[1].update(text="Who?")), "question 1: its text ends in 'Who?'"),
-        ("gqa", hub_gqa, table(GQA_TABLE, *GQA, GQA[0]), "the id '201307251' of row 3 stands twice"),
-        ("gqa", hub_gqa, table(GQA_TABLE, without(GQA[0], "answer")), "has no column answer: it has id, imageId"),
-        ("gqa", hub_gqa, table(GQA_IMAGES, *NO_IMAGE), "testdev_balanced_images has no image 'n161313'"),
-        ("gqa", hub_gqa, table(GQA_IMAGES, {"id": ["n2"], "image": BLUE}), "id is list, not a text"),
-        ("gqa", hub_gqa, drop(GQA_IMAGES), "needs its images beside it: there are no Parquet files"),
-        ("textvqa", nothing, table(TEXT_TABLE, {**TEXTVQA[0], "answers": TEN[:9]}), "row 0 has 9 answers, not 10"),
-        (
-            "textvqa",
-            nothing,
-            table(TEXT_TABLE, {**TEXTVQA[0], "ocr_tokens": [1]}),
-            "row 0: ocr_tokens is not a list of",
-        ),
-        (
-            "textvqa",
-            nothing,
-            table(TEXT_TABLE, {**TEXTVQA[0], "ocr_tokens": "A, B"}),
-            "row 0: ocr_tokens is not a list",
-        ),
-        ("textvqa", nothing, table(TEXT_TABLE, TEXTVQA[0], SECOND), "row 1, id '34603', has no image"),
-        ("textvqa", nothing, table(TEXT_TABLE, *TEXTVQA[:1] * 2), "the id '34602' of row 1 stands twice"),
-        ("textvqa", nothing, table("validation-00000-of-00003.parquet", *TEXTVQA), "lacks validation-00001-of-00003"),
-        (
-            "textvqa",
-            llava_textvqa,
-            edit(TEXT_LLAVA, lambda v: v.pop(0)),
-            "does not ask 'What is it?' of b9dc400eb20bad64",
-        ),
-        (
-            "textvqa",
-            llava_textvqa,
-            edit(TEXT_LLAVA, lambda v: v[0].update(text="Q?" + SHORT)),
-            "question 'Q?' has no line of OCR tokens",
-        ),
-        (
-            "textvqa",
-            lambda folder: official_textvqa(folder, images="val"),
-            nothing,
-            "folder of images: expected is train_i",
-        ),
-        ("textvqa", official_textvqa, edit(TEXT_FILE, lambda v: v.update(data=[1])), "data is not a list of objects"),
-        (
-            "textvqa",
-            official_textvqa,
-            edit(TEXT_FILE, lambda v: v["data"][1].update(question_id="x")),
-            "row 1: question_id is 'x', not a whole number",
-        ),
-        ("vqav2", official_vqav2, drop(VQA_ANSWERS), "lacks v2_mscoco_val2014_annotations.json, which has the answers"),
-        (
-            "vqav2",
-            official_vqav2,
-            edit(VQA_ANSWERS, lambda v: v["annotations"].pop()),
-            "question 0: v2_mscoco_val2014_annotations.json has no question_id 458752000",
-        ),
-        (
-            "vqav2",
-            official_vqav2,
-            edit(VQA_ANSWERS, lambda v: v["annotations"][2]["answers"].pop()),
-            "question 0 has 9 answers, not 10",
-        ),
-        (
-            "vqav2",
-            official_vqav2,
-            edit(VQA_ANSWERS, lambda v: v["annotations"][2].update(answers=["red"])),
-            "question 0: answers is list, not a list of objects",
-        ),
-        ("vqav2", nothing, table(VQA_TABLE, *VQAV2), "lacks validation-00001-of-00002.parquet: it has 1 of 2 parts"),
-        ("vqav2", official_vqav2, drop("val2014/COCO_val2014_000000000042.jpg"), "lacks 1 of 2 images, the first"),
-        (
-            "vqav2-testdev",
-            official_testdev,
-            drop(TEST_FILE),
-            "lacks the questions of test2015, all of which a submission",
-        ),
-        (
-            "vqav2-testdev",
-            official_testdev,
-            edit(TEST_FILE, lambda v: v.update(questions=OTHERS)),
-            "the list of test2015 has no question_id 458752000: it is of another version",
-        ),
-        ("vqav2-testdev", hub_testdev, table(DEV_TABLE, {**VQAV2[0], "image": None}), "id '458752000', has no image"),
-        (
-            "pope",
-            llava_pope,
-            edit(POPE_FILE, lambda v: v.pop(0)),
-            "coco_pope_random.json is of another version than llava_pope_test.jsonl: it has 2 questions and llava_pope",
-        ),
-        (
-            "pope-random",
-            llava_pope,
-            edit(POPE_FILE, lambda v: v[1].update(text="Is there a car in the imange?")),
-            "its question 2 is not 'Is there a car in the image?' of COCO_val2014_000000458752.jpg",
-        ),
-        (
-            "pope",
-            llava_pope,
-            edit(POPE_FILE, lambda v: v[0].update(question_id=4)),
-            "its question 1 is not 'Is there a s",
-        ),
-        (
-            "pope",
-            llava_pope,
-            edit(POPE_FILE, lambda v: v[0].update(question_id=[1])),
-            "its question 1 is not 'Is there a",
-        ),
-        ("pope", official_pope, drop(POPE_FILE), "lacks coco/coco_pope_random.json, a split of POPE"),
-        (
-            "pope",
-            full_pope,
-            drop("Full/popular-00000-of-00001.parquet"),
-            "lacks Full/popular-*.parquet, a split of POPE",
-        ),
-        (
-            "pope",
-            official_pope,
-            edit(POPE_FILE, lambda v: v[2].update(label="maybe")),
-            "answer 'maybe' is not yes or no",
-        ),
-        (
-            "pope",
-            official_pope,
-            edit(POPE_FILE, lambda v: v[2].pop("label")),
-            "question 2 has no label: it has question_id",
-        ),
-        ("pope", official_pope, lambda folder: save(folder / POPE_FILE, b"[1]"), "line 1 holds no object"),
-        (
-            "pope",
-            official_pope,
-            edit(POPE_FILE, lambda v: v[0].update(image="../x.jpg")),
-            "lacks 1 of 3 images, the first",
-        ),
-        (
-            "pope",
-            nothing,
-            table(POPE_TABLE, {**POPE[0], "category": "rare"}),
-            "category 'rare' is not adversarial, popular",
-        ),
-        ("pope", nothing, table(POPE_TABLE, *POPE[:1] * 2), "the id 'adversarial/1' of row 1 stands twice"),
-        ("pope", nothing, table(POPE_TABLE, {**POPE[0], "image": None}), "row 0, id 'adversarial/1', has no image"),
-    ],
-)
-def test_bad_files_are_one_line(name, layout, change, words, tmp_path):
-    folder = tmp_path / "data"
-    layout(folder)
-    change(folder)
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        read(name, folder)
-    message = str(error.value)
-    assert words in message and "\n" not in message and len(message) < 450, message
-
-
-def test_pope_without_llavas_file_asks_what_the_labels_ask(tmp_path):
-    official_pope(tmp_path, lambda row: {**row, "text": row["text"].replace("image", "imange")})
-    assert read("pope", tmp_path)[0].question == "Is there a snowboard in the imange?"
-
-
-def test_labels_of_pope_in_any_case(tmp_path):
-    official_pope(tmp_path, lambda row: {**row, "label": f"{row['label'].upper()} "})
-    assert [row.references for row in read("pope-random", tmp_path)] == [("yes",), ("no",), ("yes",)]
-
-
-def test_gqa_asks_what_llavas_file_asks(tmp_path):
-    llava_gqa(tmp_path)
-    edit(GQA_LLAVA, lambda rows: (rows.pop(0), rows[0].update(text="Who is it?" + SHORT)))(tmp_path)
-    assert [row.question for row in read("gqa", tmp_path)] == ["Who is it?", "Is it a  CAT?"]
-
-
-def test_images_outside_the_folder_are_not_read(tmp_path):
-    official_pope(tmp_path, lambda row: {**row, "image": "../secret.jpg"})
-    save(tmp_path / "secret.jpg", RED)
-    with pytest.raises(ValueError, match="leads out of the images' folder"):
-        read("pope", tmp_path)[0].pictures[0].read()

@@ -49,6 +49,11 @@ def main() -> None:
     except BrokenPipeError:  # as `fastvlm --help | head` ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        print(f"fastvlm {name}: a gs:// address needs gcsfs: pip install 'fastvlm_jax[gcs]'", file=sys.stderr)
+        raise SystemExit(1) from None
     except (flags.Error, ValueError, OSError, FloatingPointError, RuntimeError) as error:
         full = "RESOURCE_EXHAUSTED" in str(error)
         if isinstance(error, RuntimeError) and not full:

@@ -1,6 +1,8 @@
 """The commands as a person types them: exit status, one clear line, nothing half-written."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -232,3 +234,11 @@ def test_a_full_device_is_one_line_and_another_fault_of_the_runtime_is_not(monke
     monkeypatch.setitem(cli.COMMANDS, "train", fail("INTERNAL: a fault"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="a fault"):
         fastvlm(monkeypatch, capsys, "train")
+
+
+def test_a_bucket_without_gcsfs_is_told_with_the_extra_to_install():
+    script = "import sys; sys.modules['gcsfs'] = None; from fastvlm_jax.cli import main; main()"
+    command = [sys.executable, "-c", script, "data", "inspect", "--data=gs://bucket/mine"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "fastvlm data: a gs:// address needs gcsfs: pip install 'fastvlm_jax[gcs]'\n"

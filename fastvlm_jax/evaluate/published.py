@@ -34,8 +34,10 @@ def find(folder: epath.Path, *patterns: str) -> list[epath.Path]:
       patterns: such as "data/test-*.parquet" or "*/validation-*.parquet", relative to the folder.
 
     Raises:
-      ValueError: of a file in parts, as test-00000-of-00003.parquet, a part is missing.
+      ValueError: of a file in parts, as test-00000-of-00003.parquet, a part is missing; or the folder is a bucket.
     """
+    if "://" in os.fspath(folder):
+        raise ValueError(f"{folder} must be a folder of this machine: mount the bucket, see docs/tpu.md")
     for pattern in patterns:
         found = sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
         if found:

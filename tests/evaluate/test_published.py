@@ -86,6 +86,11 @@ def test_files_are_found_by_the_first_pattern_that_matches_and_a_part_is_missed(
     assert [path.name[5:10] for path in published.find(folder, "data/test-*.parquet")] == ["00000", "00001", "00002"]
 
 
+def test_a_bucket_is_refused_with_the_mend():
+    with pytest.raises(ValueError, match=r"^gs://bucket/docvqa must be a folder of this machine: mount the bucket"):
+        published.find(epath.Path("gs://bucket/docvqa"), "*.parquet")
+
+
 def test_wrong_lists_are_named_in_one_line(tmp_path):
     path = epath.Path(tmp_path / "a.json")
     for data, words in [(b"[1", "it is not JSON"), (b"\xff", "it is not UTF-8"), (b"[" * 100000, "it nests too deep")]:

@@ -226,6 +226,7 @@ def test_wrong_flags_are_told_in_a_line(folders, flags, message, monkeypatch, ca
         (None, "cannot be read"),
         ("key\n", "line 1: it is not JSON"),
         ('\n{"id": 1}\n', 'line 2 has no "key" of a record'),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "is a Git LFS pointer"),
     ],
 )
 def test_a_wrong_list_is_named_before_anything_is_written(folders, tmp_path, content, message):
@@ -242,6 +243,14 @@ def test_a_list_of_another_data_set_is_told(folders, tmp_path):
     listed.write_text('{"key": "of another set"}\n')
     summary = write(folders / "train", tmp_path / "out", settings=Settings(exclude=str(listed)), workers=1)
     assert "none of them is in the source" in summary.describe(tmp_path / "out")
+
+
+def test_a_list_that_names_nothing_leaves_nothing_out(folders, tmp_path):
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("")
+    summary = write(folders / "train", tmp_path / "out", settings=Settings(exclude=str(listed)), workers=1)
+    told = summary.describe(tmp_path / "out")
+    assert f"{listed}: 0 records, of 0 that it names" in told and "none of them" not in told
 
 
 def test_distances_do_not_depend_on_how_many_images_there_are(monkeypatch, folders):

@@ -6,6 +6,7 @@ import os
 from etils import epath
 
 from fastvlm_jax.data.readers import files
+from fastvlm_jax.files import refuse_pointer
 
 MARK = "left out by --exclude"  # how the reason of such an entry begins in rejected.jsonl
 _MAX_LINE = 1 << 20  # bytes
@@ -31,8 +32,10 @@ def read_excluded(path: str) -> dict[str, str]:
 @functools.lru_cache(maxsize=2)  # every record is looked up
 def _read(path: str, *_version: int) -> dict[str, str]:
     found: dict[str, str] = {}
+    file = epath.Path(path).expanduser()
     try:
-        for number, entry in files.objects(epath.Path(path).expanduser(), _MAX_LINE):
+        refuse_pointer(file)
+        for number, entry in files.objects(file, _MAX_LINE):
             if not isinstance(entry.get("key"), str):
                 raise ValueError(f'{path} line {number} has no "key" of a record')
             what = ", ".join(str(entry[name])[:100] for name in ("kind", "benchmark", "row") if entry.get(name))

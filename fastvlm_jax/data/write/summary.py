@@ -46,7 +46,7 @@ class Summary:
         if self.exclude:
             name, listed = self.exclude["list"], self.exclude["records"]
             lines.append(f"left out by --exclude {name}: {self.excluded:,} records, of {listed:,} that it names")
-            if not self.excluded:
+            if listed and not self.excluded:
                 lines.append("  none of them is in the source: the list is of another data set, or of another split")
         if self.rejected:
             lines.append(f"rejected: {self.rejected:,} entries, all named in {pathlib.Path(output) / REJECTED}")

@@ -65,6 +65,11 @@ def padded(length: int) -> int:
     return -(-length // step) * step
 
 
+def rows_that_fit(length: int, vocab_size: int) -> int:
+    """Returns the most rows of a group whose prompts are padded to a length: MAX_LOGITS or the last of ROWS."""
+    return max(1, min(ROWS[-1], MAX_LOGITS // (length * vocab_size)))
+
+
 def plan(
     questions: Sequence[Question], vocab_size: int, *, shards: int = 1, batch_size: int | None = None
 ) -> list[Group]:
@@ -73,14 +78,14 @@ def plan(
     Args:
       vocab_size: size of the model's vocabulary, which limits the rows of a group.
       shards: number of groups that are answered at once.
-      batch_size: most rows of a group; by default as many as MAX_LOGITS allows, up to the last of ROWS.
+      batch_size: most rows of a group; by default `rows_that_fit`.
     """
     buckets: dict[tuple[int, Size | None], list[int]] = {}
     for number, question in enumerate(questions):
         buckets.setdefault((padded(question.length), question.size), []).append(number)
     groups = []
     for (length, size), numbers in sorted(buckets.items(), key=lambda item: (-item[0][0], item[0][1] or ())):
-        most = batch_size or max(1, min(ROWS[-1], MAX_LOGITS // (length * vocab_size)))
+        most = batch_size or rows_that_fit(length, vocab_size)
         rows = min(fit(-(-len(numbers) // shards), ROWS), most)
         members = list(divided(questions, numbers, rows))
         used = max(map(len, members))

@@ -18,7 +18,7 @@ from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.evaluate import run
 from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Row
 from fastvlm_jax.evaluate.benchmarks import folder_of, known, qa
-from fastvlm_jax.evaluate.groups import MAX_LOGITS, ROWS, padded
+from fastvlm_jax.evaluate.groups import padded, rows_that_fit
 from fastvlm_jax.evaluate.held_out_loss import make_loss
 from fastvlm_jax.evaluate.questions import Prepared, prepare
 from fastvlm_jax.evaluate.records import rows_of
@@ -123,7 +123,7 @@ def most_rows(entry: Entry, config) -> int:
     groups = max(1, config.data.groups // (sharding.batch_shards() * config.accumulate))
     longest = max(question.length for question in entry.prepared.questions)
     trained = groups * config.data.rows_per_group * config.data.row_length // (longest + entry.protocol.max_tokens)
-    return max(1, min(ROWS[-1], trained, MAX_LOGITS // (padded(longest) * config.model.llm.vocab_size)))
+    return max(1, min(trained, rows_that_fit(padded(longest), config.model.llm.vocab_size)))
 
 
 def _open(

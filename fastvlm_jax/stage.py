@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import losses, model_io, optim, sharding
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.data.load.batch_builder import BatchBuilder
-from fastvlm_jax.data.load.from_config import data_sets, make_builder
+from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -80,16 +79,6 @@ def open_processor(config) -> Processor:
     config_lib.validate(config)
     parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
     return make_processor(config, fastvlm.build(**config.model.to_dict()), parent)
-
-
-def open_builder(config, split: str) -> BatchBuilder:
-    """Opens the builder of a config's batches: "train" in the order of training, another split in its records' order.
-
-    Raises:
-      ValueError, FileNotFoundError: see `open_processor` and from_config.make_builder.
-    """
-    processor, seed = open_processor(config), config.seed if split == "train" else None
-    return make_builder(config.data, processor, split, seed)
 
 
 def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:

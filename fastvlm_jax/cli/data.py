@@ -116,11 +116,13 @@ def inspect_data(argv: list[str]) -> None:
 
     outputs = Outputs(fv.output, fv.json, fv.list_unusable, fv.samples)
     if fv.config:
-        from fastvlm_jax.stage import open_builder
+        from fastvlm_jax.data.load.from_config import make_builder
+        from fastvlm_jax.stage import open_processor
 
         if fv.data:
             fv.config.data.path = fv.data
-        build = open_builder(fv.config, fv.split)
+        seed = fv.config.seed if fv.split == "train" else None  # another split is read in its records' order
+        build = make_builder(fv.config.data, open_processor(fv.config), fv.split, seed)
         print(inspect_run(build, fv.config.data.images_per_group, fv.verify, outputs))
     else:
         print(inspect(fv.data, fv.split, fv.verify, outputs))

@@ -5,12 +5,10 @@
 Every process builds only the groups that its own devices hold, and global batch k is the same array on any mesh.
 """
 
-import os
 from collections.abc import Sequence
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
 
 from fastvlm_jax.data.index import Counter, load_index
@@ -19,31 +17,11 @@ from fastvlm_jax.data.load.lengths import Settings, make_buckets
 from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.load.packing import GroupShape
 from fastvlm_jax.data.load.schedule import Schedule
+from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.data.sources import RecordSource, read_manifest, read_shards
 from fastvlm_jax.processor import Processor
 
 DECODERS = ("fast", "exact")
-
-
-def data_sets(config: ml_collections.ConfigDict) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Returns the folders of `data.path` or `data.mixture`, and their weights; () = each record once an epoch.
-
-    Raises:
-      ValueError: no data set is named, the mixture does not consist of (folder, weight) pairs, or some of its weights
-        are negative, or 0 beside positive ones.
-    """
-    if config.path:
-        return (config.path,), ()
-    try:
-        folders = tuple(os.fspath(epath.Path(config.root) / folder) for folder, _ in config.mixture)
-        weights = tuple(float(weight) for _, weight in config.mixture)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"data.mixture must be pairs as (('captions', 0.3), ('questions', 0.7)): {error}") from error
-    if not folders:
-        raise ValueError("data.path is empty: name the folder of shards with --config.data.path=DIR")
-    if min(weights) < 0 or (any(weights) and not all(weights)) or not np.isfinite(weights).all():
-        raise ValueError(f"data.mixture: weights {weights} must all be positive, or all 0 (each record once an epoch)")
-    return folders, weights if any(weights) else ()
 
 
 def open_sources(config: ml_collections.ConfigDict, split: str) -> tuple[RecordSource, ...]:

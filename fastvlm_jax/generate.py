@@ -10,7 +10,7 @@ import numpy as np
 
 from fastvlm_jax import sharding
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.models.decoder import Decoder
+from fastvlm_jax.models.decoder import Cache, Decoder
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import PAD
@@ -69,6 +69,36 @@ def seen_in(batch: Batch, vocab_size: int, image_id: int | None) -> jax.Array:
     return seen[:, :vocab_size]
 
 
+def prefill(
+    model: FastVLM, variables: Any, features: jax.Array | None, batch: Batch, slots: int
+) -> tuple[jax.Array, Cache]:
+    """Reads the prompts of a batch: (logits [G * R, V] of the token after each row, the cache of its keys and values).
+
+    Args:
+      features: what the model's `encode` makes of the batch's images; None for text alone.
+      batch: prompts, with tokens [G, R, T]; each row is one segment, padded on the right.
+      slots: slots of the cache, at least T: those beyond take further tokens.
+    """
+    rows = batch.tokens.shape[0] * batch.tokens.shape[1]
+    cache = model.apply(variables, rows, slots, method="empty_cache")
+    fields = (batch.tokens, batch.image_index, batch.positions, batch.segment_ids)
+    return model.apply(variables, features, *fields, cache, method="extend")
+
+
+def decode_step(
+    model: FastVLM, variables: Any, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Reads one further token of each row: (logits [B, V] of the token after it, the cache with one more slot filled).
+
+    Args:
+      tokens_B, positions_B: int32 ids of the tokens, and their positions in their rows.
+      cache: cache of the tokens before them, with a free slot. Under `jax.jit`, donate it: its memory is written to.
+    """
+    tokens, positions = tokens_B[:, None, None], positions_B[:, None, None]
+    fields = (tokens, jnp.full_like(tokens, -1), positions, jnp.ones_like(tokens))
+    return model.apply(variables, None, *fields, cache, method="extend")
+
+
 STATIC = ("model", "max_tokens", "end", "temperature", "top_p", "top_k", "repetition_penalty", "image_id")
 
 
@@ -110,15 +140,11 @@ def generate_tokens(
     fill = ends[0]
     G, R, T = batch.tokens.shape
     rows = G * R
-    cache = model.apply(variables, rows, T + max_tokens, method="empty_cache")
     features = (
         model.apply(variables, batch.images, batch.image_mask, method="encode") if batch.images.shape[1] else None
     )
-    logits_BTV, cache = model.apply(
-        variables, features, batch.tokens, batch.image_index, batch.positions, batch.segment_ids, cache, method="decode"
-    )
+    logits_BV, cache = prefill(model, variables, features, batch, T + max_tokens)
     lengths_B = jnp.sum(batch.segment_ids.reshape(rows, T) > 0, axis=-1)
-    logits_BV = jnp.take_along_axis(logits_BTV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     seen_BV = None if repetition_penalty == 1 else seen_in(batch, logits_BV.shape[-1], image_id)
 
     def choose(logits_BV, seen_BV, i):
@@ -138,19 +164,8 @@ def generate_tokens(
     def step(carry):
         i, tokens, last_B, done_B, seen_BV, cache = carry
         done_B |= jnp.isin(last_B, ends)
-        text = jnp.full((G, R, 1), -1, jnp.int32)
-        ones = jnp.ones((G, R, 1), jnp.int32)
-        logits_B1V, cache = model.apply(
-            variables,
-            None,
-            last_B.reshape(G, R, 1),
-            text,
-            (lengths_B + i - 1).reshape(G, R, 1),
-            ones,
-            cache,
-            method="decode",
-        )
-        next_B, seen_BV = choose(logits_B1V[:, 0], seen_BV, i)
+        logits_BV, cache = decode_step(model, variables, last_B, lengths_B + i - 1, cache)
+        next_B, seen_BV = choose(logits_BV, seen_BV, i)
         next_B = jnp.where(done_B, fill, next_B)
         return i + 1, tokens.at[:, i].set(next_B), next_B, done_B, seen_BV, cache
 

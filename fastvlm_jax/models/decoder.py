@@ -24,8 +24,8 @@ Array = jax.Array
 class Cache:
     """Holds the keys and values of the slots filled so far. `length` is the first free slot, the same in all rows."""
 
-    keys: Array  # [L, B, S, K, E]
-    values: Array  # [L, B, S, K, E]
+    keys: tuple[Array, ...]  # [B, S, K, E] of each layer
+    values: tuple[Array, ...]  # [B, S, K, E] of each layer
     segment_ids: Array  # int32 [B, S]; 0 in slots that no query may attend to
     length: Array  # int32 []
 
@@ -83,7 +83,8 @@ def rotary(x_BTHE: Array, positions_BT: Array, theta: float) -> Array:
 class DecoderLayer(nn.Module):
     """Applies pre-norm attention and a pre-norm SwiGLU MLP, each around a skip connection.
 
-    With a cache `kv`, writes the new keys and values at slot `offset` and attends to all of the cache.
+    With a cache `kv`, writes the new keys and values at slot `offset`. One token attends to all of the cache; several
+    are a prompt, for which the cache must be empty, and attend to each other.
     """
 
     num_heads: int
@@ -106,9 +107,12 @@ class DecoderLayer(nn.Module):
         v = linear(K * E, ("embed", "kv_heads"), self.qkv_bias, name="v")(y).reshape(B, T, K, E)
         q, k = rotary(q, positions_BT, self.rope_theta), rotary(k, positions_BT, self.rope_theta)
         if kv is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(kv[0], k.astype(kv[0].dtype), offset, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(kv[1], v.astype(kv[1].dtype), offset, axis=1)
-            kv = (k, v)
+            kv = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1)
+                for old, new in zip(kv, (k, v), strict=True)
+            )
+        if kv is not None and T == 1:
+            k, v = kv
         mixed = attention(q.reshape(B, T, K, G, E), k, v, q_segments_BT, kv_segments_BS, offset)
         x = x_BTD + linear(D, ("heads", "embed"), name="o")(mixed.reshape(B, T, K * G * E))
         y = RMSNorm(self.epsilon, name="mlp_norm")(x)
@@ -158,30 +162,26 @@ class Decoder(nn.Module):
     def size_of_head(self) -> int:
         return self.head_dim or self.width // self.num_heads
 
+    @property
+    def sizes_of_layer(self) -> dict:
+        """Returns the constructor arguments of every DecoderLayer."""
+        names = ("num_heads", "num_kv_heads", "mlp_dim", "rope_theta", "qkv_bias", "epsilon", "init_std")
+        return {"head_dim": self.size_of_head, **{name: getattr(self, name) for name in names}}
+
     def setup(self):
         init = nn.initializers.normal(self.init_std)
         self.embedding = self.param(
             "embedding", sharded(init, ("vocab", None)), (self.vocab_size, self.width), jnp.float32
         )
-        layer = rematted(DecoderLayer, self.remat)
         self.layers = nn.scan(
-            layer,
+            rematted(DecoderLayer, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast,) * 5,
             out_axes=0,
             length=self.num_layers,
             metadata_params={nn.PARTITION_NAME: None},
-        )(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.size_of_head,
-            mlp_dim=self.mlp_dim,
-            rope_theta=self.rope_theta,
-            qkv_bias=self.qkv_bias,
-            epsilon=self.epsilon,
-            init_std=self.init_std,
-        )
+        )(**self.sizes_of_layer)
         self.final_norm = RMSNorm(self.epsilon)
         if not self.tie_embeddings:
             self.lm_head = Linear(self.vocab_size, (None, "vocab"), init_std=self.init_std)
@@ -192,38 +192,53 @@ class Decoder(nn.Module):
             return self.embedding.astype(dtype)[tokens_BT]
         return embed(self.embedding, tokens_BT, dtype)
 
-    def __call__(
-        self, x_BTD: Array, positions_BT: Array, segments_BT: Array, cache: Cache | None = None, targets_BT=None
-    ):
+    def __call__(self, x_BTD: Array, positions_BT: Array, segments_BT: Array, targets_BT=None) -> Array:
         """Computes the logits, or with targets the losses, of a batch of embeddings.
 
         Args:
           x_BTD: embeddings.
           positions_BT: int32 positions inside the segment.
           segments_BT: int32 segment ids; 0 is padding.
-          cache: KV cache of earlier tokens to attend to; the T new slots are appended to it.
           targets_BT: int32; if given, the loss of each token is returned and the logits are never stored.
 
         Returns:
-          (logits [B, T, V] in the dtype of x, the extended cache or None), or with targets (losses [B, T] in float32,
-          None).
+          Logits [B, T, V] in the dtype of x, or with targets losses [B, T] in float32.
         """
-        offset, kv, kv_segments_BS = 0, None, segments_BT
-        if cache is not None:
-            offset, kv = cache.length, (cache.keys, cache.values)
-            kv_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segments_BT, offset, axis=1)
-        x_BTD, kv = self.layers(x_BTD, kv, positions_BT, segments_BT, kv_segments_BS, offset)
+        x_BTD, _ = self.layers(x_BTD, None, positions_BT, segments_BT, segments_BT, 0)
         x_BTD = self.final_norm(x_BTD)
-        if targets_BT is not None:
-            table_VD = self.embedding if self.tie_embeddings else self.lm_head.variables["params"]["kernel"].T
-            return cross_entropy(x_BTD, table_VD, targets_BT), None
-        logits_BTV = matmul(x_BTD, self.embedding.T.astype(x_BTD.dtype)) if self.tie_embeddings else self.lm_head(x_BTD)
-        if cache is not None:
-            cache = Cache(kv[0], kv[1], kv_segments_BS, offset + x_BTD.shape[1])
-        return logits_BTV, cache
+        if targets_BT is None:
+            return self.logits(x_BTD)
+        table_VD = self.embedding if self.tie_embeddings else self.lm_head.variables["params"]["kernel"].T
+        return cross_entropy(x_BTD, table_VD, targets_BT)
+
+    def logits(self, x: Array) -> Array:
+        """Returns the logits [..., V] of the last layer's normalised output [..., D], in its dtype."""
+        return matmul(x, self.embedding.T.astype(x.dtype)) if self.tie_embeddings else self.lm_head(x)
+
+    def extend(self, x_BTD: Array, positions_BT: Array, segments_BT: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Appends T slots to a cache; returns the logits [B, V] of the last token of each row, and the longer cache.
+
+        Args:
+          x_BTD: embeddings of a prompt, if the cache is empty; else of one further token a row.
+          positions_BT, segments_BT: see `__call__`; a row's padding stands at its end.
+          cache: cache with at least T free slots.
+        """
+        offset = cache.length
+        kv_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segments_BT, offset, axis=1)
+        T = x_BTD.shape[1]
+        segments = (segments_BT, kv_segments_BS if T == 1 else segments_BT)
+        layer = DecoderLayer(**self.sizes_of_layer, parent=None)
+        keys, values = [], []
+        for i, kv in enumerate(zip(cache.keys, cache.values, strict=True)):
+            params = jax.tree.map(lambda x: x[i], self.layers.variables["params"])
+            x_BTD, (k, v) = layer.apply({"params": params}, x_BTD, kv, positions_BT, *segments, offset)
+            keys.append(k)
+            values.append(v)
+        last_B = jnp.maximum(jnp.sum(segments_BT > 0, axis=1) - 1, 0)
+        x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+        return self.logits(self.final_norm(x_BD)), Cache(tuple(keys), tuple(values), kv_segments_BS, offset + T)
 
     def empty_cache(self, rows: int, slots: int, dtype=jnp.float32) -> Cache:
         """Returns a cache of `slots` free slots for each of `rows` rows."""
-        shape = (self.num_layers, rows, slots, self.num_kv_heads, self.size_of_head)
-        zeros = jnp.zeros(shape, dtype)
+        zeros = (jnp.zeros((rows, slots, self.num_kv_heads, self.size_of_head), dtype),) * self.num_layers
         return Cache(zeros, zeros, jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32))

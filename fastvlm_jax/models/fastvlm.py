@@ -91,7 +91,7 @@ class FastVLM(nn.Module):
             return self(*args, mask, None if targets is None else targets[None], train=train)[0]
         G, R, T = tokens.shape
         features = None if self.vision_args is None else self.encode(images, image_mask, train=train)
-        out, _ = self.decode(features, tokens, image_index, positions, segment_ids, targets=targets)
+        out = self.decode(features, tokens, image_index, positions, segment_ids, targets)
         return out.reshape(G, R, T, *out.shape[2:])
 
     def encode(self, images: Array, image_mask: Array | None = None, *, train: bool = False) -> Array:
@@ -114,19 +114,12 @@ class FastVLM(nn.Module):
         features = features.reshape(G, -1, features.shape[-1])
         return features if self.llm_args is None else self.projector(features)
 
-    def decode(
-        self, features, tokens, image_index, positions, segment_ids, cache: Cache | None = None, targets=None
-    ) -> tuple[Array, Cache | None]:
-        """Runs the decoder on rows [G, R, T], with a feature in place of the embedding where image_index >= 0.
+    def embed(self, features: Array | None, tokens: Array, image_index: Array) -> Array:
+        """Returns the embeddings of rows [G, R, T] as [G * R, T, D]; where image_index >= 0, image features.
 
         Args:
           features: image features [G, N * L, D], or None for text only.
-          tokens, image_index, positions, segment_ids: fields of a Batch, [G, R, T].
-          cache: KV cache of the earlier tokens, to which these T are appended.
-          targets: int32 [G, R, T]; if given, losses are returned instead of logits.
-
-        Returns:
-          (logits [G * R, T, V] or losses [G * R, T], the extended cache or None).
+          tokens, image_index: fields of a Batch, [G, R, T].
         """
         G, R, T = tokens.shape
         x = self.llm.embed(tokens, jnp.dtype(self.dtype))
@@ -134,9 +127,29 @@ class FastVLM(nn.Module):
             index = jnp.maximum(image_index, 0).reshape(G, R * T, 1)
             placed = jnp.take_along_axis(features, index, axis=1).reshape(x.shape)
             x = jnp.where(image_index[..., None] >= 0, placed, x)
-        x = constrain(x.reshape(G * R, T, -1), ("batch", None, None))
-        targets = None if targets is None else targets.reshape(G * R, T)
-        return self.llm(x, positions.reshape(G * R, T), segment_ids.reshape(G * R, T), cache, targets)
+        return constrain(x.reshape(G * R, T, -1), ("batch", None, None))
+
+    def decode(self, features, tokens, image_index, positions, segment_ids, targets=None) -> Array:
+        """Runs the decoder on rows [G, R, T]: logits [G * R, T, V], or with targets losses [G * R, T].
+
+        Args:
+          features: image features [G, N * L, D], or None for text only.
+          tokens, image_index, positions, segment_ids: fields of a Batch, [G, R, T].
+          targets: int32 [G, R, T]; if given, losses are returned instead of logits.
+        """
+        x = self.embed(features, tokens, image_index)
+        targets = None if targets is None else targets.reshape(x.shape[:2])
+        return self.llm(x, positions.reshape(x.shape[:2]), segment_ids.reshape(x.shape[:2]), targets)
+
+    def extend(self, features, tokens, image_index, positions, segment_ids, cache: Cache) -> tuple[Array, Cache]:
+        """Runs the decoder on a prompt or one further token of each row: (logits [G * R, V], the longer cache).
+
+        Args:
+          features, tokens, image_index, positions, segment_ids: see `decode`.
+          cache: KV cache of the earlier tokens; see `Decoder.extend`.
+        """
+        x = self.embed(features, tokens, image_index)
+        return self.llm.extend(x, positions.reshape(x.shape[:2]), segment_ids.reshape(x.shape[:2]), cache)
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """Returns an empty KV cache for `rows` rows of `slots` tokens each, in the dtype of the computation."""

@@ -11,7 +11,10 @@ from fastvlm_jax.cli.arguments import define_config, parse, to_json
 
 def data(argv: list[str]) -> None:
     """Runs the command behind `fastvlm data`."""
-    commands = {"write": write_data, "inspect": inspect_data, "easy-vqa": easy_vqa_data, "tokenizer": train_tokenizer}
+    commands = {
+        "write": write_data, "inspect": inspect_data, "easy-vqa": easy_vqa_data, "documents": documents_data,
+        "tokenizer": train_tokenizer,
+    }  # fmt: skip
     name = help.choose("fastvlm data", argv[1:], commands, help.group("data"))
     commands[name]([f"data {name}", *argv[2:]])
 
@@ -144,7 +147,7 @@ def inspect_against(fv: flags.FlagValues) -> None:
     source = read_shards(fv.data, fv.split)
     name, rows = looked_for.open_rows(fv.against, fv.benchmark, fv.data, fv.split)
     known = looked_for.learn(name, rows, kinds)
-    with tqdm_bar(len(source)) as bar:
+    with tqdm_bar("compare", len(source), "record") as bar:
         report = contamination.compare(source, known, kinds, fv.output, bar.update)
     if fv.json:
         to_json(dataclasses.asdict(report), fv.json)
@@ -154,11 +157,11 @@ def inspect_against(fv: flags.FlagValues) -> None:
         print(f"  fastvlm data write --source {fv.data} --exclude {fv.output} --output DIR")
 
 
-def tqdm_bar(total: int):
-    """Returns a progress bar over so many records, on a terminal."""
+def tqdm_bar(what: str, total: int | None, unit: str):
+    """Returns a progress bar over so many units, on a terminal."""
     import tqdm
 
-    return tqdm.tqdm(total=total, desc="compare", unit="record", disable=not sys.stderr.isatty())
+    return tqdm.tqdm(total=total, desc=what, unit=unit, disable=not sys.stderr.isatty())
 
 
 def easy_vqa_data(argv: list[str]) -> None:
@@ -169,6 +172,23 @@ def easy_vqa_data(argv: list[str]) -> None:
     from fastvlm_jax.data.sets.easy_vqa import write_easy_vqa
 
     print(f"{fv.output}: {write_easy_vqa(fv.output)}")
+
+
+def documents_data(argv: list[str]) -> None:
+    """Draws pages of numbers and texts, and writes them as shards."""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("output", None, "folder for the shards", flag_values=fv)
+    flags.DEFINE_integer(
+        "pages", 8000, "training pages; validation gets a 16th as many, test an 8th", lower_bound=1, flag_values=fv
+    )
+    flags.DEFINE_integer("seed", 0, "seed of the pages", lower_bound=0, flag_values=fv)
+    flags.DEFINE_integer("workers", 0, "processes; 0 = one a core", lower_bound=0, flag_values=fv)
+    parse(fv, argv, required=("output",))
+    from fastvlm_jax.data.sets.documents.write import write_documents
+
+    with tqdm_bar("draw", None, "page") as bar:
+        counts = write_documents(fv.output, fv.pages, fv.seed, workers=fv.workers, progress=bar.update)
+    print(f"{fv.output}: {counts}; {fv.output}/numbers: short numbers alone, as many")
 
 
 def train_tokenizer(argv: list[str]) -> None:

@@ -39,6 +39,10 @@ ABOUT = {
         "Writes easy-VQA, the data set of the quickstart, as shards.",
         "fastvlm data easy-vqa --output data/easy_vqa",
     ),
+    "data documents": (
+        "Draws pages of real numbers and texts with transcriptions and questions, and writes them as shards.",
+        "fastvlm data documents --output data/documents",
+    ),
     "data tokenizer": (
         "Trains a tokenizer on the texts of a data set, for a small model that is trained from scratch.",
         "fastvlm data tokenizer --data data/mine",

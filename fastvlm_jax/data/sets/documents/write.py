@@ -1,0 +1,195 @@
+"""Writes the pages as shards, with several processes: the full set, and beside it the part for tiny models.
+
+OUTPUT/                   every kind of page: its transcription, and questions about it
+OUTPUT/numbers/           short numbers alone, as captions: a page is answered by its transcription, without a question
+OUTPUT/documents.json     what the pages were drawn from: the seed, their number, the versions of the packages
+"""
+
+import concurrent.futures
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.sets.documents import numbers, pages
+from fastvlm_jax.data.sets.documents.data_sets import read_data_sets
+from fastvlm_jax.data.sets.documents.page import Page
+from fastvlm_jax.data.sets.documents.texts import read_texts
+from fastvlm_jax.data.sources import incomplete_shards, read_manifest
+from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.data.write.tokenizer import FILE, write_tokenizer
+from fastvlm_jax.files import write_whole
+
+DESCRIBED = "documents.json"
+TRANSCRIBE = "Transcribe the page."
+SPLITS = {"train": 1, "validation": 16, "test": 8}  # a page of the split for so many of training
+_PACKAGES = ("matplotlib", "numpy", "pillow", "scikit-learn", "vega-datasets")
+_CHUNK = 64  # pages that a process draws at once
+_FEW = 4 * _CHUNK  # pages up to which starting processes takes longer than it saves
+
+
+class Part(NamedTuple):
+    """Describes a part of the set.
+
+    Attributes:
+      folder: its folder in the output, "" for the output itself.
+      draw: draws a page from the seed, the split and the number of the page.
+      prompt: what is asked for a transcription; "" asks nothing.
+      vocab_size: largest number of ids of its tokenizer.
+    """
+
+    folder: str
+    draw: Callable[[int, str, int], Page]
+    prompt: str
+    vocab_size: int
+
+
+PARTS = (Part("", pages.draw, TRANSCRIBE, 512), Part("numbers", numbers.draw, "", 512))
+
+
+def write_documents(
+    output: str | os.PathLike,
+    pages: int = 8000,
+    seed: int = 0,
+    *,
+    workers: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> dict[str, int]:
+    """Writes both parts, each with the splits `train`, `validation` and `test` and a `tokenizer.model` of its own.
+
+    A page depends on the seed, its split and its number alone: a smaller set is the beginning of a larger one, and any
+    number of processes writes the same bytes. What a stopped run has finished is kept.
+
+    Args:
+      output: local folder.
+      pages: number of training pages of each part; validation has a 16th as many, test an 8th.
+      seed: seed of the pages.
+      workers: number of processes; 0 for one a core.
+      progress: function that is called with a number of pages when they are drawn.
+
+    Returns:
+      Number of pages in each split of each part.
+
+    Raises:
+      ValueError: a package is missing, an argument is out of range, or `output` is a file or holds another set.
+      OSError: `output` cannot be written to.
+    """
+    if pages < 1 or seed < 0 or workers < 0:
+        raise ValueError(
+            f"pages {pages}, seed {seed}, workers {workers}: pages must be 1 or more, the others 0 or more"
+        )
+    output = pathlib.Path(output).expanduser()
+    counts = {split: max(1, pages // share) for split, share in SPLITS.items()}
+    to_do = [(part, split) for part in PARTS for split in counts if not _is_there(output / part.folder, split)]
+    if to_do:
+        read_data_sets("test"), read_texts("test")  # a missing package is told before anything is written
+    _describe(output, {"seed": seed, "pages": pages}, finished=not to_do)
+    few = sum(counts[split] for _, split in to_do) <= _FEW
+    with _started(1 if few else workers or os.cpu_count()) as run:
+        for part, split in to_do:
+            chunks = [range(counts[split])[start : start + _CHUNK] for start in range(0, counts[split], _CHUNK)]
+            drawn = run(_draw, itertools.repeat(part), itertools.repeat(seed), itertools.repeat(split), chunks)
+            write_shards(output / part.folder, split, _counted(drawn, progress))
+    for part in PARTS:
+        if not (output / part.folder / FILE).is_file():
+            write_tokenizer(output / part.folder, part.vocab_size)
+    return counts
+
+
+def record(part: Part, split: str, number: int, page: Page) -> Record:
+    """Returns the record of a page: its transcription, then its questions. "asked" in `extra` names what each asks."""
+    prompt = (0, part.prompt) if part.prompt else (0,)
+    turns = [("user", prompt), ("assistant", (page.text,))]
+    for question in page.questions:
+        turns += [("user", (question.text,)), ("assistant", (question.answer,))]
+    extra = {
+        "kind": page.kind,
+        "size": list(page.picture.size),
+        "font_size": page.font_size,
+        "source": page.source,
+        "asked": ["transcription", *(question.kind for question in page.questions)],
+    }
+    return Record(f"{split}/{number}", (page.png(),), tuple(turns), extra)
+
+
+def _draw(part: Part, seed: int, split: str, numbers: Sequence[int]) -> list[Record]:
+    return [record(part, split, number, part.draw(seed, split, number)) for number in numbers]
+
+
+def _counted(chunks: Iterable[list[Record]], progress: Callable[[int], Any] | None) -> Iterator[Record]:
+    """Yields the records of chunks in order, and tells the progress."""
+    for records in chunks:
+        yield from records
+        if progress:
+            progress(len(records))
+
+
+@contextlib.contextmanager
+def _started(workers: int) -> Iterator[Callable]:
+    """Yields a `map` that runs in so many processes, and ends them.
+
+    Raises:
+      ValueError: a process was killed.
+    """
+    if workers == 1:
+        yield map
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupts)
+    try:
+        yield pool.map
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that draws pages was killed (out of memory?): run the same command again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends this one
+
+
+def _is_there(folder: pathlib.Path, split: str) -> bool:
+    manifest = read_manifest(folder)
+    return split in manifest["splits"] and not incomplete_shards(folder, manifest, split)
+
+
+def _versions() -> dict[str, str]:
+    """Returns what the pages depend on besides the seed: the packages, and Python, whose documentation they show."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def _describe(output: pathlib.Path, described: dict[str, Any], finished: bool) -> None:
+    """Writes what a set is drawn from, or compares it with what the folder says.
+
+    Raises:
+      ValueError: the folder holds another set, or the beginning of one by other versions.
+    """
+    described |= {} if finished else {"versions": _versions()}
+    path = output / DESCRIBED
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: choose a folder")
+    if not path.is_file():
+        if read_manifest(output)["splits"]:
+            raise ValueError(f"{output} already holds another data set: choose another folder")
+        write_whole(path, json.dumps(described, indent=1).encode())
+        return
+    try:
+        known = json.loads(path.read_bytes())
+        before = {key: known[key] for key in described}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: delete {output} and write the pages again") from error
+    for key in described:
+        if before[key] != described[key]:
+            raise ValueError(
+                f"{output} already holds pages of {key} {before[key]}, not {described[key]}: choose another folder"
+            )

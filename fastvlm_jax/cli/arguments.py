@@ -36,6 +36,7 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
   preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]
   bench     input --config FILE.py[:ARG] --config.data.path=DIR [--seconds N] [--output FILE.json]
   report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
+            SWEEP_DIR --output FILE.html
 
 --model, --source and --config.parent take a training workdir (its latest checkpoint; DIR@best is the best), one
 checkpoint in it, a model directory of any layout, a GGUF file, or parts of a model from several places:

@@ -57,7 +57,7 @@ ABOUT = {
         "--config.data.tokenizer=MODEL",
     ),
     "report": (
-        "Writes a page about training runs: their losses, rates and differences, and answered test questions.",
+        "Writes a page about training runs, or the figures and the page of a sweep, whose folder is named alone.",
         "fastvlm report runs/first runs/second --output report.html",
     ),
 }

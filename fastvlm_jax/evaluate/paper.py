@@ -14,7 +14,7 @@ AVG_5 = ("gqa", "textvqa", "pope", "docvqa", "seedbench-image")  # the mean that
 NAMES = {
     "0.5b": "Qwen2-0.5B", "1.5b": "Qwen2-1.5B", "7b": "Qwen2-7B", "vicuna-7b": "Vicuna-7B",
     "fastvithd": "FastViTHD", "mci2": "FastViT", "clip_vit_l_336": "ViT-L/14", "convnext_l": "ConvNeXt-L",
-    "convnext_xxl": "ConvNeXt-XXL",
+    "convnext_xxl": "ConvNeXt-XXL", "siglip_so400m_384": "SigLIP-SO400M", "fastvit_naive": "FastViT-Naive",
 }  # fmt: skip
 
 

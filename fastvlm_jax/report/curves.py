@@ -16,6 +16,16 @@ from fastvlm_jax.workdir import read_run
 Rows = Sequence[dict[str, float]]
 ACCURACY = "validation/accuracy"
 MARKERS = "s^Dv<>pP*X"  # of the curves of scores, one a benchmark
+# Metrics that are drawn over the steps, and how their panels are named.
+OVER_STEPS = {
+    "lr": "highest learning rate",
+    "grad_norm": "norm of the gradient",
+    "images/s": "images/s",
+    "tokens/s": "tokens/s",
+    "mfu": "MFU",
+    "input_bound": "share of waiting for input",
+    "hbm_peak_gb": "most memory so far, GB",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +36,14 @@ class Run:
       name: what the report calls it, different for each of its runs.
       rows: lines of its metrics.jsonl.
       config: its settings.
+      lineage: where its weights and data come from; see workdir.make_lineage.
       start: step at which its curve begins: 0, or where the run ended whose weights it started from.
     """
 
     name: str
     rows: Rows
     config: dict[str, Any]
+    lineage: dict[str, Any]
     start: int
 
     def last(self, key: str) -> float | None:
@@ -66,7 +78,7 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
         parent = {key: value for key, value in (run["lineage"]["parent"] or {}).items() if key != "step"}
         before = [other for other, (*_, theirs) in zip(runs, found, strict=False) if theirs["lineage"] == parent]
         start = before[-1].start + int(run["lineage"]["parent_step"] or 0) if before else 0
-        runs.append(Run(name, rows, run["config"], start))
+        runs.append(Run(name, rows, run["config"], run["lineage"], start))
     return runs
 
 
@@ -129,6 +141,35 @@ def plot_losses(runs: Sequence[Run], path: pathlib.Path) -> None:
     figure.legend(*legend, loc="upper center", ncol=columns, frameon=False, fontsize=9, columnspacing=1.2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def plot_rates(runs: Sequence[Run], path: pathlib.Path) -> bool:
+    """Draws learning rate, norm of the gradient, rates, MFU and memory over the steps, a colour for each run.
+
+    Returns:
+      Whether the runs have any of them; if not, nothing is drawn.
+    """
+    keys = [key for key in OVER_STEPS if any(run.points(key) for run in runs)]
+    if not keys:
+        return False
+    columns = min(3, len(keys))
+    lines = -(-len(keys) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.1 * columns + 0.4, 2.3 * lines + 0.5), squeeze=False)
+    for axis, key in zip(axes.flat, keys, strict=False):
+        for i, run in enumerate(runs):
+            if points := run.points(key):
+                axis.plot(*zip(*points, strict=True), color=f"C{i}", label=run.name)
+        axis.set_title(OVER_STEPS[key], fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(bottom=0)
+    for axis in axes.flat[len(keys) :]:
+        axis.axis("off")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
 
 
 def named(score: str) -> str:

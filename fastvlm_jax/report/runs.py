@@ -1,4 +1,4 @@
-"""Writes one HTML page about training runs: losses, rates, settings that differ, and a sheet of answered questions."""
+"""Writes the HTML page about training runs: losses, scores, rates, lineage, differing settings, answered questions."""
 
 import json
 import math
@@ -6,10 +6,9 @@ import os
 import pathlib
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 from etils import epath
 
 from fastvlm_jax import model_io
@@ -18,47 +17,31 @@ from fastvlm_jax.evaluate.benchmark import Result
 from fastvlm_jax.evaluate.benchmarks import qa
 from fastvlm_jax.evaluate.records import rows_of
 from fastvlm_jax.evaluate.run import score
+from fastvlm_jax.files import write_whole
 from fastvlm_jax.images.decode import decode
-from fastvlm_jax.report.curves import Run, named, plot_losses, plt, read_runs
+from fastvlm_jax.report.curves import Run, named, plot_losses, plot_rates, plt, read_runs
+from fastvlm_jax.report.page import Picture, Table, Texts, render
 
 NUM_SAMPLES = 16
 MAX_TOKENS = 16  # longest answer on the sheet
-# Rates of a run: the metric, and how the table names it.
-RATES = {"step_seconds": "seconds a step", "images/s": "images/s", "tokens/s": "tokens/s", "mfu": "MFU"}
-PAGE = jinja2.Template(
-    """<!doctype html>
-<meta charset="utf-8"><title>fastvlm_jax: {{ title }}</title>
-<style>
- body { font: 15px system-ui, sans-serif; max-width: 1100px; margin: 2em auto; color: #222 }
- table { border-collapse: collapse } img { max-width: 100% } pre { overflow-x: auto; font-size: 13px }
- td, th { padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
-</style>
-<h1>{{ title }}</h1>
-{%- for table in tables %}
-<h2>{{ table.title }}</h2>
-<table>
- <tr>{% for name in table.head %}<th>{{ name }}{% endfor %}</tr>
-{%- for row in table.rows %}
- <tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
-{%- endfor %}
-</table>
-{%- endfor %}
-{%- for picture in pictures %}
-<h2>{{ picture.title }}</h2><img src="{{ picture.file }}" alt="{{ picture.title }}">
-{%- endfor %}
-<h2>All settings</h2>
-{%- for name, config in configs %}
-<details><summary>{{ name }}</summary><pre>{{ config }}</pre></details>
-{%- endfor %}
-""",
-    autoescape=True,
-)
+# Rates of a run: the metric, how the table names it, and what of its logs stands there.
+RATES = {
+    "step_seconds": ("seconds a step", statistics.median),
+    "images/s": ("images/s", statistics.median),
+    "tokens/s": ("tokens/s", statistics.median),
+    "mfu": ("MFU", statistics.median),
+    "mfu/vision": ("MFU vision", statistics.median),
+    "mfu/llm": ("MFU LLM", statistics.median),
+    "input_bound": ("share of waiting for input", statistics.median),
+    "hbm_peak_gb": ("most memory, GB", max),
+}
 
 
 def write_report(
     workdirs: Sequence[pathlib.Path], output: pathlib.Path, model: str | None = None, data: str | None = None
 ) -> list[pathlib.Path]:
-    """Writes the page and its pictures `*_loss.png` and, with `model` and `data`, `*_samples.png` beside it.
+    """Writes the page and, beside it, its pictures `*_loss.png`, `*_rates.png` if the runs have rates and, with `model`
+    and `data`, `*_samples.png`; returns their paths.
 
     Raises:
       ValueError: a folder is no workdir, is named twice or has no metrics yet; or `model` is given without `data`.
@@ -67,26 +50,24 @@ def write_report(
         raise ValueError("--model and --data belong together: the sheet of samples needs both")
     runs = read_runs(workdirs)
     output.parent.mkdir(parents=True, exist_ok=True)
-    loss = output.with_name(output.stem + "_loss.png")
-    plot_losses(runs, loss)
-    written, pictures = [output, loss], [{"title": "Loss", "file": loss.name}]
+    beside = {name: output.with_name(f"{output.stem}_{name}.png") for name in ("loss", "rates", "samples")}
+    plot_losses(runs, beside["loss"])
+    pictures = [Picture("Loss", beside["loss"].name)]
+    if plot_rates(runs, beside["rates"]):
+        pictures.append(Picture("Rates", beside["rates"].name))
     if model is not None:
         split = held_out(data)
-        sheet = output.with_name(output.stem + "_samples.png")
-        plot_samples(answer_samples(model, data, split), sheet, split)
-        written.append(sheet)
-        pictures.append({"title": f"Images of the split {split}: question, answer, truth", "file": sheet.name})
-    page = PAGE.render(
-        title=(" → " if any(run.start for run in runs) else ", ").join(run.name for run in runs),
-        tables=[table for table in (results(runs), rates(runs), differing(runs)) if table["rows"]],
-        pictures=pictures,
-        configs=[(run.name, json.dumps(run.config, indent=1)) for run in runs],
-    )
-    output.write_text(page)
-    return written
+        plot_samples(answer_samples(model, data, split), beside["samples"], split)
+        title = f"Images of the split {split}: question, answer, truth"
+        pictures.append(Picture(title, beside["samples"].name))
+    settings = Texts("All settings", [(run.name, json.dumps(run.config, indent=1)) for run in runs])
+    tables = [results(runs), validation(runs), rates(runs), stages(runs), lineage(runs), differing(runs)]
+    title = (" → " if any(run.start for run in runs) else ", ").join(run.name for run in runs)
+    write_whole(output, render(title, [tables[0], *pictures, *tables[1:], settings]).encode())
+    return [output, *(output.with_name(picture.file) for picture in pictures)]
 
 
-def results(runs: Sequence[Run]) -> dict[str, Any]:
+def results(runs: Sequence[Run]) -> Table:
     """Returns the table of what each run reached; a metric that no run has gets no column."""
     keys = {"loss": "last loss", "validation/loss": "validation loss"}
     keys |= {name: named(name) for run in runs for name in run.scores()}
@@ -94,7 +75,7 @@ def results(runs: Sequence[Run]) -> dict[str, Any]:
     rows = [[run.name, run.rows[-1]["step"], f"{run.last('seconds'):.0f}"] for run in runs]
     for run, row in zip(runs, rows, strict=True):
         row += [with_error(run, key) for key in keys]
-    return {"title": "Results", "head": ["run", "steps", "seconds", *keys.values()], "rows": rows}
+    return Table("Results", ["run", "steps", "seconds", *keys.values()], rows)
 
 
 def with_error(run: Run, key: str) -> str:
@@ -103,23 +84,81 @@ def with_error(run: Run, key: str) -> str:
     return written(run.last(key)) + ("" if error is None else f" ± {error:.2g}")
 
 
-def rates(runs: Sequence[Run]) -> dict[str, Any]:
-    """Returns the table of each run's rates: the median of its logs, without the first, which holds the compilation."""
-    keys = {key: name for key, name in RATES.items() if any(run.points(key) for run in runs)}
+def validation(runs: Sequence[Run]) -> Table:
+    """Returns the table of each run's validation loss and scores: the best, the step where it was, and the last."""
     rows = []
     for run in runs:
-        found = [[value for _, value in run.points(key)] for key in keys]
-        rows.append([run.name, *(written(statistics.median(v[1:] or v) if v else None) for v in found)])
-    return {"title": "Rates (medians)", "head": ["run", *keys.values()], "rows": rows if keys else []}
+        for key in ("validation/loss", *run.scores()):
+            found = [(row[key], row["step"]) for row in run.rows if key in row]
+            if found:
+                best, step = min(found) if key.endswith("/loss") else max(found, key=lambda each: each[0])
+                rows.append([run.name, named(key), written(best), step, written(found[-1][0])])
+    return Table("Validation", ["run", "metric", "best", "at step", "last"], rows)
 
 
-def differing(runs: Sequence[Run]) -> dict[str, Any]:
+def rates(runs: Sequence[Run]) -> Table:
+    """Returns the table of each run's rates: the median of its logs, without the first, which holds the compilation."""
+    keys = [key for key in RATES if any(run.points(key) for run in runs)]
+    rows = []
+    for run in runs:
+        cells = []
+        for key in keys:
+            values = [value for _, value in run.points(key)]
+            cells.append(written(RATES[key][1](values[1:] or values) if values else None))
+        rows.append([run.name, *cells])
+    return Table("Rates (medians)", ["run", *(RATES[key][0] for key in keys)], rows if keys else [])
+
+
+def stages(runs: Sequence[Run]) -> Table:
+    """Returns the table of what each stage learns, at which rate, from images of which size."""
+    rows = []
+    for run in runs:
+        data = run.config.get("data", {})
+        learns = [f"{pattern} at {rate:g}" for pattern, rate, *_ in run.config.get("groups", []) if rate]
+        sizes = [str(size) for size, *_ in data.get("resolutions", [])] or [str(data.get("image_size", "-"))]
+        grids = [f"{high}x{wide} tiles" for high, wide in data.get("grids", [])]
+        images = data.get("groups", 0) * data.get("images_per_group", 0)
+        cells = [", ".join(learns), ", ".join(sizes + grids), images]
+        rows.append([run.name, run.config["stage"], *(cell or "-" for cell in cells)])
+    return Table("Stages", ["run", "stage", "learns, peak rate", "image, px", "image slots a step"], rows)
+
+
+def lineage(runs: Sequence[Run]) -> Table:
+    """Returns the table of where each run's weights and data come from, and of the versions that trained it."""
+    rows = []
+    for run in runs:
+        own, data = run.lineage, run.config.get("data", {})
+        names = [data["path"]] if data.get("path") else [name for name, _ in data.get("mixture", [])]
+        records = sum(sum(each["records"].values()) for each in own.get("data_sets", []))
+        cells = [origin(own["parent"]), ", ".join(names), f"{records:,}" if records else ""]
+        cells += [str(own.get(key, "")) for key in ("data_fingerprint", "code", "jax")]
+        rows.append([run.name, *(cell or "-" for cell in cells)])
+    head = ["run", "began from", "data", "records", "fingerprint of the data", "fastvlm_jax", "jax"]
+    return Table("Lineage", head, rows)
+
+
+def origin(parent: Mapping[str, Any] | None) -> str:
+    """Returns in words where weights come from, the nearest first.
+
+    "random weights", "stage1 (step 238) ← stage0 (step 90)", "models/mine (hf)", or each part with its own.
+    """
+    if not parent:
+        return "random weights"
+    if "parts" in parent:
+        return "; ".join(f"{part}: {origin(own)}" for part, own in parent["parts"].items())
+    if "stage" not in parent:
+        return f"{parent.get('path', '?')} ({parent.get('layout', '?')})"
+    step = f" (step {parent['step']})" if "step" in parent else ""
+    return f"{parent['stage']}{step}" + (f" ← {origin(parent['parent'])}" if parent.get("parent") else "")
+
+
+def differing(runs: Sequence[Run]) -> Table:
     """Returns the table of the config keys in which the runs differ, a column for each run."""
     flat = [dict(flattened(run.config)) for run in runs]
     keys = list(dict.fromkeys(key for own in flat for key in own))
     rows = [[key, *(own.get(key, "-") for own in flat)] for key in keys]
     rows = [row for row in rows if any(value != row[1] for value in row[2:])]
-    return {"title": "Settings that differ", "head": ["key", *(run.name for run in runs)], "rows": rows}
+    return Table("Settings that differ", ["key", *(run.name for run in runs)], rows)
 
 
 def flattened(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

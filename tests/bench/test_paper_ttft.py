@@ -11,7 +11,8 @@ from fastvlm_jax.models.sizes import LLM_SIZES, VISION_SIZES
     "llm, side, tokens, printed",
     [  # rows of table 6
         ("0.5b", 1024, 256, 166), ("1.5b", 768, 144, 152), ("1.5b", 1024, 256, 233), ("7b", 768, 144, 446),
-        ("7b", 1024, 256, 641), ("vicuna-7b", 256, 16, 150), ("vicuna-7b", 768, 144, 387), ("vicuna-7b", 1024, 256, 577),
+        ("7b", 1024, 256, 641), ("vicuna-7b", 256, 16, 150), ("vicuna-7b", 768, 144, 387),
+        ("vicuna-7b", 1024, 256, 577),
     ],
 )  # fmt: skip
 def test_encoder_and_prefill_add_up_to_the_times_of_table_6(llm, side, tokens, printed):

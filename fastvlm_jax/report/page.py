@@ -28,7 +28,8 @@ STYLE = """
  th { cursor: pointer; color: var(--soft); font-weight: 600; user-select: none }
  th:hover, th:focus-visible { color: var(--accent) }
  th[aria-sort=ascending]::after { content: " \\2191" } th[aria-sort=descending]::after { content: " \\2193" }
- img { max-width: 100% } figure { margin: 0 } figure svg { width: 100%; height: auto; display: block }
+ figure { margin: 0 } figure img { max-width: 100%; min-width: 600px }
+ figure svg { width: 100%; height: auto; display: block }
  [data-tip] { cursor: pointer } [data-tip]:focus { outline: none } [data-tip]:hover, [data-tip]:focus { opacity: .6 }
  #tip { position: absolute; background: #fff; border: 1px solid var(--soft); border-radius: 6px; padding: .4em .7em;
         white-space: pre-line; font-size: .88em; line-height: 1.4; box-shadow: 0 2px 8px #0003; max-width: 22em;
@@ -177,7 +178,7 @@ def inline_svg(svg: str, name: str, tips: Mapping[str, str], title: str) -> mark
 
     Args:
       svg: SVG as matplotlib writes it.
-      name: put before its ids, which are kept apart from those of other drawings so.
+      name: put before the ids that something refers to, so that those of several drawings differ; others are dropped.
       tips: id of an element -> values that the page shows beside it.
       title: what it shows, for people who do not see it.
     """
@@ -189,15 +190,17 @@ def inline_svg(svg: str, name: str, tips: Mapping[str, str], title: str) -> mark
     # On a phone it is scrolled sideways rather than made too small to read.
     style = f"max-width: {1.15 * wide:.0f}px; min-width: {min(600, wide):.0f}px"
     root.attrib |= {"role": "group", "aria-label": title, "style": style}
+    referred = set(re.findall(r"""(?:url\(#|href="#)([^)"]+)""", svg))
     for parent in root.iter():
         for child in [each for each in parent if each.tag.endswith("}metadata")]:
             parent.remove(child)
         for key, value in list(parent.attrib.items()):
-            if key == "id":
-                if value in tips:
-                    parent.attrib |= {"data-tip": tips[value], "tabindex": "0", "role": "img"}
-                    parent.attrib["aria-label"] = tips[value]
-                parent.attrib["id"] = f"{name}-{value}"
+            if key == "id" and value in tips:
+                parent.attrib |= {"data-tip": tips[value], "aria-label": tips[value], "tabindex": "0", "role": "img"}
+            if key == "id" and value not in {*tips, *referred}:
+                del parent.attrib[key]
+            elif key == "id":
+                parent.attrib[key] = f"{name}-{value}"
             elif key.endswith("href") and value.startswith("#"):
                 parent.attrib[key] = f"#{name}-{value[1:]}"
             elif key in ("clip-path", "style"):

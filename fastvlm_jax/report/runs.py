@@ -131,7 +131,7 @@ def lineage(runs: Sequence[Run]) -> Table:
         names = [data["path"]] if data.get("path") else [name for name, _ in data.get("mixture", [])]
         records = sum(sum(each["records"].values()) for each in own.get("data_sets", []))
         cells = [origin(own["parent"]), ", ".join(names), f"{records:,}" if records else ""]
-        cells += [str(own.get(key, "")) for key in ("data_fingerprint", "code", "jax")]
+        cells += [str(own.get("data_fingerprint", ""))[:16], own.get("code"), own.get("jax")]
         rows.append([run.name, *(cell or "-" for cell in cells)])
     head = ["run", "began from", "data", "records", "fingerprint of the data", "fastvlm_jax", "jax"]
     return Table("Lineage", head, rows)

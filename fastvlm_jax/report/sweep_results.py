@@ -235,7 +235,8 @@ def _times(reader: "_Reader") -> Times:
         raise reader.wrong("measured", "has to be true or false: nobody can tell a measured time from an estimate")
     setting |= {key: reader.text(key) for key in ("device", "topology", "dtype")}
     parts = {name: each.number("median") for name, each in reader.named_objects("parts").items()}
-    return Times(reader.optional_number("paper_ttft"), reader.optional_number("user_ttft"), parts, setting)
+    paper, user = (reader.optional_number(key, above=0) for key in ("paper_ttft", "user_ttft"))
+    return Times(paper, user, parts, setting)
 
 
 @dataclasses.dataclass(frozen=True)

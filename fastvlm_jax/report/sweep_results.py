@@ -18,6 +18,7 @@ STATES = ("done", "failed", "pending")
 FIGURES = ("1a", "4", "6")  # of the paper, that a sweep can repeat
 # What has to be the same in all times of a sweep, so that they stand on one axis.
 SAME = ("measured", "device", "topology", "dtype", "batch", "prompt_tokens")
+_KEYS = {name: key for key, name in NAMES.items()}
 _LONGEST = 80  # characters of a name
 
 
@@ -55,7 +56,7 @@ class Point:
     Attributes:
       name: name of the point.
       encoder, llm: names for people.
-      key: (encoder, llm) as the sweep names them.
+      key: (encoder, llm) as models.sizes names them; as the sweep does if they are not there.
       image_size: side of the square that the encoder sees, pixels; of a tile if there is a grid.
       grid: (rows, columns) of tiles, None for one whole image.
       image_tokens: tokens that the language model reads of an image.
@@ -200,7 +201,7 @@ def _point(reader: "_Reader") -> Point:
         name=reader.text("name"),
         encoder=NAMES.get(encoder, encoder),
         llm=NAMES.get(llm, llm),
-        key=(encoder, llm),
+        key=(_KEYS.get(encoder, encoder), _KEYS.get(llm, llm)),
         image_size=int(reader.number("image_size", above=0)),
         grid=reader.grid("grid"),
         image_tokens=int(reader.number("image_tokens", above=0)),

@@ -11,6 +11,7 @@ from browser import Browser, needs_browser
 from command import fastvlm
 
 from fastvlm_jax.bench.paper_ttft import FIGURE_1A, VISION_MS
+from fastvlm_jax.evaluate.paper import NAMES
 from fastvlm_jax.report import sweep_figures as figures
 from fastvlm_jax.report.faster import compare
 from fastvlm_jax.report.labels import place_labels
@@ -186,7 +187,7 @@ def test_static_images_stand_against_tiles_of_the_same_encoder_alone(tmp_path):
 def paper_figure_1a(**changes):
     """Figure 1a of the paper as a sweep that found just the paper's points."""
     points = [
-        point(f"{encoder}-{side}", encoder, side, 256, accuracy, ms / 2, ms / 2, llm="0.5b")
+        point(f"{encoder}-{side}", NAMES[encoder], side, 256, accuracy, ms / 2, ms / 2, llm="Qwen2-0.5B")
         for encoder, side, ms, accuracy in FIGURE_1A
     ]
     for each in points:
@@ -207,6 +208,21 @@ def test_a_sweep_of_figure_1a_has_the_papers_points_in_grey(tmp_path):
     latency = axis_of(figures.latency_figure(sweep))
     hd = sorted([side, ms] for (encoder, side), ms in VISION_MS.items() if encoder == "fastvithd")
     assert hd in [line.get_xydata().tolist() for line in latency.lines]
+
+
+def test_several_language_models_are_told_apart_by_their_labels_and_share_the_latency_of_an_encoder(tmp_path):
+    points = [
+        point(f"{llm}-{size}", "mci2", size, 64, accuracy, vision, 5, llm=llm)
+        for llm, size, accuracy, vision in (("0.5b", 256, 50, 10), ("7b", 256, 60, 14), ("7b", 512, 62, 30))
+    ]
+    sweep = read_sweep(written(tmp_path, results(points=points)))
+    axis = axis_of(figures.accuracy_figure(sweep, figures.PAPER_TTFT))
+    assert {text.get_text() for text in axis.texts} == {"0.5b 256", "7b 256", "7b 512"}
+    # One front for the encoder, over all language models; its latency is the median of its times.
+    assert [len(line) for line in lines(axis, "front")] == [4]
+    assert axis_of(figures.latency_figure(sweep)).lines[0].get_xydata().tolist() == [[256, 12], [512, 30]]
+    panels = figures.parts_figure(sweep).axes
+    assert [axis.get_title() for axis in panels] == ["FastViT, Qwen2-0.5B", "FastViT, Qwen2-7B"]
 
 
 def test_times_faster_at_equal_accuracy_are_those_of_the_paper(tmp_path):

@@ -58,7 +58,7 @@ def _named(name: str, texts: Iterable[str], between: str = "", margin: str = "  
     """Returns texts in lines of WIDTH columns, the first behind its name, each other one behind the word `between`."""
     lines = []
     for text in texts:
-        first = f"{margin}{between if lines else name}".ljust(INDENT)
+        first = f"{margin}{between if lines else name} ".ljust(INDENT)
         lines += textwrap.wrap(
             text, WIDTH, initial_indent=first, subsequent_indent=" " * INDENT, break_on_hyphens=False
         )

@@ -20,7 +20,7 @@ from etils import epath
 from fastvlm_jax import distributed, files
 from fastvlm_jax.evaluate import fingerprint, progress_bar, published, results
 from fastvlm_jax.evaluate.benchmark import PROTOCOLS, Benchmark, Protocol, Result, Row
-from fastvlm_jax.evaluate.benchmarks import folder_of, known
+from fastvlm_jax.evaluate.benchmarks import family_of, folder_of, known
 from fastvlm_jax.evaluate.journal import Journal
 from fastvlm_jax.evaluate.run import Progress, Scored, check_answers, score
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -56,7 +56,7 @@ def choose(
     Args:
       names: names of benchmarks, or "all" alone: those whose files lie under `data`.
       data: folder with a folder for each benchmark, as DATA/docvqa; a family may share that of its first. The files of
-        a single benchmark may lie in it directly.
+        a single benchmark, or of a single family, may lie in it directly.
       benchmarks: the known benchmarks, by name.
       protocol: name of the protocol; by default each benchmark's first.
       limit: number of rows to ask of each, from the first; None asks all.
@@ -69,7 +69,7 @@ def choose(
     root = epath.Path(data).expanduser()
     if list(names) != ["all"]:
         chosen = [(benchmark, benchmark.protocol(protocol)) for benchmark in known(names, benchmarks)]
-        single = len(chosen) == 1
+        single = len({next(iter(family_of(benchmark)), benchmark).name for benchmark, _ in chosen}) == 1
         read = [(*pair, pair[0].read(folder_of(pair[0], root, single))) for pair in chosen]
     else:
         read = _all(benchmarks, root, protocol, told)

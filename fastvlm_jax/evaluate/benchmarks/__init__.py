@@ -10,6 +10,7 @@ from fastvlm_jax.evaluate.benchmarks import (
     ai2d,
     chartqa,
     cvbench,
+    documents,
     docvqa,
     easy_vqa,
     gqa,
@@ -49,6 +50,7 @@ FAMILIES = (
     llava_w,
     mm_vet,
     easy_vqa,
+    documents,
     qa,
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for family in FAMILIES for benchmark in family.BENCHMARKS}
@@ -64,10 +66,14 @@ def known(names: Sequence[str], benchmarks: Mapping[str, Benchmark] = BENCHMARKS
     return [benchmarks[name] for name in dict.fromkeys(names)]
 
 
+def family_of(benchmark: Benchmark) -> tuple[Benchmark, ...]:
+    """Returns the benchmarks of the same family, which may share their files; () for one that is in no family here."""
+    return next((own.BENCHMARKS for own in FAMILIES if benchmark.name in [b.name for b in own.BENCHMARKS]), ())
+
+
 def folder_of(benchmark: Benchmark, root: epath.Path, single: bool) -> epath.Path:
     """Returns the folder of a benchmark's files: ROOT/NAME, that of its family's first, or for a single one ROOT."""
-    family = next((own.BENCHMARKS for own in FAMILIES if benchmark.name in [b.name for b in own.BENCHMARKS]), ())
-    for name in (benchmark.name, *(other.name for other in family[:1])):
+    for name in (benchmark.name, *(other.name for other in family_of(benchmark)[:1])):
         if (root / name).is_dir():
             return root / name
     return root if single else root / benchmark.name

@@ -25,11 +25,11 @@ SPLITS = {  # the order in which a shared run of words is given away
     "validation": ("enum", "heapq", "imaplib", "statistics", "sklearn.covariance", "sklearn.mixture"),
     "train": (
         "argparse", "asyncio", "codecs", "collections", "configparser", "difflib", "doctest", "email", "http",
-        "inspect", "ipaddress", "json", "logging", "mailbox", "multiprocessing", "optparse", "os", "pdb",
-        "pickletools", "random", "shutil", "smtplib", "ssl", "subprocess", "tarfile", "textwrap", "threading",
+        "inspect", "ipaddress", "json", "logging", "optparse", "os", "pdb", "pickletools", "random",
+        "shutil", "smtplib", "ssl", "subprocess", "tarfile", "textwrap", "threading",
         "traceback", "unittest", "urllib", "sklearn.ensemble", "sklearn.feature_selection", "sklearn.impute",
-        "sklearn.linear_model", "sklearn.metrics", "sklearn.model_selection", "sklearn.neighbors",
-        "sklearn.preprocessing", "sklearn.svm", "sklearn.tree",
+        "sklearn.linear_model", "sklearn.metrics", "sklearn.model_selection", "sklearn.preprocessing",
+        "sklearn.svm", "sklearn.tree",
     ),
 }  # fmt: skip
 RUN = 6  # words in a row that two splits must not share
@@ -74,10 +74,17 @@ def _files(module: str) -> list[pathlib.Path]:
 
 
 def _paragraphs(path: pathlib.Path) -> Iterator[str]:
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        text = (ast.get_docstring(node) or "") if isinstance(node, documented) else ""
+    for text in _docstrings(ast.parse(path.read_bytes())):
         for paragraph in re.split(r"\n\s*\n", text):
             words = _MARKUP.sub("", paragraph).split()
             if len(words) >= _FEWEST and not _NO_PROSE.search(paragraph) and ASCII.issuperset("".join(words)):
                 yield " ".join(words)
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """Yields the docstring of a module, a class or a function, and those of the classes and functions inside it."""
+    if text := ast.get_docstring(node):
+        yield text
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child)

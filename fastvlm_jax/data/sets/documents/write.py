@@ -190,6 +190,5 @@ def _describe(output: pathlib.Path, described: dict[str, Any], finished: bool) -
         raise ValueError(f"{path} is damaged: delete {output} and write the pages again") from error
     for key in described:
         if before[key] != described[key]:
-            raise ValueError(
-                f"{output} already holds pages of {key} {before[key]}, not {described[key]}: choose another folder"
-            )
+            changed = f"{key}={before[key]}, not {described[key]}"
+            raise ValueError(f"{output} already holds a set with {changed}: choose another folder")

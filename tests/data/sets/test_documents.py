@@ -1,0 +1,346 @@
+"""Documents: transcriptions, places, splits and answers, each found again by other means than those that drew them."""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import re
+import subprocess
+import sys
+from decimal import ROUND_HALF_UP, Decimal
+
+import numpy as np
+import pytest
+from command import fastvlm
+from fontTools import agl
+from matplotlib.font_manager import FontProperties
+from matplotlib.ft2font import FT2Font
+from matplotlib.textpath import TextPath
+
+from fastvlm_jax.data.sets.documents import data_sets, look, numbers, pages, receipts, texts, write
+from fastvlm_jax.data.sets.documents.canvas import Canvas, Placed, check
+from fastvlm_jax.data.sets.documents.data_sets import printed, read_data_sets
+from fastvlm_jax.data.sets.documents.fonts import FONTS, drawing, path_of
+from fastvlm_jax.data.sets.documents.page import Page
+from fastvlm_jax.data.sets.documents.texts import read_texts
+from fastvlm_jax.data.sets.documents.write import write_documents
+from fastvlm_jax.data.sources import read_shards
+from fastvlm_jax.text.tokenizer import load_tokenizer
+
+COUNT = 80
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """The first pages of the test split, and some for tiny models."""
+    return [*(pages.draw(0, "test", n) for n in range(COUNT)), *(numbers.draw(0, "test", n) for n in range(4))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents") / "set"
+    assert write_documents(folder, pages=16) == {"train": 16, "validation": 1, "test": 2}
+    return folder
+
+
+def of_kind(drawn, kind):
+    found = [page for page in drawn if page.kind == kind]
+    assert len(found) > 5
+    return found
+
+
+def test_fonts_draw_the_characters_that_they_are_asked_for():
+    """The name of each glyph, as the font has it, is that of the character: Computer Modern's "<" is another."""
+    for name, characters in FONTS.items():
+        font = FT2Font(path_of(name))
+        glyphs = font.get_charmap()
+        names = {character: agl.toUnicode(font.get_glyph_name(glyphs[ord(character)])) for character in characters}
+        alike = {"'": "\N{RIGHT SINGLE QUOTATION MARK}"} if name.startswith("cm") else {}
+        assert {found: c for c, found in names.items() if found not in (c, alike.get(c))} == {}, name
+    assert "cmr10" not in drawing("a < b") and "cmti10" not in drawing("$5") and set(drawing("12.5 (a)")) == set(FONTS)
+
+
+def test_a_page_by_hand_is_read_in_lines():
+    canvas = Canvas((200, 100), (255, 255, 255), (0, 0, 0))
+    title = canvas.write("Sales", (100, 30), "cmr10", 20, "ms")
+    left, right = canvas.write("north", (10, 70), "DejaVuSans", 16), canvas.write("4.5", (190, 70), "cmtt10", 16, "rs")
+    page = Page("table", canvas.picture, ((title,), (left, right)), 16, "hand")
+    assert page.text == "Sales\nnorth 4.5"
+    assert left.box[0] >= 10 and right.box[2] <= 190 and abs(title.box[0] + title.box[2] - 200) <= 2
+    assert page.png().startswith(b"\x89PNG")
+
+
+def test_text_that_leaves_the_page_or_touches_other_text_is_refused():
+    canvas = Canvas((100, 40), (255, 255, 255), (0, 0, 0))
+    canvas.write("one", (10, 30), "DejaVuSans", 16)
+    with pytest.raises(ValueError, match=r"'two' at .* touches 'one'"):
+        canvas.write("two", (20, 30), "DejaVuSans", 16)
+    for at in ((80, 30), (-2, 30), (10, 10), (10, 41)):
+        with pytest.raises(ValueError, match=r"'gap' at .* leaves the page of 100 x 40 pixels"):
+            canvas.write("gap", at, "DejaVuSans", 16)
+    check(Placed("b", (10, 0, 20, 10)), [Placed("a", (0, 0, 10, 10))], (100, 40))  # side by side
+
+
+def test_boxes_have_the_width_that_matplotlib_gives_the_text():
+    for name in FONTS:
+        for size in (12, 20, 47):
+            text = "Rgj 0.25-m"
+            box = Canvas((800, 100), (0, 0, 0), (255, 255, 255)).write(text, (20, 60), name, size).box
+            outline = TextPath((20, -60), text, size, FontProperties(fname=path_of(name))).get_extents()
+            expected = (outline.x0, -outline.y1, outline.x1, -outline.y0)
+            # Hinting moves each of the ten glyphs by up to half a pixel.
+            assert np.allclose(box, expected, atol=5), (name, size, box, expected)
+
+
+def test_all_ink_of_a_page_lies_in_the_boxes_of_its_text(drawn):
+    for page in drawn:
+        pixels = np.asarray(page.picture).astype(int)
+        paper = pixels[0, 0]
+        height, width, _ = pixels.shape
+        assert min(height, width) >= 256 and max(height, width) <= 512
+        boxes = [placed.box for line in page.lines for placed in line]
+        for left, top, right, bottom in boxes:
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert np.abs(pixels[top:bottom, left:right] - paper).max() > 60
+        for (l1, t1, r1, b1), (l2, t2, r2, b2) in itertools.combinations(boxes, 2):
+            assert r1 <= l2 or r2 <= l1 or b1 <= t2 or b2 <= t1
+        for left, top, right, bottom in boxes:
+            pixels[top:bottom, left:right] = paper
+        rest = {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0).tolist()}
+        if page.kind != "chart":
+            assert len(rest) <= 2  # the paper, and the color of rules
+
+
+def test_pages_show_every_kind_size_and_shade(drawn):
+    assert {page.kind for page in drawn} == {"table", "words", "receipt", "chart", "numbers"}
+    first = [np.asarray(page.picture)[0, 0].mean() for page in drawn]
+    assert 10 < sum(shade < 128 for shade in first) < COUNT / 2
+    sizes = [page.font_size for page in drawn]
+    assert min(sizes) == look.SMALLEST and 40 < max(sizes) <= look.LARGEST
+    assert {page.picture.size for page in drawn if page.kind != "numbers"} == set(look.SIZES)
+
+
+def test_a_source_belongs_to_one_split(drawn):
+    for room in (data_sets.SPLITS, texts.SPLITS):
+        assert sorted(room) == ["test", "train", "validation"]
+        names = [name for split in room.values() for name in split]
+        assert len(set(names)) == len(names)
+    own = {source.name for source in read_data_sets("test")} | set(texts.SPLITS["test"])
+    assert {page.source for page in drawn if page.kind != "numbers"} <= own
+
+
+def test_no_run_of_words_of_a_split_stands_in_another():
+    held = {
+        split: {
+            tuple(words[i : i + 6])
+            for own in read_texts(split).values()
+            for words in (re.findall(r"\S+", paragraph.casefold()) for paragraph in own)
+            for i in range(len(words) - 5)
+        }
+        for split in texts.SPLITS
+    }
+    assert all(len(runs) > 1500 for runs in held.values()) and len(held["train"]) > 20_000
+    assert not any(one & other for one, other in itertools.combinations(held.values(), 2))
+
+
+def test_numbers_are_those_of_the_files():
+    iris, cars = read_data_sets("test")[0], next(own for own in read_data_sets("train") if own.name == "vega/cars")
+    assert iris.columns["petal width"][:3] == ("0.2", "0.2", "0.2") and iris.rows == 150 and iris.labels == ()
+    assert (cars.labels[0], cars.columns["Weight in lbs"][0]) == ("chevrolet chevelle malibu", "3504")
+    shown = [17.99, 0.2654, 135450.0, -4.89396411092985, 1326.53, 0.0, 3.0, 0.006399, 999.96]
+    assert list(map(printed, shown)) == ["17.99", "0.2654", "135450", "-4.894", "1327", "0", "3", "0.006399", "1000"]
+
+
+def test_texts_are_those_of_the_modules():
+    import calendar
+
+    own = read_texts("test")["calendar"]
+    assert any("Return the month's calendar" in text or "Return a matrix" in text for text in own)
+    spoken = " ".join((getattr(calendar.Calendar, name).__doc__ or "") for name in dir(calendar.Calendar)).split()
+    assert sum(set(text.split()) <= {word.strip("`*") for word in spoken} for text in own) >= 3
+
+
+def test_answers_about_tables_follow_from_their_transcriptions(drawn):
+    for page in of_kind(drawn, "table"):
+        lines = [[placed.text for placed in line] for line in page.lines]
+        header = [] if all(re.fullmatch(r"-?[\d.]+", line[-1]) for line in lines) else lines.pop(0)
+        for kind, question, answer in page.questions:
+            if kind == "count":
+                assert answer == str(len(lines))
+                continue
+            name = re.search(r"column (\d+)", question)
+            asked = question.replace("largest ", "").replace("?", " ")
+            at = int(name[1]) - 1 if name else next(i for i, own in enumerate(header) if f"the {own} " in asked)
+            column = [line[at] for line in lines]
+            rows = [int(found) - 1 for found in re.findall(r"row (\d+)", question)]
+            if kind == "cell":
+                assert answer == column[rows[0]]
+            elif kind == "largest":
+                assert Decimal(answer) == max(map(Decimal, column)) and answer in column
+            elif kind == "label":
+                label = question.removesuffix("?").partition(" of ")[2]
+                assert [line[at] for line in lines if line[0] == label] == [answer]
+            else:
+                assert answer == ("yes" if Decimal(column[rows[0]]) > Decimal(column[rows[1]]) else "no")
+
+
+def test_receipts_add_up_and_their_answers_follow(drawn):
+    for page in of_kind(drawn, "receipt"):
+        shop, *lines = page.text.split("\n")
+        amounts = [(line.rpartition(" ")[0], Decimal(line.rpartition(" ")[2])) for line in lines]
+        items = [(name.split(" ", 1), amount) for name, amount in amounts if name[0].isdigit()]
+        total = sum(amount for _, amount in items)
+        rest = dict(amounts[len(items) :])
+        if "Subtotal" in rest:
+            assert rest.pop("Subtotal") == total
+            (percent,) = [int(re.fullmatch(r"Tax (\d+)%", name)[1]) for name in rest if name != "Total"]
+            tax = (total * percent / 100).quantize(Decimal("0.01"), ROUND_HALF_UP)
+            assert rest.pop(f"Tax {percent}%") == tax
+            total += tax
+        assert rest == {"Total": total} and shop.isalpha()
+        asked = {kind: (text, answer) for kind, text, answer in page.questions}
+        assert asked["total"][1] == str(total)
+        bought = {name: (count, amount) for (count, name), amount in items}
+        assert len(bought) == len(items) >= 2
+        name = re.fullmatch(r"How much was paid for (\w+)\?", asked["cell"][0])[1]
+        assert (asked["count"][1], asked["cell"][1]) == (bought[name][0], str(bought[name][1]))
+        limit = Decimal(re.fullmatch(r"Is the total more than ([\d.]+)\?", asked["yes/no"][0])[1])
+        assert asked["yes/no"][1] == ("yes" if total > limit else "no") and limit != total
+
+
+def test_prices_are_digits_of_real_numbers():
+    assert list(map(receipts.cents, ["17.99", "-0.1184", "135450", "870", "5.1", "0"])) == [
+        1799, 1184, 1354, 870, 5100, 500,
+    ]  # fmt: skip
+    assert [receipts.money(cents) for cents in (5, 1799, 120000)] == ["0.05", "17.99", "1200.00"]
+    half = receipts.Receipt("Shop", (receipts.Item("Pear", 1, 50), receipts.Item("Plum", 2, 100)), 5)
+    assert (half.subtotal, half.tax, half.total) == (250, 13, 263)  # 12.5 cents of tax
+
+
+def test_answers_about_charts_and_words_follow_from_their_transcriptions(drawn):
+    for page in of_kind(drawn, "chart"):
+        _, *rows = [[placed.text for placed in line] for line in page.lines]
+        values = {label: Decimal(value) for label, value in rows}
+        for kind, question, answer in page.questions:
+            named = [label for label in values if re.search(rf"of {re.escape(label)}( |\?)", question)]
+            if kind == "count":
+                assert answer == str(len(rows))
+            elif kind == "cell":
+                assert [answer] == [value for label, value in rows if label in named]
+            elif kind == "largest":
+                assert [answer] == [label for label, value in values.items() if value == max(values.values())]
+            else:
+                one, other = re.fullmatch(r"Is the value of (.*) larger than that of (.*)\?", question).groups()
+                assert answer == ("yes" if values[one] > values[other] else "no")
+    for page in of_kind(drawn, "words"):
+        lines = page.text.split("\n")
+        source = " ".join(read_texts("test")[page.source])
+        assert " ".join(lines) in source
+        for kind, question, answer in page.questions:
+            if kind == "count":
+                assert answer == str(len(lines))
+            elif kind == "cell":
+                assert answer == lines[int(re.search(r"line (\d+)", question)[1]) - 1].split()[-1]
+            else:
+                word = re.fullmatch(r'Is the word "(\w+)" on the page\?', question)[1]
+                assert answer == ("yes" if word in re.findall(r"[A-Za-z]+", page.text) else "no")
+
+
+def test_answers_are_not_told_by_their_questions(drawn):
+    answers = [question.answer for page in drawn for question in page.questions if question.kind == "yes/no"]
+    assert 0.35 < answers.count("yes") / len(answers) < 0.65
+
+
+def digest(found) -> str:
+    return hashlib.sha256(
+        b"".join(page.png() + repr((page.text, page.questions)).encode() for page in found)
+    ).hexdigest()
+
+
+def test_another_process_draws_the_same_pages(drawn):
+    code = (
+        "import hashlib; from fastvlm_jax.data.sets.documents import pages\n"
+        "found = [pages.draw(0, 'test', n) for n in range(8)]\n"
+        "data = b''.join(page.png() + repr((page.text, page.questions)).encode() for page in found)\n"
+        "print(hashlib.sha256(data).hexdigest())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == digest(drawn[:8])
+    assert digest([pages.draw(1, "test", n) for n in range(8)]) != digest(drawn[:8])
+
+
+def test_several_processes_write_the_same_records():
+    part, spans = write.PARTS[0], [range(0, 2), range(2, 3)]
+    alone = [write._draw(part, 0, "test", span) for span in spans]
+    with write._started(2) as run:
+        assert list(run(write._draw, [part] * 2, [0] * 2, ["test"] * 2, spans)) == alone
+
+
+def test_the_written_set_holds_the_pages(folder, drawn):
+    source = read_shards(folder, "test")
+    page, record = drawn[1], source[1]
+    assert (record.key, record.images, len(source)) == ("test/1", (page.png(),), 2)
+    assert record.turns[:2] == (("user", (0, "Transcribe the page.")), ("assistant", (page.text,)))
+    texts = ["".join(content) for _, content in record.turns[2:]]
+    assert texts == [text for question in page.questions for text in (question.text, question.answer)]
+    assert record.extra["asked"] == ["transcription", *(question.kind for question in page.questions)]
+    small = read_shards(folder / "numbers", "train")
+    assert small[0].turns == (("user", (0,)), ("assistant", (numbers.draw(0, "train", 0).text,))) and len(small) == 16
+    for part in (folder, folder / "numbers"):
+        assert load_tokenizer(part).decode(load_tokenizer(part).encode(page.text)) == page.text
+
+
+def test_a_smaller_set_is_the_beginning_of_a_larger_one(folder, tmp_path):
+    write_documents(tmp_path, pages=2)
+    small, large = read_shards(tmp_path, "train"), read_shards(folder, "train")
+    assert [small[n] for n in range(2)] == [large[n] for n in range(2)]
+
+
+def test_writing_again_changes_nothing_and_goes_on_where_it_stopped(folder):
+    def stamps():
+        return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+    before, fingerprint = stamps(), read_shards(folder, "test").fingerprint
+    write_documents(folder, pages=16)
+    assert stamps() == before
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["splits"]["test"]  # as if it had been killed before the last split
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_documents(folder, pages=16)
+    assert read_shards(folder, "test").fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    "flags, status, message",
+    [
+        (["--seed=1"], 1, "already holds a set with seed=0, not 1: choose another folder"),
+        (["--pages=17"], 1, "already holds a set with pages=16, not 17: choose another folder"),
+        (["--pages=0"], 2, "--pages=0: 0 is not a positive integer"),
+        (["--seed=-1"], 2, "--seed=-1: -1 is not a non-negative integer"),
+        (["--output=/proc/none"], 1, "/proc/none"),
+        (["--output={folder}/manifest.json"], 1, "manifest.json is a file: choose a folder"),
+        (["--output={folder}/index/.."], 0, ""),
+    ],
+)
+def test_what_does_not_fit_is_told_in_a_line(folder, monkeypatch, capsys, flags, status, message):
+    flags = [f"--output={folder}", "--pages=16", *(flag.format(folder=folder) for flag in flags)]
+    found, _, err = fastvlm(monkeypatch, capsys, "data", "documents", *flags)
+    assert found == status and message in err and err.count("\n") == (status > 0), err
+
+
+def test_other_data_and_a_damaged_description_are_left_alone(easy_vqa, tmp_path):
+    with pytest.raises(ValueError, match="already holds another data set: choose another folder"):
+        write_documents(easy_vqa, pages=2)
+    (tmp_path / "documents.json").write_text("{")
+    with pytest.raises(ValueError, match=r"documents.json is damaged: delete .* and write the pages again"):
+        write_documents(tmp_path, pages=2)
+
+
+@pytest.mark.parametrize("module, package", [("sklearn", "scikit-learn"), ("vega_datasets", "vega-datasets")])
+def test_a_missing_package_names_the_mend(monkeypatch, tmp_path, module, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    read_data_sets.cache_clear()
+    with pytest.raises(ValueError, match=rf"{package} is missing: pip install 'fastvlm_jax\[documents\]'"):
+        write_documents(tmp_path / "new", pages=2)
+    assert not (tmp_path / "new").exists()

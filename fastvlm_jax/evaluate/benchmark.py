@@ -133,7 +133,7 @@ class Benchmark:
       read: reads the rows in their published order from a folder of the published files, of any of its layouts.
       protocols: how it may be asked and scored; the first is the default.
       metric: what the score is, as "ANLS, %".
-      size: number of rows as published.
+      size: number of rows as published; 0 if it depends on how the files were written.
       files: for each layout a line: the files that the folder must hold.
       source: where one gets them, in words.
       paper: its column in the tables of the FastVLM paper, as "DocVQA"; "" if it has none.

@@ -21,7 +21,7 @@ END = "<!-- End of the tables. -->"
 
 def tables() -> str:
     """Returns the tables: what each benchmark is, the files that it needs, and the rules of its protocols."""
-    known = [benchmark for benchmark in BENCHMARKS.values() if benchmark.size]  # not one's own data
+    known = [benchmark for benchmark in BENCHMARKS.values() if benchmark.strict]  # not one's own data
     return "\n\n".join(
         [
             _table(
@@ -57,7 +57,7 @@ def _what(benchmark: Benchmark) -> list[str]:
     by = harness if benchmark.paper and harness else "unknown" if benchmark.paper else ""
     figures = [_figure(row, benchmark.name) for row in most_trained(benchmark.name)]
     in_domain = "yes" if benchmark.in_domain else ""
-    title, size = benchmark.title, f"{benchmark.size:,}"
+    title, size = benchmark.title, f"{benchmark.size:,}" if benchmark.size else "as written"
     return [_name(benchmark), title, size, benchmark.metric, by, ", ".join(figures), in_domain]
 
 

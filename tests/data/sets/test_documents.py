@@ -1,12 +1,9 @@
 """Documents: transcriptions, places, splits and answers, each found again by other means than those that drew them."""
 
-import hashlib
 import importlib.util
 import itertools
 import json
 import re
-import subprocess
-import sys
 from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
@@ -75,21 +72,20 @@ def test_text_that_leaves_the_page_or_touches_other_text_is_refused():
     canvas.write("one", (10, 30), "DejaVuSans", 16)
     with pytest.raises(ValueError, match=r"'two' at .* touches 'one'"):
         canvas.write("two", (20, 30), "DejaVuSans", 16)
-    for at in ((80, 30), (-2, 30), (10, 10), (10, 41)):
+    for at in ((80, 30), (-2, 30), (10, 7), (10, 38)):
         with pytest.raises(ValueError, match=r"'gap' at .* leaves the page of 100 x 40 pixels"):
             canvas.write("gap", at, "DejaVuSans", 16)
     check(Placed("b", (10, 0, 20, 10)), [Placed("a", (0, 0, 10, 10))], (100, 40))  # side by side
 
 
-def test_boxes_have_the_width_that_matplotlib_gives_the_text():
-    for name in FONTS:
-        for size in (12, 20, 47):
-            text = "Rgj 0.25-m"
-            box = Canvas((800, 100), (0, 0, 0), (255, 255, 255)).write(text, (20, 60), name, size).box
-            outline = TextPath((20, -60), text, size, FontProperties(fname=path_of(name))).get_extents()
-            expected = (outline.x0, -outline.y1, outline.x1, -outline.y0)
-            # Hinting moves each of the ten glyphs by up to half a pixel.
-            assert np.allclose(box, expected, atol=5), (name, size, box, expected)
+def test_boxes_fit_the_outlines_that_matplotlib_gives_the_text():
+    """Hinting moves each of the ten glyphs by up to half a pixel, and edges lie on whole pixels."""
+    for name, size in itertools.product(FONTS, (12, 20, 47)):
+        text = "Rgj 0.25-m"
+        left, top, right, bottom = Canvas((800, 100), (0, 0, 0), (9, 9, 9)).write(text, (20, 60), name, size).box
+        ink = TextPath((20, -60), text, size, prop=FontProperties(fname=path_of(name))).get_extents()
+        assert abs(top + ink.y1) <= 2 and abs(bottom + ink.y0) <= 2, (name, size)
+        assert -5 <= ink.x0 - left <= 5 + size / 8 and -5 <= right - ink.x1 <= 5 + size / 8, (name, size)
 
 
 def test_all_ink_of_a_page_lies_in_the_boxes_of_its_text(drawn):
@@ -106,9 +102,8 @@ def test_all_ink_of_a_page_lies_in_the_boxes_of_its_text(drawn):
             assert r1 <= l2 or r2 <= l1 or b1 <= t2 or b2 <= t1
         for left, top, right, bottom in boxes:
             pixels[top:bottom, left:right] = paper
-        rest = {tuple(color) for color in np.unique(pixels.reshape(-1, 3), axis=0).tolist()}
         if page.kind != "chart":
-            assert len(rest) <= 2  # the paper, and the color of rules
+            assert len(np.unique(pixels @ [1, 256, 65536])) <= 2  # the paper, and the color of rules
 
 
 def test_pages_show_every_kind_size_and_shade(drawn):
@@ -251,29 +246,12 @@ def test_answers_are_not_told_by_their_questions(drawn):
     assert 0.35 < answers.count("yes") / len(answers) < 0.65
 
 
-def digest(found) -> str:
-    return hashlib.sha256(
-        b"".join(page.png() + repr((page.text, page.questions)).encode() for page in found)
-    ).hexdigest()
-
-
-def test_another_process_draws_the_same_pages(drawn):
-    code = (
-        "import hashlib; from fastvlm_jax.data.sets.documents import pages\n"
-        "found = [pages.draw(0, 'test', n) for n in range(8)]\n"
-        "data = b''.join(page.png() + repr((page.text, page.questions)).encode() for page in found)\n"
-        "print(hashlib.sha256(data).hexdigest())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == digest(drawn[:8])
-    assert digest([pages.draw(1, "test", n) for n in range(8)]) != digest(drawn[:8])
-
-
-def test_several_processes_write_the_same_records():
-    part, spans = write.PARTS[0], [range(0, 2), range(2, 3)]
-    alone = [write._draw(part, 0, "test", span) for span in spans]
+def test_other_processes_draw_the_same_pages(drawn):
+    part, spans = write.PARTS[0], [range(0, 4), range(4, 6)]
     with write._started(2) as run:
-        assert list(run(write._draw, [part] * 2, [0] * 2, ["test"] * 2, spans)) == alone
+        found = [record for records in run(write._draw, [part] * 2, [0] * 2, ["test"] * 2, spans) for record in records]
+    assert found == [write.record(part, "test", number, page) for number, page in enumerate(drawn[:6])]
+    assert pages.draw(1, "test", 0).png() != drawn[0].png() != pages.draw(0, "validation", 0).png()
 
 
 def test_the_written_set_holds_the_pages(folder, drawn):

@@ -15,7 +15,7 @@ class Placed(NamedTuple):
 
     Attributes:
       text: the text, in one line.
-      box: the pixels that its ink covers.
+      box: the pixels that it takes: as high as its ink, and from the start of its first glyph to the end of its last.
     """
 
     text: str

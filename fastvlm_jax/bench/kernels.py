@@ -13,7 +13,7 @@ import jax
 from fastvlm_jax.kernels import depthwise
 
 # (B, H, W, C), kernel size, stride, outputs per channel: the tiny tower at 64 px, then its larger maps at 128 px, then
-# maps of larger towers.
+# maps of larger towers, at last of FastViTHD at 512 px.
 SHAPES = [
     ((32, 32, 32, 16), 3, 2, 1),
     ((32, 16, 16, 16), 7, 1, 1),
@@ -33,6 +33,8 @@ SHAPES = [
     ((32, 32, 32, 16), 7, 2, 2),
     ((4, 64, 64, 96), 7, 1, 1),
     ((8, 32, 32, 192), 7, 1, 1),
+    ((1, 64, 64, 192), 7, 1, 1),
+    ((1, 32, 32, 384), 7, 1, 1),
 ]
 
 

@@ -30,6 +30,9 @@ CASES = [
     ((32, 8, 8, 4), 7, 1, 1),  # one matrix product per channel
     ((32, 7, 7, 4), 7, 2, 2),
     ((32, 4, 5, 4), 3, 1, 1),
+    ((1, 19, 24, 72), 7, 1, 1),  # in blocks of rows, the last one not whole
+    ((2, 21, 25, 64), 3, 2, 2),
+    ((1, 3, 4, 2816), 7, 1, 1),  # two blocks, smaller than the kernel
 ]
 
 

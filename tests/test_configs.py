@@ -17,6 +17,8 @@ CASES += [("stage1_align", "vicuna-7b,clip_vit_l_336"), ("stage2_instruct", "vic
 CASES += [("stage1_align", "0.5b,siglip_so400m_384"), ("stage2_instruct", "smollm2-135m,convnext_l")]
 CASES += [("own_data", size) for size in ("tiny", "0.5b")]
 CASES += [("quickstart", stage) for stage in ("stage1_align", "stage15_pretrain", "stage2_instruct")]
+CASES += [("reading", f"learn,{encoder}") for encoder in ("tiny", "fastvit_tiny")]
+CASES += [("reading", f"read,{encoder},{side}") for encoder in ("tiny", "fastvit_tiny") for side in (128, 320)]
 # Qwen2's published counts, with the embedding counted once where it is tied.
 QWEN2 = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
 # What the sets of stage 2 consist of (paper, appendix D).
@@ -148,3 +150,24 @@ def test_a_benchmark_and_the_best_checkpoint_by_it_are_fine():
     config = config_lib.get_base("tiny")
     config.evaluate, config.keep_best, config.stop_after = (*QA, ["docvqa", "data/docvqa", 0]), "evaluate/docvqa", 3
     config_lib.validate(config)
+
+
+def test_both_encoders_of_the_embedded_sweep_have_the_same_number_of_parameters():
+    counts = {}
+    for encoder in ("tiny", "fastvit_tiny"):
+        config = get("reading", f"learn,{encoder}")
+        vision = {**config.model.vision.to_dict(), "form": "folded"}
+        counts[encoder] = count(model_io.abstract_variables(fastvlm.build(vision))["params"])
+    assert counts == {"tiny": 369_776, "fastvit_tiny": 367_536}
+
+
+def test_stages_of_reading_see_a_cell_as_one_token_and_have_room_for_a_page():
+    for encoder, sides in (("tiny", {128: 4, 320: 25}), ("fastvit_tiny", {128: 16, 320: 100})):
+        learn = get("reading", f"learn,{encoder}")
+        assert fastvlm.build(**learn.model.to_dict()).tokens_per_image(learn.data.image_size) == 16
+        for side, tokens in sides.items():
+            read = get("reading", f"read,{encoder},{side}")
+            assert read.data.image_size == side
+            assert read.data.row_length >= tokens + 19 + 2  # a page's transcription: 16 digits and 3 ends of lines
+    with pytest.raises(ValueError, match="unknown stage 'read,tiny'"):
+        get("reading", "read,tiny")

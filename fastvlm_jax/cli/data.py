@@ -188,7 +188,7 @@ def documents_data(argv: list[str]) -> None:
 
     with tqdm_bar("draw", None, "page") as bar:
         counts = write_documents(fv.output, fv.pages, fv.seed, workers=fv.workers, progress=bar.update)
-    print(f"{fv.output}: {counts}; {fv.output}/numbers: short numbers alone, as many")
+    print(f"{fv.output}: {counts}; {fv.output}/numbers and large_numbers: numbers alone, as many")
 
 
 def train_tokenizer(argv: list[str]) -> None:

@@ -54,6 +54,10 @@ _FOUR_STAGES = dict(
 # Encoders: arguments of models.fastvit.FastViT. Trailing figures: millions of parameters, folded, without projection.
 VISION_SIZES = {
     "tiny": dict(layers=(1, 1, 1, 1, 1), embed_dims=(16, 32, 64, 64, 128), layer_scale_init=0.1, init_std=0.1),
+    # Four stages with as many parameters as the five of "tiny": 367,536 and 369,776, folded.
+    "fastvit_tiny": dict(
+        layers=(1, 2, 4, 1), embed_dims=(16, 32, 64, 128), layer_scale_init=0.1, init_std=0.1, **_FOUR_STAGES
+    ),
     # The image encoders of MobileCLIP-S0, S1 and S2 (arXiv 2311.17049); mci2 is the paper's FastViT (section 3.1).
     "mci0": dict(layers=(2, 6, 10, 2), embed_dims=(64, 128, 256, 512), **_FOUR_STAGES),  # 10.8
     "mci1": dict(layers=(4, 12, 20, 4), embed_dims=(64, 128, 256, 512), **_FOUR_STAGES),  # 20.9

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import pathlib
 import re
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -144,6 +145,31 @@ def test_numbers_are_those_of_the_files():
     assert (cars.labels[0], cars.columns["Weight in lbs"][0]) == ("chevrolet chevelle malibu", "3504")
     shown = [17.99, 0.2654, 135450.0, -4.89396411092985, 1326.53, 0.0, 3.0, 0.006399, 999.96]
     assert list(map(printed, shown)) == ["17.99", "0.2654", "135450", "-4.894", "1327", "0", "3", "0.006399", "1000"]
+
+
+def test_numbers_for_tiny_models_are_the_first_digits_of_those_and_in_one_split_only():
+    with open(pathlib.Path(importlib.util.find_spec("vega_datasets").origin).parent / "_data" / "ohlc.json") as file:
+        opened = {f"{row['open']:.2f}".replace(".", "") for row in json.load(file)}
+    found = {split: numbers.read_numbers(split) for split in ("train", "validation", "test")}
+    whole = {split: {number for own in found[split] for number in own} for split in found}
+    assert len(opened & whole["test"]) > 20 and "3536" in whole["test"]  # iowa-electricity has 35361
+    for own in found.values():
+        assert all(number[0] == str(first) for first, same in enumerate(own, 1) for number in same)
+        assert all(len(number) == 4 and number.isdigit() for same in own for number in same)
+    assert not (whole["train"] & whole["test"] | whole["train"] & whole["validation"] | whole["validation"] & whole["test"])
+
+
+def test_each_digit_for_a_tiny_model_stands_in_its_cell_and_is_a_token(folder):
+    """Four lines of four cells of 80 pixels; what is drawn does not reach over the edge of a cell."""
+    for page in (numbers.draw(0, "test", 0), numbers.draw(0, "train", 1, numbers.LARGE)):
+        assert [len(line) for line in page.text.split("\n")] == [4, 4, 4, 4]
+        ink = np.asarray(page.picture)[..., 0] < 128
+        cells = ink.reshape(4, 80, 4, 80).any((1, 3))
+        assert cells.all() and not ink[79::80].any() and not ink[:, 79::80].any()
+        ids = load_tokenizer(folder / "numbers").encode(page.text)
+        assert len(ids) == 19 and ids == load_tokenizer(folder / "large_numbers").encode(page.text)
+    sizes = [numbers.draw(0, "train", n).font_size for n in range(20)]
+    assert min(sizes) >= 12 and min(numbers.draw(0, "train", n, numbers.LARGE).font_size for n in range(20)) >= 30
 
 
 def test_texts_are_those_of_the_modules():

@@ -1,12 +1,14 @@
 """Writes the pages as shards, with several processes: the full set, and beside it the part for tiny models.
 
 OUTPUT/                   every kind of page: its transcription, and questions about it
-OUTPUT/numbers/           short numbers alone, as captions: a page is answered by its transcription, without a question
+OUTPUT/numbers/           four numbers a page, as captions: a page is answered by its transcription, without a question
+OUTPUT/large_numbers/     the same in large digits, for the first steps of a model
 OUTPUT/documents.json     what the pages were drawn from: the seed, their number, the versions of the packages
 """
 
 import concurrent.futures
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -53,7 +55,12 @@ class Part(NamedTuple):
     vocab_size: int
 
 
-PARTS = (Part("", pages.draw, TRANSCRIBE, 512), Part("numbers", numbers.draw, "", 512))
+_CHARACTERS = 289  # ids of a tokenizer that has no room for more than characters: each digit is a token
+PARTS = (
+    Part("", pages.draw, TRANSCRIBE, 512),
+    Part("numbers", numbers.draw, "", _CHARACTERS),
+    Part("large_numbers", functools.partial(numbers.draw, sizes=numbers.LARGE), "", _CHARACTERS),
+)
 
 
 def write_documents(
@@ -64,7 +71,7 @@ def write_documents(
     workers: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, int]:
-    """Writes both parts, each with the splits `train`, `validation` and `test` and a `tokenizer.model` of its own.
+    """Writes all parts, each with the splits `train`, `validation` and `test` and a `tokenizer.model` of its own.
 
     A page depends on the seed, its split and its number alone: a smaller set is the beginning of a larger one, and any
     number of processes writes the same bytes. What a stopped run has finished is kept.

@@ -156,7 +156,7 @@ def test_numbers_for_tiny_models_are_the_first_digits_of_those_and_in_one_split_
     for own in found.values():
         assert all(number[0] == str(first) for first, same in enumerate(own, 1) for number in same)
         assert all(len(number) == 4 and number.isdigit() for same in own for number in same)
-    assert not (whole["train"] & whole["test"] | whole["train"] & whole["validation"] | whole["validation"] & whole["test"])
+    assert all(whole[one].isdisjoint(whole[other]) for one, other in itertools.combinations(whole, 2))
 
 
 def test_each_digit_for_a_tiny_model_stands_in_its_cell_and_is_a_token(folder):

@@ -1,9 +1,9 @@
 """Draws pages that a tiny model learns to read: four real numbers of four digits, each digit in a cell of a grid.
 
-    2  6  5  4      as 0.2654, 17.99, 1065 and 3.784 on a form. Sizes and fonts are mixed on a page, so that the more
-    1  7  9  9      pixels the model sees, the more digits it can tell. On all pages a digit's cell and its place in the
-    1  0  6  5      transcription are the same: a tiny model learns within minutes where to look. With two digits in a
-    3  7  8  4      cell it read the first and guessed the second; with grids of other sizes it stayed blind.
+2  6  5  4      0.2654, 17.99, 1065 and 3.784, as on a form. Sizes and fonts are mixed on a page, so that a model tells
+1  7  9  9      the more digits the more pixels it sees. A digit's cell and its place in the transcription are the same
+1  0  6  5      on all pages: where to look, a tiny model learns within minutes. With two digits in a cell it read the
+3  7  8  4      first and guessed the second; with grids of several sizes it stayed blind.
 """
 
 import functools

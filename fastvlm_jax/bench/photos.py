@@ -8,15 +8,14 @@ out of this environment, use `pip install --target FOLDER scikit-image scikit-le
 conversations are as long as LLaVA's. DIR gets photos/, train.json (in LLaVA's format) and shards/.
 """
 
-import importlib.util
 import json
 import pathlib
 import random
 import re
 
-import PIL.Image
 from absl import app, flags
 
+from fastvlm_jax.bench.mosaic import QUALITY, find_photos, mosaic
 from fastvlm_jax.data import write
 from fastvlm_jax.data.readers import Options
 
@@ -28,13 +27,6 @@ PHOTOS = flags.DEFINE_multi_string(
 DIVIDE = flags.DEFINE_integer("divide", 1, "divisor of the image sides, for quick trials", lower_bound=1)
 
 SIZES = ((2048, 1536), (1024, 768), (640, 480))
-PIECE = 512, 384
-QUALITY = 90
-# The packages' pictures that are photos.
-NAMES = (
-    "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
-    "motorcycle_right.png", "retina.jpg", "rocket.jpg", "china.jpg", "flower.jpg",
-)  # fmt: skip
 WORDS = re.findall(
     r"\w+",
     "the a of in on with to and is are two several small large red blue green white wooden person man woman child dog "
@@ -42,41 +34,6 @@ WORDS = re.findall(
     "looking walking near behind beside under background foreground appears suggests likely scene image shows left "
     "right side various colorful bright",
 )
-
-
-def find_photos(folders: list[str]) -> list[PIL.Image.Image]:
-    """Reads the photos in folders, by default those of the installed packages.
-
-    Raises:
-      FileNotFoundError: there is no photo; the message says how to get some.
-    """
-    if not folders:
-        found = [importlib.util.find_spec(name) for name in ("skimage", "sklearn")]
-        folders = [spec.submodule_search_locations[0] for spec in found if spec]
-    paths = sorted(path for folder in folders for path in pathlib.Path(folder).rglob("*") if path.name in NAMES)
-    if not paths:
-        raise FileNotFoundError(
-            "found no photos: run `pip install --target FOLDER scikit-image scikit-learn`, then pass --photos FOLDER"
-        )
-    photos = [PIL.Image.open(path).convert("RGB") for path in paths]
-    return [grown(photo) for photo in photos]
-
-
-def grown(photo: PIL.Image.Image) -> PIL.Image.Image:
-    """Returns the photo, enlarged if a cut-out would not fit into it."""
-    scale = max(1.0, PIECE[0] / photo.width, PIECE[1] / photo.height)
-    return photo.resize((round(photo.width * scale), round(photo.height * scale)), PIL.Image.Resampling.BICUBIC)
-
-
-def mosaic(photos: list[PIL.Image.Image], size: tuple[int, int], draw: random.Random) -> PIL.Image.Image:
-    """Returns an image of `size` (width, height), composed of random cut-outs."""
-    image = PIL.Image.new("RGB", size)
-    for top in range(0, size[1], PIECE[1]):
-        for left in range(0, size[0], PIECE[0]):
-            photo = draw.choice(photos)
-            x, y = draw.randint(0, photo.width - PIECE[0]), draw.randint(0, photo.height - PIECE[1])
-            image.paste(photo.crop((x, y, x + PIECE[0], y + PIECE[1])), (left, top))
-    return image
 
 
 def conversation(draw: random.Random) -> list[dict[str, str]]:

@@ -35,6 +35,8 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
             tokenizer --data DIR [--vocab_size N]
   preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]
   bench     input --config FILE.py[:ARG] --config.data.path=DIR [--seconds N] [--output FILE.json]
+            ttft --model DIR | --config FILE.py[:ARG] [--image_size N[,N:RxC]] [--prompt_tokens N] [--batch N]
+                 [--dtype D] [--against transformers | --topology v5e:1x1] [--output FILE.json]
   report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
             SWEEP_DIR --output FILE.html
 

@@ -1,5 +1,8 @@
 """Runs `fastvlm bench`: benchmarks of this machine."""
 
+import os
+import pathlib
+
 from absl import flags
 
 from fastvlm_jax.cli import help
@@ -7,9 +10,14 @@ from fastvlm_jax.cli.arguments import define_config, parse, to_json
 
 
 def bench(argv: list[str]) -> None:
+    """Runs the benchmark that is named."""
+    name = help.choose("fastvlm bench", argv[1:], BENCHMARKS, help.group("bench"))
+    BENCHMARKS[name]([f"bench {name}", *argv[2:]])
+
+
+def bench_input(argv: list[str]) -> None:
     """Times the training input of a config against other ways to read the same images."""
-    name = help.choose("fastvlm bench", argv[1:], ("input",), help.group("bench"))
-    fv, argv = flags.FlagValues(), [f"bench {name}", *argv[2:]]
+    fv = flags.FlagValues()
     define_config(fv, argv)
     flags.DEFINE_float("seconds", 20.0, "time that each contestant runs for, s", lower_bound=0.1, flag_values=fv)
     flags.DEFINE_string("output", None, "JSON file for the result", flag_values=fv)
@@ -24,3 +32,69 @@ def bench(argv: list[str]) -> None:
     found = bench_input(config, processor, batches, fv.seconds)
     to_json(found, fv.output)
     print(describe(found))
+
+
+def bench_ttft(argv: list[str]) -> None:
+    """Times the first token of an answer, part by part, or estimates it for a TPU."""
+    if any(flag.startswith("--topology") for flag in argv) and not help.asks_help(argv):
+        from fastvlm_jax.preflight import topology
+
+        topology.set_environment()  # before the config file, which may touch devices
+    fv = flags.FlagValues()
+    flags.DEFINE_string("model", None, "model to time; or --config", flag_values=fv)
+    define_config(fv, argv, "config file whose model to time with random weights, FILE.py or FILE.py:SIZE")
+    flags.DEFINE_string(
+        "image_size",
+        None,
+        "sides of the image in pixels, as 256,512,1024; 1024:2x2 = an overview and 2 x 2 tiles of 1024 px (AnyRes); "
+        "default: the model's",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer("prompt_tokens", 64, "tokens of text in a prompt", lower_bound=1, flag_values=fv)
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "dtype of parameters and computation; default: bfloat16, on a CPU float32",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer("batch", 1, "prompts at a time, each about an image of its own", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("runs", 20, "runs on the clock", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("warmup", 3, "runs before the clock starts", lower_bound=0, flag_values=fv)
+    flags.DEFINE_string(
+        "topology", None, "estimate the times on one chip of a TPU slice instead, as v5e:1x1 or v5p:2x2x1",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "against", None, ["transformers"], "time the same model there too, in turns with this one", flag_values=fv
+    )
+    flags.DEFINE_string("output", None, "JSON file; FILE.md, FILE.svg and FILE.png are written too", flag_values=fv)
+    parse(fv, argv)
+    if (fv.model is None) == (fv.config is None):
+        raise flags.Error("name the model by either --model=DIR or --config=FILE.py:SIZE")
+    if fv.topology and fv.against:
+        raise flags.Error("--against needs a device to run on: leave out --topology, which only estimates")
+    if fv.against:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU's memory
+    from fastvlm_jax.bench import first_token, ttft, ttft_model, ttft_page
+
+    dtype = fv.dtype or ttft_model.default_dtype(fv.topology)
+    given = (fv.model, ttft_model.of_source) if fv.model else (fv.config, ttft_model.of_config)
+    subject = given[1](given[0], dtype, shapes_only=bool(fv.topology))
+    found: dict[str, list] = {"points": [], "against": []}
+    for question in first_token.questions(subject.model, fv.image_size, subject.sizes, fv.prompt_tokens, fv.batch):
+        if fv.topology:
+            from fastvlm_jax.preflight.ttft import estimate
+
+            point, others = estimate(subject.model, fv.topology, question), []
+        else:
+            against = [fv.against] if fv.against else []
+            point, others = ttft.measure(subject, question, runs=fv.runs, warmup=fv.warmup, against=against)
+        found["points"].append(point)
+        found["against"] += others
+        if fv.output:  # after each point, so that a run that is stopped leaves what it has
+            ttft_page.write(pathlib.Path(fv.output).expanduser(), found)
+    print(ttft_page.text(found))
+
+
+BENCHMARKS = {"input": bench_input, "ttft": bench_ttft}

@@ -56,6 +56,10 @@ ABOUT = {
         "fastvlm bench input --config configs/stage2_instruct.py:0.5b --config.data.path=data/mine "
         "--config.data.tokenizer=MODEL",
     ),
+    "bench ttft": (
+        "Times the first token of an answer about an image, part by part, or estimates it for a TPU.",
+        "fastvlm bench ttft --model runs/mine --image_size 256,512,1024,1024:2x2 --output ttft.json",
+    ),
     "report": (
         "Writes a page about training runs, or the figures and the page of a sweep, whose folder is named alone.",
         "fastvlm report runs/first runs/second --output report.html",

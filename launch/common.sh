@@ -6,10 +6,12 @@
 fail() { echo "$launcher: $*" >&2; exit 1; }
 misuse() { echo "$launcher: $*" >&2; exit 2; }
 
-# Reads "$@" into settings, dry_run, config, workdir and train_args (the flags for `fastvlm train`).
+# Reads "$@" into settings, dry_run, config, workdir, command and flags (those for the command, `fastvlm train`).
+# --command=evaluate and --command="bench ttft" run these in the place of training, for `fastvlm sweep`: --workdir is
+# then what they write, their --output, and there is no --config.
 parse_arguments() {
   [ "${BASH_VERSINFO[0]}" -ge 5 ] || misuse "bash 5 or newer is needed, this is $BASH_VERSION"
-  settings='' dry_run=no config='' workdir='' train_args=()
+  settings='' dry_run=no config='' workdir='' command=train past=trained flags=()
   while [ $# -gt 0 ]; do
     case $1 in
       --dry_run) dry_run=yes ;;
@@ -19,14 +21,18 @@ parse_arguments() {
         shift ;;
       --settings=*) settings=${1#*=} ;;
       --config=*) config=${1#*=} ;;
+      --command=*) command=${1#*=} ;;
       --workdir=*) workdir=${1#*=} ;;
-      --*=*) train_args+=("$1") ;;
+      --*=*) flags+=("$1") ;;
       *) misuse "unexpected $1: flags of fastvlm train are written --name=value; flags of this script are --settings FILE, --config FILE.py:SIZE, --workdir DIR and --dry_run" ;;
     esac
     shift
   done
+  [ "$command" = train ] || past='done'
+  case $command in train | evaluate | "bench ttft") ;; *) misuse "unknown --command=$command: train, evaluate or bench ttft" ;; esac
   local name
   for name in settings config workdir; do
+    [ "$command" = train ] || [ "$name" != config ] || continue
     [ -n "${!name}" ] || misuse "--$name is missing: bash launch/$launcher.sh --settings FILE --config FILE.py:SIZE --workdir DIR [--dry_run] [--config.KEY=VALUE ...]"
   done
   exec 3>&1 # for dry runs: shows a command where its output is captured
@@ -128,14 +134,25 @@ workdir_in_bucket() {
     fail "--workdir $workdir must be gs://$BUCKET/FOLDER, with letters, digits and . _ - only (BUCKET of $settings)"
 }
 
-# Sets run_workdir to workdir, and in it and in config.parent of train_args replaces gs://BUCKET/ by MOUNT/, the folder
-# where the machines mount BUCKET: the trainer reads data from a bucket, but its workdir and parent from a file system.
+# Sets run_workdir to workdir, and in it and in the models of flags replaces gs://BUCKET/ by MOUNT/, the folder where
+# the machines mount BUCKET: data are read from a bucket, but a workdir and models from a file system. Sets fastvlm to
+# the words behind `fastvlm`.
 mount_names() {
   local i
   run_workdir=$(mounted "$workdir")
-  for i in "${!train_args[@]}"; do
-    case ${train_args[i]} in --config.parent=*) train_args[i]=$(mounted "${train_args[i]}") ;; esac
+  for i in "${!flags[@]}"; do
+    case ${flags[i]} in --config.parent=* | --model=*) flags[i]=$(mounted "${flags[i]}") ;; esac
   done
+  case $command in
+    train) fastvlm=(train --config="$config" --workdir="$run_workdir" "${flags[@]}") ;;
+    evaluate) fastvlm=(evaluate "${flags[@]}" --output="$run_workdir") ;;
+    "bench ttft") fastvlm=(bench ttft "${flags[@]}" --output="$run_workdir") ;;
+  esac
+}
+
+# make_output: makes the folder of the workdir, or the one that it lies in if the command makes it itself.
+make_output() {
+  if [ "$command" = train ]; then mkdir -p "$run_workdir"; else mkdir -p "$(dirname "$run_workdir")"; fi
 }
 
 # mounted PATH: prints PATH with gs://BUCKET/ replaced by MOUNT/.

@@ -55,7 +55,7 @@ quoted() {
 
 command_yaml() {
   local word
-  for word in fastvlm train --config="$config" --workdir="$run_workdir" "${train_args[@]}"; do
+  for word in fastvlm "${fastvlm[@]}"; do
     echo "                - $(quoted "$word")"
   done
 }
@@ -183,4 +183,4 @@ say "the JobSet, unless it is at work already"
 start
 say "its output: ${kubectl[*]} logs --follow --selector=jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0 --container=fastvlm"
 follow
-say "trained: $workdir"
+say "$past: $workdir"

@@ -18,7 +18,7 @@ check() {
   [ "$dry_run" = yes ] && return
   [ -x "$VENV/bin/fastvlm" ] ||
     fail "there is no $VENV/bin/fastvlm: python3 -m venv $VENV && $VENV/bin/pip install -c requirements.txt -e ."
-  mkdir -p "$run_workdir" 2>"$scratch/errors" || fail "--workdir $workdir cannot be made: $(tail -n 1 "$scratch/errors")"
+  make_output 2>"$scratch/errors" || fail "--workdir $workdir cannot be made: $(tail -n 1 "$scratch/errors")"
 }
 
 # make_process NUMBER: sets `process` to the command of this process, with its environment variables.
@@ -31,7 +31,7 @@ make_process() {
     gpu) process=(env JAX_PLATFORMS=cuda CUDA_VISIBLE_DEVICES="$(IFS=,; echo "${devices[*]}")") ;;
     tpu) process=(env JAX_PLATFORMS=tpu) ;;
   esac
-  process+=("$VENV/bin/fastvlm" train --config="$config" --workdir="$run_workdir" "${train_args[@]}")
+  process+=("$VENV/bin/fastvlm" "${fastvlm[@]}")
   [ "$NUM_PROCESSES" = 1 ] ||
     process+=(--coordinator_address="127.0.0.1:$PORT" --num_processes="$NUM_PROCESSES" --process_id="$1")
 }
@@ -76,10 +76,10 @@ while :; do
   run_all
   [ "$status" != 0 ] || break
   if [ "$stopped" = yes ]; then say "stopped; the same command goes on"; exit 130; fi
-  [ "$status" != 2 ] || fail "fastvlm train does not understand its flags (see above)"
-  [ "$restarts" -lt "$MAX_RESTARTS" ] || fail "fastvlm train ended with status $status, after $MAX_RESTARTS restarts (MAX_RESTARTS)"
+  [ "$status" != 2 ] || fail "fastvlm $command does not understand its flags (see above)"
+  [ "$restarts" -lt "$MAX_RESTARTS" ] || fail "fastvlm $command ended with status $status, after $MAX_RESTARTS restarts (MAX_RESTARTS)"
   restarts=$((restarts + 1))
-  say "fastvlm train ended with status $status: restart $restarts of $MAX_RESTARTS"
+  say "fastvlm $command ended with status $status: restart $restarts of $MAX_RESTARTS"
   sleep "$WAIT_SECONDS"
 done
-say "trained: $workdir"
+say "$past: $workdir"

@@ -24,13 +24,17 @@ check() {
     [ "$dry_run" = yes ] || fail "$USER may not use ACCOUNT=$ACCOUNT: sacctmgr show associations user=$USER lists yours"
   [ "$dry_run" = yes ] || [ -x "$VENV/bin/fastvlm" ] ||
     fail "there is no $VENV/bin/fastvlm: python3 -m venv $VENV && $VENV/bin/pip install -c requirements.txt -e '.[gpu]'"
-  [ "$dry_run" = yes ] || mkdir -p "$run_workdir" "$LOG_DIR" 2>"$scratch/errors" ||
+  [ "$dry_run" = yes ] || { make_output && mkdir -p "$LOG_DIR"; } 2>"$scratch/errors" ||
     fail "--workdir $workdir or LOG_DIR=$LOG_DIR cannot be made: $(tail -n 1 "$scratch/errors")"
 }
 
 # Prints the batch script. Slurm sends USR1 two minutes before the time limit. The script then sends TERM to the run, as
 # scancel and preemption do; the run saves and ends with status 130.
 batch() {
+  local meet=''
+  # `fastvlm bench ttft` is one process.
+  [ "$command" = "bench ttft" ] || meet=" \\
+  --coordinator_address=\$COORDINATOR --num_processes=\$SLURM_NTASKS --process_id=\$SLURM_PROCID"
   cat <<END
 #!/usr/bin/env bash
 #SBATCH --job-name=$NAME
@@ -53,12 +57,11 @@ export COORDINATOR=\$(scontrol show hostnames "\$SLURM_JOB_NODELIST" | head -n 1
 again=no
 trap 'again=yes; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
 trap : TERM # the processes got it too: wait until they have saved
-srun --kill-on-bad-exit=0 bash -c 'export CUDA_VISIBLE_DEVICES=\$SLURM_LOCALID; exec "\$@" \\
-  --coordinator_address=\$COORDINATOR --num_processes=\$SLURM_NTASKS --process_id=\$SLURM_PROCID' - \\
-  $(show "$VENV/bin/fastvlm" train --config="$config" --workdir="$run_workdir" "${train_args[@]}") &
+srun --kill-on-bad-exit=0 bash -c 'export CUDA_VISIBLE_DEVICES=\$SLURM_LOCALID; exec "\$@"$meet' - \\
+  $(show "$VENV/bin/fastvlm" "${fastvlm[@]}") &
 wait \$!; status=\$?
 while kill -0 \$! 2>/dev/null; do wait \$!; status=\$?; done # a trap ends a wait
-echo "slurm: fastvlm train ended with status \$status"
+echo "slurm: fastvlm $command ended with status \$status"
 # Another process died, or the time is up: again. Wrong flags (2) stay wrong; 130 alone is a scancel or a preemption,
 # after which Slurm itself queues the job again.
 case \$status in 0 | 2 | 130) ;; *) again=yes ;; esac
@@ -83,7 +86,7 @@ if [ "$dry_run" = yes ] || [ -z "$(queued)" ]; then
   batch | write "$script"
   run sbatch "$script"
 else
-  tr ' ' '\n' <"$script" | grep -qxF -- "--workdir=$run_workdir" || fail "a job $NAME is at work on another workdir: give this one another NAME in $settings"
+  tr ' ' '\n' <"$script" | grep -qxF -e "--workdir=$run_workdir" -e "--output=$run_workdir" || fail "a job $NAME is at work on another workdir: give this one another NAME in $settings"
   say "the job $NAME is at work already"
 fi
 say "its output: tail -f $LOG_DIR/$NAME.log"
@@ -95,4 +98,4 @@ else
   status=$(cat "$ended" 2>/dev/null || echo "none: it was cancelled or killed")
   [ "$status" = 0 ] || fail "the job ended with status $status: see $LOG_DIR/$NAME.log"
 fi
-say "trained: $workdir"
+say "$past: $workdir"

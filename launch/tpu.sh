@@ -118,7 +118,7 @@ sudo docker run --detach --name=fastvlm --init --privileged --net=host --stop-ti
   --env=FASTVLM_INITIALIZATION_SECONDS=1800 \\
   $IMAGE \\
   bash launch/with_bucket.sh $BUCKET \\
-  $(show fastvlm train --config="$config" --workdir="$run_workdir" "${train_args[@]}")
+  $(show fastvlm "${fastvlm[@]}")
 END
 }
 
@@ -162,13 +162,13 @@ while :; do
   follow
   case $status in
     0) break ;;
-    2) stop_all; fail "fastvlm train does not understand its flags (see above); slices that still exist cost money, delete them: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force" ;;
+    2) stop_all; fail "fastvlm $command does not understand its flags (see above); slices that still exist cost money, delete them: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force" ;;
     '') say "the connection is lost"; sleep "$POLL_SECONDS" ;; # the VM was preempted, or this machine is offline
-    *) count_restart "fastvlm train ended with status $status"; stop_all ;;
+    *) count_restart "fastvlm $command ended with status $status"; stop_all ;;
   esac
 done
 if [ "$KEEP" = no ]; then
   say "the end"
   delete
 fi
-say "trained: $workdir"
+say "$past: $workdir"

@@ -13,6 +13,7 @@ from paths import ROOT
 PLAN = """
 __main__
 cli
+sweep
 preflight.table
 preflight
 preflight.hlo

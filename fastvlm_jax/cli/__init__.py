@@ -9,7 +9,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from fastvlm_jax import xla_flags
-from fastvlm_jax.cli import bench, convert, data, evaluate, generate, help, preflight, report, train
+from fastvlm_jax.cli import bench, convert, data, evaluate, generate, help, preflight, report, sweep, train
 from fastvlm_jax.cli.arguments import USAGE
 
 COMMANDS = {
@@ -20,6 +20,7 @@ COMMANDS = {
     "data": data.data,
     "bench": bench.bench,
     "preflight": preflight.preflight,
+    "sweep": sweep.sweep,
     "report": report.report,
 }
 

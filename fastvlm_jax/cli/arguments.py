@@ -37,6 +37,9 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
   bench     input --config FILE.py[:ARG] --config.data.path=DIR [--seconds N] [--output FILE.json]
             ttft --model DIR | --config FILE.py[:ARG] [--image_size N[,N:RxC]] [--prompt_tokens N] [--batch N]
                  [--dtype D] [--against transformers | --topology v5e:1x1] [--output FILE.json]
+  sweep     --config FILE.py[:SETUP] --workdir DIR [--config.KEY=VALUE ...]
+                  [--launcher tpu|gke|slurm|local --settings FILE [--ttft_settings FILE] [--remote gs://BUCKET/DIR]]
+            --config FILE.py[:SETUP] --dry_run [--topology v5e:4x4 [--estimate arithmetic|compiler]]
   report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
             SWEEP_DIR --output FILE.html
 

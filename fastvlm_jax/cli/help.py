@@ -60,6 +60,10 @@ ABOUT = {
         "Times the first token of an answer about an image, part by part, or estimates it for a TPU.",
         "fastvlm bench ttft --model runs/mine --image_size 256,512,1024,1024:2x2 --output ttft.json",
     ),
+    "sweep": (
+        "Trains, scores and times a grid of models; the same command goes on with what was stopped.",
+        "fastvlm sweep --config configs/resolution_scaling.py:paper-fig1 --dry_run --topology v5e:4x4",
+    ),
     "report": (
         "Writes a page about training runs, or the figures and the page of a sweep, whose folder is named alone.",
         "fastvlm report runs/first runs/second --output report.html",

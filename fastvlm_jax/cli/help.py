@@ -62,7 +62,7 @@ ABOUT = {
     ),
     "sweep": (
         "Trains, scores and times a grid of models; the same command goes on with what was stopped.",
-        "fastvlm sweep --config configs/resolution_scaling.py:paper-fig1 --dry_run --topology v5e:4x4",
+        "fastvlm sweep --config configs/resolution_scaling.py --workdir runs/sweep",
     ),
     "report": (
         "Writes a page about training runs, or the figures and the page of a sweep, whose folder is named alone.",

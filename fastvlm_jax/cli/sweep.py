@@ -44,7 +44,7 @@ def sweep(argv: list[str]) -> None:
     made = plan.make_plan(fv.config, place)
     where = launcher.Launcher(fv.launcher or "", fv.settings, fv.ttft_settings)
     launcher.check(where, place)
-    checks.check(made, here=fv.launcher in (None, "local"))
+    checks.check(made, here=fv.launcher not in ("tpu", "gke") and "://" not in place)
 
     def tell(line: str) -> None:
         print(f"sweep: {line}", file=sys.stderr, flush=True)

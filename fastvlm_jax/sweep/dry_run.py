@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from fastvlm_jax.evaluate.paper import NAMES
 from fastvlm_jax.images.sizes import slots_of
 from fastvlm_jax.preflight import run, topology
 from fastvlm_jax.preflight.describe import table
@@ -34,7 +35,8 @@ def describe(plan: Plan, name: str | None = None, estimate: str = "arithmetic") 
         point = planned.point
         grids = " ".join(f"{rows}x{columns}" for rows, columns in point.grids) or "-"
         tokens, names = f"{planned.image_tokens:,}", str(len(planned.runs))
-        rows.append([point.name, point.encoder, point.llm, str(point.image_size), grids, tokens, names])
+        encoder, llm = (NAMES.get(name, name) for name in (point.encoder, point.llm))
+        rows.append([point.name, encoder, llm, str(point.image_size), grids, tokens, names])
     runs = [task for task in plan.tasks if task.kind == "train"]
     lines = [
         f"{plan.sweep.title}: {len(plan.points)} points, {len(runs)} training runs, {len(plan.tasks)} tasks",
@@ -48,8 +50,8 @@ def describe(plan: Plan, name: str | None = None, estimate: str = "arithmetic") 
         changed = sum(found["fits"] and not found.get("given", True) for found in costs.values())
         if changed:
             lines.append(
-                f"{changed} runs (*) do not fit as they are, and are estimated with settings that do: --config.fit={name} "
-                "gives every run mesh, accumulate and remat that fit by arithmetic"
+                f"{changed} runs (*) do not fit as they are, and are estimated with settings that do: "
+                f"--config.fit={name} gives every run mesh, accumulate and remat that fit by arithmetic"
             )
     if plan.missing:
         lines.append(f"weights still to be given: {' '.join(f'--config.weights.{name}=DIR' for name in plan.missing)}")
@@ -118,7 +120,10 @@ def _arithmetic(task: Task, slices: topology.Slice) -> dict[str, Any]:
 
 
 def _compiled(task: Task, slices: topology.Slice) -> dict[str, Any]:
-    report = run.preflight(task.config, slices.name)
+    try:
+        report = run.preflight(task.config, slices.name)
+    except ValueError as error:
+        raise ValueError(f"{task.name}: {error}") from error
     seconds = report["time"]["scheduled_s"] if "time" in report else None
     memory = report["memory"]
     return _cost(seconds, memory["total"], memory["fits"], steps_of(task.config), slices)

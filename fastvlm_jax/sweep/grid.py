@@ -31,8 +31,8 @@ class Point:
 
     Attributes:
       name: its name, which is also the name of its folder: letters, digits and . _ - only.
-      encoder: name of the encoder in tables and figures.
-      llm: name of the language model there.
+      encoder: name of the encoder in tables and figures; those of models/sizes.py are written out there.
+      llm: name of the language model, likewise.
       image_size: side of the square that the encoder sees, pixels; of a tile with AnyRes.
       stages: the chain of stages; the last one trains at `image_size` and `grids`.
       grids: AnyRes grids, as (rows, columns); () = one view an image.
@@ -68,8 +68,8 @@ def sweep_config(
     c.weights = ml_collections.ConfigDict({name: "" for name in weights})  # name -> model that `--config.parent` takes
     c.overrides = ()  # values for every stage of every point, as (("steps", 20), ("data.num_threads", 8))
     c.data_root = ""  # data.root of every stage; "" leaves each its own
-    # TPU slice, as "v5e:4x4", for which every run gets the fastest mesh, accumulate and remat that fit by arithmetic; ""
-    # leaves each its own.
+    # TPU slice, as "v5e:4x4", for which every run gets the fastest mesh, accumulate and remat that fit by arithmetic;
+    # "" leaves each its own.
     c.fit = ""
     c.paper_figure = ""  # figure of the FastVLM paper whose points these are: "1a", "4" or "6"
     return c

@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 import sys
 
+from etils import epath
+
 from fastvlm_jax.sweep.plan import Task
 
 LAUNCHERS = ("tpu", "gke", "slurm", "local")
@@ -66,6 +68,8 @@ def check(launcher: Launcher, place: str) -> None:
     for file in filter(None, (launcher.settings, launcher.ttft_settings)):
         if not pathlib.Path(file).is_file():
             raise FileNotFoundError(f"there is no settings file {file}")
+    if "://" in place:
+        epath.Path(place).exists()  # says now, and not after the first run, that it cannot be read
     if launcher.name in ("tpu", "gke") and not place.startswith("gs://"):
         raise ValueError(
             f"--launcher {launcher.name} needs --remote gs://BUCKET/DIR: the machines of a slice lose their own disks"

@@ -5,12 +5,13 @@ conversations the whole model at the point's. That figures 4 and 6 use them too 
 the same models score higher than those end (Table 6).
 """
 
+import re
 from typing import Any
 
 import ml_collections
 
 from fastvlm_jax.config import sizes_of
-from fastvlm_jax.evaluate.paper import AVG_5, NAMES
+from fastvlm_jax.evaluate.paper import AVG_5
 from fastvlm_jax.images.sizes import slots_of
 from fastvlm_jax.models.fastvlm import make_encoder
 from fastvlm_jax.parent import open_base
@@ -72,9 +73,10 @@ def own_encoder(argument: str) -> ml_collections.ConfigDict:
             f"llava15 takes vision=DIR, the folder of an encoder, or llm=NAME,vision=DIR with a language model of "
             f"{', '.join(LLM_WEIGHTS)}, and not {argument!r}"
         )
-    vision = open_base(f"{llm},parent=vision={folder}").model.vision
-    sizes = [vision.image_size] if "image_size" in vision else [256, 512, 768, 1024]
-    points = [llava15("own", llm, size, folder=folder) for size in sizes]
+    vision = _vision(llm, "", folder)
+    sizes = [vision["image_size"]] if "image_size" in vision else [256, 512, 768, 1024]
+    name = re.sub(r"[^A-Za-z0-9._]", "_", folder.rstrip("/").rpartition("/")[2].lstrip("."))
+    points = [llava15(name, llm, size, folder=folder) for size in sizes]
     return _sweep("llava15", f"{folder} by resolution, in LLaVA-1.5's setting", points, "")
 
 
@@ -101,9 +103,9 @@ def llava15(encoder: str, llm: str, size: int, tiles: Grid | None = None, folder
       tiles: AnyRes grid.
       folder: model whose encoder is used; "" takes `--config.weights.ENCODER`.
     """
-    vision = open_base(f"{llm},parent=vision={folder}").model.vision if folder else sizes_of(f"{llm},{encoder}")[1]
+    vision = _vision(llm, encoder, folder)
     parent = f"vision={folder or '{' + encoder + '}'},llm={{{LLM_WEIGHTS[llm]}}}"
-    model, base = (f"{llm}", f",parent=vision={folder}") if folder else (f"{llm},{encoder}", "")
+    model, base = (llm, f",parent=vision={folder}") if folder else (f"{llm},{encoder}", "")
     aligned = vision.get("image_size", CLIP_SIZE.get(encoder, 256))
     stages = (
         Stage(f"configs/stage1_align.py:{model}{base}", {"parent": parent} | _rows("stage1_align", vision, aligned, 8)),
@@ -113,21 +115,20 @@ def llava15(encoder: str, llm: str, size: int, tiles: Grid | None = None, folder
         ),
     )
     name = f"{encoder}-{llm}-{size}" if tiles is None else f"{encoder}-{llm}-{size * tiles[0]}-{tiles[0]}x{tiles[1]}"
-    return Point(
-        name, {"siglip_so400m_384": "SigLIP-SO400M", "own": folder.rstrip("/").rpartition("/")[2], **NAMES}[encoder],
-        NAMES[llm], size, stages, (tiles,) if tiles else (),
-    )  # fmt: skip
+    return Point(name, encoder, llm, size, stages, (tiles,) if tiles else ())
 
 
-def _rows(stage: str, vision, size: int, samples: int, tiles: Grid | None = None) -> dict[str, Any]:
-    """Returns the image size of a stage, and room in its groups for as many samples, each with an image, all its tiles
-    and an average text."""
-    rows, columns = make_encoder(**_plain(vision)).grid(size, size)
+def _vision(llm: str, encoder: str, folder: str) -> dict[str, Any]:
+    """Returns the arguments of an encoder, by name or as a folder has it."""
+    if folder:
+        return open_base(f"{llm},parent=vision={folder}").model.vision.to_dict()
+    return sizes_of(f"{llm},{encoder}")[1]
+
+
+def _rows(stage: str, vision: dict[str, Any], size: int, samples: int, tiles: Grid | None = None) -> dict[str, Any]:
+    """Returns the image size of a stage, and room in its groups for samples with an image, all its tiles, and text."""
+    rows, columns = make_encoder(**vision).grid(size, size)
     slots = slots_of(tiles) if tiles else 1
     tokens = samples * (slots * rows * columns + TEXT[stage])
     found = {"data.image_size": size, "data.row_length": -(-tokens // 256) * 256}
     return found | ({"data.grids": (tiles,), "data.images_per_group": samples * slots} if tiles else {})
-
-
-def _plain(vision) -> dict[str, Any]:
-    return vision.to_dict() if isinstance(vision, ml_collections.ConfigDict) else dict(vision)

@@ -109,7 +109,8 @@ def make_plan(sweep: ml_collections.ConfigDict, place: str) -> Plan:
         no such benchmark. The message names the point.
     """
     _check_names([planned.name for planned in sweep.points])
-    known(sweep.benchmarks)
+    if not known(sweep.benchmarks):
+        raise ValueError("the sweep has no benchmarks to score its points on: set --config.benchmarks=\"('docvqa',)\"")
     tasks: dict[str, Task] = {}
     points, missing = [], {}
     for point in sweep.points:
@@ -295,8 +296,9 @@ def _evaluate(sweep, point: Point, run: Task, model, place: str) -> Task:
 
 def _time(sweep, point: Point, run: Task, model, place: str) -> Task:
     output = f"points/{point.name}/ttft.json"
-    sizes = ",".join([str(point.image_size), *(f"{rows}x{columns}" for rows, columns in point.grids)])
-    asked = [f"--image_size={sizes}", *sweep.ttft_flags]
+    grid = max(point.grids, key=slots_of, default=None)  # of several, the one with most tiles
+    size = str(point.image_size) + (f":{grid[0]}x{grid[1]}" if grid else "")
+    asked = [f"--image_size={size}", *sweep.ttft_flags]
     return Task(
         f"ttft-{point.name}", "ttft",
         ("bench", "ttft", f"--model={os.path.join(place, run.output)}", *asked,

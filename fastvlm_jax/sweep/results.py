@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from fastvlm_jax.evaluate.benchmarks import known
+from fastvlm_jax.images.sizes import slots_of
 from fastvlm_jax.metrics.rows import FILE
 from fastvlm_jax.sweep import state
 from fastvlm_jax.sweep.plan import Plan, PlannedPoint
@@ -19,7 +20,9 @@ from fastvlm_jax.sweep.plan import Plan, PlannedPoint
 BLIND = "-blind"  # ends the name of a benchmark whose questions are asked about another picture
 
 
-def collect(plan: Plan, workdir: pathlib.Path, place: str, errors: Mapping[str, str]) -> dict[str, Any]:
+def collect(
+    plan: Plan, workdir: pathlib.Path, place: str, errors: Mapping[str, str], here: bool = True
+) -> dict[str, Any]:
     """Returns the content of results.json.
 
     {"setup", "title", "benchmarks", "points": [{"name", "encoder", "llm", "image_size", "grid", "image_tokens",
@@ -29,6 +32,7 @@ def collect(plan: Plan, workdir: pathlib.Path, place: str, errors: Mapping[str, 
     Args:
       place: folder, local or gs://, that has runs/ and points/.
       errors: name of a point -> why it failed.
+      here: whether the commands ran on this machine, which is then described.
     """
     return {
         "setup": plan.sweep.setup,
@@ -36,7 +40,9 @@ def collect(plan: Plan, workdir: pathlib.Path, place: str, errors: Mapping[str, 
         "benchmarks": [name for name in plan.sweep.benchmarks if not name.endswith(BLIND)],
         "points": [_point(plan, planned, workdir, place, errors) for planned in plan.points],
         "paper_figure": plan.sweep.paper_figure or None,
-        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+        if here
+        else None,
     }
 
 
@@ -57,7 +63,7 @@ def _point(plan: Plan, planned: PlannedPoint, workdir: pathlib.Path, place: str,
         "encoder": point.encoder,
         "llm": point.llm,
         "image_size": point.image_size,
-        "grid": list(max(point.grids, key=lambda grid: grid[0] * grid[1])) if point.grids else None,
+        "grid": list(max(point.grids, key=slots_of)) if point.grids else None,
         "image_tokens": planned.image_tokens,
         "parameters": planned.parameters,
         "state": "failed" if error else "done" if all(done.values()) else "pending",

@@ -43,11 +43,14 @@ def run(
 
     def results_so_far() -> dict[str, str]:
         errors = errors_of(plan, failed)
-        write_json(workdir / state.RESULTS, results.collect(plan, workdir, place, errors))
+        here = launcher.name in ("", "local")
+        write_json(workdir / state.RESULTS, results.collect(plan, workdir, place, errors, here))
         return errors
 
     with StopRequest() as stop:
-        for number, task in enumerate(todo, len(plan.tasks) - len(todo) + 1):
+        for number, task in enumerate(todo, len(done) + 1):
+            if stop.reached():
+                raise Interrupted(f"stopped before {task.name}; the same command goes on from there")
             if broken := next((name for name in task.needs if name in failed), None):
                 failed[task.name] = failed[broken]
                 told(f"[{number} of {len(plan.tasks)}] {task.name} is left out: {broken} failed")
@@ -129,7 +132,7 @@ def time_left(todo: Sequence[Task], done) -> str:
         rate = rates.setdefault(record["pace"], [0.0, 0.0])
         rate[0] += record["seconds"]
         rate[1] += record["work"]
-    known = [task.work * rates[task.pace][0] / rates[task.pace][1] for task in todo if task.pace in rates]
+    known = [task.work * rates[task.pace][0] / rates[task.pace][1] for task in todo if rates.get(task.pace, [0, 0])[1]]
     if not known:
         return ""
     minutes = max(1, round(sum(known) / 60))

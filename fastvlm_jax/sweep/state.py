@@ -87,7 +87,8 @@ def write_plan(workdir: pathlib.Path, plan: Plan) -> None:
 def set_aside(workdir: pathlib.Path, plan: Plan) -> list[str]:
     """Renames the folders of points whose model has changed since to NAME-OLDDIGEST; returns a line about each.
 
-    The files of a point say nothing about another model. Runs need no renaming: their folders have their digests.
+    The files of a point say nothing about another model. Files that were kept of the model that is wanted again come
+    back. Runs need no renaming: their folders have their digests.
     """
     lines = []
     for planned in plan.points:
@@ -97,7 +98,9 @@ def set_aside(workdir: pathlib.Path, plan: Plan) -> list[str]:
         if before not in (None, planned.identity):
             kept = folder.with_name(f"{name}-{before[:DIGITS]}")
             folder.rename(kept)
-            lines.append(f"point {name} has changed: what it was is kept in {kept}, and it is made anew")
+            lines.append(f"point {name} has changed: what it was is kept in {kept}")
+            if (again := folder.with_name(f"{name}-{planned.identity[:DIGITS]}")).is_dir():
+                again.rename(folder)
         if before != planned.identity:
             write_json(path, {"run": planned.identity})
     return lines

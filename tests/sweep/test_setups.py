@@ -114,3 +114,13 @@ def test_your_own_encoder_by_its_architecture(tmp_path, monkeypatch, capsys):
     # Two stages: the image is divided by 4 and 2, so a side of 256 has 32 x 32 features.
     assert [row[-2] for row in rows] == ["1,024", "4,096", "9,216", "16,384"]
     assert f"vision={tmp_path}" not in out.splitlines()[-1] and "qwen2_0_5b=DIR" in out.splitlines()[-1]
+
+
+def test_the_example_of_the_page_is_a_grid(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs/resolution.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert block.count("\n") <= 15
+    (tmp_path / "grid.py").write_text(block)
+    monkeypatch.chdir(ROOT)
+    status, out, err = fastvlm(monkeypatch, capsys, "sweep", f"--config={tmp_path / 'grid.py'}", "--dry_run")
+    assert (status, err) == (0, "") and "easy-VQA by image size: 3 points, 4 training runs, 10 tasks" in out

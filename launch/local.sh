@@ -10,6 +10,7 @@ read_settings "PLATFORM" NUM_PROCESSES=1 DEVICES_PER_PROCESS=1 PORT=12355 VENV=.
   WAIT_SECONDS=5
 whole NUM_PROCESSES DEVICES_PER_PROCESS PORT MAX_RESTARTS WAIT_SECONDS
 one_of PLATFORM cpu gpu tpu
+[ "$command" != "bench ttft" ] || NUM_PROCESSES=1 # one user waits for one answer
 [ "$PLATFORM" != tpu ] || [ "$NUM_PROCESSES" = 1 ] || fail "$settings: on a TPU VM one process has all chips: NUM_PROCESSES=1"
 [ -z "$BUCKET" ] || [ -n "$MOUNT" ] || fail "$settings: MOUNT is missing: the folder where gs://$BUCKET is mounted"
 mount_names

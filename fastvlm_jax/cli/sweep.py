@@ -42,7 +42,9 @@ def sweep(argv: list[str]) -> None:
     workdir = pathlib.Path(fv.workdir).expanduser()
     place = fv.remote.rstrip("/") if fv.remote else str(workdir)
     made = plan.make_plan(fv.config, place)
-    where = launcher.Launcher(fv.launcher or "", fv.settings, fv.ttft_settings)
+    settings = fv.settings or ("launch/settings/local.env" if fv.launcher == "local" else "")
+    ttft_settings = fv.ttft_settings or (settings if fv.launcher == "local" else "")
+    where = launcher.Launcher(fv.launcher or "", settings, ttft_settings)
     launcher.check(where, place)
     checks.check(made, here=fv.launcher not in ("tpu", "gke") and "://" not in place)
 

@@ -7,6 +7,8 @@ Two points share a stage if its config has the same values and it starts from th
 """
 
 import dataclasses
+import functools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -153,7 +155,7 @@ def _add_point(sweep, point: Point, place: str, tasks: dict[str, Task], missing:
         )
     model = fastvlm.build(**last.config.model.to_dict())
     slots = max(map(slots_of, grids), default=1)
-    counts = parameters(model_io.abstract_variables(model)["params"], last.config.groups)
+    counts = parameters(_shapes(last.config), last.config.groups)
     own = [_evaluate(sweep, point, last, model, place)] + [_time(sweep, point, last, model, place)] * bool(sweep.ttft)
     tasks |= {task.name: task for task in own}
     return PlannedPoint(
@@ -276,9 +278,19 @@ def _shared(first: Task, second: Task, point: Point) -> Task:
 
 def _step_flops(config: ml_collections.ConfigDict) -> float:
     model, data = fastvlm.build(**config.model.to_dict()), config.data
-    trainable = optim.split(model_io.abstract_variables(model)["params"], config.groups)[0].keys()
+    trainable = optim.split(_shapes(config), config.groups)[0].keys()
     images, rows, side = data.groups * data.images_per_group, data.groups * data.rows_per_group, data.image_size
     return sum(flops.train_flops(model, trainable, images, side, side, rows, data.row_length).values())
+
+
+def _shapes(config: ml_collections.ConfigDict) -> Any:
+    """Returns the parameters of a config's model as ShapeDtypeStructs."""
+    return _shapes_of(json.dumps(config_lib.plain(config.model)))
+
+
+@functools.cache
+def _shapes_of(model: str) -> Any:
+    return model_io.abstract_variables(fastvlm.build(**json.loads(model)))["params"]
 
 
 def _evaluate(sweep, point: Point, run: Task, model, place: str) -> Task:

@@ -132,7 +132,7 @@ def test_a_folder_of_something_else_is_refused(grid, monkeypatch, capsys):
     "more, message",
     [
         (("--launcher=tpu",), "--launcher tpu needs --remote gs://BUCKET/DIR"),
-        (("--settings=",), "--launcher local needs --settings FILE: copy launch/settings/local.env"),
+        (("--launcher=slurm", "--settings="), "--launcher slurm needs --settings FILE: copy launch/settings/slurm.env"),
         (("--settings=none.env",), "there is no settings file none.env"),
     ],
 )
@@ -158,14 +158,15 @@ def test_launchers_send_the_exact_commands(name, tmp_path):
     settings = str(settings_of(tmp_path, name, **changes))
     (tmp_path / "fakes").mkdir()
     environment = make_fakes(tmp_path / "fakes", READY)
-    expected = {
-        train: f"train --config={OWN} --workdir={mount}/s/{train.output} --config.data.image_size=64 "
-               f"--config.parent=vision={mount}/enc",
-        evaluate: f"evaluate --model={mount}/s/{train.output} --benchmark=textvqa --data=gs://my-bucket/data "
-                  f"--output={mount}/s/points/a/evaluation",
-        ttft: f"bench ttft --model={mount}/s/{train.output} --image_size=64 --output={mount}/s/points/a/ttft.json",
-    }  # fmt: skip
-    for task, words in expected.items():
+    model = f"--model={mount}/s/{train.output}"
+    stage = f"train --config={OWN} --workdir={mount}/s/{train.output} --config.data.image_size=64"
+    scored = f"evaluate {model} --benchmark=textvqa --data=gs://my-bucket/data"
+    expected = [
+        (train, f"{stage} --config.parent=vision={mount}/enc"),
+        (evaluate, f"{scored} --output={mount}/s/points/a/evaluation"),
+        (ttft, f"bench ttft {model} --image_size=64 --output={mount}/s/points/a/ttft.json"),
+    ]
+    for task, words in expected:
         bash, script, *arguments = Launcher(name, settings, settings).command(task)
         assert (bash, script) == ("bash", f"launch/{name}.sh")
         status, out, err = launch(f"{name}.sh", *arguments, "--dry_run", environment=environment)

@@ -25,12 +25,12 @@ def test_scores_their_mean_and_the_blind_score(tmp_path):
         for point, content in scores.items():
             write(tmp_path / f"points/{point}/evaluation/{name}-paper.json", content)
     run = tmp_path / made.tasks[0].output / "metrics.jsonl"
-    run.write_text('{"step": 1, "seconds": 2.5}\n{"step": 2, "seconds": 4.25}\n{"step": 3, "sec')  # a kill cut it
+    run.write_text('{"step": 1, "seconds": 2.5}\n{"step": 2, "seconds": 4.5}\n{"step": 3, "sec')  # a kill cut it
     unscored, scored = results.collect(made, tmp_path, str(tmp_path), {"small-16": "why"})["points"]
     assert scored["mean"] == 40.0 and scored["mean_standard_error"] == math.sqrt(3**2 + 4**2 + 12**2) / 3
     assert (scored["state"], scored["error"], unscored["state"]) == ("failed", "why", "done")
     assert unscored["mean"] is None and unscored["accuracy"]["gqa"]["value"] is None
-    assert (unscored["train_seconds"], scored["train_seconds"]) == (4.25, None)
+    assert (unscored["train_seconds"], scored["train_seconds"]) == (4.5, None)
     assert scored["runs"] == [task.output for task in made.tasks if task.kind == "train"]
     # Trained weights of an encoder of one stage, 3 -> 8 channels, and of the rest, as the trainer counts them too.
     assert unscored["parameters"] == {"vision": 1809, "projector": 1600, "llm": 35104}

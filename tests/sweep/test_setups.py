@@ -6,6 +6,10 @@ import pytest
 from command import fastvlm
 from paths import ROOT
 
+from fastvlm_jax.sweep import dry_run, paper
+from fastvlm_jax.sweep.grid import sweep_config
+from fastvlm_jax.sweep.plan import make_plan
+
 CONFIG = ROOT / "configs/resolution_scaling.py"
 # Tokens of the paper: tables 1, 4, 5, 6 and 10. Those of tiles are (1 + rows x columns) x (side / 64)^2, as 1280 there.
 FIGURE_1 = {
@@ -30,7 +34,7 @@ FIGURE_6 = {
 }  # fmt: skip
 
 
-def dry_run(monkeypatch, capsys, setup, *more):
+def told(monkeypatch, capsys, setup, *more):
     status, out, err = fastvlm(monkeypatch, capsys, "sweep", f"--config={CONFIG}:{setup}", "--dry_run", *more)
     assert (status, err) == (0, "")
     return out
@@ -40,7 +44,7 @@ def dry_run(monkeypatch, capsys, setup, *more):
     "setup, tokens, runs", [("paper-fig1", FIGURE_1, 16), ("paper-fig4", FIGURE_4, 36), ("paper-fig6", FIGURE_6, 14)]
 )
 def test_the_papers_points_have_the_papers_tokens(setup, tokens, runs, monkeypatch, capsys):
-    out = dry_run(monkeypatch, capsys, setup)
+    out = told(monkeypatch, capsys, setup)
     head, _, tasks = out.partition("in this order:")
     rows = [line.split() for line in head.splitlines()[2:] if line]
     assert {row[0]: int(row[-2].replace(",", "")) for row in rows} == tokens
@@ -50,7 +54,7 @@ def test_the_papers_points_have_the_papers_tokens(setup, tokens, runs, monkeypat
 
 
 def test_chip_hours_are_said_to_be_arithmetic_and_near_the_compilers_estimate(monkeypatch, capsys):
-    out = dry_run(monkeypatch, capsys, "paper-fig1", "--topology=v5e:4x4")
+    out = told(monkeypatch, capsys, "paper-fig1", "--topology=v5e:4x4")
     assert "chip-hours of training on v5e:4x4, estimated by arithmetic alone" in out
     assert "Nothing ran on a TPU." in out and "compiler" not in out
     # docs/preflight.md: 664 ms a step by the TPU compiler for stage 2 of 0.5b at 1024 px on v5e:4x4.
@@ -61,24 +65,29 @@ def test_chip_hours_are_said_to_be_arithmetic_and_near_the_compilers_estimate(mo
     assert abs(float(hours) - 5196 * float(step) / 1000 / 3600 * 16) < 0.06
 
 
-def test_settings_that_do_not_fit_are_marked_and_can_be_fitted(monkeypatch, capsys):
-    slow = "train-stage2_instruct-fastvithd-vicuna-7b-1024"
-    given = dry_run(monkeypatch, capsys, "paper-fig6", "--topology=v5e:4x4")
-    assert "(*) do not fit as they are" in given and "--config.fit=v5e:4x4" in given
-    assert next(line for line in given.splitlines() if slow in line).split()[-2] == "*"
-    fitted = dry_run(monkeypatch, capsys, "paper-fig6", "--topology=v5e:4x4", "--config.fit=v5e:4x4")
-    assert "*" not in fitted
+def test_settings_that_do_not_fit_are_marked_and_can_be_fitted():
+    c = sweep_config("one", "One", [paper.llava15("fastvithd", "vicuna-7b", 1024)], ["gqa"], ["fastvithd", "vicuna_7b"])
+    given = dry_run.describe(make_plan(c, "w"), "v5e:4x4")
+    assert "1 runs (*) do not fit as they are" in given and "--config.fit=v5e:4x4" in given
+    (row,) = (line.split() for line in given.splitlines() if "train-stage2" in line)
+    assert row[-2] == "*"
+    c.fit = "v5e:4x4"
+    made = make_plan(c, "w")
+    fitted, last = dry_run.describe(made, "v5e:4x4"), made.tasks[1]
+    assert "*" not in fitted and row[0] in fitted  # the same run, for its results are the same
+    # 32 groups on 16 chips, two a chip: they are computed one after the other.
+    assert last.config.accumulate == 2 and last.config.data.groups == 32
 
 
 def test_weights_that_are_still_needed_are_told(monkeypatch, capsys):
-    out = dry_run(monkeypatch, capsys, "paper-fig6", "--config.weights.vicuna_7b=/models/vicuna")
+    out = told(monkeypatch, capsys, "paper-fig6", "--config.weights.vicuna_7b=/models/vicuna")
     assert out.splitlines()[-1] == "weights still to be given: --config.weights.fastvithd=DIR"
 
 
 REFUSED = [
-    (("sweep", f"--config={CONFIG}:paper-fig2", "--dry_run"), 1, "unknown setup 'paper-fig2': choose "),
-    (("sweep", f"--config={CONFIG}:llava15", "--dry_run"), 1, "llava15 takes vision=DIR"),
-    (("sweep", f"--config={CONFIG}:llava15,llm=3b,vision=x", "--dry_run"), 1, "a language model of 0.5b, 1.5b"),
+    (("sweep", f"--config={CONFIG}:paper-fig2", "--dry_run"), 2, "unknown setup 'paper-fig2': choose "),
+    (("sweep", f"--config={CONFIG}:llava15", "--dry_run"), 2, "llava15 takes vision=DIR"),
+    (("sweep", f"--config={CONFIG}:llava15,llm=3b,vision=x", "--dry_run"), 2, "a language model of 0.5b, 1.5b"),
     (("sweep", f"--config={CONFIG}:llava15,vision=/none", "--dry_run"), 1, "there is no model at /none"),
     (("sweep", f"--config={CONFIG}:paper-fig1", "--dry_run", "--topology=v5e:3x3"), 1, "v5e has no such slice"),
     (("sweep", f"--config={CONFIG}:paper-fig1", "--workdir=w", "--topology=v5e:4x4"), 2, "add --dry_run"),
@@ -105,10 +114,10 @@ def test_your_own_encoder_by_its_architecture(tmp_path, monkeypatch, capsys):
 
     from fastvlm_jax import convert
 
-    layers = dict(layers=(1, 1), embed_dims=(8, 16), mixers=("repmixer", "attention"), head_features=4)
+    layers = dict(layers=(1, 1), embed_dims=(8, 32), mixers=("repmixer", "attention"), head_features=4)
     _, variables = random_variables({"vision": layers})
     convert.write(tmp_path / "my-encoder", "native", variables, {"vision": layers}, None, {})
-    out = dry_run(monkeypatch, capsys, f"llava15,llm=0.5b,vision={tmp_path / 'my-encoder'}")
+    out = told(monkeypatch, capsys, f"llava15,llm=0.5b,vision={tmp_path / 'my-encoder'}")
     rows = [line.split() for line in out.splitlines() if line.startswith("  my_encoder")]
     assert [row[0] for row in rows] == [f"my_encoder-0.5b-{side}" for side in (256, 512, 768, 1024)]
     # Two stages: the image is divided by 4 and 2, so a side of 256 has 32 x 32 features.

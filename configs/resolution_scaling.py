@@ -1,25 +1,40 @@
 """Grids of models for `fastvlm sweep`: accuracy against time to first token, as encoder, model and resolution vary.
 
-    fastvlm sweep --config configs/resolution_scaling.py:paper-fig1 --dry_run --topology v5e:4x4
-    fastvlm sweep --config configs/resolution_scaling.py:paper-fig1 --workdir DIR --config.weights.fastvithd=DIR ...
+  fastvlm data documents --output data/documents
+  fastvlm sweep --config configs/resolution_scaling.py --workdir runs/reading
+  fastvlm sweep --config configs/resolution_scaling.py:paper-fig1 --dry_run --topology v5e:4x4
 
-  paper-fig1    Qwen2-0.5B with FastViTHD, two ConvNeXts, ViT-L/14 and SigLIP: 11 points
-  paper-fig4    FastViTHD and FastViT with Qwen2-0.5B, 1.5B and 7B: 30 points
-  paper-fig6    FastViTHD with Vicuna-7B, one view against tiles: 13 points
-  llava15,vision=DIR    your own encoder by resolution with Vicuna-7B; llava15,llm=0.5b,vision=DIR with Qwen2-0.5B
-
-docs/resolution.md tells what each needs, and how to write your own grid.
+documents     two tiny encoders learn to read numbers at four sizes, from scratch, on two CPU cores; documents-short is
+              one of them at three
+paper-fig1    Qwen2-0.5B with FastViTHD, two ConvNeXts, ViT-L/14 and SigLIP: 11 points
+paper-fig4    FastViTHD and FastViT with Qwen2-0.5B, 1.5B and 7B: 30 points
+paper-fig6    FastViTHD with Vicuna-7B, one view against tiles: 13 points
+llava15,vision=DIR    your own encoder by resolution with Vicuna-7B; llava15,llm=0.5b,vision=DIR with Qwen2-0.5B
 """
 
 from fastvlm_jax.sweep import paper
+from fastvlm_jax.sweep.grid import Point, Stage, sweep_config
 
-SETUPS = {"paper-fig1": paper.figure_1, "paper-fig4": paper.figure_4, "paper-fig6": paper.figure_6}
+PAPER = {"paper-fig1": paper.figure_1, "paper-fig4": paper.figure_4, "paper-fig6": paper.figure_6}
+READING = {"tiny": "FastViTHD-tiny", "fastvit_tiny": "FastViT-tiny"}  # encoder of configs/reading.py -> its name
 
 
-def get_config(setup: str = "paper-fig1"):
+def get_config(setup: str = "documents"):
     name, _, argument = setup.partition(",")
     if name == "llava15":
         return paper.own_encoder(argument)
-    if setup not in SETUPS:
-        raise ValueError(f"unknown setup {setup!r}: choose {', '.join(SETUPS)} or llava15,vision=DIR")
-    return SETUPS[setup]()
+    if setup in PAPER:
+        return PAPER[setup]()
+    if setup not in ("documents", "documents-short"):
+        raise ValueError(
+            f"unknown setup {setup!r}: choose documents, documents-short, {', '.join(PAPER)} or llava15,..."
+        )
+    whole, points = setup == "documents", []
+    for encoder, label in READING.items() if whole else (("tiny", READING["tiny"]),):
+        learn = Stage(f"configs/reading.py:learn,{encoder}")
+        for side in (128, 192, 256, 320) if whole else (128, 256, 320):
+            stages = (learn, Stage(f"configs/reading.py:read,{encoder},{side}"))
+            points.append(Point(f"{label.lower()}-{side}", label, "tiny", side, stages))
+    c = sweep_config(setup, "Reading numbers, by encoder and image size", points, ("documents", "documents-blind"))
+    c.benchmark_data, c.evaluate_flags = "data/documents/numbers", ("--max_tokens=64",)
+    return c

@@ -18,5 +18,5 @@ def get_config(data):
     points = [Point("small-8", "tiny", "tiny", 8, (first,)), Point("small-16", "tiny", "tiny", 16, (first, second))]
     c = sweep_config("tiny", "Two tiny points", points, ["easy-vqa"])
     c.benchmark_data, c.limit = data, 24
-    c.ttft, c.ttft_flags = False, ("--runs=3", "--warmup=1")
+    c.ttft, c.ttft_flags = False, ("--runs=3", "--warmup=1", "--prompt_tokens=4")
     return c

@@ -90,13 +90,15 @@ def test_a_sweep_that_is_killed_and_stopped_goes_on_to_the_same_answers(tmp_path
     assert second.returncode == 130 and re.search(
         "^fastvlm sweep: stopped (in|before) .*; the same command goes on from there$", err.splitlines()[-1]
     )
-    last = start(tmp_path, easy_vqa)
+    last = start(tmp_path, easy_vqa, "--config.ttft=True")
     out, err = last.communicate(timeout=120)
     assert last.returncode == 0 and out == f"{tmp_path}/w/results.json\n", err
     assert predictions(tmp_path / "w") == straight(tmp_path / "straight", easy_vqa, monkeypatch, capsys)
     results = json.loads((tmp_path / "w/results.json").read_text())
     assert [point["state"] for point in results["points"]] == ["done", "done"]
     assert [point["accuracy"]["easy-vqa"]["n"] for point in results["points"]] == [24, 24]
+    assert [point["ttft"]["image_tokens"] for point in results["points"]] == [4, 16]
+    assert all(point["ttft"]["measured"] and point["ttft"]["paper_ttft"] > 0 for point in results["points"])
     assert results["points"][0]["runs"] == results["points"][1]["runs"][:1]
 
 

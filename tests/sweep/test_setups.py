@@ -53,6 +53,18 @@ def test_the_papers_points_have_the_papers_tokens(setup, tokens, runs, monkeypat
     assert len(re.findall("  evaluate-", tasks)) == len(tokens)
 
 
+@pytest.mark.parametrize("setup, runs", [("documents", 10), ("documents-short", 4)])
+def test_the_default_reads_at_sizes_whose_tokens_are_those_of_the_strides(setup, runs, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    head, _, tasks = told(monkeypatch, capsys, setup).partition("in this order:")
+    tokens = {row.split()[0]: int(row.split()[-2]) for row in head.splitlines()[2:] if row}
+    hd, fastvit = {128: 4, 192: 9, 256: 16, 320: 25}, {128: 16, 192: 36, 256: 64, 320: 100}
+    expected = {f"fastvithd-tiny-{side}": hd[side] for side in (hd if runs == 10 else (128, 256, 320))}
+    expected |= {f"fastvit-tiny-{side}": count for side, count in fastvit.items() if runs == 10}
+    assert tokens == expected
+    assert len(re.findall("  train-", tasks)) == runs
+
+
 def test_chip_hours_are_said_to_be_arithmetic_and_near_the_compilers_estimate(monkeypatch, capsys):
     out = told(monkeypatch, capsys, "paper-fig1", "--topology=v5e:4x4")
     assert "chip-hours of training on v5e:4x4, estimated by arithmetic alone" in out

@@ -26,10 +26,10 @@ def get_config(argument: str = "learn,tiny"):
     stride = make_encoder(**c.model.vision.to_dict()).stride
     if stage == "learn":
         c.data.path, c.data.image_size = "data/documents/large_numbers", 4 * stride
-        c.steps, c.groups = 750, ((".*", 3e-3, 0.0),)
+        c.steps, c.groups = 600, ((".*", 3e-3, 0.0),)
     elif stage == "read" and size:
         c.data.path, c.data.image_size = "data/documents/numbers", int(size[0])
-        c.steps, c.groups = 500, ((".*", 2e-3, 0.0),)
+        c.steps, c.groups = 700, ((".*", 3e-3, 0.0),)
     else:
         raise ValueError(f"unknown stage {argument!r}: choose learn,ENCODER or read,ENCODER,IMAGE_SIZE")
     c.data.groups, c.data.images_per_group, c.data.rows_per_group = 2, 8, 8

@@ -169,7 +169,7 @@ def test_each_digit_for_a_tiny_model_stands_in_its_cell_and_is_a_token(folder):
         for part in ("numbers", "large_numbers"):
             assert len(load_tokenizer(folder / part).encode(page.text)) == 19
     sizes = [numbers.draw(0, "train", n).font_size for n in range(20)]
-    assert min(sizes) >= 12 and min(numbers.draw(0, "train", n, numbers.LARGE).font_size for n in range(20)) >= 30
+    assert min(sizes) >= 8 and min(numbers.draw(0, "train", n, numbers.LARGE).font_size for n in range(20)) >= 30
 
 
 def test_texts_are_those_of_the_modules():

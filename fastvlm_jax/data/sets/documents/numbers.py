@@ -17,7 +17,7 @@ from fastvlm_jax.data.sets.documents.page import Page
 
 SIDE, CELLS = 320, 4  # pixels of a page, cells in a row and in a column
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif")
-MIXED, LARGE = (12, 60), (30, 75)  # smallest and largest em square of a digit, pixels
+MIXED, LARGE = (8, 60), (30, 75)  # smallest and largest em square of a digit, pixels
 ORDER = ("test", "validation", "train")  # in which a number of several splits is given away
 _SWAY = 6  # pixels that a digit stands off the middle of its cell, at most
 

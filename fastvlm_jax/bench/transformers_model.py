@@ -17,6 +17,7 @@ PACKAGES = ("torch", "transformers", "timm")
 IMAGE_ID = 2  # of the placeholder of an image token; any id inside the vocabulary will do
 
 
+@functools.lru_cache(maxsize=1)  # the model of all image sizes of a command
 def build(model: FastVLM) -> Any:
     """Returns transformers' FastVlmForConditionalGeneration on the device that JAX uses, in the model's dtype.
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.bench import clock, first_token
+from fastvlm_jax.bench import clock, first_token, ttft_transformers
 from fastvlm_jax.bench.first_token import Question
 from fastvlm_jax.bench.mosaic import PHOTO, sample_jpeg
 from fastvlm_jax.bench.ttft_model import Subject
@@ -121,12 +121,9 @@ def measure(
       ValueError: see `first_token.check`; or PyTorch's packages are missing or have no such model.
     """
     model, variables, processor, _ = subject
+    first_token.check(model, question)
+    others = ttft_transformers.prepare(model, question) if "transformers" in against else {}
     parts = prepare(model, variables, processor, question)
-    others = {}
-    if "transformers" in against:
-        from fastvlm_jax.bench import ttft_transformers
-
-        others = ttft_transformers.prepare(model, question)
     calls = dict(parts.calls)
     for name, other in others.items():
         calls |= {f"{name}/{part}": call for part, call in other.calls.items()}

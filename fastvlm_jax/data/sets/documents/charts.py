@@ -39,8 +39,9 @@ def draw(rng: random.Random, split: str, look: Look) -> Page:
     Raises:
       NoRoom: its texts do not fit.
     """
-    source, style = rng.choice(read_data_sets(split)), rng.choice(STYLES)
-    chart = choose(rng, source, style)
+    source = rng.choice(read_data_sets(split))
+    chart = choose(rng, source)
+    style = "line" if "-" in "".join(chart.values) else rng.choice(STYLES)  # no bars below zero
     font, size = rng.choice(drawing("".join((chart.title, *chart.labels, *chart.values)))), look.font_size
     while not _may_fit(chart, style, font, size, look):
         size = smaller(size)
@@ -53,15 +54,13 @@ def draw(rng: random.Random, split: str, look: Look) -> Page:
     return Page("chart", picture, lines, size, source.name, questions(rng, chart))
 
 
-def choose(rng: random.Random, source: DataSet, style: str) -> Chart:
-    """Returns a random part of a column of a data set; bars get no negative values."""
+def choose(rng: random.Random, source: DataSet) -> Chart:
+    """Returns a random part of a column of a data set: rows that follow each other."""
     title = rng.choice(list(source.columns))
     count = rng.randint(_FEWEST, _MOST)
     first = rng.randrange(source.rows - count + 1)
     labels = source.labels[first : first + count] if source.labels else tuple(_LETTERS[:count])
     values = source.columns[title][first : first + count]
-    if style != "line":
-        values = tuple(value.removeprefix("-") for value in values)
     if len(set(labels)) < count:
         labels = tuple(_LETTERS[:count])
     return Chart(title, labels, values)

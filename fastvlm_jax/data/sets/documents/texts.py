@@ -43,7 +43,7 @@ def read_texts(split: str) -> dict[str, tuple[str, ...]]:
     """Returns module -> its paragraphs of printable ASCII, each in one line; of a split of SPLITS.
 
     Raises:
-      ValueError: scikit-learn is missing.
+      ValueError: scikit-learn or the source of a module is missing.
     """
     found: dict[str, tuple[str, ...]] = {}
     taken: set[tuple[str, ...]] = set()
@@ -51,6 +51,8 @@ def read_texts(split: str) -> dict[str, tuple[str, ...]]:
         taken |= {run for own in read_texts(earlier).values() for paragraph in own for run in runs(paragraph)}
     for module in SPLITS[split]:
         own = dict.fromkeys(p for path in _files(module) for p in _paragraphs(path) if taken.isdisjoint(runs(p)))
+        if not own:
+            raise ValueError(f"the source of {module} is missing: use a Python that brings the sources of its library")
         found[module] = tuple(own)
     return found
 

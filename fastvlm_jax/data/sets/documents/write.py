@@ -6,22 +6,20 @@ OUTPUT/large_numbers/     the same in large digits, for the first steps of a mod
 OUTPUT/documents.json     what the pages were drawn from: the seed, their number, the versions of the packages
 """
 
-import concurrent.futures
-import contextlib
 import functools
 import importlib.metadata
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import platform
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fastvlm_jax.data.record import Record
+import msgpack
+
+from fastvlm_jax.data.record import Record, pack, unpack
 from fastvlm_jax.data.sets.documents import numbers, pages
 from fastvlm_jax.data.sets.documents.data_sets import read_data_sets
 from fastvlm_jax.data.sets.documents.page import Page
@@ -29,9 +27,10 @@ from fastvlm_jax.data.sets.documents.texts import read_texts
 from fastvlm_jax.data.sources import incomplete_shards, read_manifest
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.data.write.tokenizer import FILE, write_tokenizer
+from fastvlm_jax.data.write.workers import share_out
 from fastvlm_jax.files import write_whole
 
-DESCRIBED = "documents.json"
+DESCRIBED, _WRITING = "documents.json", ".documents.writing"
 TRANSCRIBE = "Transcribe the page."
 SPLITS = {"train": 1, "validation": 16, "test": 8}  # a page of the split for so many of training
 _PACKAGES = ("matplotlib", "numpy", "pillow", "scikit-learn", "vega-datasets")
@@ -100,12 +99,12 @@ def write_documents(
     if to_do:
         read_data_sets("test"), read_texts("test")  # a missing package is told before anything is written
     _describe(output, {"seed": seed, "pages": pages}, finished=not to_do)
+    jobs = {(part, split): list(_jobs(output, part, seed, split, counts[split])) for part, split in to_do}
     few = sum(counts[split] for _, split in to_do) <= _FEW
-    with _started(1 if few else workers or os.cpu_count()) as run:
-        for part, split in to_do:
-            chunks = [range(counts[split])[start : start + _CHUNK] for start in range(0, counts[split], _CHUNK)]
-            drawn = run(_draw, itertools.repeat(part), itertools.repeat(seed), itertools.repeat(split), chunks)
-            write_shards(output / part.folder, split, _counted(drawn, progress))
+    _run(list(itertools.chain(*jobs.values())), 1 if few else workers or len(os.sched_getaffinity(0)), progress)
+    for (part, split), own in jobs.items():
+        write_shards(output / part.folder, split, (record for job in own for record in _read(job)))
+    shutil.rmtree(output / _WRITING, ignore_errors=True)
     for part in PARTS:
         if not (output / part.folder / FILE).is_file():
             write_tokenizer(output / part.folder, part.vocab_size)
@@ -128,41 +127,41 @@ def record(part: Part, split: str, number: int, page: Page) -> Record:
     return Record(f"{split}/{number}", (page.png(),), tuple(turns), extra)
 
 
-def _draw(part: Part, seed: int, split: str, numbers: Sequence[int]) -> list[Record]:
-    return [record(part, split, number, part.draw(seed, split, number)) for number in numbers]
+class _Job(NamedTuple):
+    """Describes the pages that a process draws at once, and the file that takes their records until all are drawn."""
+
+    file: pathlib.Path
+    part: Part
+    seed: int
+    split: str
+    numbers: range
 
 
-def _counted(chunks: Iterable[list[Record]], progress: Callable[[int], Any] | None) -> Iterator[Record]:
-    """Yields the records of chunks in order, and tells the progress."""
-    for records in chunks:
-        yield from records
+def _jobs(output: pathlib.Path, part: Part, seed: int, split: str, count: int) -> Iterator[_Job]:
+    for start in range(0, count, _CHUNK):
+        file = output / _WRITING / f"{part.folder or 'pages'}-{split}-{start}"
+        yield _Job(file, part, seed, split, range(start, min(start + _CHUNK, count)))
+
+
+def _run(jobs: Sequence[_Job], workers: int, progress: Callable[[int], Any] | None) -> None:
+    """Draws the pages of the jobs that no stopped run has finished."""
+
+    def on_report(job: _Job) -> None:
         if progress:
-            progress(len(records))
+            progress(len(job.numbers))
+
+    share_out(_draw, [job for job in jobs if not job.file.is_file()], workers, on_report)
 
 
-@contextlib.contextmanager
-def _started(workers: int) -> Iterator[Callable]:
-    """Yields a `map` that runs in so many processes, and ends them.
-
-    Raises:
-      ValueError: a process was killed.
-    """
-    if workers == 1:
-        yield map
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupts)
-    try:
-        yield pool.map
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a process that draws pages was killed (out of memory?): run the same command again"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _draw(job: _Job, report: Callable) -> None:
+    records = [
+        record(job.part, job.split, number, job.part.draw(job.seed, job.split, number)) for number in job.numbers
+    ]
+    write_whole(job.file, msgpack.packb([pack(one) for one in records]))
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends this one
+def _read(job: _Job) -> Iterator[Record]:
+    yield from map(unpack, msgpack.unpackb(job.file.read_bytes()))
 
 
 def _is_there(folder: pathlib.Path, split: str) -> bool:

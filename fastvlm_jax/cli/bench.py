@@ -72,6 +72,8 @@ def bench_ttft(argv: list[str]) -> None:
     parse(fv, argv)
     if (fv.model is None) == (fv.config is None):
         raise flags.Error("name the model by either --model=DIR or --config=FILE.py:SIZE")
+    if fv.output and not fv.output.endswith(".json"):
+        raise flags.Error(f"--output={fv.output} must end in .json: tables and pictures are written beside it")
     if fv.topology and fv.against:
         raise flags.Error("--against needs a device to run on: leave out --topology, which only estimates")
     if fv.against:

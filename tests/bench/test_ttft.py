@@ -148,6 +148,23 @@ def test_the_variables_of_a_config_have_the_dtypes_that_a_loaded_model_has():
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
 
 
+def test_an_encoder_in_training_form_is_folded_and_computes_the_same(tmp_path):
+    config = {"vision": {**VISION, "form": "branched"}, "llm": LLM, "dtype": "float32"}
+    model, variables = random_variables(config)
+    convert.write(tmp_path / "model", "native", variables, config, None, {})
+    subject = ttft_model.of_source(str(tmp_path / "model"), "float32")
+    assert subject.model.vision_args["form"] == "folded" and subject.sizes == []
+    images = np.random.default_rng(0).integers(0, 255, (1, 1, 8, 8, 3), np.uint8)
+    ours = subject.model.apply(subject.variables, images, method="encode")
+    np.testing.assert_allclose(ours, model.apply(variables, images, method="encode"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_tiles_sees_the_photo_in_the_grid_that_keeps_most_of_it():
+    assert ttft_model.sizes_of(1024, ((1, 2), (2, 1), (2, 2))) == [(1024, (2, 2))]
+    assert ttft_model.sizes_of(1024, ((2, 1), (1, 2))) == [(1024, (1, 2))]  # the photo is wider than high
+    assert ttft_model.sizes_of(1024, ()) == [(1024, None)]
+
+
 def point(**changed):
     parts = {name: {"median": 0.1, "p10": 0.09, "p90": 0.11} for name in ttft_page.COLUMNS}
     return {
@@ -240,6 +257,7 @@ def test_other_sizes_are_refused(text):
         (("--config={config}", "--image_size=big"), "--image_size=big: 'big' is no size: write sides in pixels"),
         (("--config={config}", "--prompt_tokens=40000"), "are more than the model's context of 32768 tokens"),
         (("--config={config}", "--batch=0"), "--batch=0"),
+        (("--config={config}", "--output=ttft.md"), "--output=ttft.md must end in .json"),
         (("--model={folder}",), "this model has no language model, and a first token about an image needs one"),
         (("--model={folder}", "--topology=v5e:1x1", "--image_size=8"), "this model has no language model"),
         (("--model={folder}/none",), "there is no model at"),

@@ -70,9 +70,10 @@ def test_the_parts_compute_the_first_and_the_second_token_of_a_full_forward_pass
     assert np.array_equal(parts.calls["prefill"]()[0], first)
     longer = {"tokens": first, "image_index": (-1, -1), "positions": (17, 17), "segment_ids": (1, 1)}
     given |= {name: np.append(given[name], np.reshape(new, (1, 2, 1)), axis=2) for name, new in longer.items()}
-    second = following(given)
-    for _ in range(2):  # the step leaves the cache as it was, and so runs again
-        assert np.array_equal(parts.calls["next_token"](), second)
+    assert np.array_equal(parts.calls["next_token"](), following(given))
+    step, (ids_B, cache) = parts.programs["next_token"], parts.calls["prefill"]()
+    _, after = step(variables, ids_B, jnp.full(2, 17, jnp.int32), cache)
+    assert int(after.length) == 32  # as before the step, so that the same step can run again
 
 
 def test_the_prefill_for_the_papers_time_reads_the_image_tokens_alone(model):

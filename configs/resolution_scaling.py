@@ -1,15 +1,17 @@
 """Grids of models for `fastvlm sweep`: accuracy against time to first token, as encoder, model and resolution vary.
 
-  fastvlm data documents --output data/documents
-  fastvlm sweep --config configs/resolution_scaling.py --workdir runs/reading
-  fastvlm sweep --config configs/resolution_scaling.py:paper-fig1 --dry_run --topology v5e:4x4
+    fastvlm data documents --output data/documents
+    fastvlm sweep --config configs/resolution_scaling.py --workdir runs/reading
+    fastvlm sweep --config configs/resolution_scaling.py:paper-fig1 --dry_run --topology v5e:4x4
 
-documents     two tiny encoders learn to read numbers at four sizes, from scratch, on two CPU cores; documents-short is
-              one of them at three
-paper-fig1    Qwen2-0.5B with FastViTHD, two ConvNeXts, ViT-L/14 and SigLIP: 11 points
-paper-fig4    FastViTHD and FastViT with Qwen2-0.5B, 1.5B and 7B: 30 points
-paper-fig6    FastViTHD with Vicuna-7B, one view against tiles: 13 points
-llava15,vision=DIR    your own encoder by resolution with Vicuna-7B; llava15,llm=0.5b,vision=DIR with Qwen2-0.5B
+docs/resolution.md explains the setups:
+
+  documents     two tiny encoders learn to read numbers at four sizes, from scratch, on two CPU cores: 8 points
+  documents-short       the tiny FastViTHD at three sizes
+  paper-fig1    Qwen2-0.5B with FastViTHD, two ConvNeXts, ViT-L/14 and SigLIP: 11 points
+  paper-fig4    FastViTHD and FastViT with Qwen2-0.5B, 1.5B and 7B: 30 points
+  paper-fig6    FastViTHD with Vicuna-7B, one view against tiles: 13 points
+  llava15,vision=DIR    your own encoder by size with Vicuna-7B; llava15,llm=0.5b,vision=DIR with Qwen2-0.5B
 """
 
 from fastvlm_jax.sweep import paper
@@ -26,9 +28,8 @@ def get_config(setup: str = "documents"):
     if setup in PAPER:
         return PAPER[setup]()
     if setup not in ("documents", "documents-short"):
-        raise ValueError(
-            f"unknown setup {setup!r}: choose documents, documents-short, {', '.join(PAPER)} or llava15,..."
-        )
+        known = ", ".join(("documents", "documents-short", *PAPER))
+        raise ValueError(f"unknown setup {setup!r}: choose {known} or llava15,vision=DIR")
     whole, points = setup == "documents", []
     for encoder, label in READING.items() if whole else (("tiny", READING["tiny"]),):
         learn = Stage(f"configs/reading.py:learn,{encoder}")

@@ -6,8 +6,7 @@
 
 docs/resolution.md explains the setups:
 
-  documents     two tiny encoders learn to read numbers at four sizes, from scratch, on two CPU cores: 8 points
-  documents-short       the tiny FastViTHD at three sizes
+  documents     two tiny encoders learn to read numbers, on two CPU cores: 8 points; documents-short: 3 of them
   paper-fig1    Qwen2-0.5B with FastViTHD, two ConvNeXts, ViT-L/14 and SigLIP: 11 points
   paper-fig4    FastViTHD and FastViT with Qwen2-0.5B, 1.5B and 7B: 30 points
   paper-fig6    FastViTHD with Vicuna-7B, one view against tiles: 13 points

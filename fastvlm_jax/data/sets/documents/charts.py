@@ -75,7 +75,7 @@ def _may_fit(chart: Chart, style: str, font: str, size: int, look: Look) -> bool
         return False
     if style == "horizontal bars":
         return sum(wide) + 2 * size <= 0.7 * look.room[0] and count * 1.2 * size <= look.room[1] - 2 * size
-    return max(wide) + 2 <= look.room[0] / count and 4 * size <= 0.7 * look.room[1]
+    return max(wide) + 2 <= look.room[0] / count and 9 * size <= look.room[1]
 
 
 def _drawn(
@@ -120,19 +120,34 @@ def _vertical(
     if style == "line":
         axes.plot(places, numbers, "o-", color=_color(look.faint))
         axes.set_xlim(-0.5, len(places) - 0.5)
+        free = 2 * size / (look.room[1] - 4 * size)  # part of the height above the highest point, and below
+        axes.margins(y=free / (1 - 2 * free))
+        sides = [_free_side(numbers, place, size) for place in places]
     else:
         axes.bar(places, numbers, color=_color(look.faint))
         axes.set_ylim(bottom=0)
-    beside = {"textcoords": "offset pixels", "ha": "center", "va": "baseline", **written}
+        sides = [("center", size // 2)] * len(places)
+    beside = {"textcoords": "offset pixels", "va": "baseline", **written}
     values = [
-        axes.annotate(text, (place, number), (0, size // 2), **beside)
-        for place, number, text in zip(places, numbers, chart.values, strict=True)
+        axes.annotate(text, (place, number), (0, up), ha=align, **beside)
+        for place, number, text, (align, up) in zip(places, numbers, chart.values, sides, strict=True)
     ]
+    beside["ha"] = "center"
     labels = [
         axes.annotate(text, (place, 0), (0, -3 * size // 2), xycoords=("data", "axes fraction"), **beside)
         for place, text in zip(places, chart.labels, strict=True)
     ]
     return labels, values
+
+
+def _free_side(numbers: list[float], place: int, size: int) -> tuple[str, int]:
+    """Returns where a value stands that the line does not cross: its alignment, and pixels from its point upwards."""
+    beside = numbers[max(place - 1, 0) : place + 2]
+    if numbers[place] == max(beside):
+        return "center", size // 2
+    if numbers[place] == min(beside):
+        return "center", -3 * size // 2
+    return ("right" if beside[0] < beside[-1] else "left"), size // 2
 
 
 def _horizontal(
@@ -159,13 +174,7 @@ def _horizontal(
 
 
 def _axes(figure: Figure, look: Look, box: tuple[int, int, int, int]) -> Axes:
-    """Returns axes without numbers in a box (left, bottom, width, height), pixels from the lower left corner.
-
-    Raises:
-      ValueError: less than a quarter of the page is left for them.
-    """
-    if min(box[2] / look.size[0], box[3] / look.size[1]) < 0.25:
-        raise ValueError("the texts leave no room")
+    """Returns axes without numbers in a box (left, bottom, width, height), pixels from the lower left corner."""
     axes = figure.add_axes([part / side for part, side in zip(box, look.size * 2, strict=True)], facecolor="none")
     axes.set(xticks=[], yticks=[])
     axes.spines[["top", "right"]].set_visible(False)

@@ -20,6 +20,7 @@ FIGURES = ("1a", "4", "6")  # of the paper, that a sweep can repeat
 SAME = ("measured", "device", "topology", "dtype", "batch", "prompt_tokens")
 _KEYS = {name: key for key, name in NAMES.items()}
 _LONGEST = 80  # characters of a name
+_MOST = 1e13  # larger numbers are no measurement, and no axis holds them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,9 +268,11 @@ class _Reader:
         value = self.content.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= above:
-            raise self.wrong(key, f"is {value!r:.40}" + (" and no number" if above < 0 else f" and not above {above}"))
-        return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_MOST < value < _MOST:
+            raise self.wrong(key, f"is {value!r:.40} and no plausible number")
+        if value <= above:
+            raise self.wrong(key, f"is {value!r:.40} and not above {above}")
+        return float(value)
 
     def number(self, key: str, above: float = -math.inf) -> float:
         value = self.optional_number(key, above)
@@ -297,7 +300,7 @@ class _Reader:
             return None
         if not isinstance(value, dict):
             raise self.wrong(key, "is no JSON object")
-        return _Reader(f"{self.place}: {key}", value)
+        return _Reader(f"{self.place}: {visible(key[:_LONGEST])}", value)
 
     def named_objects(self, key: str) -> dict[str, "_Reader"]:
         own = self.optional_object(key)

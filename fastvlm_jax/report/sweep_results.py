@@ -198,6 +198,9 @@ def _point(reader: "_Reader") -> Point:
     encoder, llm = reader.text("encoder"), reader.text("llm")
     parameters = reader.optional_object("parameters")
     times = reader.optional_object("ttft")
+    mean_standard_error = reader.optional_number("mean_standard_error")
+    if mean_standard_error is not None and mean_standard_error < 0:
+        raise reader.wrong("mean_standard_error", f"is {mean_standard_error} and negative")
     return Point(
         name=reader.text("name"),
         encoder=NAMES.get(encoder, encoder),
@@ -211,7 +214,7 @@ def _point(reader: "_Reader") -> Point:
         error=reader.text("error", longest=400),
         scores=scores,
         mean=reader.optional_number("mean"),
-        mean_standard_error=reader.optional_number("mean_standard_error"),
+        mean_standard_error=mean_standard_error,
         times=_times(times) if times else None,
         train_seconds=reader.optional_number("train_seconds"),
     )

@@ -301,6 +301,7 @@ TIMED = ("points", 3, "ttft")
         (("points", 2, "mean"), "many", r"point 'hd-256': mean is 'many' and no plausible number"),
         (("points", 2, "mean"), float("nan"), r"point 'hd-256': mean is nan and no plausible number"),
         (("points", 2, "mean"), 10**30, r"point 'hd-256': mean is 10+ and no plausible number"),
+        (("points", 2, "mean_standard_error"), -1, r"point 'hd-256': mean_standard_error is -1.0 and negative"),
         (("points", 2, "image_size"), 0, r"point 'hd-256': image_size is 0 and not above 0"),
         (("points", 2, "image_tokens"), None, r"point 'hd-256': image_tokens is missing"),
         (("points", 2, "state"), "lost", r"state is 'lost' and not one of done, failed, pending"),

@@ -123,16 +123,16 @@ class Sweep:
 
     @property
     def kind(self) -> str:
-        """Returns what the times are in a word: "measured" or "ESTIMATED"."""
-        return "measured" if self.setting.get("measured") else "ESTIMATED"
+        """Returns what the times are: "measured", "ESTIMATED" or, without any, "not measured"."""
+        if not self.setting:
+            return "not measured"
+        return "measured" if self.setting["measured"] else "ESTIMATED"
 
     @property
     def clock(self) -> str:
         """Returns where the times come from: "measured on cpu", or "ESTIMATED by the TPU compiler for v5e:1x1"."""
-        if not self.setting:
-            return "not timed"
-        if self.setting["measured"]:
-            return f"measured on {self.setting['device']}"
+        if self.kind != "ESTIMATED":
+            return f"measured on {self.setting['device']}" if self.setting else self.kind
         return f"ESTIMATED by the TPU compiler for {self.setting['topology'] or self.setting['device']}"
 
     @property

@@ -274,7 +274,9 @@ def test_a_sweep_that_has_no_point_yet_has_a_page_without_figures(tmp_path):
     for each in content["points"]:
         each |= {"state": "pending", "accuracy": {}, "mean": None, "mean_standard_error": None, "ttft": None}
     paths, told = write_sweep_report(written(tmp_path, content), tmp_path / "page.html")
-    assert paths == [tmp_path / "page.html"] and len(told) == 8 and "<svg" not in paths[0].read_text()
+    page = paths[0].read_text()
+    assert paths == [tmp_path / "page.html"] and len(told) == 8 and "<svg" not in page
+    assert "Time not measured." in page and "ESTIMATED" not in page
 
 
 def test_the_same_results_give_the_same_files(sweep, tmp_path):

@@ -35,5 +35,5 @@ def get_config(argument: str = "learn,tiny"):
     c.data.groups, c.data.images_per_group, c.data.rows_per_group = 2, 8, 8
     c.data.row_length = (c.data.image_size // stride) ** 2 + TEXT
     c.warmup_ratio, c.eval_batches = 0.05, 0
-    c.log_every, c.checkpoint_every, c.eval_every = 25, 500, 500
+    c.log_every, c.checkpoint_every, c.eval_every = 25, 100, 1000
     return c

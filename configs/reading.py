@@ -18,7 +18,7 @@ TEXT = 24  # tokens of a transcription, four numbers of four digits, with those 
 
 
 def get_config(argument: str = "learn,tiny"):
-    stage, encoder, *size = argument.split(",")
+    stage, encoder, side = (*argument.split(",", 2), "", "")[:3]
     c = get_base(f"tiny,{encoder}")
     c.stage = stage
     c.model.vision.form, c.model.vision.batch_norm = "branched", "train"
@@ -27,9 +27,9 @@ def get_config(argument: str = "learn,tiny"):
     if stage == "learn":
         c.data.path, c.data.image_size = "data/documents/large_numbers", 4 * stride
         c.steps, c.groups = 600, ((".*", 3e-3, 0.0),)
-    elif stage == "read" and size:
-        c.data.path, c.data.image_size = "data/documents/numbers", int(size[0])
-        c.steps, c.groups = 700, ((".*", 3e-3, 0.0),)
+    elif stage == "read" and side.isdigit():
+        c.data.path, c.data.image_size = "data/documents/numbers", int(side)
+        c.steps, c.groups = 900, ((".*", 3e-3, 0.0),)
     else:
         raise ValueError(f"unknown stage {argument!r}: choose learn,ENCODER or read,ENCODER,IMAGE_SIZE")
     c.data.groups, c.data.images_per_group, c.data.rows_per_group = 2, 8, 8

@@ -229,6 +229,7 @@ def test_times_faster_at_equal_accuracy_are_those_of_the_paper(tmp_path):
     sweep = read_sweep(written(tmp_path, paper_figure_1a()))
     pairs = compare(sweep.points, figures.PAPER_TTFT)
     assert len(pairs) == 10  # of five encoders
+    assert all(each.fast[2] <= each.slow[2] and each.times >= 1 for pair in pairs for each in pair)
     best = {(pair[0].fast[0], pair[0].slow[0]): pair[0] for pair in pairs}
     found = best["FastViTHD", "SigLIP-SO400M"]
     assert round(found.times, 1) == 3.2 and found.accuracy == 55.5  # Figure 1a's arrow
@@ -391,6 +392,7 @@ HOSTILE = """<img src=x onerror="document.title='broken'">$\\alpha$ & </svg></sc
 def test_the_page_shows_values_sorts_and_holds_hostile_names_as_text(tmp_path):
     content = results(title=HOSTILE)
     content["points"][0] |= {"name": HOSTILE, "encoder": HOSTILE, "llm": "\u202e\x07"}
+    content["points"][7]["image_tokens"] = 1280
     content["points"][1] |= {"state": "failed", "error": HOSTILE, "mean": None, "accuracy": {}, "ttft": None}
     (page, *_), _ = write_sweep_report(written(tmp_path / "sweep", content), tmp_path / 'with "quotes" & #' / "p.html")
     with Browser(width=1200) as browser:
@@ -425,6 +427,8 @@ def test_the_page_shows_values_sorts_and_holds_hostile_names_as_text(tmp_path):
         assert browser.run(column) == [*up, "-"]
         browser.run(press)
         assert browser.run(column) == [*up[::-1], "-"]
+        browser.run(press.replace("6", "5"))
+        assert browser.run(column.replace("6", "5")) == ["4", "9", "16", "16", "25", "36", "64", "1,280"]
         # On a phone the drawings are scrolled inside their boxes, and their smallest text stays legible.
         browser.send("Emulation.setDeviceMetricsOverride", **browser.size | {"width": 360, "height": 700})
         assert browser.run("document.documentElement.scrollWidth") == 360

@@ -1,7 +1,7 @@
 """Writes the tables of docs/ttft.md: `python -m fastvlm_jax.bench.ttft_docs [--folder DIR] [--only WORD]`.
 
 Each case is one `fastvlm bench ttft` in its own process, with its JSON in the folder. A case that has its JSON is not
-run again, so the command can be stopped and continued, and --only=- runs none. Results of other machines count too:
+run again, so the command can be stopped and continued, and --only=none runs none. Results of other machines count too:
 copy their JSON files into the folder. The estimates take hours on two cores; the tables are written after each case.
 """
 

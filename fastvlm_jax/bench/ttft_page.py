@@ -57,21 +57,27 @@ def about(point: Point) -> str:
     how = f"measured, medians of {point['runs']} runs" if point["measured"] else "ESTIMATED by the TPU compiler"
     return (
         f"{point['encoder']} and {point['llm']} ({counts}) in {point['dtype']} on {point['device']}: {how}, ms. "
-        f"{point['prompt_tokens']} tokens of text, {point['batch']} prompt{'s' * (point['batch'] > 1)}, "
-        f"attention: {point['attention']}."
+        f"{point['prompt_tokens']} tokens of text, {point['batch']} prompt{'s' * (point['batch'] > 1)}."
     )
 
 
 def parts_table(points: Sequence[Point]) -> str:
     """Returns a row a point, with the median of each part; p10 and p90 of the fused run."""
     names = [name for name in COLUMNS if any(name in point["parts"] for point in points)]
-    header = ["image", "tokens", *(COLUMNS[name] for name in names), "compile, s", "peak, GB"]
+    header = ["image", "tokens", *(COLUMNS[name] for name in names), "compile, s", "peak, GB", "attention"]
     rows = []
     for point in points:
         cells = [_cell(point["parts"].get(name), name == "fused" and point["measured"]) for name in names]
         compiled = f"{sum(point['compile_seconds'].values()):,.0f}"
         rows.append(
-            [resolution(point), f"{point['image_tokens']:,}", *cells, compiled, f"{point['peak_bytes'] / 1e9:.2f}"]
+            [
+                resolution(point),
+                f"{point['image_tokens']:,}",
+                *cells,
+                compiled,
+                f"{point['peak_bytes'] / 1e9:.2f}",
+                point["attention"],
+            ]
         )
     return markdown_table(header, rows)
 

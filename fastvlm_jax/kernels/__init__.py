@@ -1,1 +1,1 @@
-"""Fast implementations of attention, cross-entropy, depthwise convolution and embedding lookup."""
+"""Fast implementations of attention, cross-entropy, depthwise convolution, embedding lookup and perceptrons."""

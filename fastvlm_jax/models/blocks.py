@@ -14,19 +14,16 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from fastvlm_jax.kernels.mlp import mlp
+from fastvlm_jax.kernels.self_attention import self_attention
 from fastvlm_jax.models.layers import BatchNorm, ConvBN, Dense, FoldedConv, SqueezeExcite, drop_path, gelu, layer_scale
 
 Array = jax.Array
 FORMS = ("branched", "folded")
 HEAD_DIM = 32  # channels of a head of self-attention in every published size
 small_init = nn.initializers.truncated_normal(0.02)
-# Attention scores of one image that may exist at a time: attention processes groups of as many heads as fit, at least
-# one. On TPU these scores stay in on-chip memory, forward and backward (at 32x32 a third of the estimated cycles of all
-# heads at once).
-SCORES_AT_ONCE = 2**20
 
 
 class MobileOne(nn.Module):
@@ -119,8 +116,11 @@ class ConvFFN(nn.Module):
         conv7 = ConvBN(
             C, 7, depthwise=True, batch_stats=self.batch_stats, kernel_init=small_init, keep="depthwise", name="conv"
         )
-        x = Dense(int(C * self.ratio), init_std=self.init_std, name="fc1")(conv7(x_BHWC, mask_B))
-        return Dense(C, init_std=self.init_std, name="fc2")(gelu(x), scale)
+        x = conv7(x_BHWC, mask_B)
+        hidden = int(C * self.ratio)
+        fc1 = Dense(hidden, init_std=self.init_std, name="fc1").weights(x)
+        fc2 = Dense(C, init_std=self.init_std, name="fc2").weights(jax.ShapeDtypeStruct((hidden,), x.dtype), scale)
+        return mlp(gelu, x, *fc1, *fc2)
 
 
 class RepMixer(nn.Module):
@@ -141,13 +141,6 @@ class RepMixer(nn.Module):
         return x_BHWC + scale.astype(x_BHWC.dtype) * mixed
 
 
-def attend(q_BNhE: Array, k_BNhE: Array, v_BNhE: Array) -> Array:
-    """Computes softmax(q k / sqrt(E)) v over all positions, [B, N, h, E], with scores and softmax in float32."""
-    scores_BhNN = jnp.einsum("bnhe,bmhe->bhnm", q_BNhE, k_BNhE, preferred_element_type=jnp.float32)
-    weights_BhNN = jax.nn.softmax(scores_BhNN * q_BNhE.shape[-1] ** -0.5).astype(q_BNhE.dtype)
-    return jnp.einsum("bhnm,bmhe->bnhe", weights_BhNN, v_BNhE)
-
-
 class SelfAttention(nn.Module):
     """Applies multi-head attention over all positions of an image, times `scale` [C].
 
@@ -160,16 +153,8 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Array, scale: Array) -> Array:
         B, H, W, C = x_BHWC.shape
-        N, heads = H * W, C // self.head_dim
-        qkv = Dense(3 * C, use_bias=False, init_std=self.init_std, name="qkv")(x_BHWC.reshape(B, N, C))
-        at_once = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * N * N <= SCORES_AT_ONCE))
-        qkv = qkv.reshape(B, N, 3, heads // at_once, at_once, self.head_dim)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 1))  # each [groups of heads, B, N, heads in a group, head_dim]
-        if at_once == heads:
-            mixed = attend(q[0], k[0], v[0])
-        else:
-            step = jax.checkpoint(attend, prevent_cse=False)
-            mixed = jnp.moveaxis(jax.lax.map(lambda qkv: step(*qkv), (q, k, v)), 0, 2)
+        qkv_BNX = Dense(3 * C, use_bias=False, init_std=self.init_std, name="qkv")(x_BHWC.reshape(B, H * W, C))
+        mixed = self_attention(qkv_BNX, self.head_dim)
         mixed = checkpoint_name(mixed.reshape(B, H, W, C), "attention")
         return Dense(C, init_std=self.init_std, name="proj")(mixed, scale)
 

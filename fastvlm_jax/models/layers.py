@@ -160,15 +160,20 @@ class Dense(nn.Module):
     use_bias: bool = True
     init_std: float = 0.02
 
-    @nn.compact
     def __call__(self, x: Array, scale: Array | None = None) -> Array:
+        kernel, bias = self.weights(x, scale)
+        return x @ kernel if bias is None else x @ kernel + bias
+
+    @nn.compact
+    def weights(self, x: Array, scale: Array | None = None) -> tuple[Array, Array | None]:
+        """Returns (kernel, bias or None), scaled, in the dtype of x; the values of x are not used."""
         init = nn.initializers.truncated_normal(self.init_std)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = x @ gathered(kernel if scale is None else kernel * scale, None, x.dtype)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            y += (bias if scale is None else bias * scale).astype(x.dtype)
-        return y
+        kernel = gathered(kernel if scale is None else kernel * scale, None, x.dtype)
+        if not self.use_bias:
+            return kernel, None
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return kernel, (bias if scale is None else bias * scale).astype(x.dtype)
 
 
 class SqueezeExcite(nn.Module):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvlm_jax.models import blocks
+from fastvlm_jax.kernels import self_attention
 from fastvlm_jax.models.blocks import Block, SelfAttention
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.layers import ConvBN, Dense, gelu
@@ -81,7 +81,7 @@ def test_frozen_batch_norm_on_the_kernel_is_batch_norm_of_the_result(k, depthwis
 
 @pytest.mark.parametrize("at_once, groups", [(1, 4), (2 * 12 * 12, 2), (4 * 12 * 12, 1)])
 def test_attention_by_groups_of_heads_is_attention(at_once, groups, monkeypatch):
-    monkeypatch.setattr(blocks, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(self_attention, "SCORES_AT_ONCE", at_once)
     C = 4 * 32
     arrays = normal(0, 2, 3, 4, C), 0.2 * normal(1, C, 3 * C), 0.2 * normal(2, C, C), normal(3, C)
     dy = normal(4, 2, 3, 4, C)

@@ -1,0 +1,69 @@
+"""Self-attention of an image: by heads and by rows, values and gradients, against torch; who gets which form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from fastvlm_jax.kernels import self_attention
+from fastvlm_jax.kernels.self_attention import by_heads, by_rows
+
+HEAD = 8
+
+
+def example(B, N, heads):
+    rng = np.random.default_rng(0)
+    qkv = rng.standard_normal((B, N, 3 * heads * HEAD)).astype(np.float32)
+    return qkv, rng.standard_normal((B, N, heads * HEAD)).astype(np.float32)
+
+
+def torch_attention(qkv, dy):
+    """Returns torch's (y, gradient of qkv)."""
+    B, N, _ = qkv.shape
+    qkv = torch.tensor(qkv, requires_grad=True)
+    q, k, v = qkv.reshape(B, N, 3, -1, HEAD).permute(2, 0, 3, 1, 4)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, -1)
+    y.backward(torch.tensor(dy))
+    return y.detach().numpy(), qkv.grad.numpy()
+
+
+def attention(qkv):
+    return self_attention.self_attention(qkv, HEAD)
+
+
+@pytest.mark.parametrize("N, blocks", [(64, 2), (67, 1), (36, 1), (1, 1)])  # 67 is prime; half of 36 is too few rows
+def test_equals_torch_forward_and_backward(N, blocks, monkeypatch):
+    monkeypatch.setattr(self_attention, "CPU_SCORES", 2 * N * N // 2)
+    qkv, dy = example(2, N, 3)
+    scores = f"f32[2,{N // blocks},{N}]"
+    assert scores in str(jax.make_jaxpr(lambda qkv: by_rows(qkv, HEAD))(qkv))
+    y, gradient = torch_attention(qkv, dy)
+    np.testing.assert_allclose(jax.jit(attention)(qkv), y, rtol=1e-5, atol=1e-5)
+    again, vjp = jax.vjp(attention, qkv)
+    np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(vjp(dy)[0], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_large_scores_do_not_overflow():
+    qkv, dy = example(1, 32, 1)
+    np.testing.assert_allclose(by_rows(40 * qkv, HEAD), torch_attention(40 * qkv, dy)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_as_near_as_by_heads():
+    qkv, dy = example(2, 64, 3)
+    rounded = jnp.asarray(qkv, jnp.bfloat16)
+    exact, _ = torch_attention(np.asarray(rounded, np.float32), dy)
+    ours, plain = (form(rounded, HEAD) for form in (by_rows, by_heads))
+    assert ours.dtype == jnp.bfloat16
+    errors = [np.linalg.norm(np.asarray(y, np.float32) - exact) for y in (ours, plain)]
+    assert 0 < errors[0] <= 1.25 * errors[1]
+
+
+def test_only_the_forward_pass_on_a_cpu_goes_by_rows():
+    qkv, _ = example(1, 64, 3)
+    forward = jax.jit(attention).trace(qkv)
+    backward = jax.jit(jax.grad(lambda qkv: attention(qkv).sum())).trace(qkv)
+    assert "stablehlo.while" in forward.lower(lowering_platforms=("cpu",)).as_text()
+    for traced, platform in [(forward, "tpu"), (forward, "cuda"), (backward, "cpu"), (backward, "tpu")]:
+        assert "stablehlo.while" not in traced.lower(lowering_platforms=(platform,)).as_text()

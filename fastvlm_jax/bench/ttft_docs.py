@@ -52,9 +52,11 @@ def main(argv: Sequence[str]) -> None:
     for name, case in missing.items():
         print(name, flush=True)
         command = [sys.executable, "-m", "fastvlm_jax", "bench", "ttft", *case, f"--output={folder / name}.json"]
-        subprocess.run(command, check=False, stdout=subprocess.DEVNULL)  # what failed has said so, and has no file
+        subprocess.run(command, check=False, stdout=subprocess.DEVNULL)  # what fails says why, and has no file
         fill(page, folder)
     fill(page, folder)
+    if failed := [name for name in missing if not (folder / f"{name}.json").is_file()]:
+        raise SystemExit(f"no result of {', '.join(failed)}; the other tables are written")
 
 
 def fill(page: pathlib.Path, folder: pathlib.Path) -> None:

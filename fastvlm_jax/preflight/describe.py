@@ -178,6 +178,10 @@ def generate_text(report: dict[str, Any]) -> str:
                 f"estimated time of each further token: {ms(decode['scheduled_s'])} ({rate:,.0f} tokens/s over all "
                 f"rows); binding: {decode['binding']}"
             )
+            ratio = decode["scheduled_s"] / decode["weights_s"]
+            lines.append(
+                f"  {ratio:.2f} times the {ms(decode['weights_s'])} in which HBM brings the LLM's weights once"
+            )
     return "\n".join(lines)
 
 

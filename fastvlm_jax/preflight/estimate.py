@@ -24,6 +24,9 @@ RECORDS = {
 PARTS = ("vision", "projector", "llm", "loss", "optimizer", "other")
 
 
+FETCHES = ("copy-start", "async-start")  # opcodes of copies into on-chip memory beside the computation
+
+
 def part_of(path: str) -> str:
     """Returns the part of the model, one of PARTS, to which an operation belongs by its op_name."""
     if "FastVLM" not in path:
@@ -104,12 +107,23 @@ def hbm_seconds(operation: Operation, slices: Slice) -> float:
     """Estimates how long HBM is busy with all trips of an operation, at most the operation's own time.
 
     Transfers that run in pieces beside computations name their whole buffer in each piece. They have no cycles, so they
-    count as 0. Copies into on-chip memory ("copy-start") have no cycles either, but their traffic is real and counts.
+    count as 0. Copies into on-chip memory (FETCHES) have no cycles either, but their traffic is real and counts.
     """
     seconds = operation.traffic * operation.trips / slices.device_bandwidth
-    if operation.opcode == "copy-start":
+    if operation.opcode in FETCHES:
         return seconds
     return min(seconds, cycles_of(operation, slices) / slices.generation.clock)
+
+
+def fetching_s(found: Program, slices: Slice) -> float:
+    """Estimates how long a program that HBM limits takes, if HBM serves one operation after another.
+
+    An operation that reads HBM itself keeps it busy for all its cycles; what is fetched beside the computation takes
+    its bytes over the bandwidth.
+    """
+    cycles = sum(cycles_of(o, slices) for o in found.operations if o.traffic and o.opcode not in FETCHES)
+    fetched = sum(hbm_seconds(o, slices) for o in found.operations if o.opcode in FETCHES)
+    return cycles / slices.generation.clock + fetched
 
 
 def timing(found: Program, slices: Slice, devices: Sequence) -> dict[str, Any]:
@@ -286,6 +300,8 @@ def encoder_report(
 def generate_report(config, model, slices: Slice, mesh, compiled: Compiled, variables, batch, asked) -> dict[str, Any]:
     """Returns the estimated time to the first token and the time of each further one, with memory and transfers.
 
+    "weights_s" is the least time of a further token: that in which HBM brings the LLM's weights once.
+
     Args:
       asked: {"rows", "prompt_tokens", "max_tokens"}; see run.Options.
     """
@@ -307,6 +323,11 @@ def generate_report(config, model, slices: Slice, mesh, compiled: Compiled, vari
     report["time"] = {"prefill": {**prefill, "binding": binding(prefill), "by_part": by_part(found, slices)}}
     if found.unknown:
         step = timing(found.unknown[0], slices, devices)
+        step["scheduled_s"] = max(step["scheduled_s"], fetching_s(found.unknown[0], slices))
+        weights = dict(variables["params"]["llm"])
+        if "lm_head" in weights:  # then one row of the embedding table is read, not the table
+            del weights["embedding"]
+        step["weights_s"] = device_bytes(weights) / slices.device_bandwidth
         report["time"]["decode"] = {**step, "binding": binding(step)}
         report["rates"] = {"tokens/s": asked["rows"] / step["scheduled_s"]}
         report["collectives"] = transfers(found, slices, mesh) + transfers(found.unknown[0], slices, mesh)

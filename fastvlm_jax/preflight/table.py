@@ -252,7 +252,7 @@ def _scaling(found: dict[Case, dict[str, Any]]) -> str:
 
 def _generation(found: dict[Case, dict[str, Any]]) -> str:
     rows = [["size", "slice", "mesh", "total GiB", "limit", "fits", "time to first token", "encoder", "LLM",
-             "time of each further token", "binding"]]  # fmt: skip
+             "time of each further token", "least by HBM", "binding"]]  # fmt: skip
     for case, r in found.items():
         m, row = r["memory"], [case.size, case.topology, "x".join(map(str, r["mesh"].values()))]
         row += [gib(m["total"]), gib(m["limit"]), "yes" if m["fits"] else "**no**"]
@@ -261,6 +261,7 @@ def _generation(found: dict[Case, dict[str, Any]]) -> str:
             row += [ms(first["scheduled_s"]), *(ms(first["by_part"][name]) for name in ("vision", "llm"))]
             row += [
                 ms(further["scheduled_s"]),
+                ms(further["weights_s"]),
                 f"{_binds(first)}; {_binds(further)}",
             ]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))

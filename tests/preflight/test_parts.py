@@ -155,6 +155,37 @@ ENTRY %main (x: f32[24,100], n: s32[]) -> f32[100] {
     assert flops.traffic(module, main, main.root) == 400 + 4 + 400
 
 
+def test_weights_that_are_fetched_beside_the_computation_take_their_time():
+    """A v5e chip has 819 GB/s: a slice of 8 MB and a copy of 2 MB beside products, then 30,000 cycles."""
+    text = """%slice (w: bf16[4000,2000]) -> bf16[2000,2000] {
+  %w = bf16[4000,2000]{1,0} parameter(0)
+  ROOT %part = bf16[2000,2000]{1,0:S(1)} slice(%w), slice={[0:2000], [0:2000]}
+}
+
+%fused (x: bf16[2000,2000]) -> f32[2000] {
+  %x = bf16[2000,2000]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %sum = f32[2000]{0} reduce(%x, %zero), dimensions={1}, to_apply=%add
+}
+
+ENTRY %main (w: bf16[4000,2000], v: bf16[1000,1000]) -> f32[2000] {
+  %w = bf16[4000,2000]{1,0} parameter(0)
+  %v = bf16[1000,1000]{1,0} parameter(1)
+  %slice-start.3 = ((bf16[4000,2000]{1,0}), bf16[2000,2000]{1,0:S(1)}, s32[]{:S(2)}) async-start(%w), calls=%slice
+  %copy-start = (bf16[1000,1000]{1,0:S(1)}, bf16[1000,1000]{1,0}, u32[]{:S(2)}) copy-start(%v)
+  %slice-done.3 = bf16[2000,2000]{1,0:S(1)} async-done(%slice-start.3)
+  %near = f32[2000]{0:S(1)} fusion(%slice-done.3), kind=kLoop, calls=%fused, \
+backend_config={"estimated_cycles":"6000"}
+  ROOT %far = f32[2000]{0} fusion(%w), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"30000"}
+}
+"""
+    found = cost.analyse(parse.parse(text), 1)
+    chip = topology.parse("v5e:1x1")
+    clock = 197e12 / (4 * 128 * 128 * 2)  # four matrix units
+    assert estimate.fetching_s(found, chip) == pytest.approx(10e6 / 819e9 + 30_000 / clock)
+    assert estimate.timing(found, chip, [])["compute_s"] == pytest.approx(36_000 / clock)
+
+
 @pytest.mark.parametrize(
     "written, group",
     [

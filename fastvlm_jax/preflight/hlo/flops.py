@@ -3,7 +3,7 @@
 import math
 import re
 
-from fastvlm_jax.preflight.hlo.parse import Computation, Instruction, Module, arrays, num_bytes
+from fastvlm_jax.preflight.hlo.parse import BYTES, Computation, Instruction, Module, arrays, num_bytes
 
 NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -82,6 +82,10 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     """
     if instruction.opcode == "copy-start":  # (destination, source, counter); one of the first two is on the chip
         return num_bytes(instruction.shape, hbm_only=True)
+    if instruction.opcode == "async-start" and instruction.name.startswith("slice-start"):
+        # ((source), destination, counter): a slice that is fetched onto the chip while other operations run
+        kind, sizes, _ = arrays(instruction.shape)[-2]
+        return float(BYTES[kind] * math.prod(sizes))
     if instruction.opcode in NO_TRAFFIC or instruction.opcode.endswith(("-done", "-start")):
         return 0.0
     shapes = [computation.by_name[name].shape for name in instruction.operands if name in computation.by_name]

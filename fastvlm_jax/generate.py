@@ -1,9 +1,10 @@
 """Batched text generation: one prefill, then decoding with a KV cache."""
 
-import math
-from functools import partial
+import functools
+from collections.abc import Iterator
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,60 +14,9 @@ from fastvlm_jax.batch import Batch
 from fastvlm_jax.models.decoder import Cache, Decoder
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
+from fastvlm_jax.sampling import Choice, check_options, penalise, sample, seen_in
 from fastvlm_jax.text.tokenizer import PAD
-
-
-def sample(logits_BV: jax.Array, rng: jax.Array, temperature: float, top_p: float, top_k: int = 0) -> jax.Array:
-    """Chooses the next token of each row, int32 [B]; transformers applies temperature, top_k and top_p in this order.
-
-    Args:
-      logits_BV: logits of the next token.
-      temperature: below 1e-6 chooses the most likely token; else the logits are divided by it and a token is sampled.
-      top_p: samples only from the smallest set of most likely tokens whose total probability is at least this.
-      top_k: samples only from this many most likely tokens; 0 sets no limit.
-    """
-    if temperature < 1e-6:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV.astype(jnp.float32) / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        least = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV >= least, logits_BV, -jnp.inf)
-    if top_p < 1:
-        ordered = jnp.sort(logits_BV, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-        threshold = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV >= threshold, logits_BV, -jnp.inf)
-    return jax.random.categorical(rng, logits_BV).astype(jnp.int32)
-
-
-def penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
-    """Makes the tokens that a row has seen less likely (CTRL, section 4.1), as transformers' `repetition_penalty` does.
-
-    Args:
-      logits_BV: logits of the next token.
-      seen_BV: bool, whether the prompt or the answer so far holds the token.
-      penalty: positive logits of seen tokens are divided by it, negative ones multiplied.
-    """
-    logits_BV = logits_BV.astype(jnp.float32)
-    return jnp.where(seen_BV, jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
-
-
-def seen_in(batch: Batch, vocab_size: int, image_id: int | None) -> jax.Array:
-    """Returns which tokens each prompt holds, bool [G * R, vocab_size].
-
-    A placeholder of an image counts as `image_id`; with None it does not count.
-    """
-    rows = batch.tokens.shape[0] * batch.tokens.shape[1]
-    tokens, image_index = batch.tokens.reshape(rows, -1), batch.image_index.reshape(rows, -1)
-    counted = batch.segment_ids.reshape(rows, -1) > 0
-    if image_id is None:
-        counted &= image_index < 0
-    else:
-        tokens = jnp.where(image_index < 0, tokens, image_id)
-    # A token that does not count goes to a column behind the vocabulary.
-    columns = jnp.where(counted, tokens, vocab_size)
-    seen = jnp.zeros((rows, vocab_size + 1), bool).at[jnp.arange(rows)[:, None], columns].set(True)
-    return seen[:, :vocab_size]
+from fastvlm_jax.text.unfinished import certain
 
 
 def prefill(
@@ -99,25 +49,43 @@ def decode_step(
     return model.apply(variables, None, *fields, cache, method="extend")
 
 
-STATIC = ("model", "max_tokens", "end", "temperature", "top_p", "top_k", "repetition_penalty", "image_id")
+@flax.struct.dataclass
+class Answers:
+    """Holds the answers of B rows while they are written.
+
+    Attributes:
+      tokens: int32 [B, N]: the ids chosen so far; beyond them, and in the rest of a finished row, the first end.
+      count: int32 []: number of ids chosen in each row, those behind its end included.
+      last: int32 [B]: the id chosen last.
+      lengths: int32 [B]: lengths of the prompts.
+      seen: bool [B, V]: tokens in the prompt or the answer so far; None without a repetition penalty.
+      cache: keys and values of prompt and answer.
+    """
+
+    tokens: jax.Array
+    count: jax.Array
+    last: jax.Array
+    lengths: jax.Array
+    seen: jax.Array | None
+    cache: Cache
+
+    def chosen(self, logits_BV: jax.Array, cache: Cache, rng: jax.Array, choice: Choice) -> "Answers":
+        """Returns the answers with one more id in each row, chosen by the logits after the last one."""
+        rows, ends = jnp.arange(len(logits_BV)), jnp.array(choice.end, jnp.int32)
+        if self.seen is not None:
+            logits_BV = penalise(logits_BV, self.seen, choice.repetition_penalty)
+        key = jax.random.fold_in(rng, self.count)
+        next_B = sample(logits_BV, key, choice.temperature, choice.top_p, choice.top_k)
+        seen = None if self.seen is None else self.seen.at[rows, next_B].set(True)
+        next_B = jnp.where(jnp.isin(self.last, ends), ends[0], next_B)
+        # Replicated on all devices, so that every process can read the tokens.
+        tokens = sharding.constrain(self.tokens.at[:, self.count].set(next_B), (None, None))
+        return Answers(tokens, self.count + 1, next_B, self.lengths, seen, cache)
 
 
-@partial(jax.jit, static_argnames=STATIC)
-def generate_tokens(
-    model: FastVLM,
-    variables: Any,
-    batch: Batch,
-    rng: jax.Array,
-    *,
-    max_tokens: int,
-    end: int | tuple[int, ...],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    image_id: int | None = None,
-) -> jax.Array:
-    """Continues every row of a batch by up to `max_tokens` tokens.
+@functools.partial(jax.jit, static_argnames=("model", "room", "choice"))
+def begin(model: FastVLM, variables: Any, batch: Batch, rng: jax.Array, *, room: int, choice: Choice) -> Answers:
+    """Encodes the images of a batch, each once, reads its prompts and chooses the first id of each answer.
 
     Each row holds one segment, padded on the right. New tokens are appended to the cache after the padding, which the
     segment mask hides, so that all rows write to the same slot:
@@ -127,51 +95,75 @@ def generate_tokens(
 
     Args:
       batch: prompts, with tokens [G, R, T].
+      room: most ids of an answer, N.
+    """
+    G, R, T = batch.tokens.shape
+    images = batch.images.shape[1]
+    features = model.apply(variables, batch.images, batch.image_mask, method="encode") if images else None
+    logits_BV, cache = prefill(model, variables, features, batch, T + room)
+    answers = Answers(
+        tokens=jnp.full((G * R, room), choice.end[0], jnp.int32),
+        count=jnp.int32(0),
+        last=jnp.full(G * R, -1, jnp.int32),
+        lengths=jnp.sum(batch.segment_ids.reshape(G * R, T) > 0, axis=-1),
+        seen=None if choice.repetition_penalty == 1 else seen_in(batch, logits_BV.shape[-1], choice.image_id),
+        cache=cache,
+    )
+    return answers.chosen(logits_BV, cache, rng, choice)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "choice"), donate_argnames="answers")
+def advance(
+    model: FastVLM, variables: Any, answers: Answers, rng: jax.Array, count: jax.Array | int, *, choice: Choice
+) -> Answers:
+    """Continues answers, whose memory it takes over, until each has `count` ids or all have ended."""
+
+    def unfinished(answers: Answers) -> jax.Array:
+        ended = jnp.isin(answers.last, jnp.array(choice.end, jnp.int32))
+        return (answers.count < count) & ~jnp.all(ended)
+
+    def step(answers: Answers) -> Answers:
+        positions_B = answers.lengths + answers.count - 1
+        logits_BV, cache = decode_step(model, variables, answers.last, positions_B, answers.cache)
+        return answers.chosen(logits_BV, cache, rng, choice)
+
+    return jax.lax.while_loop(unfinished, step, answers)
+
+
+def generate_tokens(
+    model: FastVLM,
+    variables: Any,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    max_tokens: int,
+    end: int | tuple[int, ...],
+    **choice,
+) -> jax.Array:
+    """Continues every row of a batch by up to `max_tokens` ids; programs are shared by similar numbers of them.
+
+    Args:
+      batch: prompts, with tokens [G, R, T]; see `begin`.
       max_tokens: longest answer in tokens.
       end: id of the token that ends an answer, or the ids of several, any of which ends it.
-      temperature, top_p, top_k: see `sample`.
-      repetition_penalty: see `penalise`; 1 changes nothing.
-      image_id: see `seen_in`.
+      **choice: further fields of `Choice`.
 
     Returns:
       int32 [G * R, max_tokens]; the rest of a finished row is filled with `end`, the first of several.
     """
-    ends = jnp.atleast_1d(jnp.array(end, jnp.int32))
-    fill = ends[0]
-    G, R, T = batch.tokens.shape
-    rows = G * R
-    features = (
-        model.apply(variables, batch.images, batch.image_mask, method="encode") if batch.images.shape[1] else None
-    )
-    logits_BV, cache = prefill(model, variables, features, batch, T + max_tokens)
-    lengths_B = jnp.sum(batch.segment_ids.reshape(rows, T) > 0, axis=-1)
-    seen_BV = None if repetition_penalty == 1 else seen_in(batch, logits_BV.shape[-1], image_id)
+    chosen = Choice(end if isinstance(end, tuple) else (end,), **choice)
+    answers = begin(model, variables, batch, rng, room=padded(max_tokens), choice=chosen)
+    return advance(model, variables, answers, rng, max_tokens, choice=chosen).tokens[:, :max_tokens]
 
-    def choose(logits_BV, seen_BV, i):
-        """Returns the next token of each row and, with a repetition penalty, the tokens seen after it."""
-        if seen_BV is not None:
-            logits_BV = penalise(logits_BV, seen_BV, repetition_penalty)
-        next_B = sample(logits_BV, jax.random.fold_in(rng, i), temperature, top_p, top_k)
-        return next_B, None if seen_BV is None else seen_BV.at[jnp.arange(rows), next_B].set(True)
 
-    first_B, seen_BV = choose(logits_BV, seen_BV, 0)
-    tokens = jnp.full((rows, max_tokens), fill, jnp.int32).at[:, 0].set(first_B)
+def padded(length: int) -> int:
+    """Returns the length to which so many tokens are padded: a multiple of 32, beyond 256 in larger steps.
 
-    def unfinished(carry):
-        i, _, last_B, done_B, _, _ = carry
-        return (i < max_tokens) & ~jnp.all(done_B | jnp.isin(last_B, ends))
-
-    def step(carry):
-        i, tokens, last_B, done_B, seen_BV, cache = carry
-        done_B |= jnp.isin(last_B, ends)
-        logits_BV, cache = decode_step(model, variables, last_B, lengths_B + i - 1, cache)
-        next_B, seen_BV = choose(logits_BV, seen_BV, i)
-        next_B = jnp.where(done_B, fill, next_B)
-        return i + 1, tokens.at[:, i].set(next_B), next_B, done_B, seen_BV, cache
-
-    carry = (jnp.int32(1), tokens, first_B, jnp.zeros(rows, bool), seen_BV, cache)
-    # Replicated on all devices, so that every process can read the tokens.
-    return sharding.constrain(jax.lax.while_loop(unfinished, step, carry)[1], (None, None))
+    A step is at least an eighth and at most a quarter of the length: 32, 64, ... 256, 320, ... 512, 640, ... 1024. So
+    another length seldom needs another program.
+    """
+    step = max(32, 2 ** ((length - 1).bit_length() - 3))
+    return -(-length // step) * step
 
 
 def generate(
@@ -203,7 +195,7 @@ def generate(
       temperature, top_p, top_k: see `sample`.
       repetition_penalty: see `penalise`.
       seed: seed of the sampling.
-      length: tokens to which all prompts are padded; the default is the longest prompt, rounded up to a multiple of 16.
+      length: tokens to which all prompts are padded; by default as `padded` says for the longest prompt.
       max_length: most tokens of prompt, image and answer together; by default, and at most, the model's context length.
 
     Returns:
@@ -214,6 +206,63 @@ def generate(
       ValueError: an option is out of range, a prompt leaves no room for `max_tokens` in `max_length`, an image cannot
         be read, or the model lacks its language model, tokenizer or encoder.
     """
+    batch, choice = _asked(
+        model, processor, images, prompts, image_of, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
+        top_k=top_k, repetition_penalty=repetition_penalty, seed=seed, length=length, max_length=max_length,
+    )  # fmt: skip
+    if not batch.tokens.shape[1]:
+        return []
+    rng = jax.random.key(seed)
+    out = generate_tokens(model, variables, batch, rng, max_tokens=max_tokens, **choice._asdict())
+    return [processor.tokenizer.decode(until(row, choice.end)).strip() for row in np.asarray(out)]
+
+
+def stream(
+    model: FastVLM, variables: Any, processor: Processor, images: Any, prompts: Any, image_of: Any = None, **options
+) -> Iterator[tuple[int, str]]:
+    """Yields the answers of `generate` in pieces, as they are written: (number of the prompt, further text).
+
+    The prompts are answered side by side; the pieces of each follow those of the one before. A piece ends where the
+    text so far is certain: a character whose bytes are incomplete, and white space that may end the answer, wait.
+
+    Args:
+      model, variables, processor, images, prompts, image_of, **options: as in `generate`.
+
+    Raises:
+      MissingImage, ValueError: as in `generate`, before the first piece.
+    """
+    options = generate.__kwdefaults__ | options
+    batch, choice = _asked(model, processor, images, prompts, image_of, **options)
+    rows, most, rng = batch.tokens.shape[1], options["max_tokens"], jax.random.key(options["seed"])
+    if not rows:
+        return
+    tokenizer = processor.tokenizer
+    answers = begin(model, variables, batch, rng, room=padded(most), choice=choice)
+    row, shown = 0, ""
+    while True:
+        count, tokens = int(answers.count), np.asarray(answers.tokens)
+        ids = [until(own[:count], choice.end) for own in tokens]
+        whole = count >= most or all(len(own) < count for own in ids)
+        while row < rows:
+            done = whole or len(ids[row]) < count
+            text = tokenizer.decode(ids[row]).strip() if done else certain(tokenizer, ids[row])
+            if len(text) > len(shown):
+                yield row, text[len(shown) :]
+            shown = "" if done else text
+            if not done:
+                break
+            row += 1
+        if row == rows:
+            return
+        answers = advance(model, variables, answers, rng, count + 1, choice=choice)
+
+
+def _asked(
+    model: FastVLM, processor: Processor, images: Any, prompts: Any, image_of: Any, *, max_tokens: int,
+    temperature: float, top_p: float, top_k: int, repetition_penalty: float, seed: int, length: int | None,
+    max_length: int | None,
+) -> tuple[Batch, Choice]:  # fmt: skip
+    """Checks the arguments of `generate`; returns the prompts as a batch, and how answers are chosen."""
     if model.llm_args is None or processor is None:
         raise ValueError(
             "this model has no language model or no tokenizer: load it with both, as vision=DIR,projector=DIR,llm=DIR"
@@ -223,8 +272,6 @@ def generate(
         raise ValueError(f"seed={seed!r} must be a whole number of at most 63 bits")
     limit = answer_limit(model, max_tokens, max_length)
     batch = processor(images, prompts, image_of, length=length)
-    if not batch.tokens.shape[1]:
-        return []
     if batch.images.shape[1] and model.vision_args is None:
         raise ValueError(
             "this model has no encoder and reads no images: load it with one, as vision=DIR,projector=DIR,llm=DIR"
@@ -235,38 +282,18 @@ def generate(
             f"the prompt is {longest} tokens long, more than the {limit} allowed: shorten it or lower "
             f"max_tokens={max_tokens}, which together may reach {limit + max_tokens} tokens"
         )
-    tokenizer, ends = processor.tokenizer, processor.end_ids
-    out = generate_tokens(
-        model,
-        variables,
-        batch,
-        jax.random.key(seed),
-        max_tokens=max_tokens,
-        end=ends,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        image_id=None if tokenizer.image == PAD else tokenizer.image_id,  # <|endoftext|> ends texts, none holds it
-    )
-    return [tokenizer.decode(until(row, ends)).strip() for row in np.asarray(out)]
+    tokenizer = processor.tokenizer
+    image_id = None if tokenizer.image == PAD else tokenizer.image_id  # <|endoftext|> ends texts, none holds it
+    choice = Choice(processor.end_ids, temperature, top_p, top_k, repetition_penalty, image_id)
+    return batch if length else _lengthened(batch, padded(longest)), choice
 
 
-def check_options(max_tokens: int, temperature: float, top_p: float, top_k: int, repetition_penalty: float) -> None:
-    """Raises ValueError for an option of `generate` that is out of range."""
-    whole = {"max_tokens": (max_tokens, 1), "top_k": (top_k, 0)}
-    for name, (value, least) in whole.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
-    numbers = {"temperature": temperature, "top_p": top_p, "repetition_penalty": repetition_penalty}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-            raise ValueError(f"{name}={value!r} must be a number")
-    if temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
-        raise ValueError(
-            f"temperature={temperature} must be >= 0, top_p={top_p} in (0, 1] and "
-            f"repetition_penalty={repetition_penalty} > 0"
-        )
+def _lengthened(batch: Batch, length: int) -> Batch:
+    """Returns a batch whose rows are padded to `length` tokens."""
+    more = ((0, 0), (0, 0), (0, max(0, length - batch.tokens.shape[-1])))
+    names = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+    rows = {name: np.pad(getattr(batch, name), more) for name in names}
+    return batch.replace(**rows, image_index=np.pad(batch.image_index, more, constant_values=-1))
 
 
 def answer_limit(model: FastVLM, max_tokens: int, max_length: int | None) -> int:

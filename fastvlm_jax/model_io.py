@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from fastvlm_jax import checkpoint, convert, sharding
+from fastvlm_jax.convert.layer import layer_of
 from fastvlm_jax.convert.layouts import llava
 from fastvlm_jax.convert.layouts.native import without_remat
 from fastvlm_jax.convert.mapping import COUNTERS, read_tree
@@ -19,6 +21,7 @@ from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
 from fastvlm_jax.metrics import best
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.decoder import unstacked
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor, load_processor
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
@@ -160,10 +163,13 @@ def load(
 ) -> tuple[FastVLM, dict[str, Any], Processor | None]:
     """Loads a model from any source that `read` knows: (model, variables, processor), variables on the default device.
 
+    The decoder's layers are not stacked, as generation is fastest; see `models.decoder.unstacked`.
+
     Args:
       source: see `read`.
-      dtype: dtype of the parameters and of the computation, "float32", "bfloat16" or "float16"; None gives float32
-        parameters and the computation dtype of the model's config. BatchNorm statistics are always float32.
+      dtype: dtype of the parameters and of the computation, "float32", "bfloat16" or "float16"; None gives bfloat16 on
+        a GPU or TPU and, on a CPU, float32 parameters and the computation dtype of the model's config. BatchNorm
+        statistics are always float32.
       mesh: mesh to lay the variables out on, as training does: each process reads the parts of its own devices.
 
     Raises:
@@ -185,19 +191,33 @@ def put(
         raise ValueError(
             f"{loaded.source} has no projector: train one (configs/stage1_align.py) with it as --config.parent"
         )
+    if dtype is None and jax.default_backend() != "cpu":
+        dtype = "bfloat16"
     model = fastvlm.build(**{**loaded.config, "dtype": dtype or loaded.config.get("dtype", "float32")})
     dtypes = {name: DTYPES[dtype or "float32"] if name == "params" else np.float32 for name in loaded.variables}
     trees = {name: tree for name, tree in loaded.variables.items() if name != COUNTERS}
+    whole = {name: _unstacked(tree, model, layer_of) for name, tree in trees.items()}
     if mesh is None:
-        return model, {name: read_tree(tree, dtypes[name], jax.device_put) for name, tree in trees.items()}
+        return model, {name: read_tree(tree, dtypes[name], jax.device_put) for name, tree in whole.items()}
     if model.llm_args is not None:
         sharding.check_mesh(mesh, groups=mesh.size, num_kv_heads=model.llm_args["num_kv_heads"])
     boxed = fastvlm.boxed_variables(model)
     layouts = sharding.shardings_of({name: boxed[name] for name in trees}, mesh)
+    layouts = {
+        name: _unstacked(tree, model, lambda layout, _: sharding.of_layer(layout)) for name, tree in layouts.items()
+    }
     return model, {
         name: jax.tree.map(functools.partial(sharding.place, dtype=dtypes[name]), tree, layouts[name])
-        for name, tree in trees.items()
+        for name, tree in whole.items()
     }
+
+
+def _unstacked(tree: dict[str, Any], model: FastVLM, index: Callable) -> dict[str, Any]:
+    """Returns a collection in which the decoder's layers, if it has them, are not stacked; see `decoder.unstacked`."""
+    if "llm" not in tree:
+        return tree
+    layers = unstacked(tree["llm"]["layers"], model.llm_args["num_layers"], index)
+    return {**tree, "llm": {**tree["llm"], "layers": layers}}
 
 
 def abstract_variables(model: FastVLM) -> dict[str, Any]:

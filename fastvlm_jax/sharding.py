@@ -252,6 +252,11 @@ def shardings_of(abstract, mesh: Mesh, whole: Callable[[str], bool] = lambda pat
     return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
+def of_layer(stacked: NamedSharding) -> NamedSharding:
+    """Returns the sharding of one layer's array from that of the layers' arrays stacked along a leading axis."""
+    return NamedSharding(stacked.mesh, P(*stacked.spec[1:]))
+
+
 def place(leaf, layout: NamedSharding, dtype=np.float32) -> jax.Array:
     """Returns an array of `dtype` with the sharding `layout`.
 

@@ -1,5 +1,7 @@
 """Generation: KV-cache decoding equals the full forward pass, prompts that do not fit are refused, and sampling."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,23 @@ import pytest
 from flax import linen as nn
 from small import small_config
 
-from fastvlm_jax.generate import generate, generate_tokens, penalise, sample, seen_in, until
+from fastvlm_jax.generate import (
+    advance,
+    begin,
+    generate,
+    generate_tokens,
+    penalise,
+    prefill,
+    sample,
+    seen_in,
+    stream,
+    until,
+)
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.decoder import unstacked
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
+from fastvlm_jax.text.unfinished import certain
 from fastvlm_jax.train_step import inputs
 
 QUESTIONS = ["what color is the shape?", "is there a red triangle in the image or is it a blue circle?", "why?"]
@@ -55,6 +70,81 @@ def test_cached_decoding_equals_the_full_forward_at_every_step(model_and_rest):
             logits = np.asarray(forward(**fields))[0, 0, length + step - 1]
             assert got[row, step] == logits.argmax(), (row, step)
             tokens[0, 0, length + step] = got[row, step]
+
+
+def test_layers_that_are_not_stacked_compute_the_same(model_and_rest):
+    model, variables, processor = model_and_rest
+    batch = processor(images(3), QUESTIONS)
+    llm = variables["params"]["llm"]
+    apart = {**variables["params"], "llm": {**llm, "layers": unstacked(llm["layers"], 2)}}
+    forward = jax.jit(lambda params: model.apply({**variables, "params": params}, **inputs(batch)))
+    np.testing.assert_allclose(forward(apart), forward(variables["params"]), rtol=1e-5, atol=1e-5)
+
+
+def arrays_of(function, *args):
+    """The sizes of all arrays in a compiled program."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return {tuple(map(int, sizes.split(","))) for sizes in re.findall(r"[a-z]\w*\[([\d,]+)\]", text)}
+
+
+def test_the_compiled_prefill_holds_no_logits_of_all_positions(model_and_rest):
+    """With 3 rows of 48 tokens and 512 words no array has 3 x 48 x 512 elements; the full forward pass has one."""
+    model, variables, processor = model_and_rest
+    batch = processor(images(3), QUESTIONS, length=48)
+    assert batch.tokens.shape == (1, 3, 48)
+
+    def first(variables, batch):
+        features = model.apply(variables, batch.images, batch.image_mask, method="encode")
+        return prefill(model, variables, features, batch, 80)
+
+    logits = 48 * 512
+    assert max(np.prod(sizes) for sizes in arrays_of(first, variables, batch)) < 3 * logits
+    assert not any({48, 512} <= set(sizes) for sizes in arrays_of(first, variables, batch))
+    full = arrays_of(lambda variables, batch: model.apply(variables, **inputs(batch)), variables, batch)
+    assert max(np.prod(sizes) for sizes in full) == 3 * logits
+
+
+def test_prompts_of_similar_length_share_a_program_and_an_image_is_encoded_once(model_and_rest):
+    generate(*model_and_rest, images(1), ["why?", "what color?"], max_tokens=3)
+    before = begin._cache_size(), advance._cache_size()
+    generate(*model_and_rest, images(1), ["what is it?", "is it red or is it blue?"], max_tokens=9)
+    assert (begin._cache_size(), advance._cache_size()) == before
+    assert model_and_rest[2](images(1), QUESTIONS).images.shape[:2] == (1, 1)
+
+
+def test_a_stream_brings_the_answers_one_after_the_other_in_pieces(model_and_rest):
+    options = dict(max_tokens=20, temperature=1.0, seed=5)
+    answers = generate(*model_and_rest, images(3), QUESTIONS, **options)
+    found = list(stream(*model_and_rest, images(3), QUESTIONS, **options))
+    assert [number for number, _ in found] == sorted(number for number, _ in found)
+    assert ["".join(piece for number, piece in found if number == row) for row in range(3)] == answers
+    assert sum(number == 0 for number, _ in found) > 5
+    assert list(stream(*model_and_rest, [], [])) == []
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        next(stream(*model_and_rest, [], ["hello"], max_tokens=0))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "llama", "llama as json"])
+def test_what_a_stream_shows_never_changes(kind, json_file, sentencepiece_file, llama_file, tmp_path):
+    """Random ids hold parts of characters, stray bytes, special tokens and spaces at all places."""
+    files = {"byte-level": json_file, "sentencepiece": sentencepiece_file}
+    tokenizer = load_tokenizer(files.get(kind, llama_file))
+    if kind == "llama as json":
+        tokenizer.save(tmp_path)
+        (tmp_path / "tokenizer.model").unlink()
+        tokenizer = load_tokenizer(tmp_path)
+    rng = np.random.default_rng(0)
+    characters = [i for text in ("🦜", "寿", " é", "ab ", "\n") for i in tokenizer.encode(text)]
+    for _ in range(250):
+        ids = rng.integers(0, tokenizer.vocab_size, rng.integers(1, 20)).tolist()
+        place = rng.integers(0, len(ids) + 1)
+        ids[place:place] = characters[: rng.integers(0, len(characters))]
+        shown = ""
+        for count in range(len(ids) + 1):
+            text = certain(tokenizer, ids[:count])
+            assert text.startswith(shown), (ids, count)
+            shown = text
+        assert tokenizer.decode(ids).strip().startswith(shown)
 
 
 def test_rows_are_filled_with_the_end_mark_once_they_reached_it(model_and_rest):

@@ -54,6 +54,7 @@ convert.recognise
 convert.weight_files
 convert.mapping
 generate
+sampling
 models
 processor
 kernels

@@ -79,7 +79,8 @@ def define(fv: flags.FlagValues) -> None:
     )
     flags.DEFINE_enum(
         "dtype", None, ["float32", "bfloat16", "float16"],
-        "dtype of parameters and computation; default: float32 parameters, the model's computation", flag_values=fv,
+        "dtype of parameters and computation; default: bfloat16 on a GPU or TPU; on a CPU float32 parameters and the "
+        "model's computation", flag_values=fv,
     )  # fmt: skip
     flags.DEFINE_integer(
         "batch_size", None, "most questions that a data shard of the mesh answers at once; default: as many as fit",

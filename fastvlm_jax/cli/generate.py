@@ -1,12 +1,14 @@
 """Runs `fastvlm generate`: lets a model answer prompts."""
 
+import sys
+
 from absl import flags
 
 from fastvlm_jax.cli.arguments import parse
 
 
 def generate(argv: list[str]) -> None:
-    """Prints the answer to each prompt on a line of its own."""
+    """Prints the answer to each prompt on a line of its own, on a terminal as it is written."""
     fv = flags.FlagValues()
     flags.DEFINE_string("model", None, "model that answers", flag_values=fv)
     flags.DEFINE_multi_string("image", [], "image file; repeat it for several images", flag_values=fv)
@@ -40,7 +42,8 @@ def generate(argv: list[str]) -> None:
         "dtype",
         None,
         ["float32", "bfloat16", "float16"],
-        "dtype of parameters and computation; default: float32 parameters, the model's computation",
+        "dtype of parameters and computation; default: bfloat16 on a GPU or TPU; on a CPU float32 parameters and the "
+        "model's computation",
         flag_values=fv,
     )
     flags.DEFINE_integer(
@@ -51,7 +54,7 @@ def generate(argv: list[str]) -> None:
     )
     parse(fv, argv, required=("model", "prompt"))
     import fastvlm_jax
-    from fastvlm_jax.generate import generate
+    from fastvlm_jax.generate import generate, stream
 
     model, variables, processor = fastvlm_jax.load(fv.model, fv.dtype)
     stored = fv.sampling == "model" and processor is not None
@@ -59,8 +62,14 @@ def generate(argv: list[str]) -> None:
         raise ValueError(f"{fv.model} has no generation_config.json for --sampling=model: give --temperature instead")
     options = ("temperature", "top_p", "top_k", "repetition_penalty")
     sampling = {name: fv[name].value for name in options if fv[name].present}
-    answers = generate(
-        model, variables, processor, fv.image, fv.prompt, max_tokens=fv.max_tokens, seed=fv.seed,
-        max_length=fv.max_length, **{**(processor.sampling if stored else {}), **sampling},
-    )  # fmt: skip
-    print("\n".join(answers))
+    asked = (model, variables, processor, fv.image, fv.prompt)
+    options = dict(max_tokens=fv.max_tokens, seed=fv.seed, max_length=fv.max_length)
+    options |= (processor.sampling if stored else {}) | sampling
+    if not sys.stdout.isatty():
+        print("\n".join(generate(*asked, **options)))
+        return
+    shown = 0
+    for number, piece in stream(*asked, **options):
+        print("\n" * (number - shown) + piece, end="", flush=True)
+        shown = number
+    print("\n" * (len(fv.prompt) - 1 - shown))

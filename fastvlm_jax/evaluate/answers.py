@@ -22,6 +22,7 @@ from fastvlm_jax.evaluate import groups as groups_lib
 from fastvlm_jax.evaluate.groups import Built, Group
 from fastvlm_jax.evaluate.questions import Question
 from fastvlm_jax.generate import generate_tokens, until
+from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 
@@ -100,7 +101,7 @@ def answer_batches(
         shards = sharding.batch_shards()
     layout = None if mesh is None else sharding.batch_sharding(mesh)
     mine, owned = _places_here(layout, shards)
-    planned = groups_lib.plan(questions, model.llm_args["vocab_size"], shards=shards, batch_size=batch_size)
+    planned = groups_lib.plan(questions, Decoder(**model.llm_args), shards=shards, batch_size=batch_size)
     batches = list(_batches(planned, known, shards))
     untold = collections.Counter(batch[0].group.shape for batch in batches)
     threads = min(os.cpu_count() or 1, 16)

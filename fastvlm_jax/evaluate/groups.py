@@ -20,13 +20,15 @@ import numpy as np
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.evaluate.benchmark import Picture
 from fastvlm_jax.evaluate.questions import Question
+from fastvlm_jax.generate import padded
 from fastvlm_jax.images.sizes import Grid, Size, slots_of
+from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.processor import Processor
 
 # Numbers of rows and image slots that a group may have; it is padded to one of them.
 ROWS = (8, 24, 48, 96, 192)
 SLOTS = (1, 2, 4, 8, 16)
-MAX_LOGITS = 2**30  # logits of all tokens of a group, which a prefill holds at once: 4 GiB in float32
+MAX_BYTES = 2**32  # memory of a group's prompts while they are read, beside the model: 4 GiB
 
 
 class Shape(NamedTuple):
@@ -56,27 +58,22 @@ class Built(NamedTuple):
     digests: dict[str, str]
 
 
-def padded(length: int) -> int:
-    """Returns the length to which a prompt of so many tokens is padded: a multiple of 32, beyond 256 in larger steps.
+def rows_that_fit(length: int, llm: Decoder) -> int:
+    """Returns the most rows of a group whose prompts are padded to a length: MAX_BYTES or the last of ROWS.
 
-    A step is at least an eighth and at most a quarter of the length: 32, 64, ... 256, 320, ... 512, 640, ... 1024.
+    Counted in float32 are the keys and values of all layers, the activations of one layer, whose scores are stored
+    where no kernel keeps them on the chip, and the logits of the last token.
     """
-    step = max(32, 2 ** ((length - 1).bit_length() - 3))
-    return -(-length // step) * step
+    cached = 2 * llm.num_layers * llm.num_kv_heads * llm.size_of_head
+    layer = 4 * llm.width + 3 * llm.mlp_dim + 2 * llm.num_heads * length
+    return max(1, min(ROWS[-1], MAX_BYTES // (4 * (length * (cached + layer) + llm.vocab_size))))
 
 
-def rows_that_fit(length: int, vocab_size: int) -> int:
-    """Returns the most rows of a group whose prompts are padded to a length: MAX_LOGITS or the last of ROWS."""
-    return max(1, min(ROWS[-1], MAX_LOGITS // (length * vocab_size)))
-
-
-def plan(
-    questions: Sequence[Question], vocab_size: int, *, shards: int = 1, batch_size: int | None = None
-) -> list[Group]:
+def plan(questions: Sequence[Question], llm: Decoder, *, shards: int = 1, batch_size: int | None = None) -> list[Group]:
     """Divides the questions into groups, the longest prompts first.
 
     Args:
-      vocab_size: size of the model's vocabulary, which limits the rows of a group.
+      llm: the model's decoder, whose memory limits the rows of a group.
       shards: number of groups that are answered at once.
       batch_size: most rows of a group; by default `rows_that_fit`.
     """
@@ -85,7 +82,7 @@ def plan(
         buckets.setdefault((padded(question.length), question.size), []).append(number)
     groups = []
     for (length, size), numbers in sorted(buckets.items(), key=lambda item: (-item[0][0], item[0][1] or ())):
-        most = batch_size or rows_that_fit(length, vocab_size)
+        most = batch_size or rows_that_fit(length, llm)
         rows = min(fit(-(-len(numbers) // shards), ROWS), most)
         members = list(divided(questions, numbers, rows))
         used = max(map(len, members))

@@ -24,6 +24,7 @@ from fastvlm_jax.evaluate.questions import Prepared, prepare
 from fastvlm_jax.evaluate.records import rows_of
 from fastvlm_jax.evaluate.results import summarise
 from fastvlm_jax.generate import answer_limit
+from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.train_state import TrainState
@@ -123,7 +124,7 @@ def most_rows(entry: Entry, config) -> int:
     groups = max(1, config.data.groups // (sharding.batch_shards() * config.accumulate))
     longest = max(question.length for question in entry.prepared.questions)
     trained = groups * config.data.rows_per_group * config.data.row_length // (longest + entry.protocol.max_tokens)
-    return max(1, min(trained, rows_that_fit(padded(longest), config.model.llm.vocab_size)))
+    return max(1, min(trained, rows_that_fit(padded(longest), Decoder(**config.model.llm.to_dict()))))
 
 
 def _open(

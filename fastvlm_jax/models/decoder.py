@@ -4,6 +4,7 @@ Legend: B rows, T query slots, S key slots, D width, K key-value heads, G query 
 F MLP width, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import flax
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax.kernels.attention import attention
+from fastvlm_jax.kernels.attention import attention, cached_attention, prompt_attention
 from fastvlm_jax.kernels.cross_entropy import cross_entropy
 from fastvlm_jax.kernels.embedding import embed
 from fastvlm_jax.models.remat import rematted
@@ -24,8 +25,8 @@ Array = jax.Array
 class Cache:
     """Holds the keys and values of the slots filled so far. `length` is the first free slot, the same in all rows."""
 
-    keys: tuple[Array, ...]  # [B, S, K, E] of each layer
-    values: tuple[Array, ...]  # [B, S, K, E] of each layer
+    keys: tuple[Array, ...]  # [B, K, E, S] of each layer
+    values: tuple[Array, ...]  # [B, K, E, S] of each layer
     segment_ids: Array  # int32 [B, S]; 0 in slots that no query may attend to
     length: Array  # int32 []
 
@@ -48,7 +49,20 @@ def matmul(x: Array, kernel: Array) -> Array:
 
     Without the flattening, XLA's CPU backend computes the gradient of a 3-D x at half the speed.
     """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) == 1:
+        y = jax.lax.platform_dependent(flat, kernel, tpu=_one_row, default=jnp.matmul)
+    else:
+        y = flat @ kernel
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _one_row(x: Array, kernel: Array) -> Array:
+    """Computes x [1, D] @ kernel on the matrix units of a TPU.
+
+    XLA turns the product of a single row into vector operations, which take four times as long as HBM needs.
+    """
+    return (jnp.pad(x, ((0, 7), (0, 0))) @ kernel)[:1]
 
 
 class Linear(nn.Module):
@@ -70,6 +84,21 @@ class Linear(nn.Module):
         return y
 
 
+def unstacked(layers: dict, count: int, index: Callable = lambda leaf, i: leaf[i]) -> dict:
+    """Returns the parameters of `count` scanned layers, [L, ...], as those of each layer: {"0": ..., "1": ...}.
+
+    A decoder computes the same with either. Generation is faster with arrays of their own: a program need not cut a
+    layer's weights out of the stack, and fetches them while the layer before computes.
+
+    Args:
+      layers: parameters under `llm/layers` of any form; those of single layers are returned as they are.
+      index: function of a leaf and a number that returns the leaf of one layer.
+    """
+    if "0" in layers:
+        return layers
+    return {str(i): jax.tree.map(lambda leaf: index(leaf, i), layers) for i in range(count)}
+
+
 def rotary(x_BTHE: Array, positions_BT: Array, theta: float) -> Array:
     """Applies rotary position embeddings (RoFormer) to the two halves of each head, the layout of Llama and Qwen2."""
     E = x_BTHE.shape[-1]
@@ -84,7 +113,8 @@ class DecoderLayer(nn.Module):
     """Applies pre-norm attention and a pre-norm SwiGLU MLP, each around a skip connection.
 
     With a cache `kv`, writes the new keys and values at slot `offset`. One token attends to all of the cache; several
-    are a prompt, for which the cache must be empty, and attend to each other.
+    are a prompt, for which the cache must be empty, and attend to each other. With `last_B`, only the token at that
+    place of each row attends, and the result has one token a row.
     """
 
     num_heads: int
@@ -97,23 +127,33 @@ class DecoderLayer(nn.Module):
     init_std: float
 
     @nn.compact
-    def __call__(self, x_BTD, kv, positions_BT, q_segments_BT, kv_segments_BS, offset):
+    def __call__(self, x_BTD, kv, positions_BT, q_segments_BT, kv_segments_BS, offset, last_B=None):
         B, T, D = x_BTD.shape
         K, G, E = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim
         linear = partial(Linear, init_std=self.init_std)
         y = RMSNorm(self.epsilon, name="attention_norm")(x_BTD)
-        q = linear(K * G * E, ("embed", "heads"), self.qkv_bias, name="q")(y).reshape(B, T, K * G, E)
-        k = linear(K * E, ("embed", "kv_heads"), self.qkv_bias, name="k")(y).reshape(B, T, K, E)
-        v = linear(K * E, ("embed", "kv_heads"), self.qkv_bias, name="v")(y).reshape(B, T, K, E)
-        q, k = rotary(q, positions_BT, self.rope_theta), rotary(k, positions_BT, self.rope_theta)
+        asking, q_positions_BT = y, positions_BT
+        if last_B is not None:
+            T, rows = 1, jnp.arange(B)[:, None]
+            x_BTD, asking, q_positions_BT, q_segments_BT = (
+                z[rows, last_B[:, None]] for z in (x_BTD, y, positions_BT, q_segments_BT)
+            )
+        q = linear(K * G * E, ("embed", "heads"), self.qkv_bias, name="q")(asking).reshape(B, T, K * G, E)
+        k = linear(K * E, ("embed", "kv_heads"), self.qkv_bias, name="k")(y).reshape(B, -1, K, E)
+        v = linear(K * E, ("embed", "kv_heads"), self.qkv_bias, name="v")(y).reshape(B, -1, K, E)
+        q, k = rotary(q, q_positions_BT, self.rope_theta), rotary(k, positions_BT, self.rope_theta)
+        q = q.reshape(B, T, K, G, E)
         if kv is not None:
             kv = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), offset, axis=1)
+                jax.lax.dynamic_update_slice_in_dim(old, new.transpose(0, 2, 3, 1).astype(old.dtype), offset, axis=3)
                 for old, new in zip(kv, (k, v), strict=True)
             )
-        if kv is not None and T == 1:
-            k, v = kv
-        mixed = attention(q.reshape(B, T, K, G, E), k, v, q_segments_BT, kv_segments_BS, offset)
+        if kv is None:
+            mixed = attention(q, k, v, q_segments_BT, kv_segments_BS, offset)
+        elif T > 1:
+            mixed = prompt_attention(q, k, v, q_segments_BT)
+        else:
+            mixed = cached_attention(q[:, 0], *kv, q_segments_BT == kv_segments_BS)
         x = x_BTD + linear(D, ("heads", "embed"), name="o")(mixed.reshape(B, T, K * G * E))
         y = RMSNorm(self.epsilon, name="mlp_norm")(x)
         gate = jax.nn.silu(linear(self.mlp_dim, ("embed", "mlp"), name="gate")(y))
@@ -168,6 +208,10 @@ class Decoder(nn.Module):
         names = ("num_heads", "num_kv_heads", "mlp_dim", "rope_theta", "qkv_bias", "epsilon", "init_std")
         return {"head_dim": self.size_of_head, **{name: getattr(self, name) for name in names}}
 
+    def layer(self, params: dict, *args):
+        """Applies one layer with the parameters `params`; see `DecoderLayer`."""
+        return DecoderLayer(**self.sizes_of_layer, parent=None).apply({"params": params}, *args)
+
     def setup(self):
         init = nn.initializers.normal(self.init_std)
         self.embedding = self.param(
@@ -204,7 +248,12 @@ class Decoder(nn.Module):
         Returns:
           Logits [B, T, V] in the dtype of x, or with targets losses [B, T] in float32.
         """
-        x_BTD, _ = self.layers(x_BTD, None, positions_BT, segments_BT, segments_BT, 0)
+        layers = self.layers.variables.get("params", {})
+        if "0" in layers:
+            for i in range(self.num_layers):
+                x_BTD, _ = self.layer(layers[str(i)], x_BTD, None, positions_BT, segments_BT, segments_BT, 0)
+        else:
+            x_BTD, _ = self.layers(x_BTD, None, positions_BT, segments_BT, segments_BT, 0)
         x_BTD = self.final_norm(x_BTD)
         if targets_BT is None:
             return self.logits(x_BTD)
@@ -223,22 +272,20 @@ class Decoder(nn.Module):
           positions_BT, segments_BT: see `__call__`; a row's padding stands at its end.
           cache: cache with at least T free slots.
         """
-        offset = cache.length
+        offset, T = cache.length, x_BTD.shape[1]
         kv_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segments_BT, offset, axis=1)
-        T = x_BTD.shape[1]
-        segments = (segments_BT, kv_segments_BS if T == 1 else segments_BT)
-        layer = DecoderLayer(**self.sizes_of_layer, parent=None)
-        keys, values = [], []
+        layers, caches = unstacked(self.layers.variables["params"], self.num_layers), []
         for i, kv in enumerate(zip(cache.keys, cache.values, strict=True)):
-            params = jax.tree.map(lambda x: x[i], self.layers.variables["params"])
-            x_BTD, (k, v) = layer.apply({"params": params}, x_BTD, kv, positions_BT, *segments, offset)
-            keys.append(k)
-            values.append(v)
-        last_B = jnp.maximum(jnp.sum(segments_BT > 0, axis=1) - 1, 0)
-        x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
-        return self.logits(self.final_norm(x_BD)), Cache(tuple(keys), tuple(values), kv_segments_BS, offset + T)
+            last_B = None
+            if T > 1 and i == self.num_layers - 1:
+                last_B = jnp.maximum(jnp.sum(segments_BT > 0, axis=1) - 1, 0)
+            args = (positions_BT, segments_BT, kv_segments_BS, offset, last_B)
+            x_BTD, kv = self.layer(layers[str(i)], x_BTD, kv, *args)
+            caches.append(kv)
+        keys, values = zip(*caches, strict=True)
+        return self.logits(self.final_norm(x_BTD[:, 0])), Cache(keys, values, kv_segments_BS, offset + T)
 
     def empty_cache(self, rows: int, slots: int, dtype=jnp.float32) -> Cache:
         """Returns a cache of `slots` free slots for each of `rows` rows."""
-        zeros = (jnp.zeros((rows, slots, self.num_kv_heads, self.size_of_head), dtype),) * self.num_layers
+        zeros = (jnp.zeros((rows, self.num_kv_heads, self.size_of_head, slots), dtype),) * self.num_layers
         return Cache(zeros, zeros, jnp.zeros((rows, slots), jnp.int32), jnp.zeros((), jnp.int32))

@@ -5,6 +5,7 @@ preflight needs of a compiled program: its text and its memory.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -26,6 +27,7 @@ from fastvlm_jax import files, sharding, stage
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.generate import generate_tokens
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.decoder import unstacked
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.preflight.topology import Slice, compiler
 
@@ -94,12 +96,19 @@ def lower_generate(config, model: FastVLM, mesh: jax.sharding.Mesh, *, rows: int
             return jax.ShapeDtypeStruct(x.shape, dtype, sharding=layout)
 
         variables = jax.tree_util.tree_map_with_path(abstract, nn.unbox(boxed), layouts)
+        llm = variables["params"]["llm"]
+        llm["layers"] = unstacked(llm["layers"], model.llm_args["num_layers"], _layer)  # as model_io.load does
         whole = sharding.NamedSharding(mesh, sharding.P())
         rng = jax.eval_shape(jax.random.key, 0)
         rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=whole)
         # Any end token will do: the program is only compiled, and no row is generated.
-        lowered = generate_tokens.lower(model, variables, batch, rng, max_tokens=max_tokens, end=0)
+        generation = jax.jit(functools.partial(generate_tokens, model, max_tokens=max_tokens, end=0))
+        lowered = generation.lower(variables, batch, rng)
     return lowered, variables, batch
+
+
+def _layer(stacked: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype, sharding=sharding.of_layer(stacked.sharding))
 
 
 def lower_encoder(config, mesh: jax.sharding.Mesh, *, rows: int):

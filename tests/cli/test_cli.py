@@ -42,6 +42,16 @@ def test_generate_answers_each_prompt_on_its_line(monkeypatch, capsys, workdir, 
     assert status == 0 and out.count("\n") >= 2
 
 
+def test_generate_writes_the_same_answers_to_a_terminal_in_pieces(monkeypatch, capsys, workdir, picture):
+    ask = ["generate", f"--model={workdir}", f"--image={picture}", "--prompt=hi", "--prompt=a", "--max_tokens=9"]
+    status, expected, _ = fastvlm(monkeypatch, capsys, *ask)
+    pieces = []
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "write", lambda text: pieces.append(text) or len(text))
+    assert (fastvlm(monkeypatch, capsys, *ask)[0], "".join(pieces)) == (status, expected) == (0, expected)
+    assert expected.count("\n") == 2 and len(pieces) > 4
+
+
 def test_one_checkpoint_of_a_workdir_is_a_model(monkeypatch, capsys, workdir, picture):
     checkpoint = workdir / "checkpoints" / "2"
     status, *_ = fastvlm(monkeypatch, capsys, "generate", f"--model={checkpoint}", "--prompt=hi", "--max_tokens=2")

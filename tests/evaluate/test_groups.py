@@ -1,5 +1,6 @@
 """How questions become groups of few shapes, and what the model reads of a group: drawn by hand."""
 
+import dataclasses
 import hashlib
 import io
 
@@ -15,8 +16,10 @@ from fastvlm_jax.evaluate.groups import Group, Shape, build, fit, padded, plan
 from fastvlm_jax.evaluate.published import read_parquet
 from fastvlm_jax.evaluate.questions import Question, prepare
 from fastvlm_jax.images.sizes import Size
+from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.processor import Processor
 
+LLM = Decoder(vocab_size=100, width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16)
 SQUARE = Size(16, 16, 16, 4)
 
 
@@ -49,7 +52,7 @@ def test_the_longest_prompts_come_first_and_keep_their_order_within_a_length():
         question("a", 20, "red"), question("b", 70), question("c", 40, "red"), question("d", 33, "blue"),
         question("e", 64, "red"), question("f", 20),
     ]  # fmt: skip
-    groups = plan(questions, vocab_size=100)
+    groups = plan(questions, LLM)
     names = ["".join(questions[number].row.id for number in group.members) for group in groups]
     assert names == ["b", "cde", "f", "a"]
     assert [group.shape for group in groups] == [
@@ -59,17 +62,18 @@ def test_the_longest_prompts_come_first_and_keep_their_order_within_a_length():
 
 def test_groups_of_a_bucket_have_one_shape_and_end_at_their_rows_or_images():
     asked = [question(str(i), 20, f"image {i // 3}") for i in range(60)]
-    groups = plan(asked, vocab_size=100)
+    groups = plan(asked, LLM)
     assert [len(group.members) for group in groups] == [48, 12]  # 16 images, then 4
     assert {group.shape for group in groups} == {Shape(32, 48, 16, SQUARE)}
-    assert [len(group.members) for group in plan(asked, vocab_size=100, batch_size=7)] == [7] * 8 + [4]
-    assert {group.shape for group in plan(asked, 100, batch_size=7)} == {Shape(32, 7, 4, SQUARE)}
-    assert {group.shape for group in plan(asked, 100, batch_size=1)} == {Shape(32, 1, 1, SQUARE)}
-    assert [len(group.members) for group in plan(asked, 100, shards=4)] == [24, 24, 12]  # 15 rows a shard, padded to 24
-    few = plan(asked, vocab_size=2**30 // 32 // 10)  # the logits of ten rows are all that is allowed
+    assert [len(group.members) for group in plan(asked, LLM, batch_size=7)] == [7] * 8 + [4]
+    assert {group.shape for group in plan(asked, LLM, batch_size=7)} == {Shape(32, 7, 4, SQUARE)}
+    assert {group.shape for group in plan(asked, LLM, batch_size=1)} == {Shape(32, 1, 1, SQUARE)}
+    assert [len(group.members) for group in plan(asked, LLM, shards=4)] == [24, 24, 12]  # 15 rows a shard, padded to 24
+    # 4 GiB in float32 hold ten rows with 32 times 8 keys and values and 208 activations each, and as many logits.
+    few = plan(asked, dataclasses.replace(LLM, vocab_size=2**30 // 10 - 32 * (8 + 208)))
     assert [len(group.members) for group in few] == [10] * 6
     tiles = [question("t", 20, *map(str, range(7)), grids=[(2, 2)] * 7)] * 2  # one row alone may have more slots
-    assert [(len(group.members), group.shape.slots) for group in plan(tiles, 100)] == [(2, 35)]
+    assert [(len(group.members), group.shape.slots) for group in plan(tiles, LLM)] == [(2, 35)]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +142,7 @@ def test_an_image_that_a_table_holds_for_each_question_is_encoded_once(processor
     rows = [Row(str(i), "what?", (cell["image"],), None) for i, cell in enumerate(table)]
     own = Protocol("own", "1", lambda row: ask(0, "what?"), None, 16, "a rule")
     asked = prepare(rows, own, processor, most_tokens=100).questions
-    (group,) = plan(asked, 100)
+    (group,) = plan(asked, LLM)
     assert group.shape.slots == 2
     batch, digests = build(group, asked, [0, 1, 2], processor)
     assert [image[0, 0].tolist() for image in batch.images] == [[0, 0, 255], [255, 0, 0]]

@@ -213,8 +213,13 @@ def test_what_cannot_be_evaluated_is_an_error_before_anything_is_written(
         (172, dict(data__groups=8, data__rows_per_group=2, data__row_length=2048, accumulate=4), 2 * 2 * 2048 // 300),
         (172, dict(data__groups=1, data__row_length=80), 1),
         (172, dict(data__groups=999, data__row_length=9999), 192),  # as `fastvlm evaluate` asks at most
-        # 2**30 logits of prompts that are padded to 192 tokens
-        (172, dict(data__groups=999, data__row_length=9999, model__llm__vocab_size=151936), 2**30 // (192 * 151936)),
+        # 4 GiB in float32 hold 18 prompts padded to 192 tokens, each with 64 keys and values, 301,664 activations
+        # (4 x 32 of the width, 3 x 100,000 of the MLP, 2 x 4 x 192 scores) and the logits of one token
+        (
+            172,
+            dict(data__groups=999, data__row_length=9999, model__llm__vocab_size=151936, model__llm__mlp_dim=100_000),
+            2**32 // (4 * (192 * (64 + 301_664) + 151_936)),
+        ),
     ],
 )
 def test_a_batch_of_questions_fits_where_a_part_of_a_training_batch_does(longest, changes, rows):

@@ -20,7 +20,7 @@ from fastvlm_jax.evaluate.records import own_prompt, rows_of
 from fastvlm_jax.evaluate.scores import characters
 
 TRANSCRIPTION = "transcription"  # what the first question of every page asks for
-TEXT_SIZES = ((16, "12 to 16 px"), (24, "17 to 24 px"), (34, "25 to 34 px"))  # largest of each group
+TEXT_SIZES = ((16, "16 px or less"), (24, "17 to 24 px"), (34, "25 to 34 px"))  # largest of each group
 LARGEST = "35 px or more"
 
 

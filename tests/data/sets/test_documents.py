@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 def of_kind(drawn, kind):
     found = [page for page in drawn if page.kind == kind]
-    assert len(found) > 5
+    assert len(found) > 3
     return found
 
 
@@ -111,7 +111,7 @@ def test_pages_show_every_kind_size_and_shade(drawn):
     assert {page.kind for page in drawn} == {"table", "words", "receipt", "chart", "numbers"}
     first = [np.asarray(page.picture)[0, 0].mean() for page in drawn]
     assert 6 < sum(shade < 128 for shade in first) < COUNT / 2
-    sizes = [page.font_size for page in drawn]
+    sizes = [page.font_size for page in drawn if page.kind != "numbers"]
     assert min(sizes) == look.SMALLEST and 40 < max(sizes) <= look.LARGEST
     assert {page.picture.size for page in drawn if page.kind != "numbers"} == set(look.SIZES)
 

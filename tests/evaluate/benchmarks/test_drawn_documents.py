@@ -70,7 +70,7 @@ def test_the_score_is_the_mean_over_pages(folder):
     summary = summarise(benchmark, own, results)
     assert summary["score"] == pytest.approx(100 * (1 + 5 / 6 + 0 + 1 / 2) / 4)
     assert summary["figures"] == {"accuracy_exact": 0.25} and summary["standard_error"] > 0
-    assert summary["groups"]["text"]["12 to 16 px"]["n"] == 3
+    assert summary["groups"]["text"]["16 px or less"]["n"] == 3
     asked = BENCHMARKS["documents-qa"]
     marks = [
         asked.protocol().score(text, row).score for row, text in zip(asked.read(folder), ["1.", "yes"], strict=True)
@@ -93,13 +93,13 @@ def test_other_shards_are_named(folder, tmp_path):
     write_shards(one, "test", [page(0, [256, 256])])
     with pytest.raises(ValueError, match="holds one page, and no other to show in its place"):
         BENCHMARKS["documents-blind"].read(one)
-    with pytest.raises(FileNotFoundError, match="the test split of .* holds no questions"):
+    with pytest.raises(FileNotFoundError, match=r"the test split of .* holds no questions"):
         BENCHMARKS["documents-qa"].read(one)
     other = epath.Path(tmp_path / "other")
     write_shards(other, "test", [Record("5", (png("red"),), (("user", (0,)), ("assistant", ("hi",))))])
-    with pytest.raises(ValueError, match="record 5 of .* does not say what is asked: write the pages with"):
+    with pytest.raises(ValueError, match=r"record 5 of .* does not say what is asked: write the pages with"):
         BENCHMARKS["documents"].read(other)
     broken = epath.Path(tmp_path / "broken")
     write_shards(broken, "test", [Record("6", (png("red"),), (("assistant", ("hi",)),))])
-    with pytest.raises(ValueError, match="record 6 of .* cannot be scored: turns must alternate user, assistant"):
+    with pytest.raises(ValueError, match=r"record 6 of .* cannot be scored: turns must alternate user, assistant"):
         BENCHMARKS["documents"].read(broken)

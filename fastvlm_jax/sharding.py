@@ -44,25 +44,34 @@ def make_mesh(sizes: Sequence[int] = (1, -1, 1, 1), devices: Sequence[jax.Device
       ValueError: the sizes do not multiply out to the number of devices, or the slices do not divide `replica`.
     """
     devices = list(jax.devices() if devices is None else devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    sizes = mesh_sizes(sizes, len(devices), slices)
+    # Linen's logical metadata needs Auto axes; jax.make_mesh and Mesh default to Explicit ones.
+    return Mesh(_arranged(devices, sizes, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_sizes(sizes: Sequence[int], devices: int, slices: int = 1) -> list[int]:
+    """Returns the sizes of a mesh over a number of devices with -1 filled in; see `make_mesh`, also for errors."""
     sizes = list(sizes)
     if len(sizes) != len(MESH_AXES) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ValueError(
             f"mesh={tuple(sizes)}: give {len(MESH_AXES)} sizes {MESH_AXES}, positive, at most one of them -1"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if -1 in sizes:
         if sizes[0] == 1:
             sizes[0] = slices
         known = -math.prod(sizes)
-        if len(devices) % known:
-            raise ValueError(f"mesh={tuple(sizes)}: {known} does not divide the {len(devices)} devices")
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"mesh={tuple(sizes)}: needs {math.prod(sizes)} devices, there are {len(devices)}; use -1 once"
-        )
-    # Linen's logical metadata needs Auto axes; jax.make_mesh and Mesh default to Explicit ones.
-    return Mesh(_arranged(devices, sizes, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        if devices % known:
+            raise ValueError(f"mesh={tuple(sizes)}: {known} does not divide the {devices} devices")
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
+        raise ValueError(f"mesh={tuple(sizes)}: needs {math.prod(sizes)} devices, there are {devices}; use -1 once")
+    return sizes
+
+
+def abstract_mesh(sizes: Sequence[int]) -> jax.sharding.AbstractMesh:
+    """Returns a mesh of these sizes without devices: programs can be traced on it, and shards counted."""
+    return jax.sharding.AbstractMesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _arranged(devices: list[jax.Device], sizes: list[int], slices: int) -> np.ndarray:

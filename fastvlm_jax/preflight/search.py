@@ -138,8 +138,7 @@ def _candidates(config, slices: Slice, boxed, learns: bool) -> Iterator[tuple[di
 
 def _shards(config, boxed, mesh: tuple[int, ...]) -> Shards | None:
     """Counts exactly the parameters on one device of a mesh; None if the mesh does not divide one of them."""
-    axes = (jax.sharding.AxisType.Auto,) * len(mesh)
-    abstract = jax.sharding.AbstractMesh(mesh, sharding.MESH_AXES, axis_types=axes)
+    abstract = sharding.abstract_mesh(mesh)
     try:
         _, frozen = optim.split(nn.unbox(boxed), config.groups)
         layouts = sharding.shardings_of(boxed, abstract, (set() if config.shard_frozen else frozen.keys()).__contains__)

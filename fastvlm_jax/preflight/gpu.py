@@ -1,0 +1,234 @@
+"""Estimates by arithmetic what a training step needs of a GPU's memory: no compiler for GPUs takes part, nothing runs.
+
+gpu:80GB        one GPU with 80 GB of memory           gpu:8x80GB        eight of them
+
+The step that `fastvlm train` runs is traced without devices. Parameters and optimizer slots are counted by their
+shards, which is exact; the rest is what the traced step holds at its fullest moment, see preflight/liveness.py. No time
+is estimated.
+"""
+
+import collections
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+
+from fastvlm_jax import config as config_lib
+from fastvlm_jax import optim, sharding, stage
+from fastvlm_jax.chips import GB
+from fastvlm_jax.models import fastvlm
+from fastvlm_jax.preflight import estimate
+from fastvlm_jax.preflight.compile import STEPS, device_bytes
+from fastvlm_jax.preflight.describe import gib, si, table
+from fastvlm_jax.preflight.liveness import peak
+from fastvlm_jax.preflight.run import check
+
+PARTS = ("parameters", "optimizer", "batch", "gradients", "activations", "workspace")
+# JAX takes this share of a card's memory when it starts, unless one of SHARE_VARIABLES says another.
+SHARE, SHARE_VARIABLES = 0.75, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+MARGIN = 1.25  # compiled steps on few devices need up to this many times the arithmetic (docs/gpu.md)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpus:
+    """Describes GPUs: the name that was parsed, their number, and the bytes of one."""
+
+    name: str
+    count: int
+    bytes: float
+
+
+def is_gpu(name: str) -> bool:
+    """Returns whether a topology's name asks for GPUs."""
+    return name.strip().startswith("gpu:")
+
+
+def parse(name: str) -> Gpus:
+    """Parses "gpu:80GB" or "gpu:8x80GB"; GB is 10**9 bytes.
+
+    Raises:
+      ValueError: the name has another form, or says no GPU or no memory.
+    """
+    found = re.fullmatch(r"gpu:(?:(\d{1,4})x)?(\d{1,4}(?:\.\d+)?)GB", name.strip())
+    count, size = (int(found[1] or 1), float(found[2])) if found else (0, 0.0)
+    if not count or not size:
+        raise ValueError(f"--topology={name}: write gpu:80GB for a GPU of 80 GB, gpu:8x80GB for eight of them")
+    return Gpus(name.strip(), count, size * GB)
+
+
+def usable_share() -> float:
+    """Returns the share of a card's memory that JAX takes: SHARE, or what the environment says.
+
+    Raises:
+      ValueError: the environment says no share above 0 and up to 1.
+    """
+    for name in SHARE_VARIABLES:
+        if value := os.environ.get(name):
+            if not re.fullmatch(r"(0?\.\d+|1(\.0*)?)", value) or not float(value):
+                raise ValueError(f"{name}={value} must be a share above 0 and up to 1, as 0.9")
+            return float(value)
+    return SHARE
+
+
+def preflight(config, name: str) -> dict[str, Any]:
+    """Returns the arithmetic for a config's training step on GPUs, JSON-ready; `text` formats it.
+
+    Reads neither data nor a parent's weights.
+
+    Raises:
+      ValueError: the name has another form, or the mesh does not fit the GPUs or divide the batch or the heads.
+    """
+    gpus = parse(name)
+    config_lib.validate(config)
+    usable = usable_share() * gpus.bytes
+    found, mesh, counts = memory(config, gpus)
+    total = sum(found.values())
+    fits = MARGIN * total <= usable
+    data = config.data
+    return {
+        "mode": "train",
+        "stage_name": config.stage,
+        "estimated_by": "arithmetic",
+        "topology": {"name": gpus.name, "gpus": gpus.count, "bytes": gpus.bytes},
+        "mesh": dict(mesh.shape),
+        "parameters": counts,
+        "batch": {
+            "groups": data.groups, "images": data.groups * data.images_per_group, "image_size": data.image_size,
+            "rows": data.groups * data.rows_per_group, "row_length": data.row_length, "accumulate": config.accumulate,
+        },
+        "memory": {
+            **found, "total": total, "margin": MARGIN, "with_margin": MARGIN * total, "limit": usable,
+            "share": usable_share(), "fits": fits,
+        },
+        "mends": [] if fits else mends(config, gpus, usable),
+    }  # fmt: skip
+
+
+def memory(config, gpus: Gpus) -> tuple[dict[str, int], Any, dict[str, int]]:
+    """Estimates the bytes of each of PARTS on one GPU: (bytes by part, mesh, number of parameters by module).
+
+    A GPU computes its own share of the groups. Along the mesh's tensor axis its activations are counted whole.
+    """
+    mesh = sharding.abstract_mesh(sharding.mesh_sizes(config.mesh, gpus.count))
+    check(config, mesh, gpus, config.data.groups, "data.groups")
+    model = fastvlm.build(**config.model.to_dict())
+    shards = math.prod(mesh.shape[axis] for axis in sharding.LOGICAL_AXES["batch"])
+    own = ml_collections.ConfigDict(config)
+    own.data.groups = config.data.groups // shards
+    kinds = traced(own, model)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = stage.make_step(config, model, mesh, steps=STEPS).abstract
+    learning = optim.split(state.params, config.groups)[0]
+    whole = max(1, sum(math.prod(x.shape) for x in learning.values()))
+    found = {
+        "parameters": device_bytes((state.params, state.batch_stats)),
+        "optimizer": device_bytes((state.step, state.opt_state)),
+        "batch": kinds["batch"],
+        "gradients": round(kinds["gradients"] * device_bytes(learning) / (_itemsize(config) * whole)),
+        "activations": kinds["activations"],
+        "workspace": kinds["workspace"],
+    }
+    return found, mesh, estimate.parameters(state.params, config.groups)
+
+
+def traced(config, model) -> collections.Counter:
+    """Returns what the traced step holds at its fullest moment on one device, in bytes by kind."""
+    mesh = sharding.abstract_mesh((1, 1, 1, 1))
+    sources = 1 if config.data.path else max(1, len(config.data.mixture))
+    with jax.sharding.use_abstract_mesh(mesh):
+        step = stage.make_step(config, model, mesh, steps=STEPS, num_sources=sources)
+        batch = stage.abstract_batch(config, model, mesh)
+        jaxpr = jax.make_jaxpr(step.fn)(step.abstract, batch).jaxpr
+    state = step.abstract
+    labels = jax.tree.map(lambda _: "parameters", state).replace(
+        step="optimizer", opt_state=jax.tree.map(lambda _: "optimizer", state.opt_state)
+    )
+    labels = jax.tree.leaves((labels, jax.tree.map(lambda _: "batch", batch)))
+    # Attention in float32 has no kernel (kernels/attention.py).
+    return peak(jaxpr, labels, kernels=config.model.dtype != "float32", kept=("batch",)).kinds
+
+
+def _itemsize(config) -> int:
+    return 2 if config.param_dtype == "bfloat16" else 4
+
+
+def mends(config, gpus: Gpus, usable: float) -> list[str]:
+    """Lists settings that would fit by the same arithmetic, each on its own: the first of each kind that does."""
+    print("preflight: it does not fit; trying what would, some seconds each", file=sys.stderr, flush=True)
+    found, kinds = [], set()
+    for kind, flags, changed, more in _changes(config, gpus):
+        if kind in kinds:
+            continue
+        try:
+            total = sum(memory(changed, more)[0].values())
+        except ValueError:  # this mesh does not divide the batch or the heads
+            continue
+        if MARGIN * total <= usable:
+            kinds.add(kind)
+            found.append(f"{flags}  {gib(total)} GiB, with the margin {gib(MARGIN * total)}")
+    return found
+
+
+def _changes(config, gpus: Gpus) -> Iterator[tuple[str, str, Any, Gpus]]:
+    """Yields (kind, flags, changed config, GPUs) of what may be tried, the mildest of each kind first."""
+
+    def change(kind: str, **values):
+        changed = ml_collections.ConfigDict(config)
+        changed.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+        flags = " ".join(f"--config.{key.replace('__', '.')}={value}" for key, value in values.items())
+        return kind, flags, changed, gpus
+
+    for parts in (2, 4, 8, 16):
+        yield change("accumulate", accumulate=config.accumulate * parts)
+    for part in ("vision", "llm"):
+        if config.model[part].get("remat", "full") != "full":
+            yield change(f"remat {part}", **{f"model__{part}__remat": "full"})
+    if config.moment_dtype == "float32":
+        yield change("moments", moment_dtype="bfloat16")
+    frozen = ("vision/.*", 0.0, 0.0)
+    moves = config.model.vision.get("batch_norm") == "train"  # its statistics: then the encoder cannot be frozen
+    if not moves and not any(tuple(group) == frozen for group in config.groups):
+        rest = [group for group in config.groups if group[0] != "vision/.*"]
+        kind, _, changed, _ = change("frozen", groups=(frozen, *map(tuple, rest)))
+        yield kind, f'--config.groups="{changed.groups}" (the encoder frozen)', changed, gpus
+    for parts in (2, 4, 16, 64):
+        if config.data.groups % parts == 0:
+            kind, flags, changed, _ = change("groups", data__groups=config.data.groups // parts)
+            yield kind, f"{flags} (a smaller batch: another recipe)", changed, gpus
+    for count in (2, 4, 8, 16):
+        if count > gpus.count:
+            more = dataclasses.replace(gpus, name=f"gpu:{count}x{gpus.bytes / GB:g}GB", count=count)
+            kind, flags, changed, _ = change("gpus", mesh=(1, 1, -1, 1))
+            yield kind, f'--topology={more.name} --config.mesh="(1, 1, -1, 1)"', changed, more
+
+
+def text(report: dict[str, Any]) -> str:
+    """Formats the report for a terminal."""
+    m, b, counts = report["memory"], report["batch"], report["parameters"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    sizes = ", ".join(f"{key} {value}" for key, value in b.items() if key != "accumulate" or value > 1)
+    shown = (*PARTS, "total", "with_margin", "limit")
+    rows = [["GiB a GPU, by arithmetic", *PARTS, "total", f"x {MARGIN}", "limit", ""]]
+    rows.append(["", *(gib(m[key]) for key in shown), "fits" if m["fits"] else "DOES NOT FIT"])
+    lines = [
+        f"{report['stage_name'] or 'train step'} on {report['topology']['name']}, by arithmetic: mesh {mesh}\n{sizes}",
+        "No compiler for GPUs took part and nothing ran: every figure is arithmetic on the traced step.",
+        "",
+        "parameters: " + ", ".join(f"{name} {si(n)}" for name, n in counts.items()),
+        "",
+        table(rows, ""),
+        f"  x {MARGIN}: compiled steps need up to {MARGIN} times this arithmetic, a large model over many GPUs more "
+        "(docs/gpu.md)",
+        f"  limit: the {m['share']:.0%} of the card that JAX takes ({SHARE_VARIABLES[0]}=0.9 takes more); "
+        "CUDA's own libraries need about 1 GB beside it",
+    ]
+    if not m["fits"]:
+        mends = report["mends"] or ["none of the settings that were tried"]
+        lines += ["", "what would make it fit, by the same arithmetic, each on its own:", *(f"  {x}" for x in mends)]
+    return "\n".join(lines)

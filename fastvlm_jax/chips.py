@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+
 GB, GiB = 10**9, 2**30
 
 
@@ -87,3 +89,13 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H200 NVL": 835e12,
 }
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Returns the peak bf16 FLOP/s of the chips of all `devices`; None where it is unknown, as on a CPU."""
+    known = [kind for kind in PEAK_FLOPS if devices[0].device_kind.startswith(kind)]
+    if not known:
+        return None
+    # JAX shows a chip of v7x, and of v4 without megacore, as two devices.
+    chips = {(getattr(d, "slice_index", 0), *getattr(d, "coords", (d.id,))) for d in devices}
+    return len(chips) * PEAK_FLOPS[max(known, key=len)]

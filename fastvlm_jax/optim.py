@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -89,6 +91,13 @@ def make_optimizer(
     transforms = {i: adamw(peak, decay) for i, (_, peak, decay) in enumerate(groups) if peak > 0}
     labels = {path: assigned[path] for path in trainable}
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.partition(transforms, labels))
+
+
+def update(optimizer: optax.GradientTransformation, gradients: dict, slots, trainable: dict) -> tuple[dict, Any]:
+    """Returns (trainable parameters, optimizer slots) after a step along the gradients."""
+    with jax.named_scope("optimizer"):  # the name in traces
+        updates, slots = optimizer.update(gradients, slots, trainable)
+        return optax.apply_updates(trainable, updates), slots
 
 
 def learning_rates(step, groups: Groups, steps: int, warmup_ratio: float) -> dict[str, jnp.ndarray]:

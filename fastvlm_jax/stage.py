@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import losses, model_io, optim, sharding
@@ -133,11 +134,13 @@ class Step(NamedTuple):
       make_state: (rng, variables or None) -> a state, sharded from the start. `variables` may hold only some parts of
         the model; the others are initialized.
       abstract: the state as ShapeDtypeStructs with their shardings.
+      optimizer: the optimizer in it.
     """
 
     fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     make_state: Callable[[jax.Array, dict[str, Any] | None], TrainState]
     abstract: TrainState
+    optimizer: optax.GradientTransformation
 
 
 def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, num_sources: int = 1) -> Step:
@@ -177,7 +180,8 @@ def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, nu
     )
     # Metrics are whole on every device, so that every process can read them.
     everywhere = jax.sharding.NamedSharding(mesh, sharding.spec(()))
-    return Step(jax.jit(fn, donate_argnums=0, out_shardings=(shardings, everywhere)), make_state, abstract)
+    fn = jax.jit(fn, donate_argnums=0, out_shardings=(shardings, everywhere))
+    return Step(fn, make_state, abstract, optimizer)
 
 
 def abstract_batch(config, model: FastVLM, mesh: jax.sharding.Mesh) -> Batch:

@@ -71,9 +71,8 @@ def train_step(
         (value, batch_stats, grads), outputs = jax.lax.scan(add, carry, (jnp.arange(accumulate), parts))
         outputs = jax.tree.map(joined, outputs)
 
-    with jax.named_scope("optimizer"):  # the name in traces
-        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        params = optim.merge(optax.apply_updates(trainable, updates), frozen)
+    updated, opt_state = optim.update(optimizer, grads, state.opt_state, trainable)
+    params = optim.merge(updated, frozen)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **loss.report(batch, size, outputs)}
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 

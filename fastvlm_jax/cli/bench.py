@@ -1,5 +1,6 @@
 """Runs `fastvlm bench`: benchmarks of this machine."""
 
+import functools
 import os
 import pathlib
 
@@ -99,4 +100,33 @@ def bench_ttft(argv: list[str]) -> None:
     print(ttft_page.text(found))
 
 
-BENCHMARKS = {"input": bench_input, "ttft": bench_ttft}
+def bench_step(argv: list[str]) -> None:
+    """Times a training step of a config by parts, with random weights, pixels and tokens."""
+    fv = flags.FlagValues()
+    define_config(fv, argv)
+    flags.DEFINE_integer("runs", 20, "runs on the clock", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("warmup", 3, "runs before the clock starts", lower_bound=1, flag_values=fv)
+    flags.DEFINE_enum(
+        "against", None, ["transformers"], "time the same step there too, in turns with this one", flag_values=fv
+    )
+    flags.DEFINE_string("output", None, "JSON file; FILE.md, FILE.svg and FILE.png are written too", flag_values=fv)
+    parse(fv, argv, required=("config",))
+    if fv.against:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU's memory
+    from fastvlm_jax.bench import step, step_page
+    from fastvlm_jax.bench.page import write_beside
+
+    others = None
+    if fv.against:
+        from fastvlm_jax.bench.step_transformers import prepare
+
+        others = functools.partial(prepare, fv.config)
+    found = step.measure(fv.config, runs=fv.runs, warmup=fv.warmup, others=others)
+    if fv.output:
+        to_json(found, fv.output)
+        path = pathlib.Path(fv.output).expanduser()
+        write_beside(path, step_page.text(found), step_page.bars(found), step_page.title(found))
+    print(step_page.text(found))
+
+
+BENCHMARKS = {"input": bench_input, "step": bench_step, "ttft": bench_ttft}

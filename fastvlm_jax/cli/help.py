@@ -48,7 +48,8 @@ ABOUT = {
         "fastvlm data tokenizer --data data/mine",
     ),
     "preflight": (
-        "Compiles the program of a config for a TPU slice, without a TPU, and estimates its memory and time.",
+        "Compiles the program of a config for a TPU slice, without a TPU, and estimates its memory and time; of GPUs, "
+        "estimates the memory by arithmetic.",
         "fastvlm preflight --config configs/stage2_instruct.py:0.5b --topology v5e:4x4",
     ),
     "bench input": (
@@ -63,6 +64,10 @@ ABOUT = {
     "sweep": (
         "Trains, scores and times a grid of models; the same command goes on with what was stopped.",
         "fastvlm sweep --config configs/resolution_scaling.py --workdir runs/sweep",
+    ),
+    "bench step": (
+        "Times a training step of a config by parts on this machine, with random weights, pixels and tokens.",
+        "fastvlm bench step --config configs/stage2_instruct.py:0.5b --config.data.groups=2 --output step.json",
     ),
     "report": (
         "Writes a page about training runs, or the figures and the page of a sweep, whose folder is named alone.",

@@ -8,8 +8,9 @@ import jax
 import ml_collections
 
 from fastvlm_jax import distributed, optim
+from fastvlm_jax.chips import peak_flops
 from fastvlm_jax.data.load.loader import Flow
-from fastvlm_jax.metrics.throughput import memory_scalars, mfu_scalars, peak_flops
+from fastvlm_jax.metrics.throughput import memory_scalars, mfu_scalars
 from fastvlm_jax.metrics.writer import MetricsWriter
 from fastvlm_jax.models.fastvlm import FastVLM
 

@@ -4,20 +4,9 @@ from collections.abc import Collection, Sequence
 
 import jax
 
-from fastvlm_jax.chips import PEAK_FLOPS
 from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.models import flops
 from fastvlm_jax.models.fastvlm import FastVLM
-
-
-def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """Returns the peak bf16 FLOP/s of the chips of all `devices`; None where it is unknown, as on a CPU."""
-    known = [kind for kind in PEAK_FLOPS if devices[0].device_kind.startswith(kind)]
-    if not known:
-        return None
-    # JAX shows a chip of v7x, and of v4 without megacore, as two devices.
-    chips = {(getattr(d, "slice_index", 0), *getattr(d, "coords", (d.id,))) for d in devices}
-    return len(chips) * PEAK_FLOPS[max(known, key=len)]
 
 
 def mfu_scalars(

@@ -17,7 +17,7 @@ from PIL import Image
 from small import ask, small_config
 from trace_cases import CASES
 
-from fastvlm_jax import model_io
+from fastvlm_jax import chips, model_io
 from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
@@ -87,7 +87,7 @@ def test_seconds_of_a_step_are_the_mean_over_the_interval_without_validation(tra
 
 
 def test_a_cpu_has_no_known_peak_and_tells_no_memory(traced):
-    assert throughput.peak_flops(jax.devices()) is None and throughput.memory_scalars(jax.devices()) == {}
+    assert chips.peak_flops(jax.devices()) is None and throughput.memory_scalars(jax.devices()) == {}
     assert not {key for row in read_metrics(traced) for key in row if "mfu" in key or "hbm" in key}
 
 
@@ -110,7 +110,7 @@ def test_peak_is_that_of_all_chips(kind, devices, tflops):
     made = [
         types.SimpleNamespace(device_kind=kind, id=i, **({"coords": at} if at else {})) for i, at in enumerate(devices)
     ]
-    assert throughput.peak_flops(made) == tflops * 1e12
+    assert chips.peak_flops(made) == tflops * 1e12
 
 
 def test_memory_is_that_of_the_fullest_device_of_this_process():

@@ -6,8 +6,8 @@
 `fastvlm data documents --output data/documents` writes the pages. Behind the stage stands the encoder, `tiny` (a small
 FastViTHD) or `fastvit_tiny`, and in stage `read` the side of the image in pixels.
 
-  learn  Large digits, from scratch, at the size at which each cell of the page is one token. This finds out that the
-         page matters and where its cells are, which takes hundreds of steps; at other sizes it may never happen.
+  learn  Large digits at 256 px, from scratch. This finds out that the page matters and where its cells are, which takes
+         hundreds of steps, and many more where several digits fall into one token.
   read   Digits of mixed sizes, at the size of the point.
 """
 
@@ -25,7 +25,7 @@ def get_config(argument: str = "learn,tiny"):
     c.data.template, c.data.tokenizer = "plain", "data/documents/numbers"
     stride = make_encoder(**c.model.vision.to_dict()).stride
     if stage == "learn":
-        c.data.path, c.data.image_size = "data/documents/large_numbers", 4 * stride
+        c.data.path, c.data.image_size = "data/documents/large_numbers", 256
         c.steps, c.groups = 600, ((".*", 3e-3, 0.0),)
     elif stage == "read" and side.isdigit():
         c.data.path, c.data.image_size = "data/documents/numbers", int(side)

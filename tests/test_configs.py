@@ -161,10 +161,10 @@ def test_both_encoders_of_the_embedded_sweep_have_the_same_number_of_parameters(
     assert counts == {"tiny": 369_776, "fastvit_tiny": 367_536}
 
 
-def test_stages_of_reading_see_a_cell_as_one_token_and_have_room_for_a_page():
-    for encoder, sides in (("tiny", {128: 4, 320: 25}), ("fastvit_tiny", {128: 16, 320: 100})):
+def test_stages_of_reading_have_room_for_a_page():
+    for encoder, sides in (("tiny", {128: 4, 256: 16, 320: 25}), ("fastvit_tiny", {128: 16, 256: 64, 320: 100})):
         learn = get("reading", f"learn,{encoder}")
-        assert fastvlm.build(**learn.model.to_dict()).tokens_per_image(learn.data.image_size) == 16
+        assert (learn.data.image_size, learn.data.row_length) == (256, sides[256] + 24)
         for side, tokens in sides.items():
             read = get("reading", f"read,{encoder},{side}")
             assert read.data.image_size == side

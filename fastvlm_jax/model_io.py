@@ -5,7 +5,6 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +20,6 @@ from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
 from fastvlm_jax.metrics import best
 from fastvlm_jax.models import fastvlm
-from fastvlm_jax.models.decoder import unstacked
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor, load_processor
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
@@ -196,28 +194,18 @@ def put(
     model = fastvlm.build(**{**loaded.config, "dtype": dtype or loaded.config.get("dtype", "float32")})
     dtypes = {name: DTYPES[dtype or "float32"] if name == "params" else np.float32 for name in loaded.variables}
     trees = {name: tree for name, tree in loaded.variables.items() if name != COUNTERS}
-    whole = {name: _unstacked(tree, model, layer_of) for name, tree in trees.items()}
+    whole = {name: fastvlm.unstacked(model, tree, layer_of) for name, tree in trees.items()}
     if mesh is None:
         return model, {name: read_tree(tree, dtypes[name], jax.device_put) for name, tree in whole.items()}
     if model.llm_args is not None:
         sharding.check_mesh(mesh, groups=mesh.size, num_kv_heads=model.llm_args["num_kv_heads"])
     boxed = fastvlm.boxed_variables(model)
     layouts = sharding.shardings_of({name: boxed[name] for name in trees}, mesh)
-    layouts = {
-        name: _unstacked(tree, model, lambda layout, _: sharding.of_layer(layout)) for name, tree in layouts.items()
-    }
+    layouts = {name: fastvlm.unstacked(model, tree, sharding.of_layer) for name, tree in layouts.items()}
     return model, {
         name: jax.tree.map(functools.partial(sharding.place, dtype=dtypes[name]), tree, layouts[name])
         for name, tree in whole.items()
     }
-
-
-def _unstacked(tree: dict[str, Any], model: FastVLM, index: Callable) -> dict[str, Any]:
-    """Returns a collection in which the decoder's layers, if it has them, are not stacked; see `decoder.unstacked`."""
-    if "llm" not in tree:
-        return tree
-    layers = unstacked(tree["llm"]["layers"], model.llm_args["num_layers"], index)
-    return {**tree, "llm": {**tree["llm"], "layers": layers}}
 
 
 def abstract_variables(model: FastVLM) -> dict[str, Any]:

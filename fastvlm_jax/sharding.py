@@ -261,8 +261,8 @@ def shardings_of(abstract, mesh: Mesh, whole: Callable[[str], bool] = lambda pat
     return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def of_layer(stacked: NamedSharding) -> NamedSharding:
-    """Returns the sharding of one layer's array from that of the layers' arrays stacked along a leading axis."""
+def of_layer(stacked: NamedSharding, _: int = 0) -> NamedSharding:
+    """Returns the sharding of any one layer's array from that of the layers' arrays stacked along a leading axis."""
     return NamedSharding(stacked.mesh, P(*stacked.spec[1:]))
 
 

@@ -113,14 +113,14 @@ def check(model: FastVLM, question: Question) -> int:
 def make_batch(model: FastVLM, question: Question, pixels: np.ndarray) -> Batch:
     """Returns the prompts as one group of numpy arrays, as the processor makes them: the image first, then random text.
 
-    Rows are padded to a multiple of 16 tokens, as `fastvlm generate` does.
+    Rows are padded as `fastvlm generate` pads them.
 
     Args:
       pixels: uint8 [1, batch * slots, H, W, 3].
     """
     image_tokens = question.slots * model.tokens_per_image(question.image_size)
     used = image_tokens + question.prompt_tokens
-    shape = (1, question.batch, -(-used // 16) * 16)
+    shape = (1, question.batch, generate.padded(used))
     tokens = np.random.default_rng(0).integers(0, model.llm_args["vocab_size"], shape, np.int32)
     place = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
     image = np.arange(question.batch, dtype=np.int32)[:, None] * image_tokens

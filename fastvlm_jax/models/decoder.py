@@ -4,6 +4,7 @@ Legend: B rows, T query slots, S key slots, D width, K key-value heads, G query 
 F MLP width, V vocabulary, L layers.
 """
 
+import operator
 from collections.abc import Callable
 from functools import partial
 
@@ -84,7 +85,7 @@ class Linear(nn.Module):
         return y
 
 
-def unstacked(layers: dict, count: int, index: Callable = lambda leaf, i: leaf[i]) -> dict:
+def unstacked(layers: dict, count: int, index: Callable = operator.getitem) -> dict:
     """Returns the parameters of `count` scanned layers, [L, ...], as those of each layer: {"0": ..., "1": ...}.
 
     A decoder computes the same with either. Generation is faster with arrays of their own: a program need not cut a

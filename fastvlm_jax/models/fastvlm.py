@@ -5,6 +5,8 @@ C encoder channels, V vocabulary.
 """
 
 import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -12,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fastvlm_jax.models import decoder
 from fastvlm_jax.models.convnext import ConvNeXt
 from fastvlm_jax.models.decoder import Cache, Decoder
 from fastvlm_jax.models.fastvit import FastViT
@@ -186,3 +189,14 @@ def boxed_variables(model: FastVLM) -> dict[str, Any]:
     The result is cached: do not modify it.
     """
     return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))}
+
+
+def unstacked(model: FastVLM, collection: dict[str, Any], index: Callable = operator.getitem) -> dict[str, Any]:
+    """Returns a collection of variables in which the decoder's layers, if it has them, are arrays of their own.
+
+    Generation is fastest so; see `decoder.unstacked`, also for `index`.
+    """
+    if "llm" not in collection:
+        return collection
+    layers = decoder.unstacked(collection["llm"]["layers"], model.llm_args["num_layers"], index)
+    return {**collection, "llm": {**collection["llm"], "layers": layers}}

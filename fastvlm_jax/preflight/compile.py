@@ -27,7 +27,6 @@ from fastvlm_jax import files, sharding, stage
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.generate import generate_tokens
 from fastvlm_jax.models import fastvlm
-from fastvlm_jax.models.decoder import unstacked
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.preflight.topology import Slice, compiler
 
@@ -96,8 +95,7 @@ def lower_generate(config, model: FastVLM, mesh: jax.sharding.Mesh, *, rows: int
             return jax.ShapeDtypeStruct(x.shape, dtype, sharding=layout)
 
         variables = jax.tree_util.tree_map_with_path(abstract, nn.unbox(boxed), layouts)
-        llm = variables["params"]["llm"]
-        llm["layers"] = unstacked(llm["layers"], model.llm_args["num_layers"], _layer)  # as model_io.load does
+        variables["params"] = fastvlm.unstacked(model, variables["params"], layer_shape)  # as model_io.load does
         whole = sharding.NamedSharding(mesh, sharding.P())
         rng = jax.eval_shape(jax.random.key, 0)
         rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=whole)
@@ -107,7 +105,8 @@ def lower_generate(config, model: FastVLM, mesh: jax.sharding.Mesh, *, rows: int
     return lowered, variables, batch
 
 
-def _layer(stacked: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
+def layer_shape(stacked: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of one layer of a stacked parameter, laid out as `model_io.load` does."""
     return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype, sharding=sharding.of_layer(stacked.sharding))
 
 

@@ -19,7 +19,7 @@ from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.preflight import estimate as reading
 from fastvlm_jax.preflight import topology
-from fastvlm_jax.preflight.compile import Compiled, compile
+from fastvlm_jax.preflight.compile import Compiled, compile, layer_shape
 from fastvlm_jax.preflight.hlo import cost
 from fastvlm_jax.preflight.hlo.parse import parse
 
@@ -40,6 +40,7 @@ def estimate(model: FastVLM, name: str, question: Question) -> dict[str, Any]:
     slices = topology.parse(name)
     mesh = sharding.make_mesh((1, 1, 1, 1), topology.devices(slices)[:1])
     variables = abstract(nn.unbox(fastvlm.boxed_variables(model)), mesh, model.dtype)
+    variables["params"] = fastvlm.unstacked(model, variables["params"], layer_shape)
     compiled = {
         part: _compile(part, partial(function.lower, model, variables, *args), slices, mesh)
         for part, (function, args) in programs(model, variables, question, mesh).items()

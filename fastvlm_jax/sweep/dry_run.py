@@ -91,8 +91,10 @@ def _hours(hours: float | None) -> str:
 
 def _total(costs: dict[str, dict[str, Any]], slices: topology.Slice, estimate: str) -> str:
     known = [found["chip_hours"] for found in costs.values() if found.get("chip_hours") is not None]
-    unknown = len(costs) - len(known)
-    left_out = f", {unknown} runs left out whose data or settings give no estimate" if unknown else ""
+    unfit = sum(not found.get("fits", True) for found in costs.values())
+    unknown = len(costs) - len(known) - unfit
+    left_out = f", {unfit} runs left out that do not fit" if unfit else ""
+    left_out += f", {unknown} runs left out whose data or settings give no estimate" if unknown else ""
     return (
         f"{_hours(sum(known))} chip-hours of training on {slices.name}, estimated {ESTIMATES[estimate]}{left_out}; "
         "scoring and timing not counted. Nothing ran on a TPU."
@@ -130,6 +132,6 @@ def _compiled(task: Task, slices: topology.Slice) -> dict[str, Any]:
 
 
 def _cost(seconds, size, fits, steps, slices: topology.Slice) -> dict[str, Any]:
-    known = seconds is not None and steps is not None
+    known = seconds is not None and steps is not None and fits
     hours = steps * seconds / 3600 * slices.chips if known else None
     return {"seconds": seconds, "bytes": size, "fits": fits, "steps": steps, "chip_hours": hours}

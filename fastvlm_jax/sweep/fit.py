@@ -31,7 +31,7 @@ def candidates(config, slices: Slice) -> list[Candidate]:
 
 
 def as_given(config, slices: Slice, ranked: list[Candidate]) -> Candidate | None:
-    """Returns the candidate with the config's own settings; None if it is not among those that fit."""
+    """Returns the candidate with the config's own settings; None if others fit and it does not."""
     own = search.given(config, _mesh(config, slices))
     return next((found for found in ranked if not search.differing(found.settings, own)), None)
 

@@ -1,8 +1,12 @@
 """The commands that a sweep issues: by the launchers, whose programs are replaced, and what it makes of their end."""
 
 import json
+import os
 import re
+import signal
 import sys
+import threading
+import time
 
 import pytest
 from command import fastvlm
@@ -15,9 +19,13 @@ from fastvlm_jax.sweep.launcher import Launcher
 OWN = "configs/own_data.py:tiny"
 # In the place of fastvlm: notes its words, fails where FAIL stands in them, and writes what evaluate and bench write.
 PROGRAM = """
-import json, pathlib, sys
+import json, pathlib, signal, sys, time
 folder, words = pathlib.Path(__file__).parent.parent.parent, sys.argv[1:]
 with (folder / "calls").open("a") as file: file.write(" ".join(words) + "\\n")
+if (folder / "slow").exists():  # saves when it is told to stop, as the trainer
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))
+    (folder / "started").touch()
+    time.sleep(60)
 fail = (folder / "fail").read_text() if (folder / "fail").exists() else ""
 if fail and fail in " ".join(words):
     print("some output"); sys.exit("ValueError: it broke")
@@ -67,7 +75,7 @@ def states(results):
     return {point["name"]: point["state"] for point in results["points"]}
 
 
-def test_all_tasks_run_in_order_and_none_again(grid, monkeypatch, capsys):
+def test_tasks_run_in_order_and_only_changed_ones_again(grid, monkeypatch, capsys):
     status, lines, results, made = sweep(grid, monkeypatch, capsys)
     assert status == 0
     assert made == [["train"], ["evaluate"], ["train"], ["evaluate"], ["bench", "ttft"], ["bench", "ttft"]]
@@ -79,6 +87,19 @@ def test_all_tasks_run_in_order_and_none_again(grid, monkeypatch, capsys):
     assert first["ttft"] == {"paper_ttft": 0.25} and first["image_tokens"] == 1
     status, lines, results, made = sweep(grid, monkeypatch, capsys)
     assert (status, made, lines) == (0, [], ["sweep: 6 of 6 tasks were finished before"])
+    # A changed point is made anew, and what it was is kept.
+    text = (grid / "grid.py").read_text()
+    (grid / "grid.py").write_text(text.replace('"data.image_size": 128', '"data.image_size": 128, "seed": 5'))
+    status, lines, results, made = sweep(grid, monkeypatch, capsys)
+    assert status == 0 and made == [["train"], ["evaluate"], ["bench", "ttft"]]
+    assert lines[0].startswith(f"sweep: point b has changed: what it was is kept in {grid}/w/points/b-")
+    assert len(list((grid / "w/points").glob("b-*/evaluation/easy-vqa-own.json"))) == 1
+    # The point as it was finds its files again.
+    (grid / "grid.py").write_text(text)
+    assert sweep(grid, monkeypatch, capsys)[3] == []
+    # Other questions are asked without training or timing again.
+    status, _, results, made = sweep(grid, monkeypatch, capsys, "--config.limit=5")
+    assert (status, made) == (0, [["evaluate"]] * 2) and results["points"][1]["mean"] == 60.0
 
 
 def test_a_failed_point_is_named_and_the_others_go_on(grid, monkeypatch, capsys):
@@ -103,22 +124,6 @@ def test_a_shared_stage_that_fails_fails_all_its_points(grid, monkeypatch, capsy
     status, lines, results, made = sweep(grid, monkeypatch, capsys)
     assert status == 1 and states(results) == {"a": "failed", "b": "failed"} and made == [["train"]]
     assert "2 of 2 points failed: a, b;" in lines[-1]
-
-
-def test_a_changed_point_is_made_anew_and_what_it_was_is_kept(grid, monkeypatch, capsys):
-    sweep(grid, monkeypatch, capsys)
-    text = (grid / "grid.py").read_text()
-    (grid / "grid.py").write_text(text.replace('"data.image_size": 128', '"data.image_size": 128, "seed": 5'))
-    status, lines, results, made = sweep(grid, monkeypatch, capsys)
-    assert status == 0 and made == [["train"], ["evaluate"], ["bench", "ttft"]]
-    assert lines[0].startswith(f"sweep: point b has changed: what it was is kept in {grid}/w/points/b-")
-    assert len(list((grid / "w/points").glob("b-*/evaluation/easy-vqa-own.json"))) == 1
-    # The point as it was finds its files again.
-    (grid / "grid.py").write_text(text)
-    assert sweep(grid, monkeypatch, capsys)[3] == []
-    # Other questions are asked without training or timing again.
-    status, _, results, made = sweep(grid, monkeypatch, capsys, "--config.limit=5")
-    assert (status, made) == (0, [["evaluate"]] * 2) and results["points"][1]["mean"] == 60.0
 
 
 def test_a_folder_of_something_else_is_refused(grid, monkeypatch, capsys):
@@ -207,3 +212,20 @@ def test_files_of_a_benchmark_that_are_not_there_are_named_before_anything_runs(
     assert (status, made) == (1, []) and len(lines) == 1 and "/none" in lines[0]
     status, lines, _, made = sweep(grid, monkeypatch, capsys, "--config.protocol=llava")
     assert (status, made) == (1, []) and "--protocol llava" in lines[0] and not (grid / "w").exists()
+
+
+def test_a_signal_stops_the_command_at_work_and_says_how_to_go_on(grid, monkeypatch, capsys):
+    def stop():
+        while not (grid / "started").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    (grid / "slow").touch()
+    threading.Thread(target=stop, daemon=True).start()
+    status, lines, _, _ = sweep(grid, monkeypatch, capsys)
+    assert status == 130 and re.fullmatch(
+        "fastvlm sweep: stopped in train-own_data-hd-tiny-64-.*; the same command goes on from there", lines[-1]
+    )
+    assert "saved" in next((grid / "w/logs").iterdir()).read_text()
+    (grid / "slow").unlink()
+    assert sweep(grid, monkeypatch, capsys)[0] == 0

@@ -1,11 +1,9 @@
-"""A sweep of two tiny points, killed and stopped at work and run again, has the answers of its commands in a row."""
+"""A sweep of two tiny points, killed at work and run again, has the answers of its commands in a row."""
 
 import fcntl
 import json
 import os
 import random
-import re
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from command import fastvlm
 from paths import ROOT
 from tiny_sweep import get_config
 
+from fastvlm_jax.sweep import state
 from fastvlm_jax.sweep.plan import make_plan
 
 CONFIG = ROOT / "tests/helpers/tiny_sweep.py"
@@ -40,25 +39,17 @@ def rows(folder):
     return sum(len(path.read_text().splitlines()) for path in (folder / "w/runs").glob("small-*-8-*/metrics.jsonl"))
 
 
-def wait(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.02)
-
-
-def straight(folder, data, monkeypatch, capsys):
-    """The commands of the plan in a row, in this process: point -> the lines of its predictions."""
+def straight(folder, names, data, monkeypatch, capsys):
+    """The commands of these points in a row, in this process: point -> the lines of its predictions."""
     made = make_plan(get_config(str(data)), str(folder))
     for task in made.tasks:
-        if task.kind != "ttft":
+        if task.kind != "ttft" and set(names) & set(task.points):
             assert fastvlm(monkeypatch, capsys, *task.arguments)[0] == 0
-    return predictions(folder)
+    return predictions(folder, names)
 
 
-def predictions(folder):
-    files = sorted(folder.glob("points/*/evaluation/easy-vqa-own.predictions.jsonl"))
-    return {path.parent.parent.name: path.read_text() for path in files}
+def predictions(folder, names):
+    return {name: (folder / f"points/{name}/evaluation/easy-vqa-own.predictions.jsonl").read_text() for name in names}
 
 
 def at_work(folder):
@@ -71,46 +62,50 @@ def at_work(folder):
     return False
 
 
-def test_a_sweep_that_is_killed_and_stopped_goes_on_to_the_same_answers(tmp_path, easy_vqa, monkeypatch, capsys):
-    first = start(tmp_path, easy_vqa)
-    wait(lambda: rows(tmp_path) >= 3, first)
-    first.kill()
-    first.communicate()
-    deadline = time.monotonic() + 10
-    while at_work(tmp_path):  # the command that it had started ends with it
-        assert time.monotonic() < deadline
+def check(folder, names, data, monkeypatch, capsys):
+    """The sweep of a folder has the answers of its commands in a row, and the points their states and numbers."""
+    assert predictions(folder / "w", names) == straight(folder / "straight", names, data, monkeypatch, capsys)
+    points = json.loads((folder / "w/results.json").read_text())["points"]
+    assert [point["state"] for point in points] == ["done", "done"]
+    assert [point["accuracy"]["easy-vqa"]["n"] for point in points] == [24, 24]
+    assert points[0]["runs"] == points[1]["runs"][:1]
+    return points
+
+
+def test_a_sweep_that_is_killed_goes_on_to_the_same_answers(tmp_path, easy_vqa, monkeypatch, capsys):
+    process, end = start(tmp_path, easy_vqa), time.monotonic() + 120
+    while rows(tmp_path) < 3:  # behind the first checkpoint, before the last step
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.02)
-    second = start(tmp_path, easy_vqa)
-    wait(lambda: rows(tmp_path) >= 5, second)
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 10
+    while at_work(tmp_path):  # the command that it had started ends with it
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert rows(tmp_path) < 8
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
     command = ("sweep", f"--config={CONFIG}:{easy_vqa}", f"--workdir={tmp_path / 'w'}")
-    status, _, err = fastvlm(monkeypatch, capsys, *command)
+    with state.locked(tmp_path / "w"):
+        status, _, err = fastvlm(monkeypatch, capsys, *command)
     assert status == 1 and err.count("\n") == 1 and f"another sweep is at work in {tmp_path}/w" in err
-    second.send_signal(signal.SIGTERM)
-    _, err = second.communicate(timeout=60)
-    assert second.returncode == 130 and re.search(
-        "^fastvlm sweep: stopped (in|before) .*; the same command goes on from there$", err.splitlines()[-1]
-    )
-    last = start(tmp_path, easy_vqa, "--config.ttft=True")
-    out, err = last.communicate(timeout=120)
-    assert last.returncode == 0 and out == f"{tmp_path}/w/results.json\n", err
-    assert predictions(tmp_path / "w") == straight(tmp_path / "straight", easy_vqa, monkeypatch, capsys)
-    results = json.loads((tmp_path / "w/results.json").read_text())
-    assert [point["state"] for point in results["points"]] == ["done", "done"]
-    assert [point["accuracy"]["easy-vqa"]["n"] for point in results["points"]] == [24, 24]
-    assert [point["ttft"]["image_tokens"] for point in results["points"]] == [4, 16]
-    assert all(point["ttft"]["measured"] and point["ttft"]["paper_ttft"] > 0 for point in results["points"])
-    assert results["points"][0]["runs"] == results["points"][1]["runs"][:1]
+    status, out, err = fastvlm(monkeypatch, capsys, *command)
+    assert (status, out) == (0, f"{tmp_path}/w/results.json\n"), err
+    check(tmp_path, ["small-8"], easy_vqa, monkeypatch, capsys)  # of the run that was killed
 
 
 @pytest.mark.full
 def test_ten_kills_at_random_moments_change_no_accuracy(tmp_path, easy_vqa, monkeypatch, capsys):
     rng = random.Random(0)
     for _ in range(10):
-        process = start(tmp_path, easy_vqa)
-        time.sleep(rng.uniform(1, 20))
+        process = start(tmp_path, easy_vqa, "--config.ttft=True")
+        time.sleep(rng.uniform(4, 25))
         process.kill()
         process.communicate()
-    last = start(tmp_path, easy_vqa)
-    _, err = last.communicate(timeout=300)
+    last = start(tmp_path, easy_vqa, "--config.ttft=True")
+    _, err = last.communicate(timeout=600)
     assert last.returncode == 0, err
-    assert predictions(tmp_path / "w") == straight(tmp_path / "straight", easy_vqa, monkeypatch, capsys)
+    points = check(tmp_path, ["small-8", "small-16"], easy_vqa, monkeypatch, capsys)
+    assert [point["ttft"]["image_tokens"] for point in points] == [4, 16]
+    assert all(point["ttft"]["measured"] and point["ttft"]["paper_ttft"] > 0 for point in points)

@@ -55,7 +55,8 @@ def draw_bars(path: pathlib.Path, bars: Mapping[str, Mapping[str, float]], title
     axis.set_ylim(0, 1.1 * max(below, default=1.0) or 1.0)
     axis.set_title(title, fontsize=10, loc="left", wrap=True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(*(found[::-1] for found in axis.get_legend_handles_labels()), frameon=False)
+    entries = (found[::-1] for found in axis.get_legend_handles_labels())
+    figure.legend(*entries, loc="outside right center", frameon=False)  # beside the bars, never on them
     for suffix in PICTURES:
         with files.whole_file(path.with_suffix(suffix)) as file:
             figure.savefig(file, format=suffix[1:], dpi=150)

@@ -78,9 +78,12 @@ class Answers:
         next_B = sample(logits_BV, key, choice.temperature, choice.top_p, choice.top_k)
         seen = None if self.seen is None else self.seen.at[rows, next_B].set(True)
         next_B = jnp.where(jnp.isin(self.last, ends), ends[0], next_B)
-        # Replicated on all devices, so that every process can read the tokens.
-        tokens = sharding.constrain(self.tokens.at[:, self.count].set(next_B), (None, None))
+        tokens = self.tokens.at[:, self.count].set(next_B)
         return Answers(tokens, self.count + 1, next_B, self.lengths, seen, cache)
+
+    def readable(self) -> "Answers":
+        """Returns the answers with their ids replicated on all devices, so that every process can read them."""
+        return self.replace(tokens=sharding.constrain(self.tokens, (None, None)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "room", "choice"))
@@ -109,7 +112,7 @@ def begin(model: FastVLM, variables: Any, batch: Batch, rng: jax.Array, *, room:
         seen=None if choice.repetition_penalty == 1 else seen_in(batch, logits_BV.shape[-1], choice.image_id),
         cache=cache,
     )
-    return answers.chosen(logits_BV, cache, rng, choice)
+    return answers.chosen(logits_BV, cache, rng, choice).readable()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "choice"), donate_argnames="answers")
@@ -127,7 +130,7 @@ def advance(
         logits_BV, cache = decode_step(model, variables, answers.last, positions_B, answers.cache)
         return answers.chosen(logits_BV, cache, rng, choice)
 
-    return jax.lax.while_loop(unfinished, step, answers)
+    return jax.lax.while_loop(unfinished, step, answers).readable()
 
 
 def generate_tokens(

@@ -155,6 +155,7 @@ def test_report_draws_the_losses_and_the_sample_sheet(monkeypatch, capsys, workd
     assert status == 0 and out.split() == [
         str(page),
         str(tmp_path / "report_loss.png"),
+        str(tmp_path / "report_rates.png"),
         str(tmp_path / "report_samples.png"),
     ]
     assert PIL.Image.open(tmp_path / "report_samples.png").size == (1100, 1150)

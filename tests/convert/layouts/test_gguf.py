@@ -49,8 +49,15 @@ def load(file) -> tuple[Decoder, dict]:
     return llm, jax.tree.map(np.asarray, to_jax(rows, tensors, shapes_of(llm), file))
 
 
-def apply(llm, variables, tokens, positions, segments, cache=None):
-    return llm.apply(variables, llm.apply(variables, tokens, method="embed"), positions, segments, cache)
+def apply(llm, variables, tokens, positions, segments):
+    """Logits of all positions."""
+    return llm.apply(variables, llm.apply(variables, tokens, method="embed"), positions, segments)
+
+
+def extend(llm, variables, tokens, positions, segments, cache):
+    """(logits of each row's last token, the longer cache)."""
+    x = llm.apply(variables, tokens, method="embed")
+    return llm.apply(variables, x, positions, segments, cache, method="extend")
 
 
 def test_smollm2_has_the_published_sizes(smollm2):
@@ -70,7 +77,7 @@ def test_smollm2_knows_the_capital_of_france_with_and_without_cache(smollm2):
     @jit
     def uncached(variables, tokens, length):
         """Returns the next token, from a full forward pass over `length` slots; the other slots are padding."""
-        logits, _ = apply(llm, variables, tokens, order, (order < length).astype(int))
+        logits = apply(llm, variables, tokens, order, (order < length).astype(int))
         return logits[0, length - 1].argmax()
 
     tokens = np.zeros((1, total), np.int32)
@@ -82,14 +89,14 @@ def test_smollm2_knows_the_capital_of_france_with_and_without_cache(smollm2):
     def cached(variables):
         ones = jnp.ones((1, used), int)
         cache = llm.empty_cache(1, total)
-        logits, cache = apply(llm, variables, jnp.array([prompt]), order[:, :used], ones, cache)
+        logits, cache = extend(llm, variables, jnp.array([prompt]), jnp.array(order[:, :used]), ones, cache)
 
         def step(carry, at):
             token, cache = carry
-            logits, cache = apply(llm, variables, token[None, None], at[None, None], ones[:, :1], cache)
-            return (logits[0, 0].argmax(), cache), token
+            logits, cache = extend(llm, variables, token[None, None], at[None, None], ones[:, :1], cache)
+            return (logits[0].argmax(), cache), token
 
-        return jax.lax.scan(step, (logits[0, -1].argmax(), cache), jnp.arange(used, total))[1]
+        return jax.lax.scan(step, (logits[0].argmax(), cache), jnp.arange(used, total))[1]
 
     answer = np.asarray(cached(variables)).tolist()
     assert answer == tokens[0, used:].tolist()
@@ -132,7 +139,7 @@ def test_smollm2_logits_and_tokenizer_equal_transformers_own_gguf_reader(smollm2
         expected = reference(torch.from_numpy(tokens)).logits
     llm, variables = load(smollm2)
     order = np.arange(tokens.shape[1])[None]
-    ours = jit(lambda v: apply(llm, v, tokens, order, np.ones_like(order))[0])(variables)
+    ours = jit(lambda v: apply(llm, v, tokens, order, np.ones_like(order)))(variables)
     assert relative(ours, expected) <= 1e-4
     assert np.array_equal(ours.argmax(-1), expected.argmax(-1))
 
@@ -224,7 +231,7 @@ def test_logits_equal_transformers_own_gguf_reader(tmp_path, options):
     llm, variables = load(file)
     assert llm.context_length == 128 and llm.rope_theta == 5e4 and llm.epsilon == 1e-5
     positions = np.broadcast_to(np.arange(11), tokens.shape)
-    ours = jit(lambda v: apply(llm, v, tokens, positions, np.ones_like(tokens))[0])(variables)
+    ours = jit(lambda v: apply(llm, v, tokens, positions, np.ones_like(tokens)))(variables)
     assert relative(ours, theirs) <= 1e-5
 
 

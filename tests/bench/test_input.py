@@ -138,7 +138,12 @@ def test_a_split_of_texts_is_refused(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "argv, message",
-    [((), "has input"), (("photos",), "unknown command 'photos'"), (("input",), "--config"), (("input", "--rounds=3"), "")],
+    [
+        ((), "has input"),
+        (("photos",), "unknown command 'photos'"),
+        (("input",), "--config"),
+        (("input", "--rounds=3"), ""),
+    ],
 )
 def test_wrong_usage_is_one_line(argv, message, monkeypatch, capsys):
     status, _, err = fastvlm(monkeypatch, capsys, "bench", *argv)

@@ -63,6 +63,7 @@ class Finder:
 
 
 HEAVY = {"torch", "torchvision", "transformers", "accelerate", "datasets", "pandas", "matplotlib", "wandb", "jax"}
+HEAVY |= {"sklearn", "scipy"}
 PACKAGES = {"lmms_eval", "llava"}  # of these nothing may be a stub
 request = json.load(sys.stdin)
 for name in request["before"]:

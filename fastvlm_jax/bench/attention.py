@@ -18,10 +18,6 @@ from fastvlm_jax.files import write_json
 from fastvlm_jax.kernels.attention import cudnn_attention, cudnn_supports, plain
 
 KV_HEADS, GROUPS, HEAD = 2, 7, 64  # of Qwen2-0.5B
-LENGTHS = flags.DEFINE_list("lengths", ["512", "1024", "2048", "4096"], "tokens of a row")
-ROWS = flags.DEFINE_integer("rows", 4, "rows", lower_bound=1)
-RUNS = flags.DEFINE_integer("runs", 20, "runs on the clock", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "JSON file for the figures")
 
 
 def forward_and_backward(form, q, k, v, segments, cotangent):
@@ -76,19 +72,24 @@ def main(argv) -> None:
     """Times all lengths, prints the table and writes the JSON file."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if not all(length.isdigit() and int(length) for length in LENGTHS.value):
-        raise app.UsageError(f"--lengths={','.join(LENGTHS.value)}: write numbers of tokens, as 512,1024")
+    asked = flags.FLAGS
+    if not all(length.isdigit() and int(length) for length in asked.lengths):
+        raise app.UsageError(f"--lengths={','.join(asked.lengths)}: write numbers of tokens, as 512,1024")
     found: dict[str, Any] = {
         "device": clock.device_name(jax.devices()[0]),
         "versions": clock.versions(),
         "attention": [],
     }
-    for length in map(int, LENGTHS.value):
-        found["attention"] += measure(ROWS.value, length, RUNS.value)
-        if OUTPUT.value:  # after each length, so that a run that is stopped leaves what it has
-            write_json(OUTPUT.value, found)
+    for length in map(int, asked.lengths):
+        found["attention"] += measure(asked.rows, length, asked.runs)
+        if asked.output:  # after each length, so that a run that is stopped leaves what it has
+            write_json(asked.output, found)
     print(text(found))
 
 
 if __name__ == "__main__":
+    flags.DEFINE_list("lengths", ["512", "1024", "2048", "4096"], "tokens of a row")
+    flags.DEFINE_integer("rows", 4, "rows", lower_bound=1)
+    flags.DEFINE_integer("runs", 20, "runs on the clock", lower_bound=1)
+    flags.DEFINE_string("output", None, "JSON file for the figures")
     app.run(main)

@@ -45,7 +45,11 @@ def estimate(model: FastVLM, name: str, question: Question) -> dict[str, Any]:
         part: _compile(part, partial(function.lower, model, variables, *args), slices, mesh)
         for part, (function, args) in programs(model, variables, question, mesh).items()
     }
-    seconds = {part: _seconds(found, slices, mesh) for part, found in compiled.items()}
+    read = {part: cost.analyse(parse(found.text), 1) for part, found in compiled.items()}
+    chip = list(mesh.devices.flat)
+    seconds = {part: reading.timing(found, slices, chip)["scheduled_s"] for part, found in read.items()}
+    # Each weight is read for one token alone, which takes at least the time of fetching them all.
+    seconds["next_token"] = max(seconds["next_token"], reading.fetching_s(read["next_token"], slices))
     seconds["fused"] = seconds["encoder"] + seconds["projector"] + seconds["prefill"]
     return {
         **ttft.describe(model, variables, question, image_tokens),
@@ -110,11 +114,6 @@ def _compile(part: str, lower, slices: topology.Slice, mesh: jax.sharding.Mesh) 
             "--dtype=bfloat16"
         )
     return compiled
-
-
-def _seconds(compiled: Compiled, slices: topology.Slice, mesh: jax.sharding.Mesh) -> float:
-    found = cost.analyse(parse(compiled.text), 1)
-    return reading.timing(found, slices, list(mesh.devices.flat))["scheduled_s"]
 
 
 def _bytes(compiled: Compiled) -> float:

@@ -3,8 +3,8 @@
     fastvlm train --config configs/reading.py:learn,tiny --workdir DIR
     fastvlm train --config configs/reading.py:read,tiny,128 --config.parent=DIR --workdir DIR_128
 
-`fastvlm data documents --output data/documents` writes the pages. Behind the stage stands the encoder, `tiny` (a small
-FastViTHD) or `fastvit_tiny`, and in stage `read` the side of the image in pixels.
+`fastvlm data documents --output data/documents --parts numbers,large_numbers` writes the pages. Behind the stage stands
+the encoder, `tiny` (a small FastViTHD) or `fastvit_tiny`, and in stage `read` the side of the image in pixels.
 
   learn  Large digits at 256 px, from scratch. This finds out that the page matters and where its cells are, which takes
          hundreds of steps, and many more where several digits fall into one token.

@@ -1,6 +1,6 @@
 """Grids of models for `fastvlm sweep`: accuracy against time to first token, as encoder, model and resolution vary.
 
-    fastvlm data documents --output data/documents
+    fastvlm data documents --output data/documents --parts numbers,large_numbers
     fastvlm sweep --config configs/resolution_scaling.py --workdir runs/reading
     fastvlm sweep --config configs/resolution_scaling.py:paper-fig1 --dry_run --topology v5e:4x4
 

@@ -31,7 +31,7 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
             inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--json FILE] [--verify]
                     --data DIR --against DIR [--benchmark NAME] [--kinds KIND,...] [--output LIST]
             easy-vqa --output DIR
-            documents --output DIR [--pages N] [--seed S] [--workers N]
+            documents --output DIR [--pages N] [--parts PART,...] [--seed S] [--workers N]
             tokenizer --data DIR [--vocab_size N]
   preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]
             --config FILE.py[:ARG] --topology gpu:80GB|gpu:8x80GB [--output FILE.json]

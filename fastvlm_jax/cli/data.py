@@ -1,6 +1,7 @@
 """Runs `fastvlm data`: writes, inspects and fetches data sets."""
 
 import dataclasses
+import pathlib
 import sys
 
 from absl import flags
@@ -182,13 +183,23 @@ def documents_data(argv: list[str]) -> None:
         "pages", 8000, "training pages; validation gets a 16th as many, test an 8th", lower_bound=1, flag_values=fv
     )
     flags.DEFINE_integer("seed", 0, "seed of the pages", lower_bound=0, flag_values=fv)
+    flags.DEFINE_list(
+        "parts", ["pages", "numbers", "large_numbers"],
+        "what to write: the pages, and the two sets for tiny models; the others can be added later", flag_values=fv,
+    )  # fmt: skip
     flags.DEFINE_integer("workers", 0, "processes; 0 = one a core", lower_bound=0, flag_values=fv)
     parse(fv, argv, required=("output",))
-    from fastvlm_jax.data.sets.documents.write import write_documents
+    from fastvlm_jax.data.sets.documents.write import PARTS, write_documents
 
     with tqdm_bar("draw", None, "page") as bar:
-        counts = write_documents(fv.output, fv.pages, fv.seed, workers=fv.workers, progress=bar.update)
-    print(f"{fv.output}: {counts}; {fv.output}/numbers and large_numbers: numbers alone, as many")
+
+        def show(drawn: int, count: int) -> None:
+            bar.total = count
+            bar.update(drawn)
+
+        counts = write_documents(fv.output, fv.pages, fv.seed, parts=fv.parts, workers=fv.workers, progress=show)
+    for name in fv.parts:
+        print(f"{pathlib.Path(fv.output, PARTS[name].folder)}: {counts}")
 
 
 def train_tokenizer(argv: list[str]) -> None:

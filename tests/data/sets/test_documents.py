@@ -274,15 +274,15 @@ def test_answers_are_not_told_by_their_questions(drawn):
 
 def test_other_processes_draw_the_same_pages(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_CHUNK", 4)
-    part, done = write.PARTS[0], []
+    part, done = write.PARTS["pages"], []
     jobs = list(write._jobs(tmp_path, part, 0, "test", 6))
-    write._run(jobs, 2, done.append)
+    write._run(jobs, 2, lambda *drawn: done.append(drawn))
     found = [record for job in jobs for record in write._read(job)]
     assert found == [write.record(part, "test", number, page) for number, page in enumerate(drawn[:6])]
-    assert sorted(done) == [2, 4]
+    assert sorted(done) == [(2, 6), (4, 6)]
     jobs[0].file.unlink()  # as if the run had been killed while it drew these
-    write._run(jobs, 1, done.append)
-    assert [record for job in jobs for record in write._read(job)] == found and done[2:] == [4]
+    write._run(jobs, 1, lambda *drawn: done.append(drawn))
+    assert [record for job in jobs for record in write._read(job)] == found and done[2:] == [(4, 4)]
     assert pages.draw(1, "test", 0).png() != drawn[0].png() != pages.draw(0, "validation", 0).png()
 
 
@@ -300,10 +300,23 @@ def test_the_written_set_holds_the_pages(folder, drawn):
         assert load_tokenizer(part).decode(load_tokenizer(part).encode(page.text)) == page.text
 
 
-def test_a_smaller_set_is_the_beginning_of_a_larger_one(folder, tmp_path):
+def test_a_smaller_set_is_the_beginning_of_a_larger_one_and_parts_can_be_added(folder, tmp_path):
+    write_documents(tmp_path, pages=2, parts=["numbers"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["documents.json", "numbers"]
     write_documents(tmp_path, pages=2)
-    small, large = read_shards(tmp_path, "train"), read_shards(folder, "train")
-    assert [small[n] for n in range(2)] == [large[n] for n in range(2)]
+    for part in ("", "numbers", "large_numbers"):
+        small, large = read_shards(tmp_path / part, "train"), read_shards(folder / part, "train")
+        assert [small[n] for n in range(2)] == [large[n] for n in range(2)]
+
+
+def test_two_commands_at_once_do_not_write_to_one_folder(tmp_path):
+    def another(*drawn):
+        write_documents(tmp_path, pages=2, parts=["numbers"])
+
+    with pytest.raises(ValueError, match=f"another process is writing to {tmp_path}: wait for its end, or stop it"):
+        write_documents(tmp_path, pages=2, parts=["numbers"], progress=another)
+    write_documents(tmp_path, pages=2, parts=["numbers"])  # the lock ended with the first
+    assert len(read_shards(tmp_path / "numbers", "train")) == 2
 
 
 def test_writing_again_changes_nothing_and_goes_on_where_it_stopped(folder):
@@ -328,6 +341,8 @@ def test_writing_again_changes_nothing_and_goes_on_where_it_stopped(folder):
         (["--pages=17"], 1, "already holds a set with pages=16, not 17: choose another folder"),
         (["--pages=0"], 2, "--pages=0: 0 is not a positive integer"),
         (["--seed=-1"], 2, "--seed=-1: -1 is not a non-negative integer"),
+        (["--parts=pages,words"], 1, "parts 'pages,words': choose from pages, numbers, large_numbers"),
+        (["--parts="], 1, "parts '': choose from pages, numbers, large_numbers"),
         (["--output=/proc/none"], 1, "/proc/none"),
         (["--output={folder}/manifest.json"], 1, "manifest.json is a file: choose a folder"),
         (["--output={folder}/index/.."], 0, ""),

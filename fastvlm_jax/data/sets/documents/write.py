@@ -1,11 +1,13 @@
 """Writes the pages as shards, with several processes: the full set, and beside it the part for tiny models.
 
-OUTPUT/                   every kind of page: its transcription, and questions about it
+OUTPUT/                   "pages": every kind of page, its transcription, and questions about it
 OUTPUT/numbers/           four numbers a page, as captions: a page is answered by its transcription, without a question
 OUTPUT/large_numbers/     the same in large digits, for the first steps of a model
 OUTPUT/documents.json     what the pages were drawn from: the seed, their number, the versions of the packages
 """
 
+import contextlib
+import fcntl
 import functools
 import importlib.metadata
 import itertools
@@ -55,11 +57,11 @@ class Part(NamedTuple):
 
 
 _CHARACTERS = 289  # ids of a tokenizer that has no room for more than characters: each digit is a token
-PARTS = (
-    Part("", pages.draw, TRANSCRIBE, 512),
-    Part("numbers", numbers.draw, "", _CHARACTERS),
-    Part("large_numbers", functools.partial(numbers.draw, sizes=numbers.LARGE), "", _CHARACTERS),
-)
+PARTS = {
+    "pages": Part("", pages.draw, TRANSCRIBE, 512),
+    "numbers": Part("numbers", numbers.draw, "", _CHARACTERS),
+    "large_numbers": Part("large_numbers", functools.partial(numbers.draw, sizes=numbers.LARGE), "", _CHARACTERS),
+}
 
 
 def write_documents(
@@ -67,10 +69,11 @@ def write_documents(
     pages: int = 8000,
     seed: int = 0,
     *,
+    parts: Sequence[str] = tuple(PARTS),
     workers: int = 0,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int, int], Any] | None = None,
 ) -> dict[str, int]:
-    """Writes all parts, each with the splits `train`, `validation` and `test` and a `tokenizer.model` of its own.
+    """Writes parts, each with the splits `train`, `validation` and `test` and a `tokenizer.model` of its own.
 
     A page depends on the seed, its split and its number alone: a smaller set is the beginning of a larger one, and any
     number of processes writes the same bytes. What a stopped run has finished is kept.
@@ -79,35 +82,43 @@ def write_documents(
       output: local folder.
       pages: number of training pages of each part; validation has a 16th as many, test an 8th.
       seed: seed of the pages.
+      parts: names in PARTS; the others can be written later.
       workers: number of processes; 0 for one a core.
-      progress: function that is called with a number of pages when they are drawn.
+      progress: function that is called with a number of pages when they are drawn, and how many are to be drawn.
 
     Returns:
       Number of pages in each split of each part.
 
     Raises:
-      ValueError: a package is missing, an argument is out of range, or `output` is a file or holds another set.
+      ValueError: a package is missing, an argument is out of range, `output` is a file or holds another set, or another
+        process is writing to it.
       OSError: `output` cannot be written to.
     """
     if pages < 1 or seed < 0 or workers < 0:
         raise ValueError(
             f"pages {pages}, seed {seed}, workers {workers}: pages must be 1 or more, the others 0 or more"
         )
+    if not parts or not PARTS.keys() >= set(parts):
+        raise ValueError(f"parts {','.join(parts)!r}: choose from {', '.join(PARTS)}")
     output = pathlib.Path(output).expanduser()
     counts = {split: max(1, pages // share) for split, share in SPLITS.items()}
-    to_do = [(part, split) for part in PARTS for split in counts if not _is_there(output / part.folder, split)]
-    if to_do:
-        read_data_sets("test"), read_texts("test")  # a missing package is told before anything is written
+    chosen = [PARTS[name] for name in dict.fromkeys(parts)]
+    to_do = [(part, split) for part in chosen for split in counts if not _is_there(output / part.folder, split)]
+    if to_do:  # what is missing is told before anything is written
+        read_data_sets("test")
+        if "pages" in parts:
+            read_texts("test")
     _describe(output, {"seed": seed, "pages": pages}, finished=not to_do)
-    jobs = {(part, split): list(_jobs(output, part, seed, split, counts[split])) for part, split in to_do}
-    few = sum(counts[split] for _, split in to_do) <= _FEW
-    _run(list(itertools.chain(*jobs.values())), 1 if few else workers or len(os.sched_getaffinity(0)), progress)
-    for (part, split), own in jobs.items():
-        write_shards(output / part.folder, split, (record for job in own for record in _read(job)))
-    shutil.rmtree(output / _WRITING, ignore_errors=True)
-    for part in PARTS:
-        if not (output / part.folder / FILE).is_file():
-            write_tokenizer(output / part.folder, part.vocab_size)
+    with _alone(output):
+        jobs = {(part, split): list(_jobs(output, part, seed, split, counts[split])) for part, split in to_do}
+        few = sum(counts[split] for _, split in to_do) <= _FEW
+        _run(list(itertools.chain(*jobs.values())), 1 if few else workers or len(os.sched_getaffinity(0)), progress)
+        for (part, split), own in jobs.items():
+            write_shards(output / part.folder, split, (record for job in own for record in _read(job)))
+        for part in chosen:
+            if not (output / part.folder / FILE).is_file():
+                write_tokenizer(output / part.folder, part.vocab_size)
+        shutil.rmtree(output / _WRITING, ignore_errors=True)
     return counts
 
 
@@ -127,6 +138,22 @@ def record(part: Part, split: str, number: int, page: Page) -> Record:
     return Record(f"{split}/{number}", (page.png(),), tuple(turns), extra)
 
 
+@contextlib.contextmanager
+def _alone(output: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from writing to a folder within the block; the lock ends with this one, however it ends.
+
+    Raises:
+      ValueError: another process is writing there.
+    """
+    (output / _WRITING).mkdir(parents=True, exist_ok=True)
+    with (output / _WRITING / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {output}: wait for its end, or stop it") from None
+        yield
+
+
 class _Job(NamedTuple):
     """Describes the pages that a process draws at once, and the file that takes their records until all are drawn."""
 
@@ -143,14 +170,16 @@ def _jobs(output: pathlib.Path, part: Part, seed: int, split: str, count: int) -
         yield _Job(file, part, seed, split, range(start, min(start + _CHUNK, count)))
 
 
-def _run(jobs: Sequence[_Job], workers: int, progress: Callable[[int], Any] | None) -> None:
+def _run(jobs: Sequence[_Job], workers: int, progress: Callable[[int, int], Any] | None) -> None:
     """Draws the pages of the jobs that no stopped run has finished."""
+    left = [job for job in jobs if not job.file.is_file()]
+    count = sum(len(job.numbers) for job in left)
 
     def on_report(job: _Job) -> None:
         if progress:
-            progress(len(job.numbers))
+            progress(len(job.numbers), count)
 
-    share_out(_draw, [job for job in jobs if not job.file.is_file()], workers, on_report)
+    share_out(_draw, left, workers, on_report)
 
 
 def _draw(job: _Job, report: Callable) -> None:

@@ -2,6 +2,8 @@
 
 import unicodedata
 
+from fastvlm_jax.evaluate.benchmark import Mark, Row
+
 RULE = (
     "equal after Unicode NFC, case folding, one space for each run of white space, none at the ends, no final full stop"
 )
@@ -16,6 +18,11 @@ def normalise(text: str) -> str:
 def matches(answer: str, truth: str) -> bool:
     """Returns whether an answer counts as right."""
     return normalise(answer) == normalise(truth)
+
+
+def mark(answer: str, row: Row) -> Mark:
+    """Returns the mark of an answer, which is right if it matches any reference."""
+    return Mark(float(any(matches(answer, reference) for reference in row.references)), normalise(answer))
 
 
 def identical(answer: str, truth: str) -> bool:

@@ -62,8 +62,9 @@ def _facts(source: RecordSource, rows: Mapping[str, Sequence[Row]]) -> dict[str,
     facts = {}
     for number in range(len(source)):
         record = source[number]
-        asked, size = record.extra.get("asked"), record.extra.get("size")
-        if not isinstance(asked, list) or len(asked) != len(rows[record.key]) or not isinstance(size, list):
+        asked, size, text = (record.extra.get(name) for name in ("asked", "size", "font_size"))
+        told = isinstance(asked, list) and isinstance(size, list) and all(isinstance(n, int) for n in (*size, text))
+        if not told or len(asked) != len(rows[record.key]):
             raise ValueError(
                 f"record {record.key} of {source.folder} does not say what is asked: "
                 "write the pages with `fastvlm data documents`"
@@ -86,19 +87,13 @@ def _next_of_size(facts: Mapping[str, Mapping[str, Any]], folder: epath.Path) ->
 
 
 def _groups(about: Mapping[str, Any], asked: str) -> dict[str, str]:
-    size = about.get("font_size", 0)
-    text = next((name for largest, name in TEXT_SIZES if size <= largest), LARGEST)
+    text = next((name for largest, name in TEXT_SIZES if about["font_size"] <= largest), LARGEST)
     return {"page": str(about.get("kind", "")), "asked": str(asked), "text": text}
 
 
 def score(answer: str, row: Row) -> Mark:
     """Returns the mark of a transcription by its characters."""
     return Mark(characters.score(answer, row.references[0]), characters.normalise(answer))
-
-
-def score_question(answer: str, row: Row) -> Mark:
-    """Returns the mark of an answer by exact match."""
-    return Mark(float(exact_match.matches(answer, row.references[0])), exact_match.normalise(answer))
 
 
 def figures(results: Sequence[Result]) -> dict[str, Any]:
@@ -115,14 +110,7 @@ TRANSCRIBED = Protocol(
     rule=characters.RULE,
     figures=figures,
 )
-ASKED = Protocol(
-    name="own",
-    version="fastvlm_jax",
-    prompt=own_prompt,
-    score=score_question,
-    max_tokens=32,
-    rule=exact_match.RULE,
-)
+ASKED = dataclasses.replace(TRANSCRIBED, score=exact_match.mark, max_tokens=32, rule=exact_match.RULE, figures=None)
 
 
 def _benchmark(name: str, title: str, questions: bool, blind: bool) -> Benchmark:

@@ -8,8 +8,8 @@ from typing import Any
 from etils import epath
 
 from fastvlm_jax.data.sources import RecordSource, read_shards
-from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
-from fastvlm_jax.evaluate.exact_match import RULE, matches, normalise
+from fastvlm_jax.evaluate.benchmark import Benchmark, Protocol, Result, Row
+from fastvlm_jax.evaluate.exact_match import RULE, mark, matches
 from fastvlm_jax.evaluate.records import own_prompt, rows_of, text_of
 from fastvlm_jax.text.conversation import questions
 
@@ -32,11 +32,6 @@ def read(folder: epath.Path) -> list[Row]:
     return rows
 
 
-def score(answer: str, row: Row) -> Mark:
-    """Returns the mark of an answer by exact match."""
-    return Mark(float(matches(answer, row.references[0])), normalise(answer))
-
-
 def figures(results: Sequence[Result]) -> dict[str, Any]:
     """Returns "baseline_accuracy", of giving each question its most frequent answer in the other two splits."""
     baseline = [matches(result.row.fields["common"], result.row.references[0]) for result in results]
@@ -47,7 +42,7 @@ OWN = Protocol(
     name="own",
     version="fastvlm_jax",
     prompt=own_prompt,
-    score=score,
+    score=mark,
     max_tokens=16,
     rule=RULE,
     figures=figures,

@@ -12,7 +12,7 @@ from fastvlm_jax.data.rejected import most_frequent
 from fastvlm_jax.data.sources import MANIFEST, read_shards
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Protocol, Result, Row
 from fastvlm_jax.evaluate.benchmarks import options, own_list
-from fastvlm_jax.evaluate.exact_match import RULE, identical, matches, normalise
+from fastvlm_jax.evaluate.exact_match import RULE, identical, mark, normalise
 from fastvlm_jax.evaluate.records import own_prompt, rows_of
 from fastvlm_jax.evaluate.scores import anls, evalai, letters, relaxed_accuracy, token_f1, vqa_accuracy
 
@@ -103,10 +103,6 @@ def score(answer: str, row: Row) -> Mark:
     return METRICS[row.fields.get("metric", "exact")].score(answer, row)
 
 
-def _exact(answer: str, row: Row) -> Mark:
-    return Mark(float(any(matches(answer, reference) for reference in row.references)), normalise(answer))
-
-
 def _anls(answer: str, row: Row) -> Mark:
     return Mark(anls.score(answer, row.references), anls.normalise(answer))
 
@@ -130,7 +126,7 @@ def _choice(answer: str, row: Row) -> Mark:
 
 
 METRICS = {
-    "exact": Metric(f"exact: {RULE}", _exact),
+    "exact": Metric(f"exact: {RULE}", mark),
     "anls": Metric(anls.RULE, _anls),
     "vqa": Metric("VQA: equal after EvalAI's normaliser to 3 of the other 9 answers is right", _vqa),
     "relaxed": Metric(f"{relaxed_accuracy.RULE}; best reference", _relaxed),

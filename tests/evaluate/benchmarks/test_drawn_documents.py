@@ -95,10 +95,13 @@ def test_other_shards_are_named(folder, tmp_path):
         BENCHMARKS["documents-blind"].read(one)
     with pytest.raises(FileNotFoundError, match=r"the test split of .* holds no questions"):
         BENCHMARKS["documents-qa"].read(one)
-    other = epath.Path(tmp_path / "other")
-    write_shards(other, "test", [Record("5", (png("red"),), (("user", (0,)), ("assistant", ("hi",))))])
-    with pytest.raises(ValueError, match=r"record 5 of .* does not say what is asked: write the pages with"):
-        BENCHMARKS["documents"].read(other)
+    told = {"asked": ["transcription"], "size": [256, 256], "font_size": 12}
+    for number, wrong in enumerate(({"asked": ["transcription", "cell"]}, {"size": [[256], 256]}, {"font_size": "12"})):
+        other = epath.Path(tmp_path / f"other{number}")
+        turns = (("user", (0,)), ("assistant", ("hi",)))
+        write_shards(other, "test", [Record("5", (png("red"),), turns, {**told, **wrong})])
+        with pytest.raises(ValueError, match=r"record 5 of .* does not say what is asked: write the pages with"):
+            BENCHMARKS["documents"].read(other)
     broken = epath.Path(tmp_path / "broken")
     write_shards(broken, "test", [Record("6", (png("red"),), (("assistant", ("hi",)),))])
     with pytest.raises(ValueError, match=r"record 6 of .* cannot be scored: turns must alternate user, assistant"):

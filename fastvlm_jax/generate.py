@@ -104,11 +104,12 @@ def begin(model: FastVLM, variables: Any, batch: Batch, rng: jax.Array, *, room:
     images = batch.images.shape[1]
     features = model.apply(variables, batch.images, batch.image_mask, method="encode") if images else None
     logits_BV, cache = prefill(model, variables, features, batch, T + room)
+    lengths = jnp.sum(batch.segment_ids.reshape(G * R, T) > 0, axis=-1)
     answers = Answers(
         tokens=jnp.full((G * R, room), choice.end[0], jnp.int32),
         count=jnp.int32(0),
-        last=jnp.full(G * R, -1, jnp.int32),
-        lengths=jnp.sum(batch.segment_ids.reshape(G * R, T) > 0, axis=-1),
+        last=jnp.where(lengths > 0, -1, choice.end[0]).astype(jnp.int32),  # an empty row has ended: none waits for it
+        lengths=lengths,
         seen=None if choice.repetition_penalty == 1 else seen_in(batch, logits_BV.shape[-1], choice.image_id),
         cache=cache,
     )

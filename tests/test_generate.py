@@ -147,6 +147,20 @@ def test_what_a_stream_shows_never_changes(kind, json_file, sentencepiece_file, 
         assert tokenizer.decode(ids).strip().startswith(shown)
 
 
+def test_empty_rows_have_ended_and_change_no_answer(model_and_rest):
+    """A group of an evaluation is filled with rows of no token, which must not be continued to the longest answer."""
+    model, variables, processor = model_and_rest
+    batch = processor(images(1), QUESTIONS[:1])
+    more = ((0, 0), (0, 2), (0, 0))
+    rows = {name: np.pad(getattr(batch, name), more) for name in ("tokens", "segment_ids", "positions")}
+    filled = batch.replace(**rows, image_index=np.pad(batch.image_index, more, constant_values=-1))
+    alone, got = (
+        np.asarray(generate_tokens(model, variables, own, jax.random.key(0), max_tokens=6, end=511))
+        for own in (batch, filled)
+    )
+    assert got.tolist() == [alone[0].tolist(), [511] * 6, [511] * 6]
+
+
 def test_rows_are_filled_with_the_end_mark_once_they_reached_it(model_and_rest):
     model, variables, processor = model_and_rest
     batch = processor(images(3), QUESTIONS)

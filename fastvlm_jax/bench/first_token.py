@@ -77,7 +77,8 @@ def questions(
     """Returns a question for each size that --image_size asks for, by default for those that are the model's own.
 
     Raises:
-      ValueError: the model lacks an encoder or a language model; no size is given and it has none; see `read_sizes`.
+      ValueError: the model lacks an encoder or a language model; no size is given and it has none; see `read_sizes`
+        and `check`.
     """
     for args, part, key in ((model.vision_args, "encoder", "vision"), (model.llm_args, "language model", "llm")):
         if args is None:
@@ -88,7 +89,10 @@ def questions(
     sizes = read_sizes(asked) if asked else own
     if not sizes:
         raise ValueError("--image_size is missing, and the model's files name no size: add --image_size=1024")
-    return [Question(side, grid, prompt_tokens, batch) for side, grid in sizes]
+    asked_of = [Question(side, grid, prompt_tokens, batch) for side, grid in sizes]
+    for question in asked_of:  # before the first is timed, which takes minutes
+        check(model, question)
+    return asked_of
 
 
 def check(model: FastVLM, question: Question) -> int:

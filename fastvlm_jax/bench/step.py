@@ -69,9 +69,12 @@ def measure(
       others: (model, batch) -> name -> Other: steps of other implementations, which take turns with these.
 
     Raises:
-      ValueError: the config contradicts itself, or its mesh does not fit the devices or divide the batch or the heads.
+      ValueError: the config contradicts itself or has no images, or its mesh does not fit the devices or divide the
+        batch or the heads.
     """
     config_lib.validate(config)
+    if not config.data.images_per_group:
+        raise ValueError("data.images_per_group=0: the encoder's parts need images, set 1 or more")
     mesh = stage.make_mesh(config)
     with jax.set_mesh(mesh):
         model = fastvlm.build(**config.model.to_dict())

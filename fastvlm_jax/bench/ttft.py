@@ -121,7 +121,6 @@ def measure(
       ValueError: see `first_token.check`; or PyTorch's packages are missing or have no such model.
     """
     model, variables, processor, _ = subject
-    first_token.check(model, question)
     others = ttft_transformers.prepare(model, question) if "transformers" in against else {}
     parts = prepare(model, variables, processor, question)
     calls = dict(parts.calls)

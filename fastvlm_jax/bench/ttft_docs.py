@@ -79,7 +79,7 @@ def tables(found: Sequence[Mapping[str, Any]]) -> str:
     whole = {name: own for name, own in machines.items() if " of " not in own[0]["llm"]}
     blocks = [f"### Encoder and prefill of the image tokens (the paper's TTFT), ms\n\n{side_by_side(whole)}"]
     for name, own in machines.items():
-        blocks.append(f"### {name}\n\n{ttft_page.about(own[0])}\n\n{ttft_page.parts_table(own)}")
+        blocks.append(f"### {name}\n\n{ttft_page.about(own)}\n\n{ttft_page.parts_table(own)}")
         if own[0]["measured"]:
             blocks.append(ttft_page.sums_table(own))
     if against:

@@ -45,16 +45,18 @@ def of_paper(point: Point) -> tuple[float | None, float | None]:
 def text(found: Mapping[str, Sequence[Point]]) -> str:
     """Returns all tables in markdown, with a line about the machine; times are medians in milliseconds."""
     points, against = found["points"], found["against"]
-    blocks = [about(points[0]), parts_table(points), sums_table(points)]
+    blocks = [about(points), parts_table(points), sums_table(points)]
     if against:
         blocks.append(against_table(against))
     return "\n\n".join(blocks)
 
 
-def about(point: Point) -> str:
-    """Returns what the points of a run have in common, in one line."""
+def about(points: Sequence[Point]) -> str:
+    """Returns what the points of a machine and model have in common, and their numbers of runs, in one line."""
+    point, fewest, most = points[0], *(pick(point["runs"] for point in points) for pick in (min, max))
+    runs = f"{fewest} to {most}" if fewest < most else f"{most}"
     counts = " + ".join(f"{count / 1e6:,.1f}M {part}" for part, count in point["parameters"].items())
-    how = f"measured, medians of {point['runs']} runs" if point["measured"] else "ESTIMATED by the TPU compiler"
+    how = f"measured, medians of {runs} runs" if point["measured"] else "ESTIMATED by the TPU compiler"
     return (
         f"{point['encoder']} and {point['llm']} ({counts}) in {point['dtype']} on {point['device']}: {how}, ms. "
         f"{point['prompt_tokens']} tokens of text, {point['batch']} prompt{'s' * (point['batch'] > 1)}."

@@ -37,7 +37,7 @@ def bench_input(argv: list[str]) -> None:
 
 def bench_ttft(argv: list[str]) -> None:
     """Times the first token of an answer, part by part, or estimates it for a TPU."""
-    if any(flag.startswith("--topology") for flag in argv) and not help.asks_help(argv):
+    if any(flag.lstrip("-").startswith("topology") for flag in argv) and not help.asks_help(argv):
         from fastvlm_jax.preflight import topology
 
         topology.set_environment()  # before the config file, which may touch devices
@@ -60,25 +60,17 @@ def bench_ttft(argv: list[str]) -> None:
         flag_values=fv,
     )
     flags.DEFINE_integer("batch", 1, "prompts at a time, each about an image of its own", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("runs", 20, "runs on the clock", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("warmup", 3, "runs before the clock starts", lower_bound=0, flag_values=fv)
+    _define_clock(fv)
     flags.DEFINE_string(
         "topology", None, "estimate the times on one chip of a TPU slice instead, as v5e:1x1 or v5p:2x2x1",
         flag_values=fv,
     )  # fmt: skip
-    flags.DEFINE_enum(
-        "against", None, ["transformers"], "time the same model there too, in turns with this one", flag_values=fv
-    )
-    flags.DEFINE_string("output", None, "JSON file; FILE.md, FILE.svg and FILE.png are written too", flag_values=fv)
     parse(fv, argv)
+    _check_clock(fv)
     if (fv.model is None) == (fv.config is None):
         raise flags.Error("name the model by either --model=DIR or --config=FILE.py:SIZE")
-    if fv.output and not fv.output.endswith(".json"):
-        raise flags.Error(f"--output={fv.output} must end in .json: tables and pictures are written beside it")
     if fv.topology and fv.against:
         raise flags.Error("--against needs a device to run on: leave out --topology, which only estimates")
-    if fv.against:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU's memory
     from fastvlm_jax.bench import first_token, ttft, ttft_model, ttft_page
 
     dtype = fv.dtype or ttft_model.default_dtype(fv.topology)
@@ -104,15 +96,9 @@ def bench_step(argv: list[str]) -> None:
     """Times a training step of a config by parts, with random weights, pixels and tokens."""
     fv = flags.FlagValues()
     define_config(fv, argv)
-    flags.DEFINE_integer("runs", 20, "runs on the clock", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("warmup", 3, "runs before the clock starts", lower_bound=1, flag_values=fv)
-    flags.DEFINE_enum(
-        "against", None, ["transformers"], "time the same step there too, in turns with this one", flag_values=fv
-    )
-    flags.DEFINE_string("output", None, "JSON file; FILE.md, FILE.svg and FILE.png are written too", flag_values=fv)
+    _define_clock(fv)
     parse(fv, argv, required=("config",))
-    if fv.against:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU's memory
+    _check_clock(fv)
     from fastvlm_jax.bench import step, step_page
     from fastvlm_jax.bench.page import write_beside
 
@@ -127,6 +113,24 @@ def bench_step(argv: list[str]) -> None:
         path = pathlib.Path(fv.output).expanduser()
         write_beside(path, step_page.text(found), step_page.bars(found), step_page.title(found))
     print(step_page.text(found))
+
+
+def _define_clock(fv: flags.FlagValues) -> None:
+    """Defines the flags that `bench ttft` and `bench step` have in common."""
+    flags.DEFINE_integer("runs", 20, "runs on the clock", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("warmup", 3, "runs before the clock starts", lower_bound=1, flag_values=fv)
+    flags.DEFINE_enum(
+        "against", None, ["transformers"], "time the same there too, in turns with this package", flag_values=fv
+    )
+    flags.DEFINE_string("output", None, "JSON file; FILE.md, FILE.svg and FILE.png are written too", flag_values=fv)
+
+
+def _check_clock(fv: flags.FlagValues) -> None:
+    """Refuses an --output that its own table would replace; leaves memory of a GPU to what is timed --against."""
+    if fv.output and not fv.output.endswith(".json"):
+        raise flags.Error(f"--output={fv.output} must end in .json: tables and pictures are written beside it")
+    if fv.against:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU's memory
 
 
 BENCHMARKS = {"input": bench_input, "step": bench_step, "ttft": bench_ttft}

@@ -164,6 +164,10 @@ def test_wrong_settings_are_one_line(monkeypatch, capsys):
     assert status == 1 and err.count("\n") == 1 and "mesh=(1, 3, 1, 1): needs 3 devices" in err
     status, _, err = fastvlm(monkeypatch, capsys, "bench", "step", config, "--config.data.image_size=9")
     assert status == 1 and err.count("\n") == 1 and "must be a multiple of 8" in err
+    status, _, err = fastvlm(monkeypatch, capsys, "bench", "step", config, "--config.data.images_per_group=0")
+    assert status == 1 and err.count("\n") == 1 and "data.images_per_group=0: the encoder's parts need images" in err
+    status, _, err = fastvlm(monkeypatch, capsys, "bench", "step", config, "--output=step.md")
+    assert status == 2 and err.count("\n") == 1 and "--output=step.md must end in .json" in err
     status, _, err = fastvlm(monkeypatch, capsys, "bench", "step")
     assert status == 2 and "--config is missing" in err
 

@@ -226,6 +226,16 @@ def test_the_tables_of_the_docs_name_each_column_and_replace_the_tables_before(t
     assert large == "| 1024 | 256 | 200 = 100 + 100 | - | 167 = 116 + 50.5 |"
 
 
+def test_runs_of_different_number_are_told():
+    assert "medians of 20 runs" in ttft_page.about([point(), point()])
+    assert "medians of 8 to 20 runs" in ttft_page.about([point(), point(runs=8)])
+
+
+def test_a_wrong_size_behind_good_ones_is_refused_before_anything_is_timed(model):
+    with pytest.raises(ValueError, match=r"^--image_size=9: image size 9x9 must be a multiple of 4"):
+        first_token.questions(model[0], "8,9", [], 3, 1)
+
+
 def test_the_ratios_to_another_implementation_are_printed():
     other = {**point(), "name": "other", "parts": {"fused": {"median": 0.2, "p10": 0.1, "p90": 0.3}}}
     table = ttft_page.against_table([{**other, "ratios": {"fused": 0.5}}])

@@ -54,6 +54,23 @@ def with_gradients(form, q_segments, kv_segments, offset=0):
     return jax.jit(run)
 
 
+def test_the_form_of_short_prompts_on_tpu_equals_loops():
+    q, k, v, _ = arrays(2, 9, 9, 2, 3, 8)
+    ids = segments((9, 0), (5, 4))
+    expected = looped(q, k, v, ids, ids, 0)
+    got = jax.jit(attention_module._short)(q, k, v, ids, ids)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(attention_module.prompt_attention)(q, k, v, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_query_attends_to_the_allowed_slots_of_a_cache():
+    q, k, v, _ = arrays(2, 1, 9, 2, 3, 8)
+    ids, asking = segments((9, 0), (5, 4)), jnp.ones((2, 1), jnp.int32)
+    k_BKES, v_BKES = (x.transpose(0, 2, 3, 1) for x in (k, v))
+    got = jax.jit(attention_module.cached_attention)(q[:, 0], k_BKES, v_BKES, ids == asking)
+    np.testing.assert_allclose(got, looped(q, k, v, asking, ids, 8)[:, 0], rtol=1e-5, atol=1e-5)
+
+
 def check_same(form, inputs, ids, tolerance=1e-5):
     for name, got, expected in zip(
         ("out", "dq", "dk", "dv"),

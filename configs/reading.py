@@ -6,8 +6,10 @@
 `fastvlm data documents --output data/documents --parts numbers,large_numbers` writes the pages. Behind the stage stands
 the encoder, `tiny` (a small FastViTHD) or `fastvit_tiny`, and in stage `read` the side of the image in pixels.
 
-  learn  Large digits at 256 px, from scratch. This finds out that the page matters and where its cells are, which takes
-         hundreds of steps, and many more where several digits fall into one token.
+  learn  One, two or four numbers in large digits at 256 px, from scratch. This finds out that the page matters, and
+         where its cells are. It takes hundreds of steps, and many more where several digits fall into one token. A lower
+         rate of the language model halves the time until then: before the encoder says anything of use, the language
+         model learns to ignore it.
   read   Digits of mixed sizes, at the size of the point.
 """
 
@@ -26,7 +28,7 @@ def get_config(argument: str = "learn,tiny"):
     stride = make_encoder(**c.model.vision.to_dict()).stride
     if stage == "learn":
         c.data.path, c.data.image_size = "data/documents/large_numbers", 256
-        c.steps, c.groups = 600, ((".*", 3e-3, 0.0),)
+        c.steps, c.groups = 600, (("llm/.*", 1e-3, 0.0), (".*", 3e-3, 0.0))
     elif stage == "read" and side.isdigit():
         c.data.path, c.data.image_size = "data/documents/numbers", int(side)
         c.steps, c.groups = 900, ((".*", 3e-3, 0.0),)

@@ -1,8 +1,12 @@
-"""Writes labels beside the points of a drawing, where they cover neither each other nor a point."""
+"""Writes labels beside the points of a drawing, where they cover neither each other nor a point or a staircase."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cbook import pts_to_poststep
+from matplotlib.lines import Line2D
 
 FONT = 8.0  # points
 # Directions from a point to its label, the best first: (horizontal, vertical).
@@ -11,7 +15,7 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
 def place_labels(axis: Axes, labels: Sequence[tuple[float, float, str, str, float]]) -> None:
-    """Writes each label at the side of its point where it covers least; the limits of the axis have to be set.
+    """Writes each label at the side of its point where it covers least; the axis needs its limits and lines.
 
     Args:
       labels: (x, y, text, colour, area of the marker in points²).
@@ -19,7 +23,7 @@ def place_labels(axis: Axes, labels: Sequence[tuple[float, float, str, str, floa
     scale = 72 / axis.figure.dpi
     corners = axis.transAxes.transform([(0, 0), (1, 1)]).ravel() * scale
     places = [axis.transData.transform((x, y)) * scale for x, y, *_ in labels]
-    taken: list[Box] = []
+    taken: list[Box] = [box for line in axis.lines for box in _stairs(line, scale)]
     for (x, y), (*_, area) in zip(places, labels, strict=True):
         radius = 0.5 * area**0.5
         taken.append((x - radius, y - radius, x + radius, y + radius))
@@ -38,6 +42,15 @@ def place_labels(axis: Axes, labels: Sequence[tuple[float, float, str, str, floa
             text, (data_x, data_y), (box[0] - x, box[1] - y + 0.2 * FONT), textcoords="offset points", fontsize=FONT,
             color=colour, zorder=5, parse_math=False,
         )  # fmt: skip
+
+
+def _stairs(line: Line2D, scale: float) -> Iterator[Box]:
+    """Yields the treads and risers of a line that is drawn in steps as boxes, a point wide; of others nothing."""
+    if line.get_drawstyle() != "steps-post":
+        return
+    corners = np.stack(pts_to_poststep(*line.get_xydata().T), axis=1)
+    for (x, y), (next_x, next_y) in itertools.pairwise(line.get_transform().transform(corners) * scale):
+        yield min(x, next_x) - 0.5, min(y, next_y) - 0.5, max(x, next_x) + 0.5, max(y, next_y) + 0.5
 
 
 def _overlap(a: Box, b: Box) -> float:

@@ -385,6 +385,17 @@ def test_labels_cover_neither_each_other_nor_a_point(sweep):
         assert covered == 0
 
 
+def test_a_label_does_not_lie_on_the_stairs_of_a_front():
+    figure, axis = figures._figure()
+    axis.set(xlim=(0, 100), ylim=(0, 100))
+    axis.plot([40, 60, 100], [20, 54, 54], drawstyle="steps-post")  # the riser runs up under the second point
+    place_labels(axis, [(60, 40, "128", "k", 60.0), (85, 50, "320", "k", 60.0)])
+    figure.draw_without_rendering()
+    beside, below = (axis.transData.inverted().transform_bbox(text.get_window_extent()) for text in axis.texts)
+    assert beside.x0 > 60 or beside.x1 < 60
+    assert below.y1 < 54
+
+
 HOSTILE = """<img src=x onerror="document.title='broken'">$\\alpha$ & </svg></script>'"""
 
 

@@ -1,5 +1,6 @@
 """Documents: transcriptions, places, splits and answers, each found again by other means than those that drew them."""
 
+import collections
 import importlib.util
 import itertools
 import json
@@ -170,6 +171,19 @@ def test_each_digit_for_a_tiny_model_stands_in_its_cell_and_is_a_token(folder):
             assert len(load_tokenizer(folder / part).encode(page.text)) == 19
     sizes = [numbers.draw(0, "train", n).font_size for n in range(20)]
     assert min(sizes) >= 8 and min(numbers.draw(0, "train", n, numbers.LARGE).font_size for n in range(20)) >= 30
+
+
+def test_pages_for_the_first_steps_hold_one_two_or_four_numbers_from_the_top(folder):
+    counts = collections.Counter()
+    for n in range(60):
+        page = numbers.draw(0, "train", n, numbers.LARGE, numbers.FIRST)
+        count = len(page.text.split("\n"))
+        filled = (np.asarray(page.picture)[..., 0] < 128).reshape(4, 80, 4, 80).any((1, 3))
+        assert filled[:count].all() and not filled[count:].any()
+        counts[count] += 1
+    assert set(counts) == {1, 2, 4} and min(counts.values()) > 10
+    written = [record.turns[1][1][0] for record in read_shards(folder / "large_numbers", "train")]
+    assert {len(text.split("\n")) for text in written} == {1, 2, 4}
 
 
 def test_texts_are_those_of_the_modules():

@@ -18,11 +18,12 @@ from fastvlm_jax.data.sets.documents.page import Page
 SIDE, CELLS = 320, 4  # pixels of a page, cells in a row and in a column
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif")
 MIXED, LARGE = (8, 60), (30, 75)  # smallest and largest em square of a digit, pixels
+FIRST = (1, 2, 4)  # numbers on a page for a model's first steps, each count as likely
 ORDER = ("test", "validation", "train")  # in which a number of several splits is given away
 _SWAY = 6  # pixels that a digit stands off the middle of its cell, at most
 
 
-def draw(seed: int, split: str, page: int, sizes: tuple[int, int] = MIXED) -> Page:
+def draw(seed: int, split: str, page: int, sizes: tuple[int, int] = MIXED, counts: tuple[int, ...] = (CELLS,)) -> Page:
     """Returns a page of numbers of a split's data sets.
 
     Each first digit from 1 to 9 is as likely, so that the page tells it and nothing else; in real data a number begins
@@ -31,11 +32,13 @@ def draw(seed: int, split: str, page: int, sizes: tuple[int, int] = MIXED) -> Pa
     Args:
       seed, split, page: see pages.draw.
       sizes: smallest and largest digit; each doubling is as likely. LARGE is for a model's first steps.
+      counts: how many numbers a page may hold, from the top; FIRST is for a model's first steps, which on full pages
+        may take as long as a whole stage, by the seed.
     """
     rng = random.Random(f"numbers {sizes} {seed} {split} {page}")
     canvas = Canvas((SIDE, SIDE), (255, 255, 255), (0, 0, 0))
     lines, drawn = [], []
-    for row in range(CELLS):
+    for row in range(rng.choice(counts) if counts[1:] else counts[0]):
         number, boxes = rng.choice(read_numbers(split)[rng.randrange(9)]), []
         for column, digit in enumerate(number):
             font, size = rng.choice(FONTS), round(sizes[0] * (sizes[1] / sizes[0]) ** rng.random())

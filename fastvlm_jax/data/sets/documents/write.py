@@ -2,7 +2,7 @@
 
 OUTPUT/                   "pages": every kind of page, its transcription, and questions about it
 OUTPUT/numbers/           four numbers a page, as captions: a page is answered by its transcription, without a question
-OUTPUT/large_numbers/     the same in large digits, for the first steps of a model
+OUTPUT/large_numbers/     one, two or four numbers in large digits, for the first steps of a model
 OUTPUT/documents.json     what the pages were drawn from: the seed, their number, the versions of the packages
 """
 
@@ -60,7 +60,9 @@ _CHARACTERS = 289  # ids of a tokenizer that has no room for more than character
 PARTS = {
     "pages": Part("", pages.draw, TRANSCRIBE, 512),
     "numbers": Part("numbers", numbers.draw, "", _CHARACTERS),
-    "large_numbers": Part("large_numbers", functools.partial(numbers.draw, sizes=numbers.LARGE), "", _CHARACTERS),
+    "large_numbers": Part(
+        "large_numbers", functools.partial(numbers.draw, sizes=numbers.LARGE, counts=numbers.FIRST), "", _CHARACTERS
+    ),
 }
 
 

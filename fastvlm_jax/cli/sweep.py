@@ -1,6 +1,7 @@
 """Runs `fastvlm sweep`: a grid of models, trained, scored and timed."""
 
 import pathlib
+import re
 import sys
 
 from absl import flags
@@ -9,13 +10,15 @@ from fastvlm_jax.cli import help
 from fastvlm_jax.cli.arguments import define_config, parse
 
 LAUNCHERS = ("tpu", "gke", "slurm", "local")  # scripts of launch/
-NEEDS_DRY_RUN = ("topology", "estimate")
+# Flag -> the one without which it says nothing.
+NEEDS = {"topology": "dry_run", "estimate": "topology", "settings": "launcher", "ttft_settings": "launcher"}
 
 
 def sweep(argv: list[str]) -> None:
     """Runs what is not finished of a grid of points, or tells what it would run; exits with 1 if a point failed."""
-    dry = not help.asks_help(argv) and any(word.lstrip("-").partition("=")[0] == "dry_run" for word in argv)
-    if not help.asks_help(argv):
+    asks_help = help.asks_help(argv)
+    dry = not asks_help and any(re.fullmatch("--?dry_run(=true)?", word) for word in argv)
+    if not asks_help:
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # devices belong to the commands that a sweep starts
@@ -26,22 +29,22 @@ def sweep(argv: list[str]) -> None:
     fv = flags.FlagValues()
     define(fv, argv)
     parse(fv, argv, required=("config",) if dry else ("config", "workdir"))
-    for name in NEEDS_DRY_RUN:
-        if fv[name].present and not fv.dry_run:
-            raise flags.Error(f"--{name} estimates what a sweep takes: add --dry_run")
-    from fastvlm_jax.sweep import checks, dry_run, launcher, plan, run, state
-
-    place = (fv.remote or fv.workdir or "WORKDIR").rstrip("/")
-    if fv.dry_run:
-        print(dry_run.describe(plan.make_plan(fv.config, place), fv.topology, fv.estimate))
-        return
-    if "://" in fv.workdir:
+    for name, other in NEEDS.items():
+        if fv[name].present and not fv[other].value:
+            raise flags.Error(f"--{name} says nothing without --{other}: add --{other}")
+    if "://" in (fv.workdir or ""):
         raise ValueError(
             f"--workdir {fv.workdir} must be a folder of this machine: --remote {fv.workdir} holds the runs"
         )
-    workdir = pathlib.Path(fv.workdir).expanduser()
-    place = fv.remote.rstrip("/") if fv.remote else str(workdir)
+    from fastvlm_jax.report.sweep_results import RESULTS
+    from fastvlm_jax.sweep import checks, dry_run, launcher, plan, run, state
+
+    workdir = pathlib.Path(fv.workdir or "WORKDIR").expanduser()
+    place = fv.remote.rstrip("/") or str(workdir)
     made = plan.make_plan(fv.config, place)
+    if fv.dry_run:
+        print(dry_run.describe(made, fv.topology, fv.estimate))
+        return
     settings = fv.settings or ("launch/settings/local.env" if fv.launcher == "local" else "")
     ttft_settings = fv.ttft_settings or (settings if fv.launcher == "local" else "")
     where = launcher.Launcher(fv.launcher or "", settings, ttft_settings)
@@ -52,11 +55,12 @@ def sweep(argv: list[str]) -> None:
         print(f"sweep: {line}", file=sys.stderr, flush=True)
 
     with state.locked(workdir) as lock:
-        for line in state.set_aside(workdir, made):
-            tell(line)
+        if not fv.remote:  # where new answers replace those before
+            for line in state.set_aside(workdir, made):
+                tell(line)
         state.write_plan(workdir, made)
         failed = run.run(made, workdir, place, where, lock, tell)
-    print(workdir / state.RESULTS)
+    print(workdir / RESULTS)
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(made.points)} points failed: {', '.join(failed)}; the lines above and results.json "

@@ -7,6 +7,7 @@ between two models would claim a model that nobody trained.
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -105,7 +106,7 @@ def accuracy_figure(
     figure, axis = _figure()
     largest = max((point.vision_parameters for point in sweep.points), default=0)
     labels, handles = [], []
-    for (name, own), colour, marker in zip(series.items(), _cycled(COLOURS), _cycled(MARKERS), strict=False):
+    for (name, own), colour, marker in zip(series.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
         for x, y, point in own:
             area = max(LARGEST * point.vision_parameters / largest, SMALLEST) if largest else 60.0
             drawn = axis.scatter(
@@ -129,7 +130,7 @@ def accuracy_figure(
         axis.axhline(sum(blind) / len(blind), color="0.35", linewidth=1, linestyle=(0, (6, 3)), zorder=1, gid="blind")
         handles.append(Line2D([], [], color="0.35", linestyle=(0, (6, 3)), linewidth=1, label="blind baseline"))
     _limits(axis, [x for x, *_ in labels])
-    for (_, own), colour in zip(series.items(), _cycled(COLOURS), strict=False):
+    for (_, own), colour in zip(series.items(), cycle(COLOURS), strict=False):
         _draw_front(axis, [(x, y) for x, y, _ in own], color=colour, alpha=0.75, linewidth=1.6)
     axis.set(
         xlabel=f"{cost.label} ({sweep.kind})" if cost.timed else cost.label,
@@ -153,7 +154,7 @@ def latency_figure(sweep: Sweep) -> Figure:
             times.append(1000 * point.times.parts["encoder"])
     figure, axis = _figure()
     handles = []
-    for ((key, name), times), colour, marker in zip(found.items(), _cycled(COLOURS), _cycled(MARKERS), strict=False):
+    for ((key, name), times), colour, marker in zip(found.items(), cycle(COLOURS), cycle(MARKERS), strict=False):
         sides = sorted(times)
         middle = [statistics.median(times[side]) for side in sides]
         handles += axis.plot(sides, middle, color=colour, marker=marker, label=name)
@@ -261,7 +262,3 @@ def _finish(figure: Figure, axis: Axes, title: str, handles: Sequence[Line2D]) -
     )  # fmt: skip
     for text in legend.get_texts():
         text.set_parse_math(False)
-
-
-def _cycled(values: Sequence[str]) -> Sequence[str]:
-    return list(values) * 20

@@ -70,8 +70,8 @@ def draw(sweep: Sweep) -> dict[str, tuple[Figure, str, str]]:
     add("tokens", TOKENS, "Accuracy over image tokens", step)
     timed = [point for point in sweep.points if point.times and "encoder" in point.times.parts]
     if any(point.grid is None for point in timed):
-        grey = f" Grey: the paper's Table 10 ({paper_ttft.MACHINE})." if sweep.paper_figure else ""
-        drawn["encoder"] = (figures.latency_figure(sweep), "Latency of the encoder over resolution", grey.strip())
+        grey = f"Grey: the paper's Table 10 ({paper_ttft.MACHINE})." if sweep.paper_figure else ""
+        drawn["encoder"] = (figures.latency_figure(sweep), "Latency of the encoder over resolution", grey)
     if any(point.times.paper is not None for point in timed):
         drawn["parts"] = (figures.parts_figure(sweep), "Encoder and prefill of the image tokens", "")
     return drawn
@@ -89,15 +89,15 @@ def save(figure: Figure, svg: pathlib.Path, png: pathlib.Path) -> str:
 
 
 def left_out(sweep: Sweep) -> list[str]:
-    """Returns a sentence about each point that a figure lacks."""
+    """Returns a sentence about each point that failed, is pending, or has no place in some figure."""
     told = []
     for point in sweep.points:
-        if point.state == "failed":
-            told.append(f"{point.name} failed and is not drawn" + (f": {point.error}" if point.error else ""))
-        elif point.state == "pending":
-            told.append(f"{point.name} is pending and is not drawn")
-        elif point.mean is None or point.times is None:
-            told.append(f"{point.name} has no {'accuracy' if point.mean is None else 'time to first token'}")
+        found = {"accuracy": point.mean, "time to first token": point.times}
+        lacks = [name for name, value in found.items() if value is None]
+        words = {"failed": ["failed"], "pending": ["is pending"], "done": []}[point.state]
+        words += [f"has no {lacks[0]}" if len(lacks) == 1 else "is not drawn"] * bool(lacks)
+        if words:
+            told.append(f"{point.name} {' and '.join(words)}" + (f": {point.error}" if point.error else ""))
     return told
 
 

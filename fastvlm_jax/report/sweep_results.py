@@ -229,9 +229,9 @@ def _machine(reader: "_Reader | None") -> str:
     return ", ".join(text for text in told if text)
 
 
-def _score(reader: "_Reader") -> Score | None:
-    value, error, blind = map(reader.optional_number, ("value", "standard_error", "blind"))
-    return None if value is None else Score(value, error, int(reader.number("n")), blind)
+def _score(reader: "_Reader") -> Score:
+    error, blind = map(reader.optional_number, ("standard_error", "blind"))
+    return Score(reader.number("value"), error, int(reader.number("n")), blind)
 
 
 def _times(reader: "_Reader") -> Times:

@@ -8,7 +8,6 @@ from etils import epath
 
 from fastvlm_jax.sweep.plan import Task
 
-LAUNCHERS = ("tpu", "gke", "slurm", "local")
 # The command of a process that ends when the one that started it ends, however that ends (Linux). The exec keeps the
 # request; where there is none, the lock that the command inherits keeps a second sweep out.
 _WITH_PARENT = (

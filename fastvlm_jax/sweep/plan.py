@@ -110,7 +110,7 @@ def make_plan(sweep: ml_collections.ConfigDict, place: str) -> Plan:
         read or contradicts itself; an image size is refused by its encoder; a group has no room for an image; there is
         no such benchmark. The message names the point.
     """
-    _check_names([planned.name for planned in sweep.points])
+    _check_names([point.name for point in sweep.points])
     if not known(sweep.benchmarks):
         raise ValueError("the sweep has no benchmarks to score its points on: set --config.benchmarks=\"('docvqa',)\"")
     tasks: dict[str, Task] = {}

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from fastvlm_jax.evaluate.benchmarks import known
+from fastvlm_jax.files import read_object
 from fastvlm_jax.images.sizes import slots_of
 from fastvlm_jax.metrics.rows import FILE
 from fastvlm_jax.sweep import state
@@ -27,7 +28,8 @@ def collect(
 
     {"setup", "title", "benchmarks", "points": [{"name", "encoder", "llm", "image_size", "grid", "image_tokens",
     "parameters", "state", "error", "accuracy", "mean", "mean_standard_error", "ttft", "runs", "train_seconds"}],
-    "paper_figure", "machine"}. A benchmark "x-blind" becomes the value "blind" of the benchmark x.
+    "paper_figure", "machine"}. Where both are asked, the score of "x-blind" is the value "blind" of the benchmark x and
+    is in no mean.
 
     Args:
       place: folder, local or gs://, that has runs/ and points/.
@@ -37,7 +39,7 @@ def collect(
     return {
         "setup": plan.sweep.setup,
         "title": plan.sweep.title,
-        "benchmarks": [name for name in plan.sweep.benchmarks if not name.endswith(BLIND)],
+        "benchmarks": _benchmarks(plan),
         "points": [_point(plan, planned, workdir, place, errors) for planned in plan.points],
         "paper_figure": plan.sweep.paper_figure or None,
         "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
@@ -56,7 +58,7 @@ def _point(plan: Plan, planned: PlannedPoint, workdir: pathlib.Path, place: str,
     deviations = [found["standard_error"] for found in accuracy.values()]
     whole = bool(values) and None not in values
     error = errors.get(point.name)
-    timed = json.loads((folder / "ttft.json").read_text())["points"][0] if done.get("ttft") else None
+    timed = read_object(folder / "ttft.json")["points"][0] if done.get("ttft") else None
     seconds = [_train_seconds(epath.Path(place) / tasks[name].output) for name in planned.runs]
     return {
         "name": point.name,
@@ -77,21 +79,26 @@ def _point(plan: Plan, planned: PlannedPoint, workdir: pathlib.Path, place: str,
     }
 
 
+def _benchmarks(plan: Plan) -> list[str]:
+    """Returns the names of the benchmarks, without those whose score is the blind one of another."""
+    names = [benchmark.name for benchmark in known(plan.sweep.benchmarks)]
+    return [name for name in names if name not in {other + BLIND for other in names}]
+
+
 def _accuracy(plan: Plan, folder: epath.Path) -> dict[str, dict[str, Any]]:
     """Reads the summaries of `fastvlm evaluate`."""
     found = {}
     for benchmark in known(plan.sweep.benchmarks):
         name = f"{benchmark.name}-{benchmark.protocol(plan.sweep.protocol or None).name}.json"
-        found[benchmark.name] = json.loads((folder / name).read_text())
+        found[benchmark.name] = read_object(folder / name)
     return {
         name: {
-            "value": summary["score"],
-            "standard_error": summary["standard_error"],
-            "n": summary["n"],
+            "value": found[name]["score"],
+            "standard_error": found[name]["standard_error"],
+            "n": found[name]["n"],
             "blind": found.get(name + BLIND, {}).get("score"),
         }
-        for name, summary in found.items()
-        if not name.endswith(BLIND)
+        for name in _benchmarks(plan)
     }
 
 

@@ -5,10 +5,12 @@ import pathlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from fastvlm_jax.distributed import Interrupted, StopRequest
 from fastvlm_jax.files import write_json
+from fastvlm_jax.report.sweep_results import RESULTS
 from fastvlm_jax.sweep import launcher as launching
 from fastvlm_jax.sweep import results, state
 from fastvlm_jax.sweep.launcher import Launcher
@@ -22,7 +24,7 @@ def run(
 ) -> dict[str, str]:
     """Runs all tasks that are not finished, and returns name of a point -> why it failed.
 
-    results.json is written again after every task.
+    results.json is written before the first task, so that it never tells of another config, and after every one.
 
     Args:
       workdir: folder of the sweep's state; see state.py.
@@ -41,31 +43,31 @@ def run(
     if left_out := [task for task in plan.tasks if not launcher.runs(task)]:
         told(f"{len(left_out)} timing tasks are left out: --ttft_settings FILE gives a machine for them")
 
-    def results_so_far() -> dict[str, str]:
-        errors = errors_of(plan, failed)
+    def write_results() -> None:
         here = launcher.name in ("", "local")
-        write_json(workdir / state.RESULTS, results.collect(plan, workdir, place, errors, here))
-        return errors
+        write_json(workdir / RESULTS, results.collect(plan, workdir, place, errors_of(plan, failed), here))
 
+    first = len(done) + 1
+    write_results()
     with StopRequest() as stop:
-        for number, task in enumerate(todo, len(done) + 1):
+        for number, task in enumerate(todo, first):
             if stop.reached():
                 raise Interrupted(f"stopped before {task.name}; the same command goes on from there")
             if broken := next((name for name in task.needs if name in failed), None):
                 failed[task.name] = failed[broken]
                 told(f"[{number} of {len(plan.tasks)}] {task.name} is left out: {broken} failed")
                 continue
-            told(f"[{number} of {len(plan.tasks)}] {task.name}{time_left(todo[todo.index(task) :], done.values())}")
+            told(f"[{number} of {len(plan.tasks)}] {task.name}{time_left(todo[number - first :], done.values())}")
+            state.begin(workdir, task)
             begin = time.monotonic()
             error = start(task, workdir, launcher, lock, stop)
             if error is None:
-                state.finish(workdir, task, time.monotonic() - begin)
-                done[task.name] = state.finished(workdir, task)
+                done[task.name] = state.finish(workdir, task, time.monotonic() - begin)
             else:
                 failed[task.name] = f"{task.name}: {error}"
                 told(f"{failed[task.name]} (see {log_of(workdir, task)})")
-            results_so_far()
-    return results_so_far()
+            write_results()
+    return errors_of(plan, failed)
 
 
 def log_of(workdir: pathlib.Path, task: Task) -> pathlib.Path:
@@ -122,7 +124,7 @@ def errors_of(plan: Plan, failed: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def time_left(todo: Sequence[Task], done) -> str:
+def time_left(todo: Sequence[Task], done: Iterable[Mapping[str, Any]]) -> str:
     """Returns ", about 12 minutes left", by the pace of what was measured; "" before anything comparable was.
 
     It is "at least" where tasks are left of a kind that was not measured yet.

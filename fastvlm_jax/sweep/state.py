@@ -19,10 +19,10 @@ from collections.abc import Iterator
 
 from fastvlm_jax.config import plain
 from fastvlm_jax.files import read_object, write_json
+from fastvlm_jax.report.sweep_results import PLAN
 from fastvlm_jax.sweep.plan import DIGITS, Plan, Task
 
 FORMAT = "fastvlm_jax sweep"
-PLAN, RESULTS = "sweep.json", "results.json"
 LOCK_SECONDS = 3  # a command whose sweep was killed needs a moment to end
 
 
@@ -62,10 +62,16 @@ def finished(workdir: pathlib.Path, task: Task) -> dict | None:
     return record if record.get("identity") == task.identity else None
 
 
-def finish(workdir: pathlib.Path, task: Task, seconds: float) -> None:
-    """Records that a task is finished."""
+def begin(workdir: pathlib.Path, task: Task) -> None:
+    """Removes the record of what a task found before, under another config: its files are replaced from now on."""
+    (workdir / task.record).unlink(missing_ok=True)
+
+
+def finish(workdir: pathlib.Path, task: Task, seconds: float) -> dict:
+    """Records that a task is finished, and returns the record."""
     record = {"identity": task.identity, "seconds": round(seconds, 1), "pace": task.pace, "work": task.work}
     write_json(workdir / task.record, record)
+    return record
 
 
 def write_plan(workdir: pathlib.Path, plan: Plan) -> None:
@@ -88,19 +94,20 @@ def set_aside(workdir: pathlib.Path, plan: Plan) -> list[str]:
     """Renames the folders of points whose model has changed since to NAME-OLDDIGEST; returns a line about each.
 
     The files of a point say nothing about another model. Files that were kept of the model that is wanted again come
-    back. Runs need no renaming: their folders have their digests.
+    back, also after a kill between the two. Runs need no renaming: their folders have their digests.
     """
     lines = []
     for planned in plan.points:
         folder, name = workdir / "points" / planned.point.name, planned.point.name
         path = folder / "point.json"
         before = read_object(path).get("run") if path.is_file() else None
-        if before not in (None, planned.identity):
+        if before == planned.identity:
+            continue
+        if before is not None:
             kept = folder.with_name(f"{name}-{before[:DIGITS]}")
             folder.rename(kept)
             lines.append(f"point {name} has changed: what it was is kept in {kept}")
-            if (again := folder.with_name(f"{name}-{planned.identity[:DIGITS]}")).is_dir():
-                again.rename(folder)
-        if before != planned.identity:
-            write_json(path, {"run": planned.identity})
+        if (again := folder.with_name(f"{name}-{planned.identity[:DIGITS]}")).is_dir():
+            again.rename(folder)
+        write_json(path, {"run": planned.identity})
     return lines

@@ -15,7 +15,7 @@ from fastvlm_jax.evaluate.paper import NAMES
 from fastvlm_jax.report import sweep_figures as figures
 from fastvlm_jax.report.faster import compare
 from fastvlm_jax.report.labels import place_labels
-from fastvlm_jax.report.sweep_page import draw, save, write_sweep_report
+from fastvlm_jax.report.sweep_page import draw, left_out, points_table, save, tip, write_sweep_report
 from fastvlm_jax.report.sweep_results import read_sweep
 
 AVG_5 = ["gqa", "textvqa", "pope", "docvqa", "seedbench-image"]
@@ -268,6 +268,40 @@ def test_failed_and_pending_points_are_named_and_not_drawn(tmp_path, monkeypatch
     files = [output.with_name(f"page_{name}{suffix}") for name in names for suffix in (".svg", ".png")]
     assert out.splitlines()[4:] == [str(path) for path in (output, *files)]
     assert all(path.stat().st_size > 5000 for path in files)
+
+
+def test_what_is_said_of_a_point_is_what_the_figures_show(tmp_path):
+    """Scored and not timed yet: the figure of tokens has it. Timed and not scored: that of latencies."""
+    content = results()
+    scored, timed = {"ttft": None}, {"accuracy": {}, "mean": None, "mean_standard_error": None}
+    changes = [
+        ({"state": "pending"} | scored, "hd-128 is pending and has no time to first token"),
+        ({"state": "failed", "error": "why"} | timed, "hd-192 failed and has no accuracy: why"),
+        ({"state": "failed", "error": "late"}, "hd-256 failed: late"),
+        ({"state": "done"} | scored | timed, "hd-320 is not drawn"),
+    ]
+    for each, (change, _) in zip(content["points"], changes, strict=False):
+        each |= change
+    sweep = read_sweep(written(tmp_path, content))
+    assert left_out(sweep) == [said for _, said in changes]
+    drawn = draw(sweep)
+    assert offsets(axis_of(drawn["tokens"][0])).keys() & {f"point-{i}" for i in range(4)} == {"point-0", "point-2"}
+    assert axis_of(drawn["encoder"][0]).lines[0].get_xydata().tolist() == [[192, 22], [256, 40]]
+
+
+def test_the_blind_column_is_the_mean_of_the_blind_scores(tmp_path):
+    content = results(benchmarks=["documents", "more"])
+    for each, blind in zip(content["points"], (6.0, None), strict=False):
+        each["accuracy"]["more"] = {"value": 30.0, "standard_error": 1.0, "n": 9, "blind": blind}
+    sweep = read_sweep(written(tmp_path, content))
+    table = points_table(sweep)
+    column = table.head.index("blind, %")
+    assert [row[column] for row in table.rows[:3]] == ["7.5", "-", "9.0"]  # (9 + 6) / 2
+    assert "Blind: the same questions about other images." in table.note
+    assert "blind: 7.5 %" in tip(sweep, sweep.points[0]) and "blind" not in tip(sweep, sweep.points[1])
+    # The line is the mean of the points, the band runs from the lowest to the highest.
+    axis = axis_of(figures.accuracy_figure(sweep, figures.PAPER_TTFT))
+    assert [y for _, y in lines(axis, "blind")[0]] == pytest.approx([(7.5 + 6 * 9) / 7] * 2)
 
 
 def test_a_sweep_that_has_no_point_yet_has_a_page_without_figures(tmp_path):

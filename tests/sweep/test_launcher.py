@@ -100,6 +100,28 @@ def test_tasks_run_in_order_and_only_changed_ones_again(grid, monkeypatch, capsy
     # Other questions are asked without training or timing again.
     status, _, results, made = sweep(grid, monkeypatch, capsys, "--config.limit=5")
     assert (status, made) == (0, [["evaluate"]] * 2) and results["points"][1]["mean"] == 60.0
+    # Of answers that others began to replace there is no score any more.
+    (grid / "fail").write_text("evaluate")
+    assert sweep(grid, monkeypatch, capsys, "--config.limit=7")[0] == 1
+    (grid / "fail").unlink()
+    assert sweep(grid, monkeypatch, capsys, "--config.limit=5")[3] == [["evaluate"]] * 2
+    # A kill just after the point was set aside loses nothing.
+    point = grid / "w/points/b"
+    point.rename(point.with_name(f"b-{json.loads((point / 'point.json').read_text())['run'][:10]}"))
+    assert sweep(grid, monkeypatch, capsys, "--config.limit=5")[3] == []
+
+
+def test_in_a_bucket_a_changed_point_is_scored_and_timed_anew_each_time(grid, monkeypatch, capsys):
+    """The same files get its answers, so what was found before says nothing about them."""
+    remote = f"--remote={grid / 'bucket'}"
+    assert sweep(grid, monkeypatch, capsys, remote)[0] == 0
+    text = (grid / "grid.py").read_text()
+    (grid / "grid.py").write_text(text.replace('"data.image_size": 128', '"data.image_size": 128, "seed": 5'))
+    assert sweep(grid, monkeypatch, capsys, remote)[3] == [["train"], ["evaluate"], ["bench", "ttft"]]
+    (grid / "grid.py").write_text(text)
+    status, _, results, made = sweep(grid, monkeypatch, capsys, remote)
+    assert (status, made) == (0, [["evaluate"], ["bench", "ttft"]]) and states(results) == {"a": "done", "b": "done"}
+    assert {path.name for path in (grid / "bucket/points").iterdir()} == {"a", "b"}
 
 
 def test_a_failed_point_is_named_and_the_others_go_on(grid, monkeypatch, capsys):
@@ -222,7 +244,8 @@ def test_a_signal_stops_the_command_at_work_and_says_how_to_go_on(grid, monkeypa
 
     (grid / "slow").touch()
     threading.Thread(target=stop, daemon=True).start()
-    status, lines, _, _ = sweep(grid, monkeypatch, capsys)
+    status, lines, results, _ = sweep(grid, monkeypatch, capsys)
+    assert states(results) == {"a": "pending", "b": "pending"}  # `fastvlm report` can show it from the start
     assert status == 130 and re.fullmatch(
         "fastvlm sweep: stopped in train-own_data-hd-tiny-64-.*; the same command goes on from there", lines[-1]
     )

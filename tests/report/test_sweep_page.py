@@ -244,6 +244,19 @@ def test_times_faster_at_equal_accuracy_are_those_of_the_paper(tmp_path):
     assert {each.accuracy: round(each.times, 3) for each in own}.items() >= {52.2: 2.4, 54.4: 3.042}.items()
 
 
+def test_two_points_stand_at_the_highest_accuracy_that_they_answer_for(tmp_path):
+    rows = [("a", 10, 50), ("a", 20, 60), ("a", 30, 52), ("b", 10, 55), ("b", 40, 60)]  # encoder, ms, accuracy
+    points = [point(f"{name}-{ms}", name, 64, 4, accuracy, ms - 1, 1) for name, ms, accuracy in rows]
+    (pair,) = compare(read_sweep(written(tmp_path, results(points=points))).points, figures.PAPER_TTFT)
+    # For 52 % too one pays a-20 and b-10.
+    assert [(each.accuracy, each.times, each.fast[1].name, each.slow[1].name) for each in pair] == [
+        (60, 2, "a-20", "b-40"), (55, 2, "b-10", "a-20"), (50, 1, "a-10", "b-10"),
+    ]  # fmt: skip
+    assert pair[2].sentence("x") == (
+        "a (a-10: 50.0 ± 1.5 % in 10 ms) is as fast as b (b-10: 55.0 ± 1.5 % in 10 ms) at 50.0 % or more, by x"
+    )
+
+
 def test_failed_and_pending_points_are_named_and_not_drawn(tmp_path, monkeypatch, capsys):
     content = results()
     nothing = {"accuracy": {}, "mean": None, "mean_standard_error": None, "ttft": None, "train_seconds": None}

@@ -17,14 +17,23 @@ from fastvlm_jax.sweep import state
 from fastvlm_jax.sweep.plan import make_plan
 
 CONFIG = ROOT / "tests/helpers/tiny_sweep.py"
+# Runs commands of `fastvlm`, as JSON, one after the other.
+IN_A_ROW = """
+import json, sys
+from fastvlm_jax import cli
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["fastvlm", *words]
+    cli.main()
+"""
 
 
 def environment(folder):
-    """Without PyTorch, which tensorboardX would load, and with every small program in the compilation cache."""
+    """With one device, without PyTorch, which tensorboardX would load, and every small program in the cache of XLA."""
     (folder / "stub").mkdir(exist_ok=True)
     (folder / "stub/torch.py").write_text("raise ImportError\n")
     path = os.pathsep.join(map(str, (folder / "stub", ROOT, ROOT / "tests/helpers")))
-    return {**os.environ, "PYTHONPATH": path, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    own = {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | own
 
 
 def start(folder, data, *more):
@@ -39,13 +48,15 @@ def rows(folder):
     return sum(len(path.read_text().splitlines()) for path in (folder / "w/runs").glob("small-*-8-*/metrics.jsonl"))
 
 
-def straight(folder, names, data, monkeypatch, capsys):
-    """The commands of these points in a row, in this process: point -> the lines of its predictions."""
-    made = make_plan(get_config(str(data)), str(folder))
-    for task in made.tasks:
-        if task.kind != "ttft" and set(names) & set(task.points):
-            assert fastvlm(monkeypatch, capsys, *task.arguments)[0] == 0
-    return predictions(folder, names)
+def straight(folder, names, data):
+    """The commands of these points in a row, in one process: point -> the lines of its predictions."""
+    tasks = make_plan(get_config(str(data)), str(folder / "straight")).tasks
+    commands = [task.arguments for task in tasks if task.kind != "ttft" and set(names) & set(task.points)]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_ROW, json.dumps(commands)], env=environment(folder), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return predictions(folder / "straight", names)
 
 
 def predictions(folder, names):
@@ -62,9 +73,9 @@ def at_work(folder):
     return False
 
 
-def check(folder, names, data, monkeypatch, capsys):
+def check(folder, names, data):
     """The sweep of a folder has the answers of its commands in a row, and the points their states and numbers."""
-    assert predictions(folder / "w", names) == straight(folder / "straight", names, data, monkeypatch, capsys)
+    assert predictions(folder / "w", names) == straight(folder, names, data)
     points = json.loads((folder / "w/results.json").read_text())["points"]
     assert [point["state"] for point in points] == ["done", "done"]
     assert [point["accuracy"]["easy-vqa"]["n"] for point in points] == [24, 24]
@@ -87,16 +98,17 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_answers(tmp_path, easy_vqa, 
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     command = ("sweep", f"--config={CONFIG}:{easy_vqa}", f"--workdir={tmp_path / 'w'}")
-    with state.locked(tmp_path / "w"):
+    with monkeypatch.context() as patch, state.locked(tmp_path / "w"):
+        patch.setattr(state, "LOCK_SECONDS", 0)
         status, _, err = fastvlm(monkeypatch, capsys, *command)
     assert status == 1 and err.count("\n") == 1 and f"another sweep is at work in {tmp_path}/w" in err
     status, out, err = fastvlm(monkeypatch, capsys, *command)
     assert (status, out) == (0, f"{tmp_path}/w/results.json\n"), err
-    check(tmp_path, ["small-8"], easy_vqa, monkeypatch, capsys)  # of the run that was killed
+    check(tmp_path, ["small-8"], easy_vqa)  # of the run that was killed
 
 
 @pytest.mark.full
-def test_ten_kills_at_random_moments_change_no_accuracy(tmp_path, easy_vqa, monkeypatch, capsys):
+def test_ten_kills_at_random_moments_change_no_accuracy(tmp_path, easy_vqa):
     rng = random.Random(0)
     for _ in range(10):
         process = start(tmp_path, easy_vqa, "--config.ttft=True")
@@ -106,6 +118,6 @@ def test_ten_kills_at_random_moments_change_no_accuracy(tmp_path, easy_vqa, monk
     last = start(tmp_path, easy_vqa, "--config.ttft=True")
     _, err = last.communicate(timeout=600)
     assert last.returncode == 0, err
-    points = check(tmp_path, ["small-8", "small-16"], easy_vqa, monkeypatch, capsys)
+    points = check(tmp_path, ["small-8", "small-16"], easy_vqa)
     assert [point["ttft"]["image_tokens"] for point in points] == [4, 16]
     assert all(point["ttft"]["measured"] and point["ttft"]["paper_ttft"] > 0 for point in points)

@@ -108,11 +108,13 @@ def make_plan(sweep: ml_collections.ConfigDict, place: str) -> Plan:
     Raises:
       ValueError, FileNotFoundError: names of points are not unique or no names of folders; a stage's config cannot be
         read or contradicts itself; an image size is refused by its encoder; a group has no room for an image; there is
-        no such benchmark. The message names the point.
+        no such benchmark, or it has no such protocol. The message names the point or the benchmark.
     """
     _check_names([point.name for point in sweep.points])
-    if not known(sweep.benchmarks):
+    if not sweep.benchmarks:
         raise ValueError("the sweep has no benchmarks to score its points on: set --config.benchmarks=\"('docvqa',)\"")
+    for benchmark in known(sweep.benchmarks):
+        benchmark.protocol(sweep.protocol or None)
     tasks: dict[str, Task] = {}
     points, missing = [], {}
     for point in sweep.points:

@@ -139,3 +139,5 @@ def test_a_benchmark_is_needed_and_a_mistyped_one_is_named():
         plan(point("a", 64), benchmarks=())
     with pytest.raises(ValueError, match=r"there is no benchmark 'easyvqa' \(did you mean easy-vqa\?\)"):
         plan(point("a", 64), benchmarks=("easyvqa",))
+    with pytest.raises(ValueError, match=r"^--protocol llava: .*; easy-vqa has own$"):
+        plan(point("a", 64), protocol="llava")

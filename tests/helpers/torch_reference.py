@@ -7,20 +7,15 @@ import jax
 import numpy as np
 import torch
 
+from fastvlm_jax.bench.transformers_model import import_transformers
 from fastvlm_jax.convert.mapping import to_jax
 from fastvlm_jax.convert.tables.timm import tower_rows
 from fastvlm_jax.models.fastvit import FastViT
 
-# timm imports torchvision, whose compiled part does not fit a CPU-only torch: declare the two operators it looks up.
-_LIBRARY = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+transformers = import_transformers()  # timm too imports torchvision, whose compiled part need not fit this torch
 
 import timm  # noqa: E402
-import transformers  # noqa: E402
 from timm.models.fastvit import RepConditionalPosEnc  # noqa: E402
-
-transformers.utils.logging.disable_progress_bar()
 
 # The same operations, compiled many times faster: most of a parity test's time would go into XLA's code generation.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}

@@ -7,9 +7,9 @@
 the encoder, `tiny` (a small FastViTHD) or `fastvit_tiny`, and in stage `read` the side of the image in pixels.
 
   learn  One, two or four numbers in large digits at 256 px, from scratch. This finds out that the page matters, and
-         where its cells are. It takes hundreds of steps, and many more where several digits fall into one token. A lower
-         rate of the language model halves the time until then: before the encoder says anything of use, the language
-         model learns to ignore it.
+         where its cells are. It takes hundreds of steps, and many more where several digits fall into one token. A
+         lower rate of the language model halves the time until then: before the encoder says anything of use, the
+         language model learns to ignore it.
   read   Digits of mixed sizes, at the size of the point.
 """
 

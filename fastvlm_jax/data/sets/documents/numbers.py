@@ -38,6 +38,7 @@ def draw(seed: int, split: str, page: int, sizes: tuple[int, int] = MIXED, count
     rng = random.Random(f"numbers {sizes} {seed} {split} {page}")
     canvas = Canvas((SIDE, SIDE), (255, 255, 255), (0, 0, 0))
     lines, drawn = [], []
+    # A choice among one would take a random number, and so change pages that were drawn without it.
     for row in range(rng.choice(counts) if counts[1:] else counts[0]):
         number, boxes = rng.choice(read_numbers(split)[rng.randrange(9)]), []
         for column, digit in enumerate(number):

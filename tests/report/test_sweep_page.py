@@ -432,15 +432,17 @@ def test_labels_cover_neither_each_other_nor_a_point(sweep):
         assert covered == 0
 
 
-def test_a_label_does_not_lie_on_the_stairs_of_a_front():
+def test_a_label_lies_neither_on_the_stairs_of_a_front_nor_outside():
     figure, axis = figures._figure()
     axis.set(xlim=(0, 100), ylim=(0, 100))
-    axis.plot([40, 60, 100], [20, 54, 54], drawstyle="steps-post")  # the riser runs up under the second point
-    place_labels(axis, [(60, 40, "128", "k", 60.0), (85, 50, "320", "k", 60.0)])
+    axis.plot([10, 30, 100], [20, 54, 54], drawstyle="steps-post")  # a riser at 30, then a tread at 54
+    points = [(30, 40), (60, 50), (100, 80)]  # on the riser, just under the tread, on the right edge
+    place_labels(axis, [(x, y, "128", "k", 190.0) for x, y in points])
     figure.draw_without_rendering()
-    beside, below = (axis.transData.inverted().transform_bbox(text.get_window_extent()) for text in axis.texts)
-    assert beside.x0 > 60 or beside.x1 < 60
-    assert below.y1 < 54
+    riser, tread, edge = (axis.transData.inverted().transform_bbox(text.get_window_extent()) for text in axis.texts)
+    assert riser.x0 > 30 or riser.x1 < 30
+    assert tread.y1 < 54
+    assert edge.x1 < 100
 
 
 HOSTILE = """<img src=x onerror="document.title='broken'">$\\alpha$ & </svg></script>'"""

@@ -1,5 +1,6 @@
 """Runs one training stage from top to bottom: mesh, stage, data, state, restore, loop. Read this file first."""
 
+import contextlib
 import math
 import pathlib
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from fastvlm_jax import config as config_lib
 from fastvlm_jax.data.load.from_config import make_loader, open_sources
 from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.sources import contents_of, fingerprint
-from fastvlm_jax.distributed import Interrupted, StopRequest
+from fastvlm_jax.distributed import Interrupted, StopRequest, Watchdog
 from fastvlm_jax.evaluate.validation import Evaluate, make_evaluation
 from fastvlm_jax.metrics import opening, profiling, tracking
 from fastvlm_jax.metrics.best import BestScore
@@ -39,7 +40,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     Raises:
       ValueError, FileNotFoundError: settings, data, parent or workdir do not fit; nothing was written.
       FloatingPointError: the loss is not finite.
-      Interrupted: this process or another got SIGINT or SIGTERM; the state is saved.
+      Interrupted: this process or another got SIGINT, SIGTERM or the platform's notice; the state is saved.
     """
     config_lib.validate(config)
     settings = config_lib.plain(config)
@@ -49,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     sources = open_sources(config.data, "train")
     stage = open_stage(config)
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as context:
         batches = sharding.batch_sharding(mesh)
         open_loader = partial(make_loader, config.data, stage.processor, "train", seed=config.seed, sharding=batches)
         loader = open_loader()
@@ -59,16 +60,19 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         evaluate = make_evaluation(config, stage.model, stage.processor, batches)
         lineage = make_lineage(settings, stage.parent_lineage, fingerprint(sources), contents_of(sources))
         claim(workdir, settings, lineage, stage.processor)
+        name = config.stage or workdir.name
+        watchdog = context.enter_context(Watchdog(workdir, name, steps))
         best = BestScore(config.keep_best, config.stop_after)
         checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints, lambda: best.step)
-        name, latest = config.stage or workdir.name, checkpoint.find_latest(checkpointer)
+        latest = checkpoint.find_latest(checkpointer)
         opening.tell_data(name, config, sum(map(len, sources)), loader.batches_per_epoch, steps)
         if latest is None:
             opening.tell_model(name, config, step.abstract.params, stage.parent_variables)
             state = step.make_state(jax.random.key(config.seed), stage.parent_variables)
         else:
             opening.tell(name, f"goes on behind step {latest} of {steps}")
-            state, position = checkpoint.restore(checkpointer, step.abstract)
+            with watchdog.doing("the restore"):
+                state, position = checkpoint.restore(checkpointer, step.abstract)
             loader.close()
             loader = open_loader(start=position)
         start = int(state.step)
@@ -77,13 +81,15 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         trace = profiling.Trace(traced, workdir / "profile", start, steps)
         learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
         log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, steps=steps)
-        save = partial(checkpoint.save, checkpointer, lineage=lineage)
-        step_fn = opening.telling_compilation(name, step.fn)
+        save = watchdog.doing("a save")(partial(checkpoint.save, checkpointer, lineage=lineage))
+        step_fn = opening.telling_compilation(name, step.fn, watchdog.doing)
+        stop = context.enter_context(StopRequest())
         try:
             missed = evaluate is not None and is_evaluated(config, start, steps) and not has_evaluation(workdir, start)
             state = run(
                 config, state, step_fn, loader, steps,
-                log=log, trace=trace, evaluate=evaluate, missed=missed, best=best, save=save,
+                log=log, trace=trace, evaluate=evaluate, missed=missed, best=best, save=save, stop=stop,
+                watchdog=watchdog,
             )  # fmt: skip
             if int(state.step) < steps:
                 opening.tell(name, f"ended at step {int(state.step)} of {steps}: {best.describe()}")
@@ -92,10 +98,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
             latest = checkpointer.latest and checkpointer.latest.step
             raise FloatingPointError(f"{error}; the last checkpoint is of step {latest}") from error
         finally:
-            trace.close()
-            loader.close()
-            checkpointer.close()
-            writer.close()
+            with watchdog.doing("the end"):
+                trace.close()
+                loader.close()
+                checkpointer.close()
+                writer.close()
 
 
 def run(
@@ -111,6 +118,8 @@ def run(
     missed: bool,
     best: BestScore,
     save: Callable[[TrainState, int], None],
+    stop: StopRequest,
+    watchdog: Watchdog,
 ) -> TrainState:
     """Runs the training loop: the steps, and logs, checkpoints and evaluations at their intervals.
 
@@ -126,7 +135,9 @@ def run(
 
     def evaluated(step: int) -> bool:
         """Evaluates, keeps the best state, and returns whether nobody asked to stop meanwhile."""
-        if (scalars := evaluate(state, stop.reached)) is not None:
+        with watchdog.doing("an evaluation"):
+            scalars = evaluate(state, stop.reached)
+        if scalars is not None:
             log.write_evaluation(step, scalars)
             if best.add(step, scalars) or best.ends:
                 save(state, loader.position)
@@ -137,30 +148,31 @@ def run(
         return Interrupted(f"stopped at step {step} of {steps}, which is saved; the same command goes on from there")
 
     first = int(state.step)
-    with StopRequest() as stop:
-        if missed and not evaluated(first):
-            raise interrupted(first)
-        for step in range(first + 1, steps + 1):
-            if best.ends:
-                break
-            with trace.begin(step, state):
-                state, outputs = step_fn(state, next(loader))
-            trace.end(step, state)
-            if step % config.log_every == 0 or step == steps:
-                if not math.isfinite(loss := float(outputs["loss"])):
-                    raise FloatingPointError(f"the loss at step {step} is {loss}: lower the rates in groups")
-                log.write(StepRecord(step, outputs, loader.flow(), loader.substituted))
-            stopping = stop.reached()
-            # Save before the evaluation, which may fail or take longer than a preempted machine has.
-            if step % config.checkpoint_every == 0 or step == steps or stopping:
+    if missed and not evaluated(first):
+        raise interrupted(first)
+    for step in range(first + 1, steps + 1):
+        if best.ends:
+            break
+        with trace.begin(step, state):
+            batch = next(loader)
+            state, outputs = step_fn(state, batch)
+        watchdog.begin(step, batch.images.shape, outputs["loss"])
+        trace.end(step, state)
+        if step % config.log_every == 0 or step == steps:
+            if not math.isfinite(loss := float(outputs["loss"])):
+                raise FloatingPointError(f"the loss at step {step} is {loss}: lower the rates in groups")
+            log.write(StepRecord(step, outputs, loader.flow(), loader.substituted, watchdog.held()))
+        stopping = stop.reached()
+        # Save before the evaluation, which may fail or take longer than a preempted machine has.
+        if step % config.checkpoint_every == 0 or step == steps or stopping:
+            save(state, loader.position)
+        due = evaluate is not None and is_evaluated(config, step, steps)
+        if due and not stopping:
+            due = stopping = not evaluated(step)
+            if stopping:
                 save(state, loader.position)
-            due = evaluate is not None and is_evaluated(config, step, steps)
-            if due and not stopping:
-                due = stopping = not evaluated(step)
-                if stopping:
-                    save(state, loader.position)
-            if stopping and (step < steps or due):
-                raise interrupted(step)
+        if stopping and (step < steps or due):
+            raise interrupted(step)
     return state
 
 

@@ -78,8 +78,9 @@ def test_run_stopped_by_sigterm_goes_on_bit_for_bit(easy_vqa, straight, tmp_path
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_after_the_first_step, daemon=True).start()
-    with pytest.raises(Interrupted, match="of 8, which is saved"):
+    with pytest.raises(Interrupted, match="of 8, which is saved") as stopped:
         run(config, tmp_path / "run")
+    assert stopped.value.status == 75
     stopped_at = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir())
     assert 1 <= stopped_at < 8
     assert_same(run(config, tmp_path / "run"), straight.state)

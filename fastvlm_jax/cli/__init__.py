@@ -29,7 +29,7 @@ def main() -> None:
     """Runs the command of the command line.
 
     An error that a user can cause ends in one line on stderr and exit status 1 (2 for wrong usage); FASTVLM_TRACEBACK=1
-    shows where it arose. Ctrl-C ends in exit status 130.
+    shows where it arose. Ctrl-C ends in exit status 130, and SIGTERM, where work is saved for the next start, in 75.
     """
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.WARNING)
@@ -46,7 +46,7 @@ def main() -> None:
         COMMANDS[name](argv)
     except KeyboardInterrupt as stop:
         print(f"fastvlm {name}: {str(stop) or 'interrupted'}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(getattr(stop, "status", 130)) from None
     except BrokenPipeError:  # as `fastvlm --help | head` ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None

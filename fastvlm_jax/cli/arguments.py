@@ -138,6 +138,9 @@ def define_processes(fv: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "initialization_seconds", None, "longest wait for all processes to start, s; default 300", flag_values=fv
     )
+    flags.DEFINE_float(
+        "late_step_seconds", None, "longest wait for a process that is late in a step, s; default 300", flag_values=fv
+    )
 
 
 def processes(fv: flags.FlagValues):
@@ -145,5 +148,6 @@ def processes(fv: flags.FlagValues):
     from fastvlm_jax import distributed
 
     return distributed.find_settings(
-        fv.coordinator_address, fv.num_processes, fv.process_id, fv.heartbeat_seconds, fv.initialization_seconds
-    )
+        fv.coordinator_address, fv.num_processes, fv.process_id, fv.heartbeat_seconds, fv.initialization_seconds,
+        fv.late_step_seconds,
+    )  # fmt: skip

@@ -9,16 +9,27 @@ variables or the platform (Cloud TPU slices, GKE, Slurm, Open MPI), in this orde
 
 --num_processes=1 means a single process on any platform. Process 0 listens on the port of the address for `peers`, and
 on the next port, or a free one, for JAX. A process that dies stops the others at once; one that freezes or is cut off
-stops them after --heartbeat_seconds. Each of the others prints which process was lost and exits with status 1. SIGINT
-or SIGTERM to one process stops all after the same step; that step is saved, and all exit with status 130. In both
-cases the same command, given to all processes, continues from what is saved: the last checkpoint, or the answers so
-far.
+stops them after --heartbeat_seconds; one that lives, but keeps the others waiting in a step, after --late_step_seconds.
+Each of the others prints which process was lost or late and exits with status 1. SIGTERM to one process, or the
+platform's notice that its machine will be taken away, stops all after the same step; that step is saved, and all exit
+with status 75, which means "run me again". SIGINT does the same with status 130. In all cases the same command, given
+to all processes, continues from what is saved: the last checkpoint, or the answers so far.
 """
 
 from fastvlm_jax.distributed.detect import find_settings
-from fastvlm_jax.distributed.process import START_SECONDS, Interrupted, StopRequest, check_same, exchange, started
+from fastvlm_jax.distributed.process import (
+    AGAIN,
+    START_SECONDS,
+    Interrupted,
+    StopRequest,
+    check_same,
+    exchange,
+    started,
+)
 from fastvlm_jax.distributed.rendezvous import Settings
+from fastvlm_jax.distributed.watchdog import Watchdog
 
 __all__ = [
-    "START_SECONDS", "Interrupted", "Settings", "StopRequest", "check_same", "exchange", "find_settings", "started",
+    "AGAIN", "START_SECONDS", "Interrupted", "Settings", "StopRequest", "Watchdog", "check_same", "exchange",
+    "find_settings", "started",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ def find_settings(
     process_id: int | None = None,
     heartbeat_seconds: float | None = None,
     initialization_seconds: float | None = None,
+    late_step_seconds: float | None = None,
 ) -> Settings | None:
     """Returns how this process meets the others, or None for a single process.
 
@@ -27,6 +28,7 @@ def find_settings(
     seconds = {
         "heartbeat_seconds": _number("heartbeat_seconds", heartbeat_seconds, float, 30.0),
         "initialization_seconds": _number("initialization_seconds", initialization_seconds, float, 300.0),
+        "late_step_seconds": _number("late_step_seconds", late_step_seconds, float, 300.0),
     }
     for name, value in seconds.items():
         if not 0 < value < 1e6:

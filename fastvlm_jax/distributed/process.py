@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from fastvlm_jax.config import differences
+from fastvlm_jax.distributed import notice
 from fastvlm_jax.distributed.peers import Peers
 from fastvlm_jax.distributed.rendezvous import Settings
 from fastvlm_jax.files import json_digest
@@ -23,8 +24,18 @@ START_SECONDS = 4 * 3600.0  # timeout for start-up work of unequal length, such 
 _peers: Peers | None = None  # connections of this process; None when it runs alone. A global, as in jax.distributed
 
 
+AGAIN = os.EX_TEMPFAIL  # 75, the exit status that means "run me again"
+
+
 class Interrupted(KeyboardInterrupt):
-    """Raised when the run was asked to stop, after its work is saved."""
+    """Raised when the run was asked to stop, after its work is saved.
+
+    Attributes:
+      status: exit status of this process, set where a StopRequest ends: 130 after Ctrl-C, AGAIN after SIGTERM or a
+        notice of the platform.
+    """
+
+    status = 130
 
 
 @contextlib.contextmanager
@@ -43,23 +54,22 @@ def started(settings: Settings | None) -> Iterator[None]:
         return
     greeting = {"jax_port": _free_port(settings.host_and_port[1] + 1)} if settings.process_id == 0 else {}
     _peers = Peers(settings, greeting, _exit_on_loss)
+    stopped = None
     try:
         _initialize_jax(settings, _peers.greeting["jax_port"])
-        yield
+        try:
+            yield
+        except Interrupted as error:
+            stopped = error
+        _peers.exchange("the end of the work")  # names who does not come; JAX's barrier, which follows, does not
     except BaseException as error:
-        if not isinstance(error, Interrupted):
-            _report_failure(error)
-            raise
-        _end()
+        _report_failure(error)
         raise
-    _end()
-
-
-def _end() -> None:
-    global _peers
     jax.distributed.shutdown()
     _peers.end()
     _peers = None
+    if stopped:
+        raise stopped
 
 
 def _report_failure(error: BaseException) -> None:
@@ -81,7 +91,7 @@ def _report_failure(error: BaseException) -> None:
 
 
 def _exit_on_loss(lost: str) -> None:
-    """Prints which process was lost and ends this process with status 1."""
+    """Prints which process was lost or late and ends this process with status 1."""
     print(f"fastvlm: {lost}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -155,6 +165,17 @@ def exchange(name: str, value: Any = None, seconds: float = 600.0) -> list[Any]:
     return [value]
 
 
+def mark(doing: str, usual: float | None = None) -> None:
+    """Notes what this process begins, which decides how long the others wait for it: see Peers.mark."""
+    if _peers is not None:
+        _peers.mark(doing, usual)
+
+
+def slowest() -> str:
+    """Returns in words which processes hold up the others, as process 0 knows it; "" for a single process."""
+    return "" if _peers is None else _peers.slowest()
+
+
 def check_same(facts: dict[str, Any]) -> None:
     """Checks that `facts` (JSON-ready) are the same in all processes.
 
@@ -175,24 +196,28 @@ def check_same(facts: dict[str, Any]) -> None:
 
 
 class StopRequest:
-    """Handles signals within its context: the first SIGINT or SIGTERM to any process asks all processes to stop.
+    """Hears within its context that the run is to stop: SIGINT, SIGTERM or a notice of the platform, to any process.
 
-    A second signal of the same kind ends the process that gets it, at once. Python's own handlers wait until the main
-    thread comes back from a compilation or a computation, so a thread hears the signals too.
+    The first asks all processes to stop; a second signal ends the process that gets it, at once. Python's own handlers
+    wait until the main thread comes back from a compilation or a computation, so a thread hears the signals too.
     """
 
     def __init__(self):
-        self._requested, self._asked = False, 0
+        self._status, self._places, self._ended = 0, 0, threading.Event()
 
     def __enter__(self):
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._let_next_kill) for s in (signal.SIGINT, signal.SIGTERM)}
         heard, self._wake = socket.socketpair()
         self._wake.setblocking(False)
         self._wake_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(heard,), name="signals", daemon=True).start()
+        threading.Thread(target=notice.watch, args=(self._noticed, self._ended), name="notice", daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Interrupted):
+            error.status = self._status if _peers is None else _peers.stop_status
+        self._ended.set()
         signal.set_wakeup_fd(self._wake_before)
         self._wake.close()
         for number, handler in self._before.items():
@@ -203,22 +228,31 @@ class StopRequest:
 
         All processes call it at the same places: after every step, and after every batch of a validation.
         """
-        self._asked += 1
-        return self._requested if _peers is None else _peers.stop_reached(self._asked)
+        self._places += 1
+        return bool(self._status) if _peers is None else _peers.stop_reached(self._places)
 
-    def _ask(self, number, frame):
-        signal.signal(number, signal.SIG_DFL)  # the second one ends this process
+    def _ask(self, status: int) -> None:
+        """Asks all processes to stop, and to end with this exit status unless another was asked for before."""
+        if not self._status:
+            self._status = status
+            if _peers is not None:
+                _peers.ask_stop(status)
+
+    def _noticed(self, key: str) -> None:
+        print(f"fastvlm: the platform takes this machine away ({key}): saving", file=sys.stderr, flush=True)
+        self._ask(AGAIN)
+
+    def _let_next_kill(self, number, frame):
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
 
     def _listen(self, heard: socket.socket) -> None:
         """Runs in a thread: reads the number of each signal as it arrives, until the context ends."""
-        seen: set[int] = set()
+        asked = False
         with heard:
             while numbers := heard.recv(64):
-                for number in numbers:
-                    if number in seen:
+                for number in filter(self._before.__contains__, numbers):
+                    if asked:
                         os._exit(128 + number)
-                    if number in self._before:
-                        seen.add(number)
-                        self._requested = True
-                        if _peers is not None and len(seen) == 1:
-                            _peers.ask_stop()
+                    asked = True
+                    self._ask(130 if number == signal.SIGINT else AGAIN)

@@ -22,6 +22,7 @@ class Settings:
       process_id: number of this process, from 0.
       heartbeat_seconds: seconds of silence after which a process counts as frozen.
       initialization_seconds: seconds to wait at the start until all processes have connected.
+      late_step_seconds: seconds after which a process that others wait for in a step is late; see marks.Mark.passed.
     """
 
     coordinator_address: str
@@ -29,6 +30,7 @@ class Settings:
     process_id: int
     heartbeat_seconds: float = 30.0
     initialization_seconds: float = 300.0
+    late_step_seconds: float = 300.0
 
     @property
     def host_and_port(self) -> tuple[str, int]:

@@ -1,9 +1,11 @@
 """Says on stderr how a run begins: its parts, parameters and data, what looks wrong, and how long compiling takes."""
 
+import contextlib
 import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -79,8 +81,14 @@ def tell_data(name: str, config: ml_collections.ConfigDict, records: int, per_ep
         )
 
 
-def telling_compilation(name: str, step_fn: Callable) -> Callable:
-    """Returns a jitted (state, batch) function that says before and after when it is compiled: once for each size."""
+def telling_compilation(
+    name: str, step_fn: Callable, doing: Callable[[str], AbstractContextManager] = contextlib.nullcontext
+) -> Callable:
+    """Returns a jitted (state, batch) function that says before and after when it is compiled: once for each size.
+
+    Args:
+      doing: returns a context for work that may take long; see Watchdog.doing.
+    """
     sizes = set()
 
     def step(state, batch):
@@ -88,7 +96,8 @@ def telling_compilation(name: str, step_fn: Callable) -> Callable:
             sizes.add(size)
             tell(name, f"compiling the training step for images of {size[0]} x {size[1]} px ...")
             start = time.monotonic()
-            step_fn.lower(state, batch).compile()
+            with doing("a compilation"):
+                step_fn.lower(state, batch).compile()
             tell(name, f"compiled in {time.monotonic() - start:.1f} s")
         return step_fn(state, batch)
 

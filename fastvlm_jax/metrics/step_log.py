@@ -23,12 +23,14 @@ class StepRecord(NamedTuple):
       outputs: the metrics that train_step returned, on the devices.
       flow: counts of what the loader gave out since the last record.
       substituted: number of records found to be unusable so far.
+      held: seconds, since the last record, in which the devices waited for this process; see Watchdog.held.
     """
 
     step: int
     outputs: dict[str, jax.Array]
     flow: Flow
     substituted: int
+    held: float
 
 
 class StepLog:
@@ -69,13 +71,14 @@ class StepLog:
         outputs = dict(record.outputs)
         by_source = outputs.pop("loss_by_source", None)
         scalars = {key: float(value) for key, value in outputs.items()}
-        seconds = max(self._writer.seconds() - self._since, 1e-9)
-        scalars["step_seconds"] = seconds / (record.step - self._last)
+        seconds, steps = max(self._writer.seconds() - self._since, 1e-9), record.step - self._last
+        scalars["step_seconds"] = seconds / steps
         self.restart_clock(record.step)
         scalars |= self._rates(record, seconds)
         scalars |= memory_scalars(self._devices)
-        # The process with the slowest input holds up all others.
-        scalars["input_bound"] = max(distributed.exchange(f"input {record.step}", scalars["input_bound"]))
+        scalars |= slowest_host(
+            distributed.exchange(f"host {record.step}", (scalars["input_bound"], record.held / steps))
+        )
         if by_source is not None:
             losses = zip(self._names, by_source.tolist(), strict=True)
             scalars |= {f"loss/{name}": loss for name, loss in losses if math.isfinite(loss)}
@@ -103,3 +106,15 @@ class StepLog:
         row_length = self._config.data.row_length
         mfu = mfu_scalars(self._model, self._trainable, flow, seconds, row_length=row_length, peak=self._peak)
         return scalars | mfu
+
+
+def slowest_host(found: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Returns the scalars of the process that holds up all others, from (input_bound, seconds held) of each process.
+
+    "skew_seconds" is how much longer, a step, the devices waited for the slowest process than for the fastest.
+    """
+    bounds, held = zip(*found, strict=True)
+    scalars = {"input_bound": max(bounds)}
+    if len(found) > 1:
+        scalars |= {"skew_seconds": max(held) - min(held), "slowest_process": held.index(max(held))}
+    return scalars

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fastvlm_jax.distributed import Interrupted, StopRequest
+from fastvlm_jax.distributed import AGAIN, Interrupted, StopRequest
 from fastvlm_jax.files import write_json
 from fastvlm_jax.report.sweep_results import RESULTS
 from fastvlm_jax.sweep import launcher as launching
@@ -78,24 +78,27 @@ def log_of(workdir: pathlib.Path, task: Task) -> pathlib.Path:
 def start(task: Task, workdir: pathlib.Path, launcher: Launcher, lock: int, stop: StopRequest) -> str | None:
     """Runs the command of a task to its end; returns None if it succeeded, else the last line of its log.
 
+    A command that was stopped from outside, and says with its status that it wants to go on, is started again.
+
     Raises:
       Interrupted: the sweep was asked to stop, and the command has ended.
     """
     log = log_of(workdir, task)
     log.parent.mkdir(exist_ok=True)
     with log.open("ab") as out:
-        position = out.tell()
-        child = subprocess.Popen(
-            launching.ending_with_this(launcher.command(task), os.getpid()), stdin=subprocess.DEVNULL, stdout=out,
-            stderr=subprocess.STDOUT, pass_fds=(lock,), start_new_session=True,
-        )  # fmt: skip
-        try:
-            while child.poll() is None and not stop.reached():
-                _wait(child, 0.2)
-            if child.poll() is None:
-                child.send_signal(signal.SIGTERM)
-        finally:
-            status = child.wait()
+        position, status = out.tell(), AGAIN
+        while status == AGAIN and not stop.reached():
+            child = subprocess.Popen(
+                launching.ending_with_this(launcher.command(task), os.getpid()), stdin=subprocess.DEVNULL, stdout=out,
+                stderr=subprocess.STDOUT, pass_fds=(lock,), start_new_session=True,
+            )  # fmt: skip
+            try:
+                while child.poll() is None and not stop.reached():
+                    _wait(child, 0.2)
+                if child.poll() is None:
+                    child.send_signal(signal.SIGTERM)
+            finally:
+                status = child.wait()
     if stop.reached() and status != 0:
         raise Interrupted(f"stopped in {task.name}; the same command goes on from there")
     if status == 0:

@@ -39,6 +39,7 @@ def test_one_host_without_flags_is_alone_and_slurm_tells_its_own():
         (dict(process_id=4), "--process_id=4 must be from 0 to 3"),
         (dict(coordinator_address="10.0.0.2"), "--coordinator_address=10.0.0.2 must be HOST:PORT"),
         (dict(heartbeat_seconds=0.0), "--heartbeat_seconds=0 must be a positive number"),
+        (dict(late_step_seconds=-1.0), "--late_step_seconds=-1 must be a positive number"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -123,7 +123,7 @@ def test_what_is_killed_or_stopped_goes_on_with_other_devices_to_the_same_files(
         rf"{re.escape(str(folder))}; the same command goes on from there",
         error.splitlines()[-1],
     )
-    assert status == 130 and found and answered_by(folder) is None and held < int(found[1]) < LIMIT, error
+    assert status == 75 and found and answered_by(folder) is None and held < int(found[1]) < LIMIT, error
 
     assert score(folder) == straight
     assert answered_by(folder) == LIMIT - int(found[1])
@@ -132,7 +132,7 @@ def test_what_is_killed_or_stopped_goes_on_with_other_devices_to_the_same_files(
 @pytest.mark.full
 def test_one_goes_on_where_two_stopped_of_which_one_was_killed(command, score, tmp_path):
     straight, folder = score(tmp_path / "straight"), tmp_path / "stopped"
-    for stop, expected in ((signal.SIGKILL, [1, -signal.SIGKILL]), (signal.SIGTERM, [130, 130])):
+    for stop, expected in ((signal.SIGKILL, [1, -signal.SIGKILL]), (signal.SIGTERM, [75, 75])):
         two = Processes(2, command, folder)
         held = two.wait_for(held_in(folder) + 30)
         two.all[1].send_signal(stop)

@@ -1,4 +1,4 @@
-"""Tests how processes meet, exchange values, stop after the same step, and notice a lost one."""
+"""Tests how processes meet, exchange values, stop after the same step, and notice a lost or late one."""
 
 import concurrent.futures
 import contextlib
@@ -62,16 +62,16 @@ def refusal(process, count, port):
     return str(caught.value)
 
 
-def settings(process, count, port, heartbeat=5.0):
-    return Settings(f"127.0.0.1:{port}", count, process, heartbeat, 1.5)
+def settings(process, count, port, heartbeat=5.0, late=300.0):
+    return Settings(f"127.0.0.1:{port}", count, process, heartbeat, 1.5, late)
 
 
-def meet(count, heartbeat=5.0):
+def meet(count, heartbeat=5.0, late=300.0):
     """Returns the Peers of `count` processes, all inside this one, and the lines that each received about a loss."""
     port, peers, lost = free_port(), [None] * count, [[] for _ in range(count)]
 
     def start(process):
-        peers[process] = Peers(settings(process, count, port, heartbeat), {"from": process}, lost[process].append)
+        peers[process] = Peers(settings(process, count, port, heartbeat, late), {"from": process}, lost[process].append)
 
     threads = [threading.Thread(target=start, args=(process,)) for process in range(count)]
     for thread in threads:
@@ -113,8 +113,8 @@ def test_all_stop_after_the_same_step_however_far_each_is(asking):
     reached = [5, 8, 6]
     for p, step in zip(peers, reached, strict=True):
         assert not p.stop_reached(step)
-    peers[asking].ask_stop()
-    peers[asking].ask_stop()
+    peers[asking].ask_stop(75)
+    peers[asking].ask_stop(130)  # too late to change the status
     time.sleep(0.5)
 
     def run(p):
@@ -124,6 +124,7 @@ def test_all_stop_after_the_same_step_however_far_each_is(asking):
         return step
 
     assert in_all(peers, run) == [9, 9, 9]
+    assert [p.stop_status for p in peers] == [75, 75, 75]
     in_all(peers, lambda p: p.end())
 
 
@@ -136,7 +137,7 @@ def test_no_process_runs_past_the_last_step_while_it_is_agreed_on():
             step += 1
             time.sleep(0.02 if p.settings.process_id == 2 else 0.001)  # far behind the others
             if p.settings.process_id == 2 and step == 20:
-                p.ask_stop()
+                p.ask_stop(130)
         return step
 
     steps = in_all(peers, run)
@@ -149,6 +150,47 @@ def test_an_error_in_one_process_is_told_by_all_others():
     peers[2].fail("stopped: the disk is full")
     time.sleep(1)
     assert lost == [[f"process 2 on {socket.gethostname()} stopped: the disk is full"]] * 2 + [[]]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_process_that_lives_but_keeps_the_others_waiting_is_told_by_all_and_a_slow_one_is_not(late):
+    peers, lost = meet(3, heartbeat=3.0, late=2.0)
+    others = [p for p in peers if p.settings.process_id != late]
+    for step in range(1, 4):  # the others are far ahead most of the time, and wait
+        for p in others:
+            p.mark(f"step {step}", 0.01)
+        time.sleep(0.5)
+        peers[late].mark(f"step {step}", 0.01)
+    assert lost == [[], [], []]
+    for p in others:
+        p.mark("step 4", 0.01)
+    begin = time.monotonic()
+    while not all(lost) and time.monotonic() - begin < 20:
+        time.sleep(0.05)
+    line = (
+        f"process {late} on {socket.gethostname()} came no further than step 3 in 2 s, while the others waited; "
+        "start all processes again: they go on from what is saved"
+    )
+    assert lost == [[line]] * 3
+
+
+def test_a_step_that_ends_nowhere_is_the_fault_of_no_process():
+    peers, lost = meet(2, heartbeat=3.0, late=0.5)
+    for p in peers:
+        p.mark("a compilation", None)
+    time.sleep(1.4)
+    assert lost == [[], []] and peers[0].slowest() == "no process is behind the others"
+    peers[0].mark("step 9", 0.01)
+    time.sleep(1)
+    assert peers[0].slowest() == f"process 1 on {socket.gethostname()} came no further than a compilation"
+    peers[1].mark("step 9", 0.01)
+    begin = time.monotonic()
+    while not all(lost) and time.monotonic() - begin < 20:
+        time.sleep(0.05)
+    assert lost[0] == lost[1] == [
+        "no process came further than step 9 in 0.5 s: the devices or the network between them hang; start all "
+        "processes again: they go on from what is saved"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("goes", [0, 1])

@@ -1,5 +1,6 @@
 """Tests several real processes on this machine: they train as one, stop together, and name a lost process."""
 
+import json
 import re
 import shutil
 import signal
@@ -26,7 +27,7 @@ DEVICES = 4
 class Run:
     """Runs `fastvlm train` in several processes with DEVICES devices in all."""
 
-    def __init__(self, count, data, workdir, *flags, each=()):
+    def __init__(self, count, data, workdir, *flags, each=(), program="train_process.py"):
         self.folder = workdir.parent / f"{workdir.name}-{count}-processes"
         self.folder.mkdir(parents=True)
         address = f"127.0.0.1:{free_port()}"
@@ -34,7 +35,7 @@ class Run:
         self.processes = [
             subprocess.Popen(
                 [
-                    *(sys.executable, HELPERS / "train_process.py", str(DEVICES // count), "train"),
+                    *(sys.executable, HELPERS / program, str(DEVICES // count), "train"),
                     *("--config", f"{HELPERS / 'small.py'}:{data}", "--workdir", workdir, *config),
                     *(f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={process}"),
                     *(*flags, *(each[process] if each else ())),
@@ -87,13 +88,16 @@ def test_four_processes_stopped_by_sigterm_of_one_go_on_as_two_and_as_one(easy_v
     four = Run(4, easy_vqa, tmp_path / "run")
     wait_for_step(2, tmp_path / "run", four)
     four.processes[2].send_signal(signal.SIGTERM)
-    assert four.statuses() == [130] * 4
+    assert four.statuses() == [75] * 4
     (step,) = saved_steps(tmp_path / "run")
     said = f"fastvlm train: stopped at step {step} of 12, which is saved; the same command goes on from there"
     assert [four.errors(process) for process in range(4)] == [[said]] * 4
     opening = ["small: " in (four.folder / str(process)).read_text() for process in range(4)]
     assert opening == [True, False, False, False]
     assert 2 <= step < 12 and len(losses(tmp_path / "run")) == step
+    assert all(
+        row["skew_seconds"] >= 0 and row["slowest_process"] in range(4) for row in read_metrics(tmp_path / "run")
+    )
     shutil.copytree(tmp_path / "run", tmp_path / "one")
 
     two = Run(2, easy_vqa, tmp_path / "run")
@@ -126,6 +130,26 @@ def test_a_process_that_dies_or_freezes_stops_the_other_with_a_line_that_names_i
     what = "is frozen or cut off, silent for 10 s" if number == signal.SIGSTOP else "died"
     again = "start all processes again: they go on from what is saved"
     assert run.errors(1 - victim) == [f"fastvlm: process {victim} on {socket.gethostname()} {what}; {again}"]
+
+
+def test_a_process_that_is_slow_once_is_named_and_one_that_waits_for_ever_ends_the_run(easy_vqa, tmp_path):
+    flags = ("--config.steps=100000", "--late_step_seconds=12")
+    run = Run(2, easy_vqa, tmp_path / "run", *flags, program="stalled_process.py")
+    assert run.statuses(120) == [1, 1]
+    said = [(run.folder / str(process)).read_text().splitlines() for process in range(2)]
+    first, *rest = [line for lines in said for line in lines if line.startswith("small: step ")]
+    host, stacks = socket.gethostname(), tmp_path / "run/stacks"
+    assert re.fullmatch(
+        rf"small: step 9 has taken \d+ s, where [\d.e+-]+ s are usual; process 1 on {host} came no further than step "
+        rf"8; stacks of all threads: {stacks}",
+        first,
+    )
+    assert [line.partition(",")[0][:23] for line in rest] == ["small: step 9 has ended", "small: step 12 has take"]
+    again = "start all processes again: they go on from what is saved"
+    late = f"process 1 on {host} came no further than step 11 in 12 s, while the others waited; {again}"
+    assert run.errors(0) == run.errors(1) == [f"fastvlm: {late}"]
+    assert "in stall" in (stacks / "process_1.txt").read_text() and (stacks / "process_0.txt").exists()
+    assert json.loads((tmp_path / "run/heartbeat.json").read_text())["doing"] == "step 12"
 
 
 def test_processes_of_other_settings_are_refused_with_the_key(easy_vqa, tmp_path):

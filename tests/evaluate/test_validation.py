@@ -111,7 +111,8 @@ def test_stopped_in_a_validation_the_step_is_kept_and_the_next_run_validates(con
     assert run(long, tmp_path) == rows  # once
 
 
-def test_a_second_signal_ends_a_process_whose_main_thread_is_busy():
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_process_whose_main_thread_is_busy(first):
     """It sorts in C, where no handler of Python runs, for far longer than the test waits."""
     code = (
         "import numpy as np, sys\n"
@@ -124,7 +125,7 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_busy():
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(first)
     time.sleep(0.2)
     assert process.poll() is None
     begin = time.monotonic()

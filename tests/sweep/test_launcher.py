@@ -12,6 +12,7 @@ import pytest
 from command import fastvlm
 from launch_fakes import READY, calls, launch, make_fakes, settings_of
 
+from fastvlm_jax.distributed import StopRequest
 from fastvlm_jax.sweep import plan, run
 from fastvlm_jax.sweep.grid import Point, Stage, sweep_config
 from fastvlm_jax.sweep.launcher import Launcher
@@ -246,9 +247,19 @@ def test_a_signal_stops_the_command_at_work_and_says_how_to_go_on(grid, monkeypa
     threading.Thread(target=stop, daemon=True).start()
     status, lines, results, _ = sweep(grid, monkeypatch, capsys)
     assert states(results) == {"a": "pending", "b": "pending"}  # `fastvlm report` can show it from the start
-    assert status == 130 and re.fullmatch(
+    assert status == 75 and re.fullmatch(
         "fastvlm sweep: stopped in train-own_data-hd-tiny-64-.*; the same command goes on from there", lines[-1]
     )
     assert "saved" in next((grid / "w/logs").iterdir()).read_text()
     (grid / "slow").unlink()
     assert sweep(grid, monkeypatch, capsys)[0] == 0
+
+
+def test_a_command_that_asks_for_another_start_gets_it(tmp_path, monkeypatch):
+    for name in ("launch", "w"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "launch/local.sh").write_text("echo start >>starts; [ $(wc -l <starts) = 3 ] || exit 75\n")
+    monkeypatch.chdir(tmp_path)
+    with open("lock", "w") as lock, StopRequest() as stop:
+        assert run.start(tasks()[0], tmp_path / "w", Launcher("local", "x"), lock.fileno(), stop) is None
+    assert (tmp_path / "starts").read_text() == "start\n" * 3

@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # some variables are set here for the launchers, some there for this file
 # What the launchers tpu.sh, gke.sh, slurm.sh and local.sh share: the command line, the settings file, dry runs, checks,
 # and paths in the bucket. They set `launcher` to their own name, then source this file.
-# Exit status: 0 the stage is trained, 1 there is something to fix (one line says what), 2 wrong usage.
+# Exit status: 0 the stage is trained, 1 there is something to fix (one line says what), 2 wrong usage, 75 SIGTERM ended
+# the launcher (run it again), 130 Ctrl-C did, or the run itself got Ctrl-C.
 
 fail() { echo "$launcher: $*" >&2; exit 1; }
 misuse() { echo "$launcher: $*" >&2; exit 2; }
@@ -148,6 +149,40 @@ mount_names() {
     evaluate) fastvlm=(evaluate "${flags[@]}" --output="$run_workdir") ;;
     "bench ttft") fastvlm=(bench ttft "${flags[@]}" --output="$run_workdir") ;;
   esac
+}
+
+# part_with TEXT: from now on Ctrl-C and SIGTERM end the launcher, which says TEXT.
+part_with() {
+  parting=$1
+  trap 'say "$parting"; exit 130' INT
+  trap 'say "$parting"; exit 75' TERM
+}
+
+# Prints the step of the run's latest checkpoint, which lies here or in the bucket; 0 if there is none.
+saved_step() {
+  local path found=() step=0
+  if [ "$dry_run" = yes ]; then
+    :
+  elif [[ $workdir = gs://* ]] && [ ! -d "$run_workdir" ]; then
+    mapfile -t found < <(gcloud storage ls "$workdir/checkpoints/" 2>/dev/null)
+  else
+    found=("$run_workdir"/checkpoints/*)
+  fi
+  for path in "${found[@]%/}"; do
+    path=${path##*/}
+    [[ ! $path =~ ^[0-9]+$ ]] || [ "$path" -le "$step" ] || step=$path
+  done
+  echo "$step"
+}
+
+# may_restart: counts a restart. Fails if MAX_RESTARTS restarts in a row began at the same checkpoint: they get nowhere.
+restarts=0 reached=0
+may_restart() {
+  local step
+  step=$(saved_step)
+  [ "$step" -le "$reached" ] || restarts=0 reached=$step
+  restarts=$((restarts + 1))
+  [ "$restarts" -le "$MAX_RESTARTS" ]
 }
 
 # make_output: makes the folder of the workdir, or the one that it lies in if the command makes it itself.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains one stage on Google Kubernetes Engine (GKE), as a JobSet with one Job per TPU slice. If a pod is lost or fails,
-# the JobSet starts all pods again, and the run resumes from its last checkpoint.
+# the JobSet starts all pods again, and the run resumes from its last checkpoint. The JobSet counts all restarts; this
+# script applies it anew when they are used up and the run has written checkpoints meanwhile.
 #   bash launch/gke.sh --settings FILE --config configs/stage1_align.py:0.5b --workdir gs://BUCKET/DIR [--dry_run] [--config.KEY=VALUE ...]
 # Ctrl-C ends this script, not the run; the same command follows the run again. docs/tpu.md explains every step.
 set -euo pipefail
@@ -60,9 +61,9 @@ command_yaml() {
   done
 }
 
-# Prints the JobSet. Wrong flags (exit status 2) make it fail at once, because a restart cannot fix them; every other
-# failure counts towards maxRestarts. The processes find each other through environment variables that GKE sets; TPU
-# hosts and slices communicate on ports 8471 and 8080.
+# Prints the JobSet. Wrong flags (exit status 2) and Ctrl-C (130) make it fail at once, because a restart is no mend;
+# every other failure counts towards maxRestarts. The processes find each other through environment variables that GKE
+# sets; TPU hosts and slices communicate on ports 8471 and 8080.
 jobset() {
   local spot=
   [ "$SPOT" = no ] || spot='
@@ -80,7 +81,7 @@ spec:
   failurePolicy:
     maxRestarts: $MAX_RESTARTS
     rules:
-      - name: WrongUsage
+      - name: NotAgain
         action: FailJobSet
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
@@ -97,7 +98,7 @@ spec:
                 onExitCodes:
                   containerName: fastvlm
                   operator: In
-                  values: [2]
+                  values: [2, 130]
           template:
             metadata:
               annotations:
@@ -155,7 +156,8 @@ start() {
   run "${kubectl[@]}" apply --filename="$file"
 }
 
-# Waits for the end of the JobSet. A question that gets no answer is asked again.
+# Waits for the end of the JobSet. A question that gets no answer is asked again. Fails if the JobSet has used up its
+# restarts, but the run has come further since it was applied, and so deserves more.
 follow() {
   local finished restarts before=
   if [ "$dry_run" = yes ]; then
@@ -167,7 +169,10 @@ follow() {
     finished=$(field .status.terminalState) || finished=
     case $finished in
       Completed) return ;;
-      Failed) fail "the JobSet $NAME failed: ${kubectl[*]} logs --selector=jobset.sigs.k8s.io/jobset-name=$NAME --container=fastvlm --tail=50" ;;
+      Failed)
+        restarts=$(field .status.restarts)
+        [ "${restarts:-0}" = 0 ] || [ "$restarts" -lt "$MAX_RESTARTS" ] || [ "$(saved_step)" -le "$reached" ] || return
+        fail "the JobSet $NAME failed: ${kubectl[*]} logs --selector=jobset.sigs.k8s.io/jobset-name=$NAME --container=fastvlm --tail=50" ;;
     esac
     restarts=$(field .status.restarts) || restarts=$before
     [ "$restarts" = "$before" ] || say "$NAME at work, restarts: ${restarts:-0} of $MAX_RESTARTS"
@@ -178,9 +183,14 @@ follow() {
 
 say "checks"
 check
-trap 'say "the run goes on; the same command follows it again; docs/tpu.md, GKE, says how to stop it"; exit 130' INT TERM
+part_with "the run goes on; the same command follows it again; docs/tpu.md, GKE, says how to stop it"
+reached=$(saved_step)
 say "the JobSet, unless it is at work already"
 start
 say "its output: ${kubectl[*]} logs --follow --selector=jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0 --container=fastvlm"
-follow
+until follow; do
+  reached=$(saved_step)
+  say "all $MAX_RESTARTS restarts are used up, but the run has come to step $reached: the JobSet is applied anew"
+  start
+done
 say "$past: $workdir"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains one stage on this machine, with one or several processes. A run that fails is started again, as often as the
-# settings allow, and resumes from its last checkpoint. On Ctrl-C the run saves and ends.
+# settings allow, and resumes from its last checkpoint. On Ctrl-C or SIGTERM the run saves and ends.
 #   bash launch/local.sh --settings FILE --config configs/stage1_align.py:0.5b --workdir DIR [--dry_run] [--config.KEY=VALUE ...]
 set -euo pipefail
 launcher=local here=$(dirname "${BASH_SOURCE[0]}")
@@ -38,6 +38,7 @@ make_process() {
 }
 
 # Runs all processes to their end. Sets `status`: 0 if all succeeded, 2 for wrong usage, else the status of a failure.
+# Ctrl-C and SIGTERM set `stopped` to the status of the launcher.
 run_all() {
   local i ended pids=()
   for ((i = 0; i < NUM_PROCESSES; i++)); do
@@ -47,7 +48,8 @@ run_all() {
     set +m
     pids+=($!)
   done
-  trap 'stopped=yes; kill -TERM "${pids[@]}" 2>/dev/null || true; trap "" INT TERM' INT TERM
+  trap 'stopped=130; kill -TERM "${pids[@]}" 2>/dev/null || true; trap "" INT TERM' INT
+  trap 'stopped=75; kill -TERM "${pids[@]}" 2>/dev/null || true; trap "" INT TERM' TERM
   status=0
   for i in "${!pids[@]}"; do
     ended=0
@@ -69,18 +71,18 @@ if [ "$dry_run" = yes ]; then
     make_process "$i"
     show "${process[@]}"
   done
-  say "started again, at most $MAX_RESTARTS times, unless the status is 0 or 2"
+  say "started again, at most $MAX_RESTARTS times from the same checkpoint, unless the status is 0, 2 or 130"
   exit
 fi
-restarts=0 stopped=no
+stopped=
 while :; do
   run_all
   [ "$status" != 0 ] || break
-  if [ "$stopped" = yes ]; then say "stopped; the same command goes on"; exit 130; fi
+  [ "$status" != 130 ] || stopped=${stopped:-130} # the run got Ctrl-C, and not from here
+  if [ -n "$stopped" ]; then say "stopped; the same command goes on"; exit "$stopped"; fi
   [ "$status" != 2 ] || fail "fastvlm $command does not understand its flags (see above)"
-  [ "$restarts" -lt "$MAX_RESTARTS" ] || fail "fastvlm $command ended with status $status, after $MAX_RESTARTS restarts (MAX_RESTARTS)"
-  restarts=$((restarts + 1))
-  say "fastvlm $command ended with status $status: restart $restarts of $MAX_RESTARTS"
+  may_restart || fail "fastvlm $command ended with status $status, after $MAX_RESTARTS restarts from the same checkpoint (MAX_RESTARTS)"
+  say "fastvlm $command ended with status $status: restart $restarts of $MAX_RESTARTS from step $reached"
   sleep "$WAIT_SECONDS"
 done
 say "$past: $workdir"

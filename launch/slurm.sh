@@ -14,7 +14,7 @@ whole NODES GPUS_PER_NODE CPUS_PER_GPU MAX_RESTARTS POLL_SECONDS
 [ -z "$BUCKET" ] || [ -n "$MOUNT" ] || fail "$settings: MOUNT is missing: the folder where the nodes mount gs://$BUCKET"
 mount_names
 root=$(cd "$here/.." && pwd)
-script=$LOG_DIR/$NAME.sbatch ended=$LOG_DIR/$NAME.status
+script=$LOG_DIR/$NAME.sbatch ended=$LOG_DIR/$NAME.status counted=$LOG_DIR/$NAME.restarts
 
 check() {
   installed sbatch "run this on a login node of the cluster"
@@ -29,7 +29,7 @@ check() {
 }
 
 # Prints the batch script. Slurm sends USR1 two minutes before the time limit. The script then sends TERM to the run, as
-# scancel and preemption do; the run saves and ends with status 130.
+# scancel and preemption do; the run saves and ends with status 75.
 batch() {
   local meet=''
   # `fastvlm bench ttft` is one process.
@@ -53,19 +53,23 @@ END
   [ -z "$QOS" ] || echo "#SBATCH --qos=$QOS"
   cat <<END
 cd $(show "$root")
+launcher=slurm dry_run=no workdir=$(show "$workdir") run_workdir=$(show "$run_workdir") MAX_RESTARTS=$MAX_RESTARTS
+source $(show "$root/launch/common.sh")
 export COORDINATOR=\$(scontrol show hostnames "\$SLURM_JOB_NODELIST" | head -n 1):\$((20000 + SLURM_JOB_ID % 20000))
-again=no
+again=no told=no
 trap 'again=yes; scancel --signal=TERM "\$SLURM_JOB_ID"' USR1
-trap : TERM # the processes got it too: wait until they have saved
+trap 'told=yes' TERM # the processes got it too: wait until they have saved
 srun --kill-on-bad-exit=0 bash -c 'export CUDA_VISIBLE_DEVICES=\$SLURM_LOCALID; exec "\$@"$meet' - \\
   $(show "$VENV/bin/fastvlm" "${fastvlm[@]}") &
 wait \$!; status=\$?
 while kill -0 \$! 2>/dev/null; do wait \$!; status=\$?; done # a trap ends a wait
 echo "slurm: fastvlm $command ended with status \$status"
-# Another process died, or the time is up: again. Wrong flags (2) stay wrong; 130 alone is a scancel or a preemption,
-# after which Slurm itself queues the job again.
-case \$status in 0 | 2 | 130) ;; *) again=yes ;; esac
-if [ \$again = yes ] && [ "\${SLURM_RESTART_COUNT:-0}" -lt $MAX_RESTARTS ]; then
+# A process died, or the time is up: again. Wrong flags (2) stay wrong, and Ctrl-C (130) is a wish. After a scancel or a
+# preemption, which this script was told too, Slurm itself decides.
+case \$status in 0 | 2 | 130) ;; *) [ \$told = yes ] || again=yes ;; esac
+[ ! -e $(show "$counted") ] || read -r reached restarts <$(show "$counted")
+if [ \$again = yes ] && may_restart; then
+  echo "\$reached \$restarts" >$(show "$counted")
   scontrol requeue "\$SLURM_JOB_ID"
 else
   echo \$status >$(show "$ended")
@@ -79,10 +83,10 @@ queued() { squeue --me --noheader --name="$NAME" --format=%i; }
 
 say "checks"
 check
-trap 'say "the job goes on; the same command follows it again; scancel --name=$NAME stops it"; exit 130' INT TERM
+part_with "the job goes on; the same command follows it again; scancel --name=$NAME stops it"
 say "the job, unless it is at work already"
 if [ "$dry_run" = yes ] || [ -z "$(queued)" ]; then
-  run rm -f "$ended"
+  run rm -f "$ended" "$counted"
   batch | write "$script"
   run sbatch "$script"
 else

@@ -91,12 +91,15 @@ get_slices() {
   done
 }
 
-# count_restart REASON: counts one more restart; fails if that exceeds MAX_RESTARTS.
+# give_up REASON: ends this script, and leaves the slices as they are.
+give_up() {
+  fail "$1; slices that still exist cost money, delete them: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force"
+}
+
+# count_restart REASON: counts one more restart; fails if it is one too many from the same checkpoint.
 count_restart() {
-  restarts=$((restarts + 1))
-  [ "$restarts" -le "$MAX_RESTARTS" ] ||
-    fail "$1, after $MAX_RESTARTS restarts (MAX_RESTARTS); slices that still exist cost money, delete them: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force"
-  say "$1: restart $restarts of $MAX_RESTARTS"
+  may_restart || give_up "$1, after $MAX_RESTARTS restarts from the same checkpoint (MAX_RESTARTS)"
+  say "$1: restart $restarts of $MAX_RESTARTS from step $reached"
 }
 
 # ssh_to NODE WORKERS COMMAND: runs a command on these VMs of a slice.
@@ -147,8 +150,7 @@ stop_all() {
 
 say "checks"
 check
-trap 'say "the run goes on; the same command follows it again; docs/tpu.md, step 7, says how to stop it"; exit 130' INT TERM
-restarts=0
+part_with "the run goes on; the same command follows it again; docs/tpu.md, step 7, says how to stop it"
 while :; do
   say "slices"
   get_slices
@@ -162,7 +164,8 @@ while :; do
   follow
   case $status in
     0) break ;;
-    2) stop_all; fail "fastvlm $command does not understand its flags (see above); slices that still exist cost money, delete them: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force" ;;
+    2) stop_all; give_up "fastvlm $command does not understand its flags (see above)" ;;
+    130) stop_all; give_up "fastvlm $command got Ctrl-C and has saved; the same command goes on" ;;
     '') say "the connection is lost"; sleep "$POLL_SECONDS" ;; # the VM was preempted, or this machine is offline
     *) count_restart "fastvlm $command ended with status $status"; stop_all ;;
   esac

@@ -42,40 +42,58 @@ def test_a_slurm_job_of_another_run_is_not_followed(tmp_path):
     assert not any(call.startswith("sbatch") for call in called)
 
 
-def batch(folder, srun, restarts="0"):
-    """The batch script of a dry run, run as Slurm would; (exit status, calls, content of the status file)."""
+def batch(folder, srun, counted=None, saved=()):
+    """The batch script of a dry run, run as Slurm would: (the process, its status file).
+
+    Args:
+      counted: step of a checkpoint and number of restarts from it, in the job's file.
+      saved: checkpoints in the workdir.
+    """
     environment = make_fakes(folder, [("scontrol show", [(0, "node-a\nnode-b\n", "")]), ("srun", [(srun, "", "")])])
     changes = {"LOG_DIR": folder / "logs", "VENV": "/venv", "MAX_RESTARTS": "3"}
     settings = settings_of(folder, "slurm", **changes)
-    _, out, _ = launch("slurm.sh", "--settings", str(settings), "--dry_run", *STAGE1, "--workdir", "/run")
+    _, out, _ = launch("slurm.sh", "--settings", str(settings), "--dry_run", *STAGE1, "--workdir", f"{folder}/run")
     (folder / "logs").mkdir()
+    if counted:
+        (folder / "logs/fastvlm.restarts").write_text(counted)
+    for name in saved:
+        (folder / "run/checkpoints" / name).mkdir(parents=True)
     (folder / "batch").write_text("".join(line[4:] + "\n" for line in out.splitlines() if line.startswith("  | ")))
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_RESTART_COUNT": restarts}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[a-b]"}
     process = subprocess.Popen(["bash", "batch"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     return process, folder / "logs/fastvlm.status"
 
 
 @pytest.mark.parametrize(
-    "srun, restarts, requeued, ended",
+    "srun, counted, saved, requeued, ended, counts",
     [
-        (0, "0", False, "0\n"),
-        (1, "2", True, None),
-        (1, "3", False, "1\n"),
-        (2, "0", False, "2\n"),
-        (130, "0", False, "130\n"),
+        (0, None, [], False, "0\n", None),
+        (1, None, ["40"], True, None, "40 1\n"),
+        (1, "40 2\n", ["40", "80.orbax-checkpoint-tmp"], True, None, "40 3\n"),
+        (1, "40 3\n", ["20", "40"], False, "1\n", "40 3\n"),
+        (1, "40 3\n", ["40", "80"], True, None, "80 1\n"),
+        (75, None, [], True, None, "0 1\n"),
+        (2, None, [], False, "2\n", None),
+        (130, None, [], False, "130\n", None),
     ],
 )
-def test_a_slurm_job_goes_back_into_the_queue_after_a_failure_only(srun, restarts, requeued, ended, tmp_path):
-    process, status = batch(tmp_path, srun, restarts)
+def test_a_slurm_job_goes_back_into_the_queue_after_a_failure_only(
+    srun, counted, saved, requeued, ended, counts, tmp_path
+):
+    process, status = batch(tmp_path, srun, counted, saved)
     process.communicate()
     assert process.returncode == srun and ("scontrol requeue 7" in calls(tmp_path)) == requeued
-    assert (status.read_text() if status.exists() else None) == ended
+    files = (status, status.with_suffix(".restarts"))
+    assert [file.read_text() if file.exists() else None for file in files] == [ended, counts]
 
 
-def test_a_slurm_job_saves_and_goes_back_into_the_queue_before_its_time_is_up(tmp_path):
-    process, status = batch(tmp_path, 130)
-    # In the place of srun: a program that ends with 130 when it is told to stop.
-    waits = "#!/bin/bash\ntrap 'exit 130' TERM\necho started\nwhile :; do /bin/sleep 0.05; done\n"
+@pytest.mark.parametrize("told, requeued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_a_slurm_job_goes_back_into_the_queue_before_its_time_is_up_but_not_by_itself_after_scancel(
+    told, requeued, tmp_path
+):
+    process, status = batch(tmp_path, 75)
+    # In the place of srun: a program that ends with 75 when it is told to stop.
+    waits = "#!/bin/bash\ntrap 'exit 75' TERM\necho started\nwhile :; do /bin/sleep 0.05; done\n"
     process.kill()
     process.communicate()
     (tmp_path / "bin/srun").write_text(waits)
@@ -89,9 +107,12 @@ def test_a_slurm_job_saves_and_goes_back_into_the_queue_before_its_time_is_up(tm
     while not (tmp_path / "srun.pid").exists() or not (tmp_path / "srun.pid").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=20) == 130 and not status.exists()
-    assert calls(tmp_path)[-2:] == ["scancel --signal=TERM 7", "scontrol requeue 7"]
+    process.send_signal(told)
+    if told == signal.SIGTERM:  # scancel tells all
+        os.kill(int((tmp_path / "srun.pid").read_text()), told)
+    assert process.wait(timeout=20) == 75 and status.exists() == (not requeued)
+    asked = [call for call in calls(tmp_path) if call.startswith(("scancel", "scontrol requeue"))]
+    assert asked == (["scancel --signal=TERM 7", "scontrol requeue 7"] if requeued else [])
 
 
 def local(folder, program, changes=()):
@@ -127,23 +148,39 @@ def test_local_processes_find_each_other_and_all_are_restarted_when_one_fails(tm
 
 
 @pytest.mark.parametrize(
-    "status, starts, message", [(1, 2, "ended with status 1, after 1 restarts"), (2, 1, "does not understand")]
+    "status, starts, ends, message",
+    [
+        (1, 2, 1, "ended with status 1, after 1 restarts from the same checkpoint"),
+        (75, 2, 1, "ended with status 75, after 1 restarts from the same checkpoint"),
+        (2, 1, 1, "does not understand"),
+        (130, 1, 130, ""),
+    ],
 )
-def test_local_restarts_end(status, starts, message, tmp_path):
+def test_local_restarts_end(status, starts, ends, message, tmp_path):
     process = local(tmp_path, NOTE + f"sys.exit({status})", {"MAX_RESTARTS": "1"})
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 1 and message in err
+    assert process.returncode == ends and message in err
     assert (tmp_path / "run/starts").read_text() == "\n" * starts
 
 
-def test_ctrl_c_saves_once_and_ends_a_local_run(tmp_path):
+def test_a_local_run_that_gets_on_is_started_again_as_often_as_it_takes(tmp_path):
+    saves = "(folder / 'checkpoints' / str(10 * len(starts))).mkdir(parents=True)\n"
+    process = local(tmp_path, NOTE + f"if len(starts) < 3: {saves}sys.exit(75)", {"MAX_RESTARTS": "1"})
+    out, err = process.communicate(timeout=30)
+    said = [line.rpartition(": ")[2] for line in out.splitlines() if "restart " in line]
+    assert said == ["restart 1 of 1 from step 10", "restart 1 of 1 from step 20"]
+    assert process.returncode == 1 and "after 1 restarts from the same checkpoint" in err
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_ctrl_c_and_sigterm_save_once_and_end_a_local_run(number, status, tmp_path):
     program = (
         NOTE
         + """
 def stop(number, frame):
     (folder / "stops").open("a").write(f"{number}\\n")
     time.sleep(0.3)
-    sys.exit(130)
+    sys.exit(75)
 signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, stop)
 (folder / f"ready{sys.argv[-1][-1]}").touch()
 time.sleep(30)
@@ -153,9 +190,9 @@ time.sleep(30)
     while not all((tmp_path / f"run/ready{i}").exists() for i in "01"):
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, number)  # as a terminal does
     out, _ = process.communicate(timeout=20)
-    assert process.returncode == 130 and "stopped; the same command goes on" in out
+    assert process.returncode == status and "stopped; the same command goes on" in out
     assert (tmp_path / "run/stops").read_text() == "15\n15\n"
 
 

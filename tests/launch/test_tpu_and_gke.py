@@ -71,6 +71,7 @@ CREATE = (
     "queued-resources create fastvlm --node-id=fastvlm --accelerator-type=v5litepod-16 "
     "--runtime-version=v2-alpha-tpuv5-lite --spot"
 )
+LIST = "gcloud storage ls gs://my-bucket/runs/stage1/checkpoints/"  # is there a new checkpoint?
 DESCRIBE, DELETE = "queued-resources describe fastvlm", "queued-resources delete fastvlm --force --quiet"
 
 
@@ -101,7 +102,7 @@ def test_preempted_slices_are_replaced_and_the_run_goes_on(tmp_path):
     ]
     status, out, _, called = run(tmp_path, "tpu", IN_BUCKET, answers)
     assert status == 0 and "the slices are SUSPENDED: restart 1 of 20" in out
-    again = [DESCRIBE, DELETE, DESCRIBE, CREATE, DESCRIBE]
+    again = [DESCRIBE, LIST, DELETE, DESCRIBE, CREATE, DESCRIBE]
     assert without_scp(called) == [DESCRIBE, *STARTED, *again, *STARTED, DELETE]
 
 
@@ -114,15 +115,44 @@ def test_a_lost_connection_is_taken_up_again(tmp_path):
 def test_a_run_that_fails_is_restarted_on_all_machines_as_often_as_allowed(tmp_path):
     answers = [(QUEUE, [(0, "ACTIVE\n", "")]), ("docker wait", [(0, "1\n", "")])]
     status, _, err, called = run(tmp_path, "tpu", IN_BUCKET, answers, {"MAX_RESTARTS": "1"})
-    assert status == 1 and "ended with status 1, after 1 restarts (MAX_RESTARTS); slices that still exist cost" in err
+    assert status == 1 and "slices that still exist cost" in err
+    assert "ended with status 1, after 1 restarts from the same checkpoint (MAX_RESTARTS)" in err
     stop = "tpu-vm ssh fastvlm --worker=all --command=sudo docker rm --force fastvlm"
-    assert without_scp(called) == [DESCRIBE, *STARTED, stop, DESCRIBE, *STARTED]
+    assert without_scp(called) == [DESCRIBE, *STARTED, LIST, stop, DESCRIBE, *STARTED, LIST]
 
 
-def test_wrong_flags_are_not_tried_again(tmp_path):
-    answers = [(QUEUE, [(0, "ACTIVE\n", "")]), ("docker wait", [(0, "2\n", "")])]
+def test_only_restarts_from_the_same_checkpoint_count(tmp_path):
+    """Two restarts at a time bring no checkpoint; then one does, and another comes beside the rest of a killed save."""
+    folder = "gs://my-bucket/runs/stage1/checkpoints/"
+    listed = [
+        "",
+        "",
+        f"{folder}50/\n",
+        f"{folder}50/\n{folder}900.orbax-checkpoint-tmp/\n",
+        f"{folder}50/\n{folder}100/\n",
+    ]
+    answers = [
+        (QUEUE, [(0, "ACTIVE\n", "")]),
+        ("docker wait", [(0, "75\n", "")] * 5 + [(0, "0\n", "")]),
+        ("storage ls", [(0, out, "") for out in listed]),
+    ]
+    status, out, _, _ = run(tmp_path, "tpu", IN_BUCKET, answers, {"MAX_RESTARTS": "2"})
+    said = [line.partition(": ")[2] for line in out.splitlines() if "restart " in line]
+    counts = [
+        "1 of 2 from step 0",
+        "2 of 2 from step 0",
+        "1 of 2 from step 50",
+        "2 of 2 from step 50",
+        "1 of 2 from step 100",
+    ]
+    assert status == 0 and said == [f"fastvlm train ended with status 75: restart {count}" for count in counts]
+
+
+@pytest.mark.parametrize("ended, words", [(2, "does not understand its flags"), (130, "got Ctrl-C and has saved")])
+def test_wrong_flags_and_ctrl_c_are_not_tried_again(ended, words, tmp_path):
+    answers = [(QUEUE, [(0, "ACTIVE\n", "")]), ("docker wait", [(0, f"{ended}\n", "")])]
     status, _, err, called = run(tmp_path, "tpu", IN_BUCKET, answers)
-    assert status == 1 and "does not understand its flags" in err
+    assert status == 1 and words in err
     assert sum("fastvlm_start.sh" in call for call in called) == 2  # scp and ssh, once
 
 
@@ -211,6 +241,20 @@ def test_a_jobset_at_work_is_followed_and_an_ended_one_replaced(owner, state, ma
 def test_a_jobset_of_another_run_is_not_touched(tmp_path):
     status, _, err, called = run(tmp_path, "gke", IN_BUCKET, [(OWNER, [(0, "gs://my-bucket/runs/other", "")])])
     assert status == 1 and "the JobSet fastvlm is at work on gs://my-bucket/runs/other" in err and verbs(called) == []
+
+
+def test_a_jobset_without_restarts_is_applied_anew_only_if_the_run_came_further(tmp_path):
+    listed = "gs://my-bucket/runs/stage1/checkpoints/40/\n"
+    answers = [
+        (STATE, [(0, state, "") for state in ("", "Failed", "Failed", "", "Failed")]),
+        (OWNER, [(0, "", ""), (0, "gs://my-bucket/runs/stage1", "")]),
+        (".restarts", [(0, "20", "")]),
+        ("storage ls", [(0, out, "") for out in ("", listed)]),
+    ]
+    status, out, err, called = run(tmp_path, "gke", IN_BUCKET, answers)
+    assert "all 20 restarts are used up, but the run has come to step 40: the JobSet is applied anew" in out
+    assert verbs(called) == ["apply", "delete", "apply"]
+    assert status == 1 and "the JobSet fastvlm failed" in err
 
 
 def test_a_jobset_that_fails_names_the_command_for_its_logs(tmp_path):

@@ -160,7 +160,8 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.wandb = ""  # Weights & Biases project that also gets the metrics; "" = none
     c.log_every = 10  # steps between logged metrics
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
-    c.keep_checkpoints = 2  # number of latest checkpoints that are kept
+    c.keep_checkpoints = 2  # number of latest checkpoints that are kept; with 1, a damaged one has none before it
+    c.keep_every = 0  # steps between checkpoints that are kept for good, a multiple of checkpoint_every; 0 = none
     c.eval_every = 1000  # steps between evaluations: of the validation loss and of `evaluate`; the last step has one
     c.eval_batches = 16  # batches of the validation loss; 0 = no validation loss
     # Benchmarks to answer and score, as (("docvqa", "data/docvqa", 500), ...): name, folder of its files, and number of
@@ -195,6 +196,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")
+    if config.keep_every < 0 or config.keep_every % config.checkpoint_every:
+        raise ValueError(
+            f"keep_every={config.keep_every} must be a multiple of checkpoint_every={config.checkpoint_every}: only "
+            "checkpoints that are written can be kept"
+        )
     for key in ("param_dtype", "moment_dtype"):
         if config[key] not in ("float32", "bfloat16"):
             raise ValueError(f"{key}={config[key]!r} must be float32 or bfloat16")

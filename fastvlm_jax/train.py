@@ -40,6 +40,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
     Raises:
       ValueError, FileNotFoundError: settings, data, parent or workdir do not fit; nothing was written.
       FloatingPointError: the loss is not finite.
+      OSError: a checkpoint could not be written, or another file; the message names it.
       Interrupted: this process or another got SIGINT, SIGTERM or the platform's notice; the state is saved.
     """
     config_lib.validate(config)
@@ -63,20 +64,20 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         name = config.stage or workdir.name
         watchdog = context.enter_context(Watchdog(workdir, name, steps))
         best = BestScore(config.keep_best, config.stop_after)
-        checkpointer = checkpoint.open_checkpointer(workdir, config.keep_checkpoints, lambda: best.step)
-        latest = checkpoint.find_latest(checkpointer)
+        retention = checkpoint.Retention(config.keep_checkpoints, config.keep_every, lambda: best.step)
+        checkpointer = checkpoint.open_checkpointer(workdir, retention)
         opening.tell_data(name, config, sum(map(len, sources)), loader.batches_per_epoch, steps)
-        if latest is None:
+        if checkpointer.latest is None:
             opening.tell_model(name, config, step.abstract.params, stage.parent_variables)
             state = step.make_state(jax.random.key(config.seed), stage.parent_variables)
         else:
-            opening.tell(name, f"goes on behind step {latest} of {steps}")
             with watchdog.doing("the restore"):
-                state, position = checkpoint.restore(checkpointer, step.abstract)
+                state, position, _ = checkpoint.restore(checkpointer, step.abstract)
+            opening.tell(name, f"goes on behind step {checkpointer.latest} of {steps}")
             loader.close()
             loader = open_loader(start=position)
         start = int(state.step)
-        best.resume(workdir, start, [found.step for found in checkpointer.checkpoints])
+        best.resume(workdir, start, checkpointer.steps)
         writer = MetricsWriter(workdir, name, start, steps, tracking.open_run(config.wandb, workdir, name, settings))
         trace = profiling.Trace(traced, workdir / "profile", start, steps)
         learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
@@ -88,21 +89,18 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
             missed = evaluate is not None and is_evaluated(config, start, steps) and not has_evaluation(workdir, start)
             state = run(
                 config, state, step_fn, loader, steps,
-                log=log, trace=trace, evaluate=evaluate, missed=missed, best=best, save=save, stop=stop,
-                watchdog=watchdog,
+                log=log, trace=trace, evaluate=evaluate, missed=missed, best=best, save=save,
+                raise_failed=partial(checkpoint.raise_failed, checkpointer), stop=stop, watchdog=watchdog,
             )  # fmt: skip
             if int(state.step) < steps:
                 opening.tell(name, f"ended at step {int(state.step)} of {steps}: {best.describe()}")
             return state
         except FloatingPointError as error:
-            latest = checkpointer.latest and checkpointer.latest.step
-            raise FloatingPointError(f"{error}; the last checkpoint is of step {latest}") from error
+            raise FloatingPointError(f"{error}; the last checkpoint is of step {checkpointer.latest}") from error
         finally:
-            with watchdog.doing("the end"):
-                trace.close()
-                loader.close()
-                checkpointer.close()
-                writer.close()
+            with watchdog.doing("the end"), contextlib.ExitStack() as closing:  # each is closed, also if another fails
+                for part in (writer, checkpointer, loader, trace):
+                    closing.callback(part.close)
 
 
 def run(
@@ -118,6 +116,7 @@ def run(
     missed: bool,
     best: BestScore,
     save: Callable[[TrainState, int], None],
+    raise_failed: Callable[[], None],
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> TrainState:
@@ -125,12 +124,13 @@ def run(
 
     Args:
       missed: whether the evaluation of the state's own step is still to be done.
+      raise_failed: raises the error of a save that failed in the background.
 
     Returns:
       The state behind the last step, or behind the evaluation at which `best` ends the run.
 
     Raises:
-      FloatingPointError, Interrupted: see `train`.
+      FloatingPointError, OSError, Interrupted: see `train`.
     """
 
     def evaluated(step: int) -> bool:
@@ -158,6 +158,7 @@ def run(
             state, outputs = step_fn(state, batch)
         watchdog.begin(step, batch.images.shape, outputs["loss"])
         trace.end(step, state)
+        raise_failed()
         if step % config.log_every == 0 or step == steps:
             if not math.isfinite(loss := float(outputs["loss"])):
                 raise FloatingPointError(f"the loss at step {step} is {loss}: lower the rates in groups")

@@ -2,7 +2,7 @@
 
 WORKDIR/config.json              the settings and the lineage of the run
 WORKDIR/processor/               tokenizer, template and image settings
-WORKDIR/checkpoints/STEP/        see checkpoint.py
+WORKDIR/checkpoints/STEP/        see checkpoint/folder.py
 """
 
 import hashlib
@@ -26,8 +26,8 @@ EVALUATION_KEYS = ("eval_every", "eval_batches", "evaluate", "keep_best", "stop_
 # Keys that may change when a run resumes, because they do not change its results. The exception is accumulate: it does
 # if BatchNorm is in training mode or drop_path is above 0.
 FREE_KEYS = (
-    *EVALUATION_KEYS, *REPLACED, "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "wandb", "accumulate",
-    "shard_frozen", "model.vision.remat", "model.llm.remat",
+    *EVALUATION_KEYS, *REPLACED, "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "wandb",
+    "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat",
     "data.num_threads", "data.prefetch", "data.cache_images", "data.path", "data.root",
 )  # fmt: skip
 # Keys of `data` that may differ between the processes of a run: where each finds the data, and how it reads them.

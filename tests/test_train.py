@@ -133,10 +133,10 @@ def test_losses_and_validation_are_the_same_on_a_mesh(easy_vqa, straight, tmp_pa
 
 
 def test_checkpoint_holds_position_and_lineage(straight):
-    metadata = checkpoint.open_checkpointer(straight.workdir, 5).checkpointables_metadata(4)
-    assert metadata.custom_metadata["position"] == 4
-    assert metadata.custom_metadata["lineage"]["stage"] == "small"
-    assert len(metadata.custom_metadata["lineage"]["data_fingerprint"]) == 64
+    notes = checkpoint.read_notes(straight.workdir / "checkpoints" / "4")
+    assert notes["position"] == 4
+    assert notes["lineage"]["stage"] == "small"
+    assert len(notes["lineage"]["data_fingerprint"]) == 64
 
 
 def test_frozen_leaves_are_unchanged_and_all_others_change(easy_vqa, straight, tmp_path):

@@ -9,7 +9,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from fastvlm_jax import xla_flags
-from fastvlm_jax.cli import bench, convert, data, evaluate, generate, help, preflight, report, sweep, train
+from fastvlm_jax.cli import bench, checkpoint, convert, data, evaluate, generate, help, preflight, report, sweep, train
 from fastvlm_jax.cli.arguments import USAGE
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": bench.bench,
     "preflight": preflight.preflight,
     "sweep": sweep.sweep,
+    "checkpoint": checkpoint.checkpoint,
     "report": report.report,
 }
 
@@ -32,7 +33,7 @@ def main() -> None:
     shows where it arose. Ctrl-C ends in exit status 130, and SIGTERM, where work is saved for the next start, in 75.
     """
     absl_logging.use_absl_handler()
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs the stack of every failed write, which it raises too
     flags.FLAGS.mark_as_parsed()  # each command parses its own; absl would warn in every log that these are not parsed
     logging.getLogger("jax").setLevel(logging.ERROR)
     xla_flags.silence_libtpu()

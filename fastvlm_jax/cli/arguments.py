@@ -42,6 +42,7 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
   sweep     --config FILE.py[:SETUP] --workdir DIR [--config.KEY=VALUE ...]
                   [--launcher tpu|gke|slurm|local --settings FILE [--ttft_settings FILE] [--remote gs://BUCKET/DIR]]
             --config FILE.py[:SETUP] --dry_run [--topology v5e:4x4 [--estimate arithmetic|compiler]]
+  checkpoint verify | list WORKDIR [WORKDIR ...]
   report    WORKDIR [WORKDIR ...] --output FILE.html [--model DIR --data DIR]
             SWEEP_DIR --output FILE.html
 

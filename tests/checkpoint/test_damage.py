@@ -155,7 +155,7 @@ def test_swapped_arrays_are_noticed(saved, tmp_path):
 def test_damage_that_only_another_process_sees_sets_a_checkpoint_aside_here_too(saved, tmp_path, monkeypatch):
     shutil.copytree(saved, tmp_path / "run")
     theirs = {"checkpoint 8 compared": "model array params.llm.wide is not what was saved"}
-    monkeypatch.setattr(distributed, "exchange", lambda name, own=None: [own, theirs.get(name, own)])
+    monkeypatch.setattr(distributed, "exchange", lambda name, own=None, seconds=0: [own, theirs.get(name, own)])
     checkpointer, (state, *_) = restored(tmp_path / "run")
     assert_same(state, 4)
     assert checkpointer.steps == [4] and (tmp_path / "run/checkpoints/8.damaged").is_dir()

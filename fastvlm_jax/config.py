@@ -157,6 +157,17 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.param_dtype = "float32"  # dtype of the parameters; "bfloat16" loses updates smaller than 1/256 of a weight
     c.moment_dtype = "float32"  # dtype of Adam's first moment; "bfloat16" saves 2 bytes a trainable parameter
 
+    c.bad_steps = ml_collections.ConfigDict()
+    # What is done about a bad step, whose loss or gradient is not finite or whose gradient is a spike: "on" leaves its
+    # update out, "warn" only tells of it, "off" does not look.
+    c.bad_steps.mode = "on"
+    # A gradient is a spike if its norm is above clip_norm and more than so many times the median norm of the last 128
+    # steps that were not bad; 0 = none is.
+    c.bad_steps.factor = 10.0
+    # Bad steps in a row after which a run goes back to its last checkpoint and passes over the batches that failed.
+    c.bad_steps.in_a_row = 5
+    c.bad_steps.roll_backs = 3  # times that a run goes back to the same checkpoint before it stops with a report
+
     c.wandb = ""  # Weights & Biases project that also gets the metrics; "" = none
     c.log_every = 10  # steps between logged metrics
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
@@ -204,6 +215,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key in ("param_dtype", "moment_dtype"):
         if config[key] not in ("float32", "bfloat16"):
             raise ValueError(f"{key}={config[key]!r} must be float32 or bfloat16")
+    bad_steps = config.bad_steps
+    if bad_steps.mode not in ("on", "warn", "off"):
+        raise ValueError(f"bad_steps.mode={bad_steps.mode!r} must be on, warn or off")
+    if not (bad_steps.factor == 0 or 1 < bad_steps.factor < math.inf):
+        raise ValueError(f"bad_steps.factor={bad_steps.factor} must be above 1, or 0 to look for no spikes")
+    for key, least in (("in_a_row", 1), ("roll_backs", 0)):
+        if bad_steps[key] < least:
+            raise ValueError(f"bad_steps.{key}={bad_steps[key]} must be at least {least}")
     if config.accumulate < 1 or config.data.groups % config.accumulate:
         raise ValueError(f"accumulate={config.accumulate} must divide data.groups={config.data.groups}")
     if not 0 <= config.seed < 2**32:

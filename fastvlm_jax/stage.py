@@ -3,6 +3,7 @@
 Training, data inspection, benchmarks and preflight all use this module.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fastvlm_jax import config as config_lib
-from fastvlm_jax import losses, model_io, optim, sharding
+from fastvlm_jax import guard, losses, model_io, optim, sharding
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
@@ -177,11 +178,18 @@ def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, nu
         seed=config.seed,
         accumulate=config.accumulate,
         shardings=optim.split(shardings.params, config.groups)[0],
+        rule=make_rule(config),
     )
     # Metrics are whole on every device, so that every process can read them.
     everywhere = jax.sharding.NamedSharding(mesh, sharding.spec(()))
     fn = jax.jit(fn, donate_argnums=0, out_shardings=(shardings, everywhere))
     return Step(fn, make_state, abstract, optimizer)
+
+
+def make_rule(config) -> guard.Rule | None:
+    """Returns how the steps of a config are judged; None if they are not."""
+    mode, factor = config.bad_steps.mode, config.bad_steps.factor
+    return None if mode == "off" else guard.Rule(factor or math.inf, config.clip_norm, skip=mode == "on")
 
 
 def abstract_batch(config, model: FastVLM, mesh: jax.sharding.Mesh) -> Batch:

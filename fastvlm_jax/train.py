@@ -16,6 +16,7 @@ from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.sources import contents_of, fingerprint
 from fastvlm_jax.distributed import Interrupted, StopRequest, Watchdog
 from fastvlm_jax.evaluate.validation import Evaluate, make_evaluation
+from fastvlm_jax.faults import BadSteps
 from fastvlm_jax.metrics import opening, profiling, tracking
 from fastvlm_jax.metrics.best import BestScore
 from fastvlm_jax.metrics.rows import read_metrics
@@ -39,7 +40,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
 
     Raises:
       ValueError, FileNotFoundError: settings, data, parent or workdir do not fit; nothing was written.
-      FloatingPointError: the loss is not finite.
+      FloatingPointError: the loss or the state is not finite, or bad steps do not end (see faults.py).
       OSError: a checkpoint could not be written, or another file; the message names it.
       Interrupted: this process or another got SIGINT, SIGTERM or the platform's notice; the state is saved.
     """
@@ -67,39 +68,60 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         retention = checkpoint.Retention(config.keep_checkpoints, config.keep_every, lambda: best.step)
         checkpointer = checkpoint.open_checkpointer(workdir, retention)
         opening.tell_data(name, config, sum(map(len, sources)), loader.batches_per_epoch, steps)
-        if checkpointer.latest is None:
-            opening.tell_model(name, config, step.abstract.params, stage.parent_variables)
-            state = step.make_state(jax.random.key(config.seed), stage.parent_variables)
-        else:
-            with watchdog.doing("the restore"):
-                state, position, _ = checkpoint.restore(checkpointer, step.abstract)
-            opening.tell(name, f"goes on behind step {checkpointer.latest} of {steps}")
-            loader.close()
-            loader = open_loader(start=position)
-        start = int(state.step)
-        best.resume(workdir, start, checkpointer.steps)
-        writer = MetricsWriter(workdir, name, start, steps, tracking.open_run(config.wandb, workdir, name, settings))
-        trace = profiling.Trace(traced, workdir / "profile", start, steps)
-        learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
-        log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, steps=steps)
-        save = watchdog.doing("a save")(partial(checkpoint.save, checkpointer, lineage=lineage))
+        rng, bad_steps = jax.random.key(config.seed), BadSteps(config.bad_steps, workdir, name)
         step_fn = opening.telling_compilation(name, step.fn, watchdog.doing)
         stop = context.enter_context(StopRequest())
+
+        def attempt() -> TrainState | None:
+            """Runs from the latest checkpoint, or from the start, to the end; None if the run has to go back."""
+            nonlocal loader
+            if (row := bad_steps.first_of_row) is not None:
+                checkpoint.set_back(checkpointer, row)
+            if checkpointer.latest is None:
+                opening.tell_model(name, config, step.abstract.params, stage.parent_variables)
+                state, position, passed_over = step.make_state(rng, stage.parent_variables), 0, ()
+            else:
+                with watchdog.doing("the restore"):
+                    state, position, passed_over = checkpoint.restore(checkpointer, step.abstract)
+                opening.tell(name, f"goes on behind step {int(state.step)} of {steps}")
+            state, passed_over = bad_steps.begin(state, position, passed_over, loader.build)
+            if position or passed_over:
+                loader.close()
+                loader = open_loader(start=position, passed_over=passed_over)
+            start = int(state.step)
+            best.resume(workdir, start, checkpointer.steps)
+            tracker = tracking.open_run(config.wandb, workdir, name, settings)
+            writer = MetricsWriter(workdir, name, start, steps, tracker)
+            trace = profiling.Trace(traced, workdir / "profile", start, steps)
+            learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
+            log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, steps=steps)
+            save = partial(checkpoint.save, checkpointer, passed_over=passed_over, lineage=lineage)
+            try:
+                evaluates = evaluate is not None and is_evaluated(config, start, steps)
+                return run(
+                    config, state, step_fn, loader, steps, log=log, trace=trace, evaluate=evaluate,
+                    missed=evaluates and not has_evaluation(workdir, start), best=best, bad_steps=bad_steps,
+                    save=watchdog.doing("a save")(save), raise_failed=partial(checkpoint.raise_failed, checkpointer),
+                    stop=stop, watchdog=watchdog,
+                )  # fmt: skip
+            finally:
+                with watchdog.doing("the end"), contextlib.ExitStack() as closing:  # each closes, if another fails too
+                    for part in (writer, loader, trace):
+                        closing.callback(part.close)
+
         try:
-            missed = evaluate is not None and is_evaluated(config, start, steps) and not has_evaluation(workdir, start)
-            state = run(
-                config, state, step_fn, loader, steps,
-                log=log, trace=trace, evaluate=evaluate, missed=missed, best=best, save=save,
-                raise_failed=partial(checkpoint.raise_failed, checkpointer), stop=stop, watchdog=watchdog,
-            )  # fmt: skip
+            while (state := attempt()) is None:
+                pass
             if int(state.step) < steps:
                 opening.tell(name, f"ended at step {int(state.step)} of {steps}: {best.describe()}")
             return state
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error}; the last checkpoint is of step {checkpointer.latest}") from error
+            latest = checkpointer.latest
+            saved = "there is no checkpoint" if latest is None else f"the last checkpoint is of step {latest}"
+            raise FloatingPointError(f"{error}; {saved}") from error
         finally:
-            with watchdog.doing("the end"), contextlib.ExitStack() as closing:  # each is closed, also if another fails
-                for part in (writer, checkpointer, loader, trace):
+            with watchdog.doing("the end"), contextlib.ExitStack() as closing:
+                for part in (checkpointer, loader):
                     closing.callback(part.close)
 
 
@@ -115,11 +137,12 @@ def run(
     evaluate: Evaluate | None,
     missed: bool,
     best: BestScore,
+    bad_steps: BadSteps,
     save: Callable[[TrainState, int], None],
     raise_failed: Callable[[], None],
     stop: StopRequest,
     watchdog: Watchdog,
-) -> TrainState:
+) -> TrainState | None:
     """Runs the training loop: the steps, and logs, checkpoints and evaluations at their intervals.
 
     Args:
@@ -127,7 +150,8 @@ def run(
       raise_failed: raises the error of a save that failed in the background.
 
     Returns:
-      The state behind the last step, or behind the evaluation at which `best` ends the run.
+      The state behind the last step, or behind the evaluation at which `best` ends the run; None if the run has to go
+      back to its last checkpoint.
 
     Raises:
       FloatingPointError, OSError, Interrupted: see `train`.
@@ -147,7 +171,7 @@ def run(
     def interrupted(step: int) -> Interrupted:
         return Interrupted(f"stopped at step {step} of {steps}, which is saved; the same command goes on from there")
 
-    first = int(state.step)
+    first, owed = int(state.step), False
     if missed and not evaluated(first):
         raise interrupted(first)
     for step in range(first + 1, steps + 1):
@@ -159,14 +183,20 @@ def run(
         watchdog.begin(step, batch.images.shape, outputs["loss"])
         trace.end(step, state)
         raise_failed()
+        bad_steps.add(step, loader.position - 1, outputs)
         if step % config.log_every == 0 or step == steps:
-            if not math.isfinite(loss := float(outputs["loss"])):
+            if config.bad_steps.mode != "on" and not math.isfinite(loss := float(outputs["loss"])):
                 raise FloatingPointError(f"the loss at step {step} is {loss}: lower the rates in groups")
             log.write(StepRecord(step, outputs, loader.flow(), loader.substituted, watchdog.held()))
         stopping = stop.reached()
-        # Save before the evaluation, which may fail or take longer than a preempted machine has.
-        if step % config.checkpoint_every == 0 or step == steps or stopping:
+        last, owed = stopping or step == steps, owed or step % config.checkpoint_every == 0
+        if bad_steps.too_many(now=last or owed) and not stopping:
+            return None
+        # Save before the evaluation, which may fail or take longer than a preempted machine has; but not among bad
+        # steps, whose end may be to go back behind them.
+        if last or (owed and not bad_steps.unsettled):
             save(state, loader.position)
+            owed = False
         due = evaluate is not None and is_evaluated(config, step, steps)
         if due and not stopping:
             due = stopping = not evaluated(step)

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax import optim, sharding
+from fastvlm_jax import guard, optim, sharding
+from fastvlm_jax.guard import Guard
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.fastvlm import FastVLM
 
@@ -17,10 +18,11 @@ from fastvlm_jax.models.fastvlm import FastVLM
 class TrainState:
     """Holds everything that the next step depends on, except its batch."""
 
-    step: jax.Array  # int32 []: optimizer steps done, which is also the number of batches consumed
+    step: jax.Array  # int32 []: steps done, those whose update was left out included
     params: Any  # nested dicts: vision/, projector/, llm/
     batch_stats: Any  # BatchNorm statistics under vision/
-    opt_state: Any  # optimizer slots of the trainable parameters only
+    opt_state: Any  # optimizer slots of the trainable parameters only; its counts are of updates, not of steps
+    guard: Guard  # what the next step is judged by
 
 
 def state_of(
@@ -38,7 +40,7 @@ def state_of(
         trainable, _ = optim.split(params, groups)
         # Float32 parameters give float32 slots: Adam's second moment would not move in bfloat16.
         slots = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), trainable))
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, slots)
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, slots, guard.begin())
 
     def fresh(rng) -> TrainState:
         variables = fastvlm.init_variables(model, rng)
@@ -47,7 +49,7 @@ def state_of(
     variables = fastvlm.boxed_variables(model)
     boxed = jax.eval_shape(build, variables["params"], variables["batch_stats"])
     _, frozen = optim.split(nn.unbox(boxed.params), groups)
-    whole = {} if shard_frozen else {f"params/{path}" for path in frozen}
+    whole = {"guard/norms"} | (set() if shard_frozen else {f"params/{path}" for path in frozen})
     shardings = sharding.shardings_of(boxed, mesh, whole.__contains__)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), shardings)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fastvlm_jax import optim
+from fastvlm_jax import guard, optim
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.losses import Loss, inputs
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -23,19 +23,23 @@ def train_step(
     seed: int,
     accumulate: int = 1,
     shardings: dict | None = None,
+    rule: guard.Rule | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one optimizer step on a global batch.
 
-    Frozen parameters are not differentiated. The step's randomness follows from (seed, step).
+    Frozen parameters are not differentiated. The step's randomness follows from (seed, step). A step whose update is
+    left out counts as a step: parameters, optimizer slots, their counts and batch statistics stay as they are.
 
     Args:
       loss: loss to minimise; see losses.py.
       accumulate: number of parts of the groups that are computed one after another. Their gradients are added, so the
         step equals one on the whole batch; only BatchNorm in training mode sees one part at a time.
       shardings: shardings of the trainable parameters, by path; their gradients are reduced to these.
+      rule: how the step is judged, see guard.py; None does not judge it.
 
     Returns:
-      The new state, and device scalars: "loss", "grad_norm" (before clipping) and what the loss reports.
+      The new state, and device scalars: "loss", "grad_norm" (before clipping) and what the loss reports; with a rule,
+      "verdict" too, a guard.Verdict.
     """
     trainable, frozen = optim.split(state.params, groups)
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -72,9 +76,15 @@ def train_step(
         outputs = jax.tree.map(joined, outputs)
 
     updated, opt_state = optim.update(optimizer, grads, state.opt_state, trainable)
-    params = optim.merge(updated, frozen)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **loss.report(batch, size, outputs)}
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+    known = state.guard
+    if rule is not None:
+        known, verdict = guard.judge(rule, known, value, metrics["grad_norm"], batch_stats)
+        metrics["verdict"] = verdict
+    if rule is not None and rule.skip:
+        new, old = (updated, opt_state, batch_stats), (trainable, state.opt_state, state.batch_stats)
+        updated, opt_state, batch_stats = guard.chosen(verdict.why == guard.FINE, new, old)
+    return TrainState(state.step + 1, optim.merge(updated, frozen), batch_stats, opt_state, known), metrics
 
 
 def parts_of(x: jax.Array, count: int) -> jax.Array:

@@ -24,10 +24,12 @@ FORMAT = "fastvlm_jax workdir"
 # Keys that say what is evaluated and which checkpoint is the best; a run that goes on under others records them anew.
 EVALUATION_KEYS = ("eval_every", "eval_batches", "evaluate", "keep_best", "stop_after")
 # Keys that may change when a run resumes, because they do not change its results. The exception is accumulate: it does
-# if BatchNorm is in training mode or drop_path is above 0.
+# if BatchNorm is in training mode or drop_path is above 0. Good steps do not depend on bad_steps; earlier versions lack
+# it.
 FREE_KEYS = (
     *EVALUATION_KEYS, *REPLACED, "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "wandb",
     "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat",
+    "bad_steps", "bad_steps.mode", "bad_steps.factor", "bad_steps.in_a_row", "bad_steps.roll_backs",
     "data.num_threads", "data.prefetch", "data.cache_images", "data.path", "data.root",
 )  # fmt: skip
 # Keys of `data` that may differ between the processes of a run: where each finds the data, and how it reads them.

@@ -22,6 +22,7 @@ report lmms_eval
 train
 bench
 stage
+faults
 parent
 fastvlm_jax
 model_io
@@ -46,6 +47,7 @@ data
 train_step
 losses
 train_state
+guard
 config
 convert
 convert.layouts

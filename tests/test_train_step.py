@@ -97,6 +97,76 @@ def test_ten_losses_are_the_same_on_every_mesh(batch, ten_losses, monkeypatch, m
     np.testing.assert_allclose(metrics["losses"], ten_losses, rtol=1e-4)
 
 
+def planted(batch, what):
+    """Four batches of one image each a group, in [0, 1]; the third has what no update should be made of."""
+    rng = np.random.default_rng(1)
+    found = [batch.replace(images=rng.random(batch.images.shape, np.float32)) for _ in range(4)]
+    if what == "nan":
+        found[2].images[5] = np.nan
+    else:  # a single supervised token: the gradient is the mean over few, so it is far larger
+        found[2] = found[2].replace(loss_mask=np.zeros_like(batch.loss_mask))
+        found[2].loss_mask[0, 0, 5] = True
+    return found
+
+
+def walk(batches, mesh, mode, factor=10.0, known=0.0, **settings):
+    """State and gradient norms behind a step on each batch; None leaves one out. `known` is the norm of all before."""
+    config = small_config("", mesh=mesh, bad_steps__mode=mode, bad_steps__factor=factor, **settings)
+    model = fastvlm.build(**config.model.to_dict())
+    mesh = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
+    with jax.set_mesh(mesh):
+        step = stage.make_step(config, model, mesh, steps=10)
+        state = step.make_state(jax.random.key(0), initial())
+        state = state.replace(guard=state.guard.replace(norms=state.guard.norms + known))
+        norms = []
+        for batch in batches:
+            if batch is None:
+                state = state.replace(step=state.step + 1)
+            else:
+                state, metrics = step.fn(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+                norms.append(float(metrics["grad_norm"]))
+        return jax.tree.map(np.asarray, state), norms
+
+
+FROZEN = dict(groups=(("vision/.*", 0.0, 0.1), (".*", 1e-3, 0.1)), model__vision__batch_norm="frozen")
+
+
+@pytest.mark.parametrize(
+    "what, mesh, changes",
+    [
+        ("nan", (1, 1, 1, 1), dict(accumulate=2)),
+        ("nan", (1, 2, 2, 2), {}),
+        ("nan", (2, 1, 4, 1), FROZEN | dict(accumulate=1)),
+        ("spike", (1, 1, 1, 1), FROZEN | dict(clip_norm=1e-3)),
+        ("spike", (1, 2, 2, 1), dict(accumulate=2, clip_norm=1e-3)),
+    ],
+    ids=str,
+)
+def test_a_planted_step_is_as_if_it_had_not_been(batch, monkeypatch, what, mesh, changes):
+    """Parameters, optimizer, its counts and statistics equal those of a step that judges nothing, on the others."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
+    batches = planted(batch, what)
+    expected, norms = walk([*batches[:2], None, batches[3]], mesh, "off", **changes)
+    _, (_, _, bad, _) = walk(batches, mesh, "off", **changes)
+    assert np.isnan(bad) if what == "nan" else bad > 1.5 * max(norms)
+    factor = 1.2 if what == "spike" else 10.0
+    state, _ = walk(batches, mesh, "on", factor, known=max(norms), **changes)
+    for name in ("step", "params", "batch_stats", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(expected, name))
+    counts = [x for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state) if "count" in str(path[-1])]
+    assert int(state.step) == 4 and {int(x) for x in counts} == {3}
+    assert (int(state.guard.skipped), int(state.guard.in_a_row)) == (1, 0)
+    np.testing.assert_allclose(state.guard.norms[-4:], [max(norms), *norms], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["warn", "off"])
+def test_a_planted_step_is_made_where_the_config_says_so(batch, mode):
+    state, _ = walk(planted(batch, "nan"), (1, 1, 1, 1), mode)
+    assert all(np.isnan(x).any() for x in jax.tree.leaves(state.params["llm"]["layers"]))
+    assert np.count_nonzero(state.guard.norms) == (2 if mode == "warn" else 0)
+    assert (int(state.guard.skipped), int(state.guard.in_a_row)) == (0, 2 if mode == "warn" else 0)
+
+
 def test_parts_of_a_batch_are_groups_of_every_device():
     from fastvlm_jax.train_step import parts_of
 

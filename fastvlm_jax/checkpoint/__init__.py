@@ -7,7 +7,7 @@ a run that goes on compares what lies on its devices; a command that reads a mod
 
 from fastvlm_jax.checkpoint.arrays import load_variables
 from fastvlm_jax.checkpoint.folder import FOLDER, Damaged, find, read_notes, steps_of
-from fastvlm_jax.checkpoint.restoring import restore
+from fastvlm_jax.checkpoint.restoring import restore, set_back
 from fastvlm_jax.checkpoint.saving import Checkpointer, Retention, open_checkpointer, raise_failed, save
 from fastvlm_jax.checkpoint.survey import kept_aside, summarize, verify
 
@@ -24,6 +24,7 @@ __all__ = [
     "read_notes",
     "restore",
     "save",
+    "set_back",
     "steps_of",
     "summarize",
     "verify",

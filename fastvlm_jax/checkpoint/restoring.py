@@ -1,16 +1,17 @@
 """Restores the latest checkpoint that is whole, on any mesh, and sets aside the damaged ones after it."""
 
+import concurrent.futures
 import pathlib
 import sys
 from typing import Any, NamedTuple
 
 import jax
 
-from fastvlm_jax import distributed
+from fastvlm_jax import distributed, guard
 from fastvlm_jax.checkpoint import digest
-from fastvlm_jax.checkpoint.arrays import differs, load_shards
+from fastvlm_jax.checkpoint.arrays import differs, load_shards, names_of
 from fastvlm_jax.checkpoint.folder import Damaged, read_notes, set_aside
-from fastvlm_jax.checkpoint.saving import Checkpointer, parts_of
+from fastvlm_jax.checkpoint.saving import Checkpointer, parts_of, raise_failed
 from fastvlm_jax.train_state import TrainState
 
 
@@ -47,7 +48,7 @@ def restore(checkpointer: Checkpointer, target: TrainState) -> Restored:
         restored, reason = _try(checkpointer.folder(step), target)
         if restored is not None:
             for bad, why in damaged.items():
-                _set_aside(checkpointer, bad, f"{why}; the run goes on behind step {step}")
+                _set_aside(checkpointer, bad, "is damaged", f"{why}; the run goes on behind step {step}")
             return restored
         damaged[step] = reason
     reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
@@ -70,13 +71,18 @@ def _try(folder: pathlib.Path, target: TrainState) -> tuple[Restored | None, str
         problem = _first(f"{folder.name} compared", _compare(folder, parts, notes["digests"]))
     if problem:
         return None, problem
+    if "guard" not in parts["training"]:
+        layouts = jax.tree.map(lambda x: x.sharding, target.guard)
+        parts["training"]["guard"] = jax.jit(guard.begin, out_shardings=layouts)()
     state = TrainState(**parts["model"], **parts["training"])
     return Restored(state, notes["position"], tuple(notes["passed_over"])), ""
 
 
 def _read(folder: pathlib.Path, target: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    notes = read_notes(folder)
-    return notes, {part: load_shards(folder, part, tree) for part, tree in parts_of(target).items()}
+    notes, wanted = read_notes(folder), parts_of(target)
+    if "guard.norms" not in (notes["digests"]["training"] if notes["digests"] else names_of(folder, "training")):
+        del wanted["training"]["guard"]  # of a version that judged no step
+    return notes, {part: load_shards(folder, part, tree) for part, tree in wanted.items()}
 
 
 def _compare(folder: pathlib.Path, parts: dict[str, Any], digests: dict[str, dict[str, str]]) -> str:
@@ -95,10 +101,19 @@ def _first(what: str, problem: str) -> str:
     return next(filter(None, problems), "")
 
 
-def _set_aside(checkpointer: Checkpointer, step: int, reason: str) -> None:
+def set_back(checkpointer: Checkpointer, first: int) -> None:
+    """Sets aside the checkpoints from step `first` on, so that a run goes back behind them: they are of bad steps."""
+    if checkpointer.saving is not None:
+        concurrent.futures.wait([checkpointer.saving])
+        raise_failed(checkpointer)
+    for step in [step for step in checkpointer.steps if step >= first]:
+        _set_aside(checkpointer, step, "is left out", f"it was saved among bad steps, which began with {first}")
+
+
+def _set_aside(checkpointer: Checkpointer, step: int, what: str, reason: str) -> None:
     checkpointer.steps.remove(step)
     if jax.process_index() == 0:
         folder = checkpointer.folder(step)
         renamed = f"it is kept as {set_aside(folder)}" if folder.is_dir() else "it is gone"
-        print(f"WARNING: {folder} is damaged, {renamed}: {reason}", file=sys.stderr, flush=True)
+        print(f"WARNING: {folder} {what}, {renamed}: {reason}", file=sys.stderr, flush=True)
     distributed.exchange(f"checkpoint {step} set aside")

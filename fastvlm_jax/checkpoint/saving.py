@@ -120,7 +120,7 @@ def parts_of(state: TrainState) -> dict[str, dict[str, Any]]:
     """Returns a state in the parts of a checkpoint: what a model is, and what else training needs."""
     return {
         "model": {"params": state.params, "batch_stats": state.batch_stats},
-        "training": {"step": state.step, "opt_state": state.opt_state},
+        "training": {"step": state.step, "opt_state": state.opt_state, "guard": state.guard},
     }
 
 

@@ -28,7 +28,8 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
   convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
   data      write --source PATH --output DIR [--images DIR]... [--follow_links] [--validation_share S]
                   [--max_side N] [--exclude LIST] [--verify]
-            inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--json FILE] [--verify]
+            inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--keys KEY[,KEY]|@FILE]
+                    [--json FILE] [--verify]
                     --data DIR --against DIR [--benchmark NAME] [--kinds KIND,...] [--output LIST]
             easy-vqa --output DIR
             documents --output DIR [--pages N] [--parts PART,...] [--seed S] [--workers N]

@@ -92,6 +92,10 @@ def inspect_data(argv: list[str]) -> None:
         flag_values=fv,
     )  # fmt: skip
     flags.DEFINE_integer("samples", 16, "number of samples in the HTML file", lower_bound=0, flag_values=fv)
+    flags.DEFINE_string(
+        "keys", "", "records that the HTML file shows, KEY[,KEY] or @FILE: JSON lines with a key each, such as the "
+        "bad_steps.jsonl of a run; without --samples it shows all", flag_values=fv,
+    )  # fmt: skip
     flags.DEFINE_string("json", "", "JSON file for all numbers", flag_values=fv)
     flags.DEFINE_string(
         "list_unusable",
@@ -116,9 +120,14 @@ def inspect_data(argv: list[str]) -> None:
         raise flags.Error(f"--{name} goes with --against, the folder of a benchmark's files: give both")
     if not fv.config and not fv.data:
         raise ValueError("--data is missing: name a folder of shards, or the --config of a run")
+    if fv.keys and not (fv.config and fv.output):
+        raise flags.Error("--keys shows records as a run sees them: give its --config, and --output FILE.html")
     from fastvlm_jax.data.inspect import Outputs, inspect, inspect_run
+    from fastvlm_jax.data.inspect.listed import read_keys
 
-    outputs = Outputs(fv.output, fv.json, fv.list_unusable, fv.samples)
+    keys = read_keys(fv.keys) if fv.keys else ()
+    samples = len(keys) if keys and not fv["samples"].present else fv.samples
+    outputs = Outputs(fv.output, fv.json, fv.list_unusable, samples, keys)
     if fv.config:
         from fastvlm_jax.data.load.from_config import make_builder
         from fastvlm_jax.stage import open_processor
@@ -134,7 +143,7 @@ def inspect_data(argv: list[str]) -> None:
 
 def inspect_against(fv: flags.FlagValues) -> None:
     """Prints which images and questions of a benchmark a data set holds, and writes their list."""
-    for name in ("config", "verify", "list_unusable"):
+    for name in ("config", "verify", "list_unusable", "keys"):
         if fv[name].value:
             raise flags.Error(f"--{name} is not for --against, which looks at the shards that --data names")
     if not fv.data:

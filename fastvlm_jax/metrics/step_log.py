@@ -69,8 +69,9 @@ class StepLog:
     def write(self, record: StepRecord) -> None:
         """Writes a step's scalars; waits for its outputs."""
         outputs = dict(record.outputs)
-        by_source = outputs.pop("loss_by_source", None)
+        by_source, verdict = outputs.pop("loss_by_source", None), outputs.pop("verdict", None)
         scalars = {key: float(value) for key, value in outputs.items()}
+        scalars = {key: value for key, value in scalars.items() if math.isfinite(value)}  # the others are a bad step's
         seconds, steps = max(self._writer.seconds() - self._since, 1e-9), record.step - self._last
         scalars["step_seconds"] = seconds / steps
         self.restart_clock(record.step)
@@ -82,7 +83,10 @@ class StepLog:
         if by_source is not None:
             losses = zip(self._names, by_source.tolist(), strict=True)
             scalars |= {f"loss/{name}": loss for name, loss in losses if math.isfinite(loss)}
-        rates = optim.learning_rates(record.step, self._config.groups, self._steps, self._config.warmup_ratio)
+        if verdict is not None:
+            scalars["skipped"] = int(verdict.skipped)
+        updates = record.step - scalars.get("skipped", 0)  # the schedule counts these
+        rates = optim.learning_rates(updates, self._config.groups, self._steps, self._config.warmup_ratio)
         scalars["lr"] = max(float(rate) for rate in rates.values())
         self._writer.write(record.step, scalars)
 

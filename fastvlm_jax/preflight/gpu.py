@@ -128,7 +128,7 @@ def memory(config, gpus: Gpus) -> tuple[dict[str, int], Any, dict[str, int]]:
     whole = max(1, sum(math.prod(x.shape) for x in learning.values()))
     found = {
         "parameters": device_bytes((state.params, state.batch_stats)),
-        "optimizer": device_bytes((state.step, state.opt_state)),
+        "optimizer": device_bytes((state.step, state.opt_state, state.guard)),
         "batch": kinds["batch"],
         "gradients": round(kinds["gradients"] * device_bytes(learning) / (_itemsize(config) * whole)),
         "activations": kinds["activations"],
@@ -147,7 +147,7 @@ def traced(config, model) -> collections.Counter:
         jaxpr = jax.make_jaxpr(step.fn)(step.abstract, batch).jaxpr
     state = step.abstract
     labels = jax.tree.map(lambda _: "parameters", state).replace(
-        step="optimizer", opt_state=jax.tree.map(lambda _: "optimizer", state.opt_state)
+        **jax.tree.map(lambda _: "optimizer", dict(step=state.step, opt_state=state.opt_state, guard=state.guard))
     )
     labels = jax.tree.leaves((labels, jax.tree.map(lambda _: "batch", batch)))
     # Attention in float32 has no kernel (kernels/attention.py).

@@ -203,7 +203,7 @@ def test_a_checkpoint_of_a_version_without_digests_is_read(saved, tmp_path):
     _, (state, position, passed_over) = restored(tmp_path / "run")
     assert_same(state, 8)
     assert (position, passed_over) == (8, ())
-    assert checkpoint.verify(tmp_path / "run/checkpoints/8") == (7, False)
+    assert checkpoint.verify(tmp_path / "run/checkpoints/8") == (10, False)
 
 
 def test_commands_tell_which_checkpoints_are_whole(saved, tmp_path, capsys):
@@ -212,7 +212,7 @@ def test_commands_tell_which_checkpoints_are_whole(saved, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     command(["checkpoint", "verify", str(run)])
-    assert capsys.readouterr().out == f"{run}/checkpoints/4  whole: 7 arrays\n{run}/checkpoints/8  whole: 7 arrays\n"
+    assert capsys.readouterr().out == f"{run}/checkpoints/4  whole: 10 arrays\n{run}/checkpoints/8  whole: 10 arrays\n"
     data = max(files_of(run), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -234,6 +234,13 @@ def test_the_notes_are_digests_of_the_arrays_by_name(saved):
     notes = checkpoint.read_notes(saved / "checkpoints/8")
     assert {part: sorted(names) for part, names in notes["digests"].items()} == {
         "model": ["batch_stats.vision.mean", "params.llm.bias", "params.llm.wide", "params.vision.tall"],
-        "training": ["opt_state.0.count", "opt_state.0.mu.llm/half", "step"],
+        "training": [
+            "guard.in_a_row",
+            "guard.norms",
+            "guard.skipped",
+            "opt_state.0.count",
+            "opt_state.0.mu.llm/half",
+            "step",
+        ],
     }
     assert notes["lineage"] == {"stage": "small"} and pathlib.Path(saved).is_dir()

@@ -13,9 +13,12 @@ import jax
 import numpy as np
 import pytest
 from paths import HELPERS, ROOT
+from poison import first_batches, poisoned
 from ports import free_port
 from small import ONE_STAGE, small_config
 
+from fastvlm_jax import checkpoint
+from fastvlm_jax import losses as losses_lib
 from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.train import train
 
@@ -150,6 +153,26 @@ def test_a_process_that_is_slow_once_is_named_and_one_that_waits_for_ever_ends_t
     assert run.errors(0) == run.errors(1) == [f"fastvlm: {late}"]
     assert "in stall" in (stacks / "process_1.txt").read_text() and (stacks / "process_0.txt").exists()
     assert json.loads((tmp_path / "run/heartbeat.json").read_text())["doing"] == "step 12"
+
+
+def test_two_processes_leave_out_the_same_steps_and_go_back_together(easy_vqa, tmp_path, monkeypatch):
+    """One process alone over the same poisoned batches does the same."""
+    changes = {"steps": 8, "checkpoint_every": 3, "keep_checkpoints": 9, "bad_steps__in_a_row": 2}
+    config = small_config(easy_vqa, **CONFIG | changes)
+    _, sums, _ = first_batches(config, 8)
+    bad = [sums[k] for k in (1, 4, 5)]
+    monkeypatch.setenv("POISON", ",".join(map(str, bad)))
+    two = Run(2, easy_vqa, tmp_path / "two", *(f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()))
+    assert two.statuses() == [0, 0], two.errors(0)
+    monkeypatch.setattr(losses_lib, "next_token", poisoned(bad))
+    train(config, tmp_path / "one", jax.devices()[:DEVICES])
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    failed = [(2, 1), (5, 4), (6, 5)]
+    for workdir in (tmp_path / "two", tmp_path / "one"):
+        lines = [json.loads(line) for line in (workdir / "bad_steps.jsonl").read_text().splitlines()]
+        assert [(line["step"], line["batch"]) for line in lines] == [place for place in failed for _ in range(4)]
+        notes = checkpoint.read_notes(workdir / "checkpoints/8")
+        assert (notes["position"], notes["passed_over"]) == (10, [4, 5])
 
 
 def test_processes_of_other_settings_are_refused_with_the_key(easy_vqa, tmp_path):

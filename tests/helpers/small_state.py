@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fastvlm_jax import guard
 from fastvlm_jax.train_state import TrainState
 
 LAYOUTS = {"wide": (None, "fsdp"), "tall": ("fsdp",), "half": ("fsdp",)}  # all others are replicated
@@ -19,7 +20,8 @@ def small_state(mesh, step, rows=64):
 
     params = {"llm": {"wide": normal(3, rows), "bias": normal(5)}, "vision": {"tall": normal(rows, 7, 3)}}
     slots = ({"mu": {"llm/half": jnp.asarray(normal(rows, 4), jnp.bfloat16)}, "count": np.int32(step)}, ())
-    state = TrainState(np.int32(step), params, {"vision": {"mean": normal(16)}}, slots)
+    known = guard.Guard(np.abs(normal(guard.WINDOW)), np.int32(step), np.int32(0))
+    state = TrainState(np.int32(step), params, {"vision": {"mean": normal(16)}}, slots, known)
 
     def placed(path, x):
         names = LAYOUTS.get(jax.tree_util.keystr(path[-1:], simple=True).split("/")[-1], ())

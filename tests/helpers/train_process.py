@@ -16,4 +16,11 @@ os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", f"de
 
 from fastvlm_jax.cli import main
 
+if "POISON" in os.environ:  # sums of the pixels of batches whose loss is to be NaN
+    from poison import poisoned
+
+    from fastvlm_jax import losses
+
+    losses.next_token = poisoned([int(number) for number in os.environ["POISON"].split(",")])
+
 main()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch_reference import calibrate, jit, randomise, relative, released, stored, to_nchw, transformers
 
-from fastvlm_jax import optim
+from fastvlm_jax import guard, optim
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.convert.layouts import fastvlm as layout
 from fastvlm_jax.convert.layouts.text_config import text_config
@@ -130,7 +130,8 @@ def test_five_training_steps_equal_torch():
         variables["params"], groups, steps=steps, warmup_ratio=0.4, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=clip
     )
     trainable, _ = optim.split(variables["params"], groups)
-    state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], optimizer.init(trainable))
+    slots = optimizer.init(trainable)
+    state = TrainState(jnp.int32(0), variables["params"], variables["batch_stats"], slots, guard.begin())
     step = jit(
         lambda state, batch: train_step(
             state, batch, loss=next_token(model), optimizer=optimizer, groups=groups, seed=0

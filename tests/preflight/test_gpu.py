@@ -124,7 +124,7 @@ def test_the_state_has_the_bytes_of_real_arrays(config, mesh, count):
         )
 
     assert found["parameters"] == on_first((state.params, state.batch_stats))
-    assert found["optimizer"] == on_first((state.step, state.opt_state))
+    assert found["optimizer"] == on_first((state.step, state.opt_state, state.guard))
     # A group of this batch by hand: 64 x 64 pixels, a mask, 64 tokens in six int32 fields, and a mask of the loss.
     assert found["batch"] == (8 // (count // 2 or 1)) * (64 * 64 * 3 + 1 + 64 * (6 * 4 + 1))
     assert counts["all"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -5,6 +5,7 @@ import pathlib
 
 from fastvlm_jax.data.index import Counter, load_index
 from fastvlm_jax.data.inspect import contents, page, text, usage
+from fastvlm_jax.data.inspect.listed import Listed, take_listed
 from fastvlm_jax.data.inspect.samples import take_samples
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.sources import RecordSource, read_shards
@@ -20,12 +21,14 @@ class Outputs:
       json: JSON file with all numbers.
       unusable: list of all records that cannot be used, one JSON object per line; by default beside the page, if any.
       samples: number of samples on the page.
+      keys: records that the page shows; () shows the first ones of the first batches.
     """
 
     page: str = ""
     json: str = ""
     unusable: str = ""
     samples: int = 16
+    keys: tuple[Listed, ...] = ()
 
 
 def inspect(folder: str, split: str, verify: bool, outputs: Outputs) -> str:
@@ -78,8 +81,12 @@ def inspect_run(build: BatchBuilder, images_per_group: int, verify: bool, output
         usage.write_unusable(schedule, sources, pathlib.Path(listed).expanduser())
         lines.append(f"list of all {len(schedule.unusable):,} records that cannot be used: {listed}")
     if outputs.page:
-        page.write_page(page_path, sets, used, take_samples(build, outputs.samples))
-        lines.append(f"samples as the model sees them: {page_path}")
+        if outputs.keys:
+            samples, what = take_listed(build, outputs.keys, outputs.samples), "listed records"
+        else:
+            samples, what = take_samples(build, outputs.samples), "samples"
+        page.write_page(page_path, sets, used, samples)
+        lines.append(f"{what} as the model sees them: {page_path}")
     return "\n".join(lines).rstrip()
 
 

@@ -108,7 +108,7 @@ PAGE = _ENVIRONMENT.from_string(
 <h2 id="samples">Samples as the model sees them</h2>
 <p class="tokens legend"><u> text </u> <i> supervised </i> <b>special token</b> <b class="l">supervised special
 token</b> <s>image &times; tokens, slot</s></p>
-<p class="soft">Pixels and tokens come from the arrays of the first batches. The green tokens are supervised, so they
+<p class="soft">Pixels and tokens come from the arrays of the batches. The green tokens are supervised, so they
 count in the loss. Click an image to enlarge it.</p>
 {% for sample in samples %}
 <section class="sample"><header><b>{{ (sample.key or "(no key)") | visible }}</b>

@@ -118,7 +118,7 @@ def take_samples(build: BatchBuilder, count: int) -> Iterator[Sample]:
                 arrays, replaced = build(k, [g])
                 arrays = {name: array[0] for name, array in arrays.items()}
                 for place in places:
-                    yield _sample(build, k, g, plan, place, arrays, replaced)
+                    yield sample_of(build, k, g, plan, place, arrays, replaced)
             share, left = share - len(places), left - len(places)
             if not share:
                 break
@@ -126,9 +126,16 @@ def take_samples(build: BatchBuilder, count: int) -> Iterator[Sample]:
             return
 
 
-def _sample(
+def sample_of(
     build: BatchBuilder, k: int, g: int, plan: BatchPlan, place: Place, arrays: Arrays, replaced: Sequence[Substituted]
 ) -> Sample:
+    """Returns the record at a place of group g of batch k as a sample.
+
+    Args:
+      plan: plan of the batch.
+      arrays: fields of the group, as the builder returns them, without the axis of groups.
+      replaced: records of the group that had to be replaced.
+    """
     size, shape, _ = build.schedule.settings.buckets[plan.bucket]
     reasons = [item for item in replaced if (item.source, item.record) == (place.source, place.record)]
     if reasons:  # the substitute is not named, but the arrays hold its pixels and tokens

@@ -24,7 +24,7 @@ class BadRecords:
             source, record = build.schedule.where(number)
             where = build.sources[source].where(record)
             if len(self._found) < _SHOWN:
-                self._log(Substituted(source, record, where, _key(build.sources[source], record), reason))
+                self._log(Substituted(source, record, where, key_of(build.sources[source], record), reason))
             self._found[source, record] = f"{where}: {reason}"
         if len(self._found) > _SHOWN:
             logging.warning(
@@ -65,7 +65,8 @@ class BadRecords:
         )
 
 
-def _key(source: RecordSource, record: int) -> str:
+def key_of(source: RecordSource, record: int) -> str:
+    """Returns the key of a record, "" if it cannot be read."""
     try:
         return source[record].key
     except ValueError:

@@ -5,7 +5,7 @@
 Every process builds only the groups that its own devices hold, and global batch k is the same array on any mesh.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import ml_collections
@@ -67,8 +67,9 @@ def make_loader(
     sharding: jax.sharding.Sharding,
     start: int = 0,
     num_batches: int | None = None,
+    passed_over: Collection[int] = (),
 ) -> Loader:
-    """Opens a shuffled stream of the batches of `split`: endless, or the `num_batches` from batch `start` on.
+    """Opens a shuffled stream of the batches of `split`: endless, or those of the `num_batches` from batch `start` on.
 
     Args:
       config: the keys `data.*`.
@@ -78,13 +79,14 @@ def make_loader(
       sharding: sharding of axis 0, the groups; its data shards must divide `config.groups`.
       start: number of the first batch, the data position of a resumed run.
       num_batches: number of batches; None = no end.
+      passed_over: numbers of batches that are left out of the stream.
 
     Raises:
       FileNotFoundError, ValueError: see `read_shards` and `Schedule`.
       ValueError: more records cannot be used than `data.max_substituted` allows.
     """
     stop = None if num_batches is None else start + num_batches
-    return _open(config, processor, split, seed, sharding, start, stop)
+    return _open(config, processor, split, seed, sharding, start, stop, passed_over)
 
 
 def eval_batches(
@@ -116,7 +118,7 @@ def make_builder(config: ml_collections.ConfigDict, processor: Processor, split:
     return BatchBuilder(sources, schedule, processor, config.turns, config.overlong, config.decode == "exact", cache)
 
 
-def _open(config, processor, split, seed, sharding, start, stop) -> Loader:
+def _open(config, processor, split, seed, sharding, start, stop, passed_over=()) -> Loader:
     build = make_builder(config, processor, split, seed)
     if seed is None:
         batches = build.schedule.batches_per_epoch
@@ -127,6 +129,7 @@ def _open(config, processor, split, seed, sharding, start, stop) -> Loader:
         sharding,
         start=start,
         stop=stop,
+        passed_over=passed_over,
         num_threads=config.num_threads,
         prefetch=config.prefetch,
         max_substituted=config.max_substituted,

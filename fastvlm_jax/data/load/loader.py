@@ -4,7 +4,7 @@ import collections
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import grain
@@ -19,17 +19,26 @@ _AHEAD = 2  # batches in transfer to the devices
 
 
 class _LocalBatches:
-    """The source that Grain reads: item i is (arrays of this process, replaced records, counts) of batch start + i."""
+    """The source that Grain reads: item i is (number, arrays of this process, replaced records, counts) of a batch.
 
-    def __init__(self, build: BatchBuilder, groups: list[int], start: int, stop: int):
+    Their numbers are start, start + 1 and so on, without those passed over:
+
+        start 4, passed over 2 5 6      item    0 1 2 3
+                                        batch   4 7 8 9
+    """
+
+    def __init__(self, build: BatchBuilder, groups: list[int], start: int, stop: int, passed_over: Collection[int]):
         self._build, self._groups, self._start, self._stop = build, groups, start, stop
+        self._passed_over = sorted(k for k in set(passed_over) if start <= k < stop)
 
     def __len__(self) -> int:
-        return max(self._stop - self._start, 0)
+        return max(self._stop - self._start - len(self._passed_over), 0)
 
-    def __getitem__(self, item: int) -> tuple[Arrays, list[Substituted], dict]:
+    def __getitem__(self, item: int) -> tuple[int, Arrays, list[Substituted], dict]:
         k = self._start + item
-        return *self._build(k, self._groups), self._build.schedule.counts(self._build.schedule.batch(k))
+        for passed in self._passed_over:
+            k += passed <= k
+        return k, *self._build(k, self._groups), self._build.schedule.counts(self._build.schedule.batch(k))
 
 
 class Flow(NamedTuple):
@@ -56,7 +65,9 @@ class Loader:
     """Iterates over global Batches of `jax.Array`, read, decoded and transferred ahead of time.
 
     Attributes:
-      position: number of batches given out, including those before `start`; the value to save and to pass as `start`.
+      position: number behind that of the last batch given out, at first `start`; the value to save and to pass as
+        `start`.
+      build: builder of the batches.
       names: short names of the data sets, for metrics.
       batches_per_epoch: global batches in the first epoch.
       token_fill: fraction of the token slots used in the first epoch.
@@ -75,12 +86,13 @@ class Loader:
         *,
         start: int = 0,
         stop: int | None = None,
+        passed_over: Collection[int] = (),
         num_threads: int = 2,
         prefetch: int = 4,
         max_substituted: float = 0.01,
     ):
         schedule = build.schedule
-        self.position = start
+        self.position, self.build = start, build
         self.names = set_names([os.fspath(source.folder) for source in build.sources])
         self.batches_per_epoch = schedule.batches_per_epoch
         self.token_fill, self.image_fill = schedule.token_fill, schedule.image_fill
@@ -94,7 +106,7 @@ class Loader:
         indices = sharding.addressable_devices_indices_map((groups,)).values()
         local = sorted({g for (index,) in indices for g in range(*index.indices(groups))})
         self._local_position = {g: i for i, g in enumerate(local)}
-        batches = _LocalBatches(build, local, start, sys.maxsize // 2 if stop is None else stop)
+        batches = _LocalBatches(build, local, start, sys.maxsize // 2 if stop is None else stop, passed_over)
         self._length = len(batches) if stop is not None else None
         self._bad_records = BadRecords(build, max_substituted)
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
@@ -114,17 +126,17 @@ class Loader:
         begin = time.monotonic()
         while len(self._ahead) <= _AHEAD:
             try:
-                arrays, substituted, counts = next(self._host)
+                number, arrays, substituted, counts = next(self._host)
             except StopIteration:
                 break
             except ValueError as error:  # Grain appends lines about itself
                 raise ValueError((str(error).splitlines() or ["the input failed"])[0]) from error
-            self._ahead.append((self.to_devices(arrays), substituted, counts))
+            self._ahead.append((number, self.to_devices(arrays), substituted, counts))
         if not self._ahead:
             raise StopIteration
-        batch, substituted, counts = self._ahead.popleft()
+        number, batch, substituted, counts = self._ahead.popleft()
         self._bad_records.add(substituted, int(counts["records"].sum()))
-        self.position += 1
+        self.position = number + 1
         images, tokens, truncated = (getattr(self._flow, name) + counts[name] for name in Flow._fields[:3])
         records = tuple(np.add(self._flow.records, counts["records"]).tolist())
         sizes = self._flow.sizes + collections.Counter({batch.images.shape[2:4]: int(counts["images"])})

@@ -100,6 +100,24 @@ def test_position_counts_batches_given_out_and_not_those_read_ahead(folder, proc
     loader.close()
 
 
+@pytest.mark.parametrize(
+    "start, passed_over, given",
+    [(0, [], [0, 1, 2]), (0, [0, 1], [2, 3, 4]), (1, [4, 2, 2, 0], [1, 3, 5]), (2, [2, 3, 4], [5])],
+)
+def test_batches_that_are_passed_over_are_not_drawn(folder, processor, straight, start, passed_over, given):
+    where = dict(seed=3, sharding=sharding(2), start=start, passed_over=passed_over)
+    loader = make_loader(config(folder), processor, "train", **where)
+    assert_same(take(loader, len(given)), [straight[k] for k in given])
+    assert loader.position == given[-1] + 1
+
+
+def test_a_stream_that_ends_is_shorter_by_what_is_passed_over(folder, processor, straight):
+    where = dict(seed=3, sharding=sharding(1), start=1, num_batches=4, passed_over=[0, 2, 5])
+    loader = make_loader(config(folder), processor, "train", **where)
+    assert len(loader) == 3
+    assert_same([jax.tree.map(np.asarray, batch) for batch in loader], [straight[k] for k in (1, 3, 4)])
+
+
 def test_another_seed_gives_another_order(folder, processor, straight):
     (other,) = take(make_loader(config(folder), processor, "train", seed=4, sharding=sharding(1)), 1)
     assert (other.tokens != straight[0].tokens).any()

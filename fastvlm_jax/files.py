@@ -1,4 +1,4 @@
-"""Reads and writes JSON objects and files that appear complete or not at all; checksums; the user's cache folder."""
+"""Reads and writes JSON and files, complete or not at all; appends; checksums; the user's cache folder."""
 
 import contextlib
 import hashlib
@@ -85,6 +85,26 @@ def write_whole(path: os.PathLike, data: bytes) -> None:
 def write_json(path: os.PathLike, content: Any, *, sort_keys: bool = False) -> None:
     """Writes JSON with an indent of 2; see `write_whole`."""
     write_whole(path, (json.dumps(content, indent=2, sort_keys=sort_keys) + "\n").encode())
+
+
+def append(path: os.PathLike, data: bytes) -> None:
+    """Appends to a file all of `data` or, if that fails, nothing; makes the file, but not its folder.
+
+    Raises:
+      OSError: the disk does not take it; the error names the file.
+    """
+    end = None
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end, left = file.tell(), memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+    except OSError as error:  # a network file system may raise it when the file is closed
+        if end is not None:
+            with contextlib.suppress(OSError):
+                os.truncate(path, end)
+        error.filename = os.fspath(path)
+        raise
 
 
 def save_arrays(path: os.PathLike, arrays: dict[str, np.ndarray]) -> None:

@@ -62,7 +62,7 @@ processor
 kernels
 text images
 gguf_file
-optim sharding batch chips files xla_flags
+optim sharding batch chips disk files xla_flags
 """
 FLOOR = {room: number for number, line in enumerate(PLAN.splitlines()) for room in line.split()}
 # Comparisons with PyTorch, and the TPU compiler, are asked for in these rooms only, and there inside functions.

@@ -8,7 +8,7 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
-from fastvlm_jax import xla_flags
+from fastvlm_jax import disk, xla_flags
 from fastvlm_jax.cli import bench, checkpoint, convert, data, evaluate, generate, help, preflight, report, sweep, train
 from fastvlm_jax.cli.arguments import USAGE
 
@@ -56,22 +56,30 @@ def main() -> None:
             raise
         print(f"fastvlm {name}: a gs:// address needs gcsfs: pip install 'fastvlm_jax[gcs]'", file=sys.stderr)
         raise SystemExit(1) from None
-    except (flags.Error, ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        full = "RESOURCE_EXHAUSTED" in str(error)
-        if isinstance(error, RuntimeError) and not full:
+    except (flags.Error, ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        line = _line(error)
+        if not line or os.environ.get("FASTVLM_TRACEBACK"):
             raise
-        if os.environ.get("FASTVLM_TRACEBACK"):
-            raise
-        message = str(error).strip()
-        if isinstance(error, OSError) and error.filename and error.strerror:  # without Python's "[Errno 28]"
-            message = f"{error.filename}: {error.strerror}"
-        if "Traceback" in message:  # the flag library quotes the whole traceback of an error in a config file
-            message = re.sub(r"^\w*Error: ", "", message.splitlines()[-1])
-        message = message.removeprefix("Configuration is not available because of an earlier failure to load: ")
-        if full:
-            message = (
-                f"a device's memory is too small ({message.splitlines()[0][:200]}): raise accumulate, choose another "
-                "remat, or take a slice with more chips; fastvlm preflight estimates what fits"
-            )
-        print(f"fastvlm{f' {name}' if name else ''}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"fastvlm{f' {name}' if name else ''}: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, flags.Error) else 1) from None
+
+
+def _line(error: Exception) -> str:
+    """Returns what is wrong and what to do about it; "" for a fault of the program, which needs its traceback."""
+    message = str(error).strip()
+    if isinstance(error, OSError):
+        return disk.describe(error)
+    if quoted := disk.error_in(message):
+        return disk.describe(quoted)
+    if isinstance(error, MemoryError):
+        return f"the memory of this machine is too small: {message or 'see what else runs on it'}"
+    if isinstance(error, RuntimeError):
+        if "RESOURCE_EXHAUSTED" not in message:
+            return ""
+        return (
+            f"a device's memory is too small ({message.splitlines()[0][:200]}): raise accumulate, choose another "
+            "remat, or take a slice with more chips; fastvlm preflight estimates what fits"
+        )
+    if "Traceback" in message:  # the flag library quotes the whole traceback of an error in a config file
+        message = re.sub(r"^\w*Error: ", "", message.splitlines()[-1])
+    return message.removeprefix("Configuration is not available because of an earlier failure to load: ")

@@ -52,11 +52,17 @@ class Trace:
         """Writes the trace after the last chosen step."""
         if self._running and step >= self._last:
             jax.block_until_ready(state)
-            self.close()
-            print(f"steps {self._first} to {self._last} are traced: {self._folder}", file=sys.stderr)
+            if self.close():
+                print(f"steps {self._first} to {self._last} are traced: {self._folder}", file=sys.stderr)
 
-    def close(self) -> None:
-        """Writes the trace so far, if the run stops before the last chosen step."""
-        if self._running:
-            self._running = False
+    def close(self) -> bool:
+        """Writes the trace so far, unless it is written, and returns whether it did; a full disk is told in a line."""
+        if not self._running:
+            return False
+        self._running = False
+        try:
             jax.profiler.stop_trace()
+        except (OSError, RuntimeError) as error:
+            print(f"--profile: {self._folder} cannot be written: {str(error).splitlines()[0]}", file=sys.stderr)
+            return False
+        return True

@@ -4,11 +4,13 @@ import os
 import pathlib
 import sys
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from fastvlm_jax import distributed
+from fastvlm_jax.files import write_whole
 
 ID = "wandb_id"  # file in a workdir that keeps the id of its run
 MINUTE = 60.0
@@ -41,8 +43,8 @@ def open_run(project: str, workdir: pathlib.Path, name: str, config: dict[str, A
 class Tracker:
     """Writes to a run of Weights & Biases, the same run whenever its workdir resumes. Only process 0 has a tracker.
 
-    A network error never stops the training. A run that cannot start online is written offline into the workdir;
-    scalars that cannot be sent stay there too. `wandb sync` sends both later.
+    No error of it, of the network or of the disk, stops the training. A run that cannot start online is written offline
+    into the workdir; scalars that cannot be sent stay there too. `wandb sync` sends both later.
     """
 
     def __init__(self, project: str, workdir: pathlib.Path, name: str, config: dict[str, Any]):
@@ -50,7 +52,7 @@ class Tracker:
 
         path = workdir / ID
         if not path.exists():
-            path.write_text(uuid.uuid4().hex[:8] + "\n")
+            write_whole(path, f"{uuid.uuid4().hex[:8]}\n".encode())
         settings = wandb.Settings(
             silent=True, console="off", disable_git=True, init_timeout=MINUTE, finish_timeout=MINUTE
         )
@@ -60,25 +62,32 @@ class Tracker:
         try:
             self._run = wandb.init(**arguments, settings=settings)
         except Exception as error:
-            print(f"wandb: {str(error).splitlines()[0]}; written offline, see `wandb sync`", file=sys.stderr)
+            print(f"wandb: {_first_line(error)}; written offline, see `wandb sync`", file=sys.stderr)
             wandb.teardown()  # wandb's service still holds the id of the failed run
-            self._run = wandb.init(**arguments, settings=settings, mode="offline")
-        # A resumed run repeats the steps since its checkpoint; W&B's own step axis would drop them.
-        self._run.define_metric("*", step_metric="step")
+            self._run = self._guarded(lambda: wandb.init(**arguments, settings=settings, mode="offline"))
+        if self._run is not None:
+            # A resumed run repeats the steps since its checkpoint; W&B's own step axis would drop them.
+            self._guarded(lambda: self._run.define_metric("*", step_metric="step"))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Hands over the scalars of `step`; wandb's own process sends them."""
-        self._guarded(lambda run: run.log({"step": step, **scalars}))
+        if self._run is not None:
+            self._guarded(lambda: self._run.log({"step": step, **scalars}))
 
     def close(self) -> None:
         """Waits, for a minute at most, until everything is sent."""
-        self._guarded(lambda run: run.finish())
+        if self._run is not None:
+            self._guarded(lambda: self._run.finish())
 
-    def _guarded(self, act) -> None:
-        if self._run is None:
-            return
+    def _guarded(self, act: Callable[[], Any]) -> Any:
+        """Returns what `act` does; None after an error, which never stops the training but ends the tracker's work."""
         try:
-            act(self._run)
-        except Exception as error:  # no error of the tracker may stop the training
-            print(f"wandb: {str(error).splitlines()[0]}; no longer written to", file=sys.stderr)
+            return act()
+        except Exception as error:
+            print(f"wandb: {_first_line(error)}; no longer written to", file=sys.stderr)
             self._run = None
+            return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

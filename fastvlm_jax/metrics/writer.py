@@ -6,10 +6,13 @@ import sys
 import time
 
 import jax
-import tensorboardX
 import tqdm
 
+from fastvlm_jax import disk
+from fastvlm_jax.files import write_whole
+from fastvlm_jax.metrics.log_file import LogFile, tell
 from fastvlm_jax.metrics.rows import FILE, read_metrics
+from fastvlm_jax.metrics.tensorboard import Board
 from fastvlm_jax.metrics.tracking import Tracker
 
 
@@ -18,17 +21,19 @@ class MetricsWriter:
 
     metrics.jsonl holds a JSON object a line with "step", "seconds" and the scalars; seconds count the training before a
     resume too. A resumed run drops the lines after the step it resumes from, so that every step appears once.
-    Only process 0 writes and shows anything; the others keep the time.
+    Only process 0 writes and shows anything; the others keep the time. A disk that fails does not end the run; see
+    LogFile.
     """
 
     def __init__(self, workdir: pathlib.Path, name: str, step: int, steps: int, tracker: Tracker | None = None):
-        self.path = workdir / FILE
         self._writes, self._tracker = jax.process_index() == 0, tracker
         kept = [row for row in read_metrics(workdir) if row["step"] <= step] if self._writes else []
         self._interactive = self._writes and sys.stderr.isatty()
         if self._writes:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
+            path, lines = workdir / FILE, "".join(json.dumps(row) + "\n" for row in kept).encode()
+            if not path.exists() or path.read_bytes() != lines:
+                write_whole(path, lines)
+            self._rows, self._board = LogFile(path), Board(workdir / "tensorboard", step)
         self._bar = tqdm.tqdm(
             total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True, disable=not self._interactive
         )
@@ -46,10 +51,8 @@ class MetricsWriter:
             return
         scalars = {key: float(value) for key, value in scalars.items()}
         seconds = round(self.seconds(), 3)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "seconds": seconds, **scalars}) + "\n")
-        for key, value in scalars.items():
-            self._board.add_scalar(key, value, step)
+        self._rows.append((json.dumps({"step": step, "seconds": seconds, **scalars}) + "\n").encode())
+        self._board.write(step, scalars)
         if self._tracker:
             self._tracker.write(step, scalars)
         shown = {key: f"{value:.4g}" for key, value in scalars.items() if key != "grad_norm"}
@@ -60,12 +63,24 @@ class MetricsWriter:
             done = max(step - self._first, 1)
             left = (time.monotonic() - self._start) / done * (self._steps - step)
             shown = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"{self._name} step {step}/{self._steps}  {shown}  {left:.0f} s left", file=sys.stderr, flush=True)
+            tell(f"{self._name} step {step}/{self._steps}  {shown}  {left:.0f} s left")
+
+    def flush(self) -> None:
+        """Writes what a failing disk did not take.
+
+        Raises:
+          OSError: it still does not.
+        """
+        if self._writes:
+            self._rows.flush()
+            self._board.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        if self._writes:
-            self._board.close()
+        """Ends the display and the tracker's run; tells which file lacks what."""
+        try:
+            self.flush()
+        except OSError as error:
+            tell(f"{disk.describe(error)}; the last rows are missing there")
         self._bar.close()
         if self._tracker:
             self._tracker.close()

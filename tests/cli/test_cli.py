@@ -242,9 +242,24 @@ def test_a_full_device_is_one_line_and_another_fault_of_the_runtime_is_not(monke
     status, _, error = fastvlm(monkeypatch, capsys, "train")
     assert status == 1 and error.count("\n") == 1
     assert "a device's memory is too small (RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.)" in error
+    full = "RESOURCE_EXHAUSTED: /runs/a/host.xplane.pb; No space left on device"
+    monkeypatch.setitem(cli.COMMANDS, "train", fail(full))
+    status, _, error = fastvlm(monkeypatch, capsys, "train")
+    assert (status, error) == (
+        1,
+        "fastvlm train: /runs/a/host.xplane.pb: No space left on device: make space on that disk, then run the same "
+        "command again\n",
+    )
     monkeypatch.setitem(cli.COMMANDS, "train", fail("INTERNAL: a fault"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="a fault"):
         fastvlm(monkeypatch, capsys, "train")
+
+
+def test_too_little_memory_of_the_machine_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda argv: np.zeros(2**62, np.uint8))
+    status, _, error = fastvlm(monkeypatch, capsys, "train")
+    assert status == 1 and error.count("\n") == 1
+    assert error.startswith("fastvlm train: the memory of this machine is too small: Unable to allocate 4.00 EiB")
 
 
 def test_a_bucket_without_gcsfs_is_told_with_the_extra_to_install():

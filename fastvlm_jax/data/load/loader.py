@@ -1,6 +1,7 @@
 """Iterates over global batches on the devices, which threads build ahead, and counts what it gives out."""
 
 import collections
+import errno
 import os
 import sys
 import time
@@ -76,6 +77,7 @@ class Loader:
     Raises:
       ValueError: the data shards do not divide `groups`; or, from `next` too, more than the fraction `max_substituted`
         of the records cannot be used.
+      MemoryError: from `next`: the machine has too little memory for the batches.
     """
 
     def __init__(
@@ -131,6 +133,13 @@ class Loader:
                 break
             except ValueError as error:  # Grain appends lines about itself
                 raise ValueError((str(error).splitlines() or ["the input failed"])[0]) from error
+            except (MemoryError, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+                    raise
+                raise MemoryError(
+                    "the loader needs more: lower data.prefetch or data.num_threads (each holds a batch), turn off "
+                    "data.cache_images, or spread data.groups over more processes"
+                ) from error
             self._ahead.append((number, self.to_devices(arrays), substituted, counts))
         if not self._ahead:
             raise StopIteration

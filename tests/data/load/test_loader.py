@@ -1,5 +1,7 @@
 import io
+import pathlib
 import re
+import resource
 import threading
 import time
 
@@ -267,3 +269,19 @@ def test_what_is_wrong_is_named_when_the_loader_is_made(folder, processor, chang
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         make_loader(config(folder, **changes), processor, split, seed=0, sharding=sharding(2))
     assert "\n" not in str(caught.value)
+
+
+def test_too_little_memory_for_a_batch_says_which_settings_lower_it(folder):
+    loader = make_loader(
+        config(folder, image_size=8192), Processor(load_tokenizer(folder), "chatml", 8192, 2), "train", seed=3,
+        sharding=sharding(1),
+    )  # fmt: skip
+    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))  # a batch has 8 x 3 x 8192 x 8192 x 3 bytes
+    try:
+        with pytest.raises(MemoryError, match=r"^the loader needs more: lower data\.prefetch or data\.num_threads"):
+            next(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        loader.close()

@@ -24,7 +24,7 @@ from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor, load_processor
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.text.tokenizer import load_tokenizer
-from fastvlm_jax.workdir import read_run
+from fastvlm_jax.workdir import lineage_at, read_run
 
 PARTS = ("vision", "projector", "llm")
 IMAGE_SIZE = 1024  # pixels a side: FastVLM's image size, for a model whose files give none
@@ -116,8 +116,8 @@ def _read_one(source: str | os.PathLike) -> Loaded:
         run = read_run(workdir)
         config = without_remat(run["config"]["model"])
         variables = checkpoint.load_variables(folder, abstract_variables(fastvlm.build(**config)))
-        lineage = {**run["lineage"], "step": int(folder.name)}
-        return Loaded(str(source), config, variables, load_processor(workdir / "processor"), lineage)
+        processor = load_processor(workdir / "processor")
+        return Loaded(str(source), config, variables, processor, lineage_at(run, int(folder.name)))
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
     lineage = convert.read_lineage(path) if layout == "native" else {"layout": layout, "path": str(path)}

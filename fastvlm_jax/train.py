@@ -3,7 +3,7 @@
 import contextlib
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import jax
@@ -11,6 +11,7 @@ import ml_collections
 
 from fastvlm_jax import checkpoint, distributed, optim, sharding
 from fastvlm_jax import config as config_lib
+from fastvlm_jax.changes import check_allowed
 from fastvlm_jax.data.load.from_config import make_loader, open_sources
 from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.sources import contents_of, fingerprint
@@ -27,25 +28,36 @@ from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.workdir import check_processes, claim, make_lineage
 
 
-def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None, profile: str = "") -> TrainState:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    devices=None,
+    profile: str = "",
+    allow_changes: Collection[str] = (),
+) -> TrainState:
     """Trains the stage that `config` describes, from its parent's weights or from where `workdir` stopped.
 
     Args:
       devices: devices of the mesh; default: all.
       profile: steps to trace, "FIRST:LAST"; see metrics/profiling.py.
+      allow_changes: keys of the config that may differ from those of the run in `workdir` though its results depend on
+        them; see changes.py.
 
     Returns:
       The final state, which is also the last checkpoint of the workdir: of the last step or, with `stop_after`, of the
       evaluation that ended the run.
 
     Raises:
-      ValueError, FileNotFoundError: settings, data, parent or workdir do not fit; nothing was written.
+      ValueError, FileNotFoundError: settings, data, parent or workdir do not fit, or another run is at work in the
+        workdir; nothing was written.
       FloatingPointError: the loss or the state is not finite, or bad steps do not end (see faults.py).
-      OSError: a checkpoint could not be written, or another file; the message names it.
+      OSError: a checkpoint could not be written, or another file; the message names it. Or the workdir has vanished, or
+        another run has taken it.
       Interrupted: this process or another got SIGINT, SIGTERM or the platform's notice; the state is saved.
     """
     config_lib.validate(config)
     settings = config_lib.plain(config)
+    check_allowed(allow_changes, settings)
     check_processes(settings)
     tracking.check(config.wandb)
     mesh = make_mesh(config, devices)
@@ -60,8 +72,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         step = make_step(config, stage.model, mesh, steps=steps, num_sources=len(sources))
         traced = profiling.parse_steps(profile, steps)
         evaluate = make_evaluation(config, stage.model, stage.processor, batches)
-        lineage = make_lineage(settings, stage.parent_lineage, fingerprint(sources), contents_of(sources))
-        claim(workdir, settings, lineage, stage.processor)
+        origin = make_lineage(settings, stage.parent_lineage, fingerprint(sources), contents_of(sources))
+        claimed = context.enter_context(claim(workdir, settings, origin, stage.processor, allow_changes))
         name = config.stage or workdir.name
         watchdog = context.enter_context(Watchdog(workdir, name, steps))
         best = BestScore(config.keep_best, config.stop_after)
@@ -71,6 +83,11 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
         rng, bad_steps = jax.random.key(config.seed), BadSteps(config.bad_steps, workdir, name)
         step_fn = opening.telling_compilation(name, step.fn, watchdog.doing)
         stop = context.enter_context(StopRequest())
+
+        def raise_failed() -> None:
+            """Raises what has failed beside the loop: a save in the background, or the hold on the workdir."""
+            checkpoint.raise_failed(checkpointer)
+            claimed.check()
 
         def attempt() -> TrainState | None:
             """Runs from the latest checkpoint, or from the start, to the end; None if the run has to go back."""
@@ -89,21 +106,27 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, devices=None
                 loader.close()
                 loader = open_loader(start=position, passed_over=passed_over)
             start = int(state.step)
+            if start > steps:
+                raise ValueError(f"{workdir} is at step {start}, beyond the {steps} steps of this config: raise them")
+            if row is None:
+                opening.tell_changes(name, config, claimed.changes, read_metrics(workdir), start, steps)
             best.resume(workdir, start, checkpointer.steps)
             tracker = tracking.open_run(config.wandb, workdir, name, settings)
             writer = MetricsWriter(workdir, name, start, steps, tracker)
             trace = profiling.Trace(traced, workdir / "profile", start, steps)
             learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
             log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, steps=steps)
+            lineage = claimed.record(settings, start)
             save = partial(checkpoint.save, checkpointer, passed_over=passed_over, lineage=lineage)
             try:
                 evaluates = evaluate is not None and is_evaluated(config, start, steps)
-                return run(
+                state = run(
                     config, state, step_fn, loader, steps, log=log, trace=trace, evaluate=evaluate,
                     missed=evaluates and not has_evaluation(workdir, start), best=best, bad_steps=bad_steps,
-                    save=watchdog.doing("a save")(save), raise_failed=partial(checkpoint.raise_failed, checkpointer),
-                    stop=stop, watchdog=watchdog,
+                    save=watchdog.doing("a save")(save), raise_failed=raise_failed, stop=stop, watchdog=watchdog,
                 )  # fmt: skip
+                writer.flush()
+                return state
             finally:
                 with watchdog.doing("the end"), contextlib.ExitStack() as closing:  # each closes, if another fails too
                     for part in (writer, loader, trace):
@@ -147,7 +170,7 @@ def run(
 
     Args:
       missed: whether the evaluation of the state's own step is still to be done.
-      raise_failed: raises the error of a save that failed in the background.
+      raise_failed: raises what has failed beside the loop, such as a save in the background.
 
     Returns:
       The state behind the last step, or behind the evaluation at which `best` ends the run; None if the run has to go

@@ -1,37 +1,34 @@
-"""Decides which run may continue in a workdir, and records where its model comes from.
+"""Decides which run may work in a workdir, and records where its model comes from.
 
-WORKDIR/config.json              the settings and the lineage of the run
+WORKDIR/config.json              the settings that the run has now, and its lineage
+WORKDIR/lock                     who is at work; see lock.py
 WORKDIR/processor/               tokenizer, template and image settings
 WORKDIR/checkpoints/STEP/        see checkpoint/folder.py
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import time
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
 import jaxlib
 
-from fastvlm_jax import distributed
-from fastvlm_jax.config import REPLACED, differences
-from fastvlm_jax.files import read_object, write_json
+from fastvlm_jax import changes as changing
+from fastvlm_jax import disk, distributed
+from fastvlm_jax.changes import Change
+from fastvlm_jax.files import put_in_place, read_object, write_json
+from fastvlm_jax.lock import Lock, locked
 from fastvlm_jax.processor import Processor
 
 FORMAT = "fastvlm_jax workdir"
-# Keys that say what is evaluated and which checkpoint is the best; a run that goes on under others records them anew.
-EVALUATION_KEYS = ("eval_every", "eval_batches", "evaluate", "keep_best", "stop_after")
-# Keys that may change when a run resumes, because they do not change its results. The exception is accumulate: it does
-# if BatchNorm is in training mode or drop_path is above 0. Good steps do not depend on bad_steps; earlier versions lack
-# it.
-FREE_KEYS = (
-    *EVALUATION_KEYS, *REPLACED, "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "wandb",
-    "accumulate", "shard_frozen", "model.vision.remat", "model.llm.remat",
-    "bad_steps", "bad_steps.mode", "bad_steps.factor", "bad_steps.in_a_row", "bad_steps.roll_backs",
-    "data.num_threads", "data.prefetch", "data.cache_images", "data.path", "data.root",
-)  # fmt: skip
+# What a first start may leave that ends before it has written config.json.
+LEFTOVERS = ("lock", "config.json.*.partial", "config.tmp")  # the last by versions before
 # Keys of `data` that may differ between the processes of a run: where each finds the data, and how it reads them.
 OWN_KEYS = ("path", "root", "num_threads", "prefetch", "cache_images")
 
@@ -44,58 +41,137 @@ def check_processes(config: dict[str, Any]) -> None:
     distributed.check_same({"config": shared, "code": code, **compiler})
 
 
-def claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any], processor: Processor) -> None:
-    """Writes config.json and the processor of a fresh workdir, or checks that it belongs to the same settings and data.
+class Claim:
+    """Holds a workdir for a run, until the end of the block of `claim`.
+
+    Attributes:
+      changes: what changed since the run was last at work here; see changes.py.
+      lineage: where the model comes from, with the changes of before.
+    """
+
+    def __init__(self, workdir: pathlib.Path, lock: Lock | None, found: dict[str, Any]):
+        self._path, self._lock = workdir / "config.json", lock
+        self.changes = [Change(*change) for change in found["changes"]]
+        self.lineage = found["lineage"]
+
+    def check(self) -> None:
+        """Raises OSError, in process 0, if the workdir has vanished or another run has taken it; costs nothing."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def record(self, config: dict[str, Any], step: int) -> dict[str, Any]:
+        """Writes down that the run goes on with `config` behind `step`; returns its lineage, which has the changes.
+
+        A change that was recorded at a later step counts from here on: the run has lost the steps before it.
+        """
+        made = [{**change, "step": min(change["step"], step)} for change in self.lineage.get("changes", [])]
+        made += [{"step": step, **change._asdict()} for change in self.changes if not changing.is_free(change.key)]
+        lineage = {**self.lineage, **({"changes": made} if made else {})}
+        if self._lock is not None and (self.changes or lineage != self.lineage):
+            write_json(self._path, {"format": FORMAT, "config": config, "lineage": lineage})
+        return lineage
+
+
+@contextlib.contextmanager
+def claim(
+    workdir: pathlib.Path,
+    config: dict[str, Any],
+    lineage: dict[str, Any],
+    processor: Processor,
+    allowed: Collection[str] = (),
+) -> Iterator[Claim]:
+    """Keeps other runs out of a workdir within the block; a fresh one gets config.json and processor.
 
     Process 0 does it; the other processes wait.
 
+    Args:
+      allowed: keys of the config that may change in this run though its results depend on them; see changes.py.
+
     Raises:
-      ValueError: the workdir belongs to other settings or holds something else; the processes differ in data or
-        parent; or a process does not see the workdir.
+      ValueError: another run is at work in the workdir; it belongs to other settings or holds something else; the
+        processes differ in data or parent; or a process does not see the workdir.
       TimeoutError: a process does not arrive.
     """
     distributed.check_same(lineage)
-    problem = None
-    if jax.process_index() == 0:
-        try:
-            _claim(workdir, config, lineage)
-            processor.save(workdir / "processor")
-        except ValueError as error:
-            problem = str(error)
-    if problems := list(filter(None, distributed.exchange("workdir", problem, distributed.START_SECONDS))):
-        raise ValueError(problems[0])
-    # A network file system may show a new file with a delay.
+    with contextlib.ExitStack() as held:
+        found, problem, lock = {}, None, None
+        if jax.process_index() == 0:
+            try:
+                check_folder(workdir)
+                lock = held.enter_context(locked(workdir, "another process is training"))
+                changes = _claim(workdir, config, lineage, allowed)
+                found = {"changes": changes, "lineage": read_run(workdir)["lineage"]}
+                _save(processor, workdir)
+            except ValueError as error:
+                problem = str(error)
+        answers = distributed.exchange("workdir", [problem, found], distributed.START_SECONDS)
+        if problems := [problem for problem, _ in answers if problem]:
+            raise ValueError(problems[0])
+        _wait_for(workdir / "config.json")
+        yield Claim(workdir, lock, answers[0][1])
+
+
+def check_folder(workdir: pathlib.Path) -> None:
+    """Raises ValueError if a folder holds something else than a run, or than what the first start of one leaves."""
+    if (workdir / "config.json").exists():
+        read_run(workdir)
+    elif workdir.exists() and any(not any(map(path.match, LEFTOVERS)) for path in workdir.iterdir()):
+        raise ValueError(f"{workdir} is not empty and not a training workdir; choose another --workdir")
+
+
+def _claim(
+    workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any], allowed: Collection[str] = ()
+) -> list[Change]:
+    """Makes a workdir that of this run; returns what changed since it was last at work there.
+
+    Raises:
+      ValueError: changes that nobody has allowed, or that no run can make.
+    """
+    check_folder(workdir)
+    path = workdir / "config.json"
+    for leftover in workdir.glob("config.json.*.partial"):
+        leftover.unlink()
+    if not path.exists():
+        write_json(path, {"format": FORMAT, "config": config, "lineage": lineage})
+        return []
+    changes = changing.compare(read_run(workdir), config, lineage)
+    if problem := changing.refusal(workdir, changes, allowed, config, _go_on(workdir)):
+        raise ValueError(problem)
+    return changes
+
+
+def _save(processor: Processor, workdir: pathlib.Path) -> None:
+    """Writes the processor beside the one that is there, then file by file in its place: a full disk harms none.
+
+    Raises:
+      OSError: the disk does not take it; the error names the folder.
+    """
+    partial, folder = workdir / "processor.partial", workdir / "processor"
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
+    try:
+        processor.save(partial)
+    except Exception as error:  # the tokenizers library raises plain ones
+        found = error if isinstance(error, OSError) else disk.error_in(str(error))
+        shutil.rmtree(partial, ignore_errors=True)
+        if found is None or found.errno not in disk.FULL:
+            raise
+        raise OSError(found.errno, found.strerror, str(partial)) from error
+    folder.mkdir(exist_ok=True)
+    for file in partial.iterdir():
+        put_in_place(file, folder / file.name)
+    partial.rmdir()
+
+
+def _wait_for(path: pathlib.Path) -> None:
+    """Waits until this process sees a file that process 0 wrote: a network file system may show it with a delay."""
     for _ in range(60):
-        if (workdir / "config.json").exists():
+        if path.exists():
             return
         time.sleep(1)
     raise ValueError(
-        f"process {jax.process_index()} does not see {workdir / 'config.json'}, which process 0 wrote: --workdir must "
-        "be on a file system that all processes share"
+        f"process {jax.process_index()} does not see {path}, which process 0 wrote: --workdir must be on a file system "
+        "that all processes share"
     )
-
-
-def _claim(workdir: pathlib.Path, config: dict[str, Any], lineage: dict[str, Any]) -> None:
-    path = workdir / "config.json"
-    if path.exists():
-        found = read_run(workdir)
-        differ = [d for d in differences(found["config"], config) if d[0] not in FREE_KEYS and not _moved(*d)]
-        key = "parent_step"
-        if found["lineage"].get(key) != lineage.get(key):
-            differ.append((key, found["lineage"].get(key), lineage.get(key)))
-        go_on = _go_on(workdir)
-        if differ:
-            settings = ", ".join(f"{key} is {there!r} there and {here!r} here" for key, there, here in differ)
-            raise ValueError(f"{workdir} is in use by a run with other settings: {settings}; {go_on}")
-        if changed := _changed_data(found["lineage"], lineage, config):
-            raise ValueError(f"{changed} since the run of {workdir} began: write the data as it was, or {go_on}")
-        changed = {key: config[key] for key in EVALUATION_KEYS if key in config}
-        if not changed.items() <= found["config"].items():
-            write_json(path, {**found, "config": found["config"] | changed})
-        return
-    if workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(f"{workdir} is not empty and not a training workdir; choose another --workdir")
-    write_json(path, {"format": FORMAT, "config": config, "lineage": lineage})
 
 
 def _go_on(workdir: pathlib.Path) -> str:
@@ -103,30 +179,6 @@ def _go_on(workdir: pathlib.Path) -> str:
     if any(step.name.isdigit() for step in (workdir / "checkpoints").glob("*")):
         return f"choose another --workdir; --config.parent={workdir} starts there from the weights of this run"
     return "choose another --workdir, or delete this one, which holds no checkpoint yet"
-
-
-def _changed_data(there: dict[str, Any], here: dict[str, Any], config: dict[str, Any]) -> str:
-    """Returns which data sets are not what they were in the lineage `there`, and how they changed; "" if all are."""
-    if there.get("data_fingerprint") == here.get("data_fingerprint"):
-        return ""
-    data = config["data"]
-    folders = [data["path"]] if data["path"] else [os.path.join(data["root"], name) for name, _ in data["mixture"]]
-    before, now = there.get("data_sets", []), here.get("data_sets", [])
-    if len(before) != len(folders):  # a run of a version that did not record them
-        return f"one of the data sets {', '.join(folders)} has changed" if folders[1:] else f"{folders[0]} has changed"
-    changed = []
-    for folder, old, new in zip(folders, before, now, strict=True):
-        if old["fingerprint"] != new["fingerprint"]:
-            counts = differences(old["records"], new["records"]) or [("", 0, 0)]
-            how = ", ".join(f"{split} had {x or 0} records and has {y or 0}" for split, x, y in counts if split)
-            changed.append(f"{folder} has changed ({how or 'the same number of records, other contents'})")
-    return " and ".join(changed)
-
-
-def _moved(key: str, there: Any, here: Any) -> bool:
-    """Returns whether a difference is only that the parent's folder moved: machines may mount a bucket elsewhere."""
-    names = [[path.rpartition("/")[2] for path in str(paths).split(",")] for paths in (there, here)]
-    return key == "parent" and names[0] == names[1]
 
 
 def read_run(workdir: pathlib.Path) -> dict[str, Any]:
@@ -155,12 +207,24 @@ def make_lineage(
     return {
         "stage": config["stage"],
         "code": importlib.metadata.version("fastvlm_jax"),
+        "source_digest": source_digest()[:16],
         "jax": jax.__version__,
         "data_fingerprint": fingerprint,
         "data_sets": data_sets,
         "parent": parent,
         "parent_step": None if parent is None else parent.get("step"),
     }
+
+
+def lineage_at(run: dict[str, Any], step: int) -> dict[str, Any]:
+    """Returns the lineage of the state behind a step of a run, which knows only the changes before it.
+
+    Args:
+      run: the content of config.json.
+    """
+    made = [change for change in run["lineage"].get("changes", []) if change["step"] < step]
+    own = {key: value for key, value in run["lineage"].items() if key != "changes"}
+    return {**own, **({"changes": made} if made else {}), "step": step}
 
 
 def source_digest() -> str:

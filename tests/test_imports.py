@@ -29,6 +29,7 @@ model_io
 metrics
 checkpoint
 workdir
+changes
 evaluate.validation
 evaluate.suite evaluate.contamination
 evaluate.looked_for
@@ -62,6 +63,7 @@ processor
 kernels
 text images
 gguf_file
+lock
 optim sharding batch chips disk files xla_flags
 """
 FLOOR = {room: number for number, line in enumerate(PLAN.splitlines()) for room in line.split()}

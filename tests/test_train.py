@@ -1,7 +1,9 @@
 import json
 import logging
+import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from paths import ROOT
 from small import small_config
 
-from fastvlm_jax import checkpoint, model_io, sharding
+from fastvlm_jax import checkpoint, lock, model_io, sharding
 from fastvlm_jax import workdir as workdir_lib
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
@@ -119,6 +121,53 @@ def test_finished_run_trains_no_further(easy_vqa, straight):
     before = (straight.workdir / "metrics.jsonl").read_text()
     assert_same(run(small_config(easy_vqa, **STRAIGHT, **ONE), straight.workdir), straight.state)
     assert (straight.workdir / "metrics.jsonl").read_text() == before
+
+
+def test_more_steps_on_a_finished_run_are_told_and_stand_in_the_lineage(easy_vqa, straight, tmp_path, capsys):
+    shutil.copytree(straight.workdir, tmp_path / "run")
+    longer = small_config(easy_vqa, **{**STRAIGHT, "steps": 16, "log_every": 2}, **ONE)
+    words = r"steps is 8 there and 16 here; free to change: log_every is 1 there and 2 here; --allow_changes=steps goes"
+    with pytest.raises(ValueError, match=words):
+        run(longer, tmp_path / "run")
+    state = train(longer, tmp_path / "run", jax.devices()[:1], allow_changes=["steps"])
+    assert int(state.step) == 16
+    # A cosine over 16 steps, behind one of warm-up: 16 * 0.03 rounded up.
+    rates = {step: 1e-3 * (1 + math.cos(math.pi * (step - 1) / 15)) / 2 for step in (9, 10, 12, 14, 16)}
+    told = capsys.readouterr().err
+    assert (
+        "small: changed since it was last at work: log_every is 1 there and 2 here, steps is 8 there and 16 here"
+        in told
+    )
+    was = read_metrics(straight.workdir)[-1 if "lr" in read_metrics(straight.workdir)[-1] else -2]["lr"]
+    assert (
+        f"the learning rate was {was:.3g} in the last row of its metrics, is {rates[9]:.3g} at step 9 and ends" in told
+    )
+    rows = {row["step"]: row["lr"] for row in read_metrics(tmp_path / "run") if "lr" in row}
+    assert list(rows) == [*range(1, 9), 10, 12, 14, 16]
+    assert [rows[step] for step in (10, 12, 14, 16)] == pytest.approx([rates[s] for s in (10, 12, 14, 16)], abs=1e-9)
+    changes = [{"step": 8, "key": "steps", "before": 8, "now": 16}]
+    assert json.loads((tmp_path / "run/config.json").read_text())["lineage"]["changes"] == changes
+    kept = checkpoint.read_notes(tmp_path / "run" / "checkpoints" / "16")
+    assert kept["lineage"]["changes"] == changes
+    assert model_io.read(tmp_path / "run").lineage["changes"] == changes
+    assert "changes" not in model_io.read(tmp_path / "run/checkpoints/8").lineage
+    with pytest.raises(ValueError, match="is at step 16, beyond the 8 steps of this config: raise them"):
+        train(small_config(easy_vqa, **STRAIGHT, **ONE), tmp_path / "run", jax.devices()[:1], allow_changes=["steps"])
+    assert_same(run(longer, tmp_path / "run"), jax.tree.map(np.asarray, state))
+
+
+def test_a_run_whose_workdir_vanishes_ends(easy_vqa, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+
+    def move_after_the_first_step():
+        while not read_metrics(tmp_path / "run"):
+            time.sleep(0.01)
+        os.rename(tmp_path / "run", tmp_path / "elsewhere")
+
+    threading.Thread(target=move_after_the_first_step, daemon=True).start()
+    with pytest.raises(OSError, match=f"^{tmp_path}/run/lock has vanished: nothing more can be saved in its folder"):
+        run(small_config(easy_vqa, steps=10_000, **ONE), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_losses_and_validation_are_the_same_on_a_mesh(easy_vqa, straight, tmp_path, monkeypatch):

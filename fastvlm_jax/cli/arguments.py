@@ -15,6 +15,7 @@ USAGE = """Trains FastVLM, a vision-language model that answers questions about 
 usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains its flags)
 
   train     --config FILE.py[:ARG] --workdir DIR [--profile FIRST:LAST] [--config.KEY=VALUE ...]
+            [--allow_changes KEY[,KEY]]
             [--coordinator_address HOST:PORT --num_processes N --process_id I]
   generate  --model DIR --prompt TEXT [--image FILE ...] [--max_tokens N] [--sampling greedy|model]
             [--temperature T] [--top_p P] [--top_k K] [--repetition_penalty R]

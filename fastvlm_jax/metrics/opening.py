@@ -2,16 +2,18 @@
 
 import contextlib
 import math
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import ml_collections
 
+from fastvlm_jax import config as config_lib
 from fastvlm_jax import optim
+from fastvlm_jax.changes import Change, listed
+from fastvlm_jax.metrics import log_file
 
 FEW_STEPS = 20  # an epoch of fewer steps deserves a word
 
@@ -19,7 +21,7 @@ FEW_STEPS = 20  # an epoch of fewer steps deserves a word
 def tell(name: str, line: str) -> None:
     """Prints a line about the run `name`, in process 0 alone."""
     if jax.process_index() == 0:
-        print(f"{name}: {line}", file=sys.stderr, flush=True)
+        log_file.tell(f"{name}: {line}")
 
 
 def tell_model(name: str, config: ml_collections.ConfigDict, params: Any, given: dict[str, Any] | None) -> None:
@@ -79,6 +81,30 @@ def tell_data(name: str, config: ml_collections.ConfigDict, records: int, per_ep
             f"--config.data.groups={smaller} gives about {per_epoch * groups // smaller} (the data shards of the mesh "
             "must divide it)",
         )
+
+
+def tell_changes(
+    name: str,
+    config: ml_collections.ConfigDict,
+    changes: Sequence[Change],
+    rows: Sequence[dict[str, float]],
+    start: int,
+    steps: int,
+) -> None:
+    """Says what changed in a run that goes on, and how its learning rate does if that may have changed.
+
+    Args:
+      rows: lines of metrics.jsonl.
+      start: step that the run goes on behind.
+      steps: optimizer steps of the whole run.
+    """
+    if changes:
+        tell(name, f"changed since it was last at work: {listed(changes, config_lib.plain(config))}")
+    if start < steps and any(not change.free for change in changes):
+        rate = max(optim.learning_rates(start + 1, config.groups, steps, config.warmup_ratio).values())
+        before = [row["lr"] for row in rows if "lr" in row and row["step"] <= start]
+        was = f"was {before[-1]:.3g} in the last row of its metrics, " if before else ""
+        tell(name, f"the learning rate {was}is {float(rate):.3g} at step {start + 1} and ends at 0 with step {steps}")
 
 
 def telling_compilation(

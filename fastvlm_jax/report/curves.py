@@ -75,11 +75,16 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
             raise ValueError(f"{workdir} has no metrics.jsonl: name the workdir of a training run")
         found.append((workdir, rows, read_run(workdir)))
     for name, (_, rows, run) in zip(names(workdirs, [run["config"]["stage"] for *_, run in found]), found, strict=True):
-        parent = {key: value for key, value in (run["lineage"]["parent"] or {}).items() if key != "step"}
-        before = [other for other, (*_, theirs) in zip(runs, found, strict=False) if theirs["lineage"] == parent]
+        parent = _beginning(run["lineage"]["parent"] or {})
+        before = [other for other, (*_, own) in zip(runs, found, strict=False) if _beginning(own["lineage"]) == parent]
         start = before[-1].start + int(run["lineage"]["parent_step"] or 0) if before else 0
         runs.append(Run(name, rows, run["config"], run["lineage"], start))
     return runs
+
+
+def _beginning(lineage: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a lineage says of how its run began, which tells runs apart."""
+    return {key: value for key, value in lineage.items() if key not in ("step", "changes")}
 
 
 def names(workdirs: Sequence[pathlib.Path], stages: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import model_io, optim
+from fastvlm_jax.changes import is_free
 from fastvlm_jax.evaluate.benchmarks import known
 from fastvlm_jax.files import json_digest
 from fastvlm_jax.images.sizes import slots_of
@@ -28,7 +29,6 @@ from fastvlm_jax.preflight import topology
 from fastvlm_jax.preflight.estimate import parameters
 from fastvlm_jax.sweep import fit
 from fastvlm_jax.sweep.grid import Point, Stage
-from fastvlm_jax.workdir import FREE_KEYS
 
 DIGITS = 10  # hexadecimal digits of an identity in the name of a run's folder
 
@@ -251,7 +251,7 @@ def _results_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
         for key, value in tree.items():
             if isinstance(value, dict):
                 add(f"{prefix}{key}.", value)
-            elif prefix + key not in (*FREE_KEYS, "parent", "data.tokenizer"):
+            elif not is_free(prefix + key) and prefix + key not in ("parent", "data.tokenizer"):
                 flat[prefix + key] = value
 
     add("", config_lib.plain(config))

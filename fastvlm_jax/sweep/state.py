@@ -1,7 +1,7 @@
 """Keeps the state of a sweep in plain files, each whole or not there, so that a sweep goes on after any stop.
 
 DIR/sweep.json                        the plan, for people and for `fastvlm report`
-DIR/lock                              held while a sweep, or a command that it started, is at work here
+DIR/lock                              held while a sweep, or a command that it started, is at work here; see lock.py
 DIR/logs/TASK.log                     the output of each command
 DIR/runs/NAME-DIGEST/                 workdir of a training run, as of `fastvlm train`
 DIR/points/NAME/evaluation/           as `fastvlm evaluate --output`
@@ -12,18 +12,16 @@ DIR/results.json                      see results.py
 """
 
 import contextlib
-import fcntl
 import pathlib
-import time
 from collections.abc import Iterator
 
+from fastvlm_jax import lock
 from fastvlm_jax.config import plain
 from fastvlm_jax.files import read_object, write_json
 from fastvlm_jax.report.sweep_results import PLAN
 from fastvlm_jax.sweep.plan import DIGITS, Plan, Task
 
 FORMAT = "fastvlm_jax sweep"
-LOCK_SECONDS = 3  # a command whose sweep was killed needs a moment to end
 
 
 @contextlib.contextmanager
@@ -35,22 +33,11 @@ def locked(workdir: pathlib.Path) -> Iterator[int]:
     Raises:
       ValueError: another sweep, or a command that one left, is at work there, or the folder holds something else.
     """
-    if workdir.exists() and (not workdir.is_dir() or (any(workdir.iterdir()) and not (workdir / "lock").exists())):
+    foreign = not (workdir / lock.LOCK).exists() or (workdir / "config.json").exists()  # the second is of training
+    if workdir.exists() and (not workdir.is_dir() or (foreign and any(workdir.iterdir()))):
         raise ValueError(f"--workdir {workdir} is not empty and no folder of a sweep: choose another")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("a") as file:
-        for turn in range(LOCK_SECONDS * 10 + 1):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if turn == LOCK_SECONDS * 10:
-                    raise ValueError(
-                        f"another sweep is at work in {workdir}, or a command that one started: wait for its end, or "
-                        "stop it"
-                    ) from None
-                time.sleep(0.1)
-        yield file.fileno()
+    with lock.locked(workdir, "another sweep is at work") as held:
+        yield held.descriptor
 
 
 def finished(workdir: pathlib.Path, task: Task) -> dict | None:

@@ -1,5 +1,7 @@
 """The arithmetic for GPUs: bytes counted by hand, real arrays as reference for the state, names, messages and mends."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,7 +11,7 @@ from paths import ROOT
 from fastvlm_jax import sharding, stage
 from fastvlm_jax.config import get_base
 from fastvlm_jax.models import fastvlm as models
-from fastvlm_jax.preflight import gpu
+from fastvlm_jax.preflight import gpu, too_small
 from fastvlm_jax.preflight.liveness import peak
 
 X, W = 4 * 8 * 256, 4 * 256 * 256  # bytes of x [8, 256] and w [256, 256] in float32
@@ -171,6 +173,23 @@ def test_what_does_not_fit_gets_mends_that_do(config, monkeypatch):
     assert "--config.accumulate=2" in flags and "--config.data.groups=4" in flags
     config.data.groups = 4
     assert gpu.preflight(config, card)["memory"]["fits"]
+
+
+def test_a_run_that_does_not_fit_is_told_what_would_the_cheapest_first(config, monkeypatch):
+    needed = sum(gpu.memory(config, gpu.parse("gpu:1GB"))[0].values())
+
+    def device(limit):
+        return types.SimpleNamespace(memory_stats=lambda: limit and {"bytes_limit": limit})
+
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device(0.9 * 1.25 * needed)])
+    told = too_small.advice(config)
+    assert "\n" not in told and f"a step needs about {needed / 2**30:.2f} GiB, 1.25 times that when compiled" in told
+    assert f"of the {0.9 * 1.25 * needed / 2**30:.2f} GiB of a device" in told
+    found = [told.index(word) for word in ("--config.accumulate=2 ", "--config.data.groups=4 ", "more devices")]
+    assert found == sorted(found)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device(None)])  # a CPU
+    assert too_small.advice(config) == ""
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):

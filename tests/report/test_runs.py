@@ -82,6 +82,14 @@ def test_a_stage_begins_where_the_one_ended_that_it_started_from(tmp_path):
     assert {"align", "instruct", "validation loss", "validation accuracy (right)"} <= set(texts(found, tmp_path))
 
 
+def test_it_begins_there_though_the_one_before_has_since_gone_on_under_changes(tmp_path):
+    changes = [{"step": 6, "key": "steps", "before": 6, "now": 8}]
+    first = workdir(tmp_path / "align", [row(8, loss=3.0)], CONFIG, {**LINEAGE, "stage": "align", "changes": changes})
+    child = {**LINEAGE, "parent": {**LINEAGE, "stage": "align", "step": 6}, "parent_step": 6}
+    found = read_runs([first, workdir(tmp_path / "instruct", [row(4, loss=2.0)], lineage=child)])
+    assert [run.start for run in found] == [0, 6]
+
+
 def test_scores_of_benchmarks_stand_beside_the_losses_and_those_of_old_runs_too(tmp_path):
     scored = [
         row(2, loss=2.0), row(2, validation__loss=2.5, evaluate__docvqa=61.0, evaluate__docvqa_stderr=3.25),

@@ -1,0 +1,15 @@
+"""Injects faults into real runs of `fastvlm train`, continues them, and compares them with undisturbed ones.
+
+    python -m tests.faults --minutes 30                       every fault in turn, until the time is over; then a table
+    python -m tests.faults --only killed_in_a_save --seed 17  one trial again, as the table or a log names it
+
+A fault is a function (base, folder, rng) -> what happened, in words. It starts child processes in `folder`, disturbs
+them as `rng` says, continues them with the same command, and raises Broken where a promise of docs/reliability.md is
+not kept. test_faults.py runs a few of them with pytest.
+
+    runs.py         starts runs, reads what they leave behind, compares
+    preload.py/.c   a library that makes file operations fail, or kills a run at one of them
+    kills.py        SIGKILL and SIGTERM             disks.py      full disks, failing writes, folders that vanish
+    damage.py       bytes flipped, cut, deleted     bad_numbers.py  NaNs and spikes in the data
+    processes.py    one of two processes killed, frozen, delayed or cut off
+"""

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tests.faults import bad_numbers, damage, disks, kills, processes
+from tests.faults.compare import Broken
 from tests.faults.preload import Skipped
-from tests.faults.runs import Broken, rng_of
+from tests.faults.runs import rng_of
 
 FAULTS = {fault.__name__: fault for room in (kills, disks, damage, bad_numbers, processes) for fault in room.FAULTS}
 
@@ -57,10 +58,12 @@ def attempt(fault: Callable, seed: int, base: pathlib.Path, folder: pathlib.Path
     begin, result = time.monotonic(), "kept"
     try:
         what = fault(base, folder, rng_of(fault, seed))
-    except Broken as broken:
-        result, what = "broken", str(broken)
     except Skipped as skipped:
         result, what = "skipped", str(skipped)
+    except Broken as broken:
+        result, what = "broken", str(broken)
+    except Exception as error:  # such as a file that is missing; it must not end hours of trials
+        result, what = "broken", f"{type(error).__name__}: {error}"
     if result != "broken":
         shutil.rmtree(folder)
     what = " ".join(what.replace(f"{folder}/", "").split())

@@ -9,8 +9,9 @@ import json
 import pathlib
 import random
 
-from tests.faults import runs
-from tests.faults.runs import STEPS, TESTS, expect
+from tests.faults import compare, runs
+from tests.faults.compare import expect
+from tests.faults.runs import STEPS, TESTS
 
 ENOUGH = 17  # batches before which a run has no level that a spike could stand out from
 IN_A_ROW = 5  # bad steps in a row after which a run goes back
@@ -40,7 +41,10 @@ def rates_too_high(base: pathlib.Path, folder: pathlib.Path, rng: random.Random)
     flags = [f"--config.groups=(('.*',{rate},0.0),)", "--config.checkpoint_every=1", "--config.log_every=5"]
     (ended,) = runs.train(base, workdir, *flags).end()
     said = ended.refusal("rate|groups")
-    expect(runs.all_finite(workdir), f"one of the checkpoints {runs.saved(workdir)} holds numbers that are not finite")
+    expect(
+        compare.all_finite(workdir),
+        f"one of the checkpoints {compare.saved(workdir)} holds numbers that are not finite",
+    )
     return f"rate {rate:g}: {said}"
 
 
@@ -50,13 +54,13 @@ def _plant(base, folder: pathlib.Path, rng: random.Random, kind: str, batches: l
     program = [TESTS / "helpers/planted_process.py"]
     runs.go_on(base, by_hand, program=[*program, reference, numbers])
     run, killed = runs.train(base, workdir, program=[*program, kind, numbers]), rng.randint(1, STEPS)
-    run.until(lambda: runs.has_step(workdir, killed))
+    run.until(lambda: compare.has_step(workdir, killed))
     run.kill()
     runs.go_on(base, workdir, program=[*program, kind, numbers])
-    differ = runs.differing(*(runs.read(runs.newest(path)) for path in (workdir, by_hand)))
+    differ = compare.differing(*(compare.read(compare.newest(path)) for path in (workdir, by_hand)))
     differ = [name for name in differ if not name.endswith(("skipped", "in_a_row"))]  # counts of bad steps
     expect(not differ, f"{kind} in {numbers}: {len(differ)} arrays differ from {reference} by hand: {differ[:2]}")
-    expect(runs.all_finite(workdir), "a checkpoint holds numbers that are not finite")
+    expect(compare.all_finite(workdir), "a checkpoint holds numbers that are not finite")
     told = {json.loads(line)["batch"] + 1 for line in (workdir / "bad_steps.jsonl").read_text().splitlines()}
     expect(told == set(batches), f"bad_steps.jsonl names the batches {sorted(told)}, planted were {numbers}")
     return f"in the batches {numbers}, killed after step {killed}"

@@ -9,8 +9,8 @@ import random
 import re
 import shutil
 
-from tests.faults import runs
-from tests.faults.runs import expect
+from tests.faults import compare, runs
+from tests.faults.compare import expect
 
 
 def damaged_checkpoint(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> str:
@@ -27,7 +27,7 @@ def vanished_checkpoint(base: pathlib.Path, folder: pathlib.Path, rng: random.Ra
     """Deletes the newest checkpoint, or all of it but its folders."""
     workdir = folder / "run"
     shutil.copytree(runs.straight(base), workdir)
-    newest, whole = runs.newest(workdir), rng.random() < 0.5
+    newest, whole = compare.newest(workdir), rng.random() < 0.5
     if whole:
         shutil.rmtree(newest)
     else:
@@ -35,7 +35,7 @@ def vanished_checkpoint(base: pathlib.Path, folder: pathlib.Path, rng: random.Ra
             if path.is_file():
                 path.unlink()
     runs.go_on(base, workdir)
-    runs.check_same(workdir, runs.straight(base))
+    compare.check_same(workdir, runs.straight(base))
     return "deleted" if whole else "all files deleted"
 
 
@@ -56,7 +56,7 @@ def damaged_data(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -
         ended.refusal(re.escape(str(data)))
         path.write_bytes(whole)
         runs.go_on(base, workdir, flag)
-    runs.check_same(workdir, runs.straight(base))
+    compare.check_same(workdir, runs.straight(base))
     return f"{what}: {'refused' if ended.status else 'nothing was lost'}"
 
 
@@ -64,14 +64,14 @@ def _damage_newest(base: pathlib.Path, folder: pathlib.Path, rng: random.Random,
     workdir = folder / "run"
     shutil.copytree(runs.straight(base), workdir)
     told = []
-    for step in runs.saved(workdir)[-count:]:
+    for step in compare.saved(workdir)[-count:]:
         checkpoint = workdir / "checkpoints" / str(step)
         path = any_file(checkpoint, rng)
         told.append(f"{step}/{path.relative_to(checkpoint)} {damage(path, rng)}")
     what = ", ".join(told)
     ended = runs.go_on(base, workdir)
     named = re.search(rf"checkpoints/{runs.STEPS}\b", ended.text)
-    runs.check_same(workdir, runs.straight(base))
+    compare.check_same(workdir, runs.straight(base))
     expect(named or runs.resumed_at(ended) == runs.STEPS, f"{what}: it went on behind another step without a word")
     return f"{what}: {'named' if named else 'nothing was lost'}"
 

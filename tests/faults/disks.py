@@ -13,9 +13,10 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from tests.faults import preload, runs
+from tests.faults import compare, preload, runs
+from tests.faults.compare import expect
 from tests.faults.preload import WRITES, Skipped
-from tests.faults.runs import STEPS, Ended, expect
+from tests.faults.runs import STEPS, Ended
 
 # What disks and network file systems say when they fail.
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES)
@@ -49,7 +50,7 @@ def full_tmpfs(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> 
         (ended,) = runs.train(base, disk / "run").end()
         said = _told(ended, os.strerror(errno.ENOSPC))
         subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100000", disk], check=True)
-        runs.check_continued(base, disk / "run", runs.saved(disk / "run"))
+        runs.check_continued(base, disk / "run", compare.saved(disk / "run"))
     return f"{limit}: {said}"
 
 
@@ -57,13 +58,13 @@ def vanished_workdir(base: pathlib.Path, folder: pathlib.Path, rng: random.Rando
     """Moves the workdir away while the run trains, as an unmounted file system does, and back again."""
     workdir, away = folder / "run", folder / "away"
     run, step = runs.train(base, workdir), rng.randint(1, STEPS - 2)
-    run.until(lambda: runs.has_step(workdir, step))
+    run.until(lambda: compare.has_step(workdir, step))
     workdir.rename(away)
     (ended,) = run.end()
     said = _told(ended, "")
     shutil.rmtree(workdir, ignore_errors=True)  # what the run may have begun anew in its place
     away.rename(workdir)
-    runs.check_continued(base, workdir, runs.saved(workdir))
+    runs.check_continued(base, workdir, compare.saved(workdir))
     return f"after step {step}: {said}"
 
 
@@ -75,7 +76,7 @@ def _disturb(base: pathlib.Path, folder: pathlib.Path, kinds: str, **settings: i
     if not (struck := preload.struck(log)):
         return "nothing struck"
     said = _told(ended, os.strerror(settings["error"]))
-    runs.check_continued(base, workdir, runs.saved(workdir))
+    runs.check_continued(base, workdir, compare.saved(workdir))
     return f"{struck}: {said}"
 
 

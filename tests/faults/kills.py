@@ -5,9 +5,10 @@ import random
 import re
 import time
 
-from tests.faults import preload, runs
+from tests.faults import compare, preload, runs
+from tests.faults.compare import expect
 from tests.faults.preload import READS, WRITES
-from tests.faults.runs import STEPS, Run, expect
+from tests.faults.runs import STEPS, Run
 
 STOPPED = 75  # the exit status of a run that was asked to stop, has saved, and wants to be started again
 
@@ -17,10 +18,10 @@ def killed_in_a_step(base: pathlib.Path, folder: pathlib.Path, rng: random.Rando
     workdir, steps = folder / "run", sorted(rng.sample(range(1, STEPS), rng.randint(1, 3)))
     for step in steps:
         run = runs.train(base, workdir)
-        run.until(lambda: runs.has_step(workdir, step))
+        run.until(lambda: compare.has_step(workdir, step))
         time.sleep(rng.uniform(0, 0.1))
         run.kill()
-    before = runs.saved(workdir)
+    before = compare.saved(workdir)
     runs.check_continued(base, workdir, before)
     return f"after the steps {steps}, with the checkpoints {before}"
 
@@ -31,7 +32,7 @@ def killed_at_any_time(base: pathlib.Path, folder: pathlib.Path, rng: random.Ran
     run, begin = runs.train(base, workdir), time.monotonic()
     run.until(lambda: time.monotonic() - begin > seconds)
     run.kill()
-    before = runs.saved(workdir)
+    before = compare.saved(workdir)
     runs.check_continued(base, workdir, before)
     return f"after {seconds:.1f} s, with the checkpoints {before}"
 
@@ -50,11 +51,11 @@ def killed_in_a_restore(base: pathlib.Path, folder: pathlib.Path, rng: random.Ra
     """Kills a run that continues while it reads its checkpoint."""
     workdir, log, at = folder / "run", folder / "operations", rng.randint(1, 40)
     runs.half_done(base, workdir)
-    before = runs.saved(workdir)
+    before = compare.saved(workdir)
     environment = preload.striking(base, workdir / "checkpoints", log, READS, at=at)
     runs.train(base, workdir, environment=environment).end()
-    expect(set(before) <= set(runs.saved(workdir)), f"of the checkpoints {before} {runs.saved(workdir)} are left")
-    runs.check_continued(base, workdir, runs.saved(workdir))
+    expect(set(before) <= set(compare.saved(workdir)), f"of the checkpoints {before} {compare.saved(workdir)} are left")
+    runs.check_continued(base, workdir, compare.saved(workdir))
     return preload.struck(log) or f"less than {at} reads"
 
 
@@ -67,7 +68,7 @@ def killed_in_a_hand_over(base: pathlib.Path, folder: pathlib.Path, rng: random.
     environment = preload.striking(base, below, log, kinds, at=at)
     runs.train(base, folder / "run", *flags, environment=environment).end()
     runs.go_on(base, folder / "run", *flags)
-    runs.check_same(folder / "run", second)
+    compare.check_same(folder / "run", second)
     return preload.struck(log) or f"less than {at} operations"
 
 
@@ -100,16 +101,19 @@ def terminated(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> 
     """Asks a run to stop with SIGTERM after any step; it must save that step or the next, and go on behind it."""
     workdir = folder / "run"
     run, step = runs.train(base, workdir), rng.randint(1, STEPS - 1)
-    run.until(lambda: runs.has_step(workdir, step))
+    run.until(lambda: compare.has_step(workdir, step))
     run.processes[0].terminate()
     (ended,) = run.end()
     expect(ended.status in (STOPPED, 0), f"exit status {ended.status} after SIGTERM: {ended.text[-1500:]}")
     if ended.status == STOPPED:
         said = re.search(r"stopped at step (\d+) of", ended.text)
-        expect(said and runs.saved(workdir)[-1] == int(said[1]), f"it saved {runs.saved(workdir)}: {ended.text[-500:]}")
-        expect(runs.rows(workdir)[-1]["step"] == int(said[1]), "it took steps after the one that it saved")
-    runs.check_continued(base, workdir, runs.saved(workdir))
-    return f"at step {step}, saved {runs.saved(workdir)}"
+        expect(
+            said and compare.saved(workdir)[-1] == int(said[1]),
+            f"it saved {compare.saved(workdir)}: {ended.text[-500:]}",
+        )
+        expect(compare.rows(workdir)[-1]["step"] == int(said[1]), "it took steps after the one that it saved")
+    runs.check_continued(base, workdir, compare.saved(workdir))
+    return f"at step {step}, saved {compare.saved(workdir)}"
 
 
 def _killed_at_operation(base: pathlib.Path, folder: pathlib.Path, rng: random.Random, below: str) -> str:
@@ -117,7 +121,7 @@ def _killed_at_operation(base: pathlib.Path, folder: pathlib.Path, rng: random.R
     at = rng.randint(1, preload.count(base / "straight.log", runs.straight(base) / below, WRITES))
     environment = preload.striking(base, workdir / below, log, WRITES, at=at)
     runs.train(base, workdir, environment=environment).end()
-    runs.check_continued(base, workdir, runs.saved(workdir))
+    runs.check_continued(base, workdir, compare.saved(workdir))
     return preload.struck(log) or "it ended before"
 
 

@@ -1,4 +1,4 @@
-/* Makes file operations below a folder fail, or kills the process group at one of them; preload.py sets it up.
+/* Makes file operations below a folder fail or wait, or kills the process group at one of them; preload.py sets it up.
 
    FAULT_BELOW    operations on paths below this folder count; all others are left alone
    FAULT_KINDS    which operations count, words of: read open write fsync rename mkdir ("open" is to write)
@@ -6,7 +6,8 @@
    FAULT_AT       number of the first operation that is struck, counted from 1 in each process; 0 for none
    FAULT_FOR      how many are struck from there on; 0 for all
    FAULT_PERCENT  strikes each operation with this chance instead, as FAULT_SEED decides
-   FAULT_ERROR    errno of the operations that are struck; 0 kills the process group with SIGKILL instead */
+   FAULT_ERROR    errno of the operations that are struck; 0 kills the process group with SIGKILL instead
+   FAULT_SECONDS  delays them by so many seconds instead, and then lets them be done */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -23,7 +24,7 @@
 #include <unistd.h>
 
 static const char *below, *kinds, *log_file;
-static long at, count, percent, seed, error, seen;
+static long at, count, percent, seed, error, seconds, seen;
 
 static long number(const char *name) {
   const char *text = getenv(name);
@@ -33,7 +34,7 @@ static long number(const char *name) {
 __attribute__((constructor)) static void read_settings(void) {
   below = getenv("FAULT_BELOW"), kinds = getenv("FAULT_KINDS"), log_file = getenv("FAULT_LOG");
   at = number("FAULT_AT"), count = number("FAULT_FOR"), percent = number("FAULT_PERCENT");
-  seed = number("FAULT_SEED"), error = number("FAULT_ERROR");
+  seed = number("FAULT_SEED"), error = number("FAULT_ERROR"), seconds = number("FAULT_SECONDS");
 }
 
 /* Writes with system calls, so that the log is not itself counted. */
@@ -63,9 +64,12 @@ static int struck(const char *kind, const char *path) {
   long n = __atomic_add_fetch(&seen, 1, __ATOMIC_SEQ_CST);
   int hit = percent ? by_chance(n) : at && n >= at && (!count || n < at + count);
   note(hit ? "struck" : "passed", kind, path);
-  if (hit && !error) kill(0, SIGKILL);
-  errno = hit ? (int)error : before;
-  return hit;
+  errno = before;
+  if (!hit) return 0;
+  if (seconds) return sleep(seconds), 0;
+  if (!error) kill(0, SIGKILL);
+  errno = (int)error;
+  return 1;
 }
 
 /* Returns the absolute path of `name` in an open folder, or of an open file if `name` is empty. */

@@ -30,7 +30,7 @@ def watching(base: pathlib.Path, below: pathlib.Path, log: pathlib.Path, kinds=f
     """Returns the environment of a run whose operations below a folder are written to `log`; {} without a compiler.
 
     Args:
-      settings: at, count (FAULT_FOR), percent, seed, error; see preload.c.
+      settings: at, count (FAULT_FOR), percent, seed, error, seconds; see preload.c.
     """
     if library(base) is None:
         return {}

@@ -12,8 +12,9 @@ import socket
 import threading
 import time
 
-from tests.faults import runs
-from tests.faults.runs import STEPS, expect
+from tests.faults import compare, runs
+from tests.faults.compare import expect
+from tests.faults.runs import STEPS
 from tests.helpers.ports import free_port
 
 HEARTBEAT = 8  # seconds of silence after which a process counts as lost
@@ -36,13 +37,13 @@ def one_of_two_delayed(base: pathlib.Path, folder: pathlib.Path, rng: random.Ran
     run = runs.train(base, workdir, *LONGER, processes=2)
     pauses = [rng.uniform(0.2, HEARTBEAT / 3) for _ in range(rng.randint(1, 3))]
     for step, pause in zip(sorted(rng.sample(range(1, 30), len(pauses))), pauses, strict=True):
-        if run.until(lambda: runs.has_step(workdir, step)):
+        if run.until(lambda: compare.has_step(workdir, step)):
             run.processes[victim].send_signal(signal.SIGSTOP)
             time.sleep(pause)
             run.processes[victim].send_signal(signal.SIGCONT)
     for process, (status, text) in enumerate(run.end()):
         expect(status == 0, f"process {process} ended with status {status}: {text[-1000:]}")
-    runs.check_same(workdir, straight_pair(base))
+    compare.check_same(workdir, straight_pair(base))
     return f"process {victim} for {', '.join(f'{pause:.1f}' for pause in pauses)} s"
 
 
@@ -51,7 +52,7 @@ def connection_cut(base: pathlib.Path, folder: pathlib.Path, rng: random.Random)
     workdir, port, silent, step = folder / "run", free_port(), rng.random() < 0.5, rng.randint(1, 30)
     with Proxy(port) as proxy:
         run = runs.train(base, workdir, *LONGER, processes=2, ports=[port, proxy.port])
-        run.until(lambda: runs.has_step(workdir, step))
+        run.until(lambda: compare.has_step(workdir, step))
         proxy.cut(silent)
         ended = run.end(HEARTBEAT + 30)
     for process, end in enumerate(ended):
@@ -67,10 +68,10 @@ def processes_and_mesh_changed(base: pathlib.Path, folder: pathlib.Path, rng: ra
     killed = sorted(rng.sample(range(2, STEPS), 3))
     for count, mesh, step in ((4, (1, 4, 1, 1), killed[0]), (2, (1, 2, 2, 1), killed[1]), (1, (1, 2, 1, 2), killed[2])):
         run = runs.train(base, workdir, *flags, f"--config.mesh={mesh}", processes=count, devices=4 // count)
-        run.until(lambda: runs.has_step(workdir, step))
+        run.until(lambda: compare.has_step(workdir, step))
         run.kill()
     runs.go_on(base, workdir, *flags, "--config.mesh=(1,1,4,1)", processes=4)
-    mine, theirs = ({row["step"]: row["loss"] for row in runs.rows(path)} for path in (workdir, alone))
+    mine, theirs = ({row["step"]: row["loss"] for row in compare.rows(path)} for path in (workdir, alone))
     expect(list(mine) == list(theirs), f"the steps told are {list(mine)}")
     far = max(abs(mine[step] / theirs[step] - 1) for step in mine)
     expect(far < 1e-5, f"the losses differ by {far:.1e}")
@@ -85,7 +86,7 @@ def straight_pair(base: pathlib.Path) -> pathlib.Path:
 def _lose_one(base: pathlib.Path, folder: pathlib.Path, rng: random.Random, number: int, how: str) -> str:
     workdir, victim, step = folder / "run", rng.randrange(2), rng.randint(1, 30)
     run = runs.train(base, workdir, *LONGER, processes=2)
-    run.until(lambda: runs.has_step(workdir, step))
+    run.until(lambda: compare.has_step(workdir, step))
     run.processes[victim].send_signal(number)
     begin = time.monotonic()
     other = run.end(HEARTBEAT + 30, leave_out=victim)[1 - victim]
@@ -99,7 +100,7 @@ def _lose_one(base: pathlib.Path, folder: pathlib.Path, rng: random.Random, numb
 def _start_again(base: pathlib.Path, workdir: pathlib.Path) -> None:
     """Continues a run of two processes and compares its end with that of two that were not disturbed."""
     runs.go_on(base, workdir, *LONGER, processes=2)
-    runs.check_same(workdir, straight_pair(base))
+    compare.check_same(workdir, straight_pair(base))
 
 
 class Proxy:

@@ -7,9 +7,9 @@ A fault is a function (base, folder, rng) -> what happened, in words. It starts 
 them as `rng` says, continues them with the same command, and raises Broken where a promise of docs/reliability.md is
 not kept. test_faults.py runs a few of them with pytest.
 
-    runs.py         starts runs and continues them  compare.py    reads what they leave behind, compares
-    preload.py/.c   a library that makes file operations fail, or kills a run at one of them
-    kills.py        SIGKILL and SIGTERM             disks.py      full disks, failing writes, folders that vanish
-    damage.py       bytes flipped, cut, deleted     bad_numbers.py  NaNs and spikes in the data
-    processes.py    one of two processes killed, frozen, delayed or cut off
+    runs.py       starts runs and continues them        compare.py      reads what they leave behind, compares
+    preload.py,c  a library that makes file operations fail or wait, or kills a run at one of them
+    kills.py      SIGKILL, SIGTERM                      disks.py        full and failing disks, folders that vanish
+    damage.py     bytes flipped, cut, deleted           bad_numbers.py  NaNs and spikes in the data, rates too high
+    processes.py  one of two killed, frozen, delayed, cut off
 """

@@ -105,15 +105,13 @@ def terminated(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> 
     run.processes[0].terminate()
     (ended,) = run.end()
     expect(ended.status in (STOPPED, 0), f"exit status {ended.status} after SIGTERM: {ended.text[-1500:]}")
+    saved = compare.saved(workdir)
     if ended.status == STOPPED:
         said = re.search(r"stopped at step (\d+) of", ended.text)
-        expect(
-            said and compare.saved(workdir)[-1] == int(said[1]),
-            f"it saved {compare.saved(workdir)}: {ended.text[-500:]}",
-        )
-        expect(compare.rows(workdir)[-1]["step"] == int(said[1]), "it took steps after the one that it saved")
-    runs.check_continued(base, workdir, compare.saved(workdir))
-    return f"at step {step}, saved {compare.saved(workdir)}"
+        expect(said and saved[-1] == int(said[1]), f"it saved {saved}: {ended.text[-500:]}")
+        expect(compare.rows(workdir)[-1]["step"] == saved[-1], "it took steps after the one that it saved")
+    runs.check_continued(base, workdir, saved)
+    return f"at step {step}, saved {saved}"
 
 
 def _killed_at_operation(base: pathlib.Path, folder: pathlib.Path, rng: random.Random, below: str) -> str:

@@ -1,23 +1,25 @@
 """Kills, freezes, delays or cuts off one of two processes of a run; then moves a run between numbers of processes.
 
-What is promised: when a process is lost the others stop within --heartbeat_seconds, and say which; one that is only
-slow is waited for. All processes started again go on from the last checkpoint.
+What is promised: when a process is lost the others stop within --heartbeat_seconds, and say which; one that lives is
+named when it is slow, and stops them after --late_step_seconds. All started again go on from the last checkpoint.
 """
 
 import contextlib
 import pathlib
 import random
+import re
 import signal
 import socket
 import threading
 import time
 
-from tests.faults import compare, runs
+from tests.faults import compare, preload, runs
 from tests.faults.compare import expect
 from tests.faults.runs import STEPS
 from tests.helpers.ports import free_port
 
 HEARTBEAT = 8  # seconds of silence after which a process counts as lost
+LATE = 5  # seconds in a step after which a process that lives counts as late
 LONGER = ("--config.steps=40", "--config.checkpoint_every=10", f"--heartbeat_seconds={HEARTBEAT}")
 
 
@@ -45,6 +47,32 @@ def one_of_two_delayed(base: pathlib.Path, folder: pathlib.Path, rng: random.Ran
         expect(status == 0, f"process {process} ended with status {status}: {text[-1000:]}")
     compare.check_same(workdir, straight_pair(base))
     return f"process {victim} for {', '.join(f'{pause:.1f}' for pause in pauses)} s"
+
+
+def one_of_two_slow(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> str:
+    """Lets a write of process 0 take 12 s, while its heartbeats go on: it is named, and waited for."""
+    workdir, (environment, row) = folder / "run", _delay(base, folder, rng, 12)
+    run = runs.train(base, workdir, *LONGER, processes=2, environment=environment)
+    for process, (status, text) in enumerate(run.end()):
+        expect(status == 0, f"process {process} ended with status {status}: {text[-1000:]}")
+        named = re.search(r"process 0 on \S+ came no further than step \d+", text)
+        expect(named or process, f"the process that held up the others was not named: {text[-1000:]}")
+    compare.check_same(workdir, straight_pair(base))
+    return f"row {row} of the metrics took 12 s"
+
+
+def one_of_two_late(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> str:
+    """Lets a write of process 0 take a minute, while its heartbeats go on: the run stops in time and names it."""
+    workdir, (environment, row) = folder / "run", _delay(base, folder, rng, 60)
+    run = runs.train(base, workdir, *LONGER, f"--late_step_seconds={LATE}", processes=2, environment=environment)
+    run.until(lambda: bool(preload.struck(folder / "operations")))
+    begin = time.monotonic()
+    for ended in run.end(LATE + 30):
+        ended.refusal(rf"process 0 on \S+ came no further than step \d+ in {LATE} s")
+    seconds = time.monotonic() - begin
+    expect(seconds < LATE + 10, f"the processes needed {seconds:.0f} s to stop")
+    _start_again(base, workdir)
+    return f"at row {row} of the metrics; both stopped in {seconds:.1f} s"
 
 
 def connection_cut(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> str:
@@ -95,6 +123,13 @@ def _lose_one(base: pathlib.Path, folder: pathlib.Path, rng: random.Random, numb
     expect(seconds < HEARTBEAT + 10, f"the other process needed {seconds:.0f} s to stop")
     _start_again(base, workdir)
     return f"process {victim} after step {step}; the other stopped in {seconds:.1f} s"
+
+
+def _delay(base: pathlib.Path, folder: pathlib.Path, rng: random.Random, seconds: int) -> tuple[dict[str, str], int]:
+    """Returns the environment in which one row of the metrics, which process 0 writes, takes `seconds`; and which."""
+    row, metrics = rng.randint(10, 30), folder / "run" / "metrics.jsonl"
+    settings = dict(at=row, count=1, seconds=seconds)
+    return preload.striking(base, metrics, folder / "operations", "write", **settings), row
 
 
 def _start_again(base: pathlib.Path, workdir: pathlib.Path) -> None:
@@ -153,4 +188,7 @@ class Proxy:
             sink.shutdown(socket.SHUT_WR)
 
 
-FAULTS = [one_of_two_killed, one_of_two_frozen, one_of_two_delayed, connection_cut, processes_and_mesh_changed]
+FAULTS = [
+    one_of_two_killed, one_of_two_frozen, one_of_two_delayed, one_of_two_slow, one_of_two_late, connection_cut,
+    processes_and_mesh_changed,
+]  # fmt: skip

@@ -6,6 +6,7 @@ without its log and says so; the last checkpoint stays as it was.
 
 import contextlib
 import errno
+import importlib.util
 import os
 import pathlib
 import random
@@ -43,15 +44,14 @@ def failing_writes_by_chance(base: pathlib.Path, folder: pathlib.Path, rng: rand
 
 def full_tmpfs(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> str:
     """Trains on a tmpfs that is too small, or has too few inodes, then makes it larger."""
-    files = list(runs.straight(base).rglob("*"))
-    space = sum(path.stat().st_size for path in files)
-    limit = rng.choice([f"size={4096 + int(space * rng.random())}", f"nr_inodes={rng.randint(3, len(files))}"])
-    with mounted(folder / "disk", limit) as disk:
-        (ended,) = runs.train(base, disk / "run").end()
-        said = _told(ended, os.strerror(errno.ENOSPC))
-        subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100000", disk], check=True)
-        runs.check_continued(base, disk / "run", compare.saved(disk / "run"))
-    return f"{limit}: {said}"
+    return _fill(base, folder, rng)
+
+
+def full_tmpfs_with_wandb(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> str:
+    """Does the same while Weights & Biases, a program that the preloaded library does not reach, writes there too."""
+    if importlib.util.find_spec("wandb") is None:
+        raise Skipped("wandb is not installed")
+    return _fill(base, folder, rng, "--config.wandb=faults", environment={"WANDB_MODE": "offline"})
 
 
 def vanished_workdir(base: pathlib.Path, folder: pathlib.Path, rng: random.Random) -> str:
@@ -66,6 +66,18 @@ def vanished_workdir(base: pathlib.Path, folder: pathlib.Path, rng: random.Rando
     away.rename(workdir)
     runs.check_continued(base, workdir, compare.saved(workdir))
     return f"after step {step}: {said}"
+
+
+def _fill(base: pathlib.Path, folder: pathlib.Path, rng: random.Random, *flags: str, environment=None) -> str:
+    files = list(runs.straight(base).rglob("*"))
+    space = sum(path.stat().st_size for path in files)
+    limit = rng.choice([f"size={4096 + int(space * rng.random())}", f"nr_inodes={rng.randint(3, len(files))}"])
+    with mounted(folder / "run", limit) as workdir:
+        (ended,) = runs.train(base, workdir, *flags, environment=environment).end()
+        said = _told(ended, os.strerror(errno.ENOSPC))
+        subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100000", workdir], check=True)
+        runs.check_continued(base, workdir, compare.saved(workdir))
+    return f"{limit}: {said}"
 
 
 def _disturb(base: pathlib.Path, folder: pathlib.Path, kinds: str, **settings: int) -> str:
@@ -89,16 +101,19 @@ def _told(ended: Ended, because: str) -> str:
 
 
 @contextlib.contextmanager
-def mounted(disk: pathlib.Path, limit: str) -> Iterator[pathlib.Path]:
-    """Mounts a tmpfs with a limit at `disk`; Skipped where that is not allowed."""
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", limit, "none", disk], capture_output=True, text=True)
+def mounted(folder: pathlib.Path, limit: str) -> Iterator[pathlib.Path]:
+    """Mounts a tmpfs with a limit at `folder`; Skipped where that is not allowed."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", limit, "none", folder], capture_output=True, text=True)
     if done.returncode:
         raise Skipped(f"no tmpfs can be mounted: {done.stderr.strip()}")
     try:
-        yield disk
+        yield folder
     finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
-FAULTS = [full_disk_for_good, one_failing_write, failing_writes_by_chance, full_tmpfs, vanished_workdir]
+FAULTS = [
+    full_disk_for_good, one_failing_write, failing_writes_by_chance, full_tmpfs, full_tmpfs_with_wandb,
+    vanished_workdir,
+]  # fmt: skip

@@ -70,10 +70,13 @@ def _damage_newest(base: pathlib.Path, folder: pathlib.Path, rng: random.Random,
         told.append(f"{step}/{path.relative_to(checkpoint)} {damage(path, rng)}")
     what = ", ".join(told)
     ended = runs.go_on(base, workdir)
-    named = re.search(rf"checkpoints/{runs.STEPS}\b", ended.text)
     compare.check_same(workdir, runs.straight(base))
-    expect(named or runs.resumed_at(ended) == runs.STEPS, f"{what}: it went on behind another step without a word")
-    return f"{what}: {'named' if named else 'nothing was lost'}"
+    if runs.resumed_at(ended) == runs.STEPS:
+        return f"{what}: nothing was lost"
+    expect(f"checkpoints/{runs.STEPS}" in ended.text, f"{what}: another checkpoint was used without a word")
+    aside = list((workdir / "checkpoints").glob(f"{runs.STEPS}.*"))
+    expect(aside, f"{what}: the damaged checkpoint was not kept aside")
+    return f"{what}: named"
 
 
 def any_file(checkpoint: pathlib.Path, rng: random.Random) -> pathlib.Path:

@@ -35,7 +35,7 @@ SETTINGS = {
     "model.vision.embed_dims": (8,), "model.vision.mixers": ("repmixer",), "steps": STEPS, "checkpoint_every": EVERY,
     "keep_checkpoints": KEPT, "eval_every": 12, "eval_batches": 1,
 }  # fmt: skip
-PATIENCE = 120  # seconds after which a run that should have ended counts as hung; they last 5 s on an idle machine
+PATIENCE = 300  # seconds after which a run that should have ended counts as hung; they last 5 s on an idle machine
 
 
 def rng_of(fault: Callable, seed: int) -> random.Random:

@@ -29,6 +29,7 @@ from fastvlm_jax import guard
 from fastvlm_jax.data.load.bad_records import key_of
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.files import write_whole
+from fastvlm_jax.metrics.log_file import LogFile
 from fastvlm_jax.metrics.opening import tell
 from fastvlm_jax.train_state import TrainState
 
@@ -50,6 +51,7 @@ class BadSteps:
           name: name of the run, for messages.
         """
         self._config, self._path, self._name = config, workdir / FILE, name
+        self._log = LogFile(self._path)
         self._goes_back, self._back_to, self._tries = False, 0, []
         self._row: dict[int, str] = {}  # batches of the bad steps since the last one that was fine -> why
         self._first = 0  # the first of these steps
@@ -96,6 +98,10 @@ class BadSteps:
             self._goes_back = self.unsettled and len(self._row) >= self._config.in_a_row
         return self._goes_back
 
+    def flush(self) -> None:
+        """Raises OSError if the disk does not take lines about bad steps that it has not taken yet."""
+        self._log.flush()
+
     @property
     def first_of_row(self) -> int | None:
         """Returns the first of the bad steps behind which the run has to go back; None if it need not."""
@@ -116,8 +122,7 @@ class BadSteps:
             return
         if jax.process_index() == 0:
             lines = [{"step": step, "batch": batch, **record, "why": why} for record in records_of(self._build, batch)]
-            with self._path.open("a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._log.append("".join(json.dumps(line) + "\n" for line in lines).encode())
         done = "its update is left out" if self._config.mode == "on" else "its update is made all the same"
         tell(self._name, f"step {step} is bad, {done}: {why}; its records are in {self._path}")
 

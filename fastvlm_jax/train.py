@@ -126,6 +126,7 @@ def train(
                     save=watchdog.doing("a save")(save), raise_failed=raise_failed, stop=stop, watchdog=watchdog,
                 )  # fmt: skip
                 writer.flush()
+                bad_steps.flush()
                 return state
             finally:
                 with watchdog.doing("the end"), contextlib.ExitStack() as closing:  # each closes, if another fails too

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from fastvlm_jax import distributed
+from fastvlm_jax import disk, distributed
 from fastvlm_jax.checkpoint import digest
 from fastvlm_jax.checkpoint.folder import FOLDER, seal, steps_of
 from fastvlm_jax.train_state import TrainState
@@ -198,8 +198,8 @@ def not_written(checkpointer: Checkpointer, error: Exception) -> OSError:
     """Returns the error for a checkpoint that could not be written, with the disk's reason and the latest one."""
     folder = checkpointer.folder(checkpointer.steps.pop())
     latest = f"the last one is of step {checkpointer.latest}" if checkpointer.steps else "there is none before it"
-    found = re.search(r"os_error_code='(\d+)'|Errno (\d+)", str(error))  # of TensorStore and of Python
+    quoted = re.search(r"Errno (\d+)", str(error))  # Python's words, which Orbax may quote
+    found = disk.error_in(str(error)) or (quoted and OSError(int(quoted[1]), os.strerror(int(quoted[1]))))
     if not found:
         return OSError(f"{folder} was not written ({str(error).partition(chr(10))[0]}); {latest}")
-    number = int(found[1] or found[2])
-    return OSError(number, f"{os.strerror(number)}; this checkpoint was not written, {latest}", str(folder))
+    return OSError(found.errno, f"{found.strerror}; this checkpoint was not written, {latest}", str(folder))

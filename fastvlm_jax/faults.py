@@ -55,6 +55,7 @@ class BadSteps:
         self._goes_back, self._back_to, self._tries = False, 0, []
         self._row: dict[int, str] = {}  # batches of the bad steps since the last one that was fine -> why
         self._first = 0  # the first of these steps
+        self._given_up: set[int] = set()  # batches that are not drawn again: of the rows that ended in a roll-back
         self._waiting = collections.deque()
 
     def begin(
@@ -62,7 +63,7 @@ class BadSteps:
     ) -> tuple[TrainState, tuple[int, ...]]:
         """Begins at a state: returns it, ready to go on, and the batches that are passed over from here on.
 
-        Behind a roll-back these are those of the bad steps in a row too. Lines about batches that the run draws again
+        Those of a row that led to a roll-back are passed over for good. Lines about batches that the run draws again
         are dropped from the file.
 
         Args:
@@ -72,11 +73,13 @@ class BadSteps:
         Raises:
           FloatingPointError: the run went back to this state as often as the config allows; the message is a report.
         """
+        self._given_up.update(passed_over)
         if self._goes_back:
             self._note_try(int(state.step))
-            passed_over = sorted({*passed_over, *self._row})
+            self._given_up.update(self._row)
             state = state.replace(guard=state.guard.replace(in_a_row=jnp.zeros_like(state.guard.in_a_row)))
         in_a_row = int(state.guard.in_a_row)  # above 0 where the run was stopped among bad steps
+        passed_over = tuple(sorted(self._given_up))
         drawn = (k for k in range(position - 1, -1, -1) if k not in passed_over)
         self._row = dict.fromkeys(itertools.islice(drawn, in_a_row), "before the run was stopped")
         self._first = int(state.step) - in_a_row + 1
@@ -84,7 +87,7 @@ class BadSteps:
         self._waiting.clear()
         if jax.process_index() == 0:
             self._drop_lines(position, passed_over)
-        return state, tuple(passed_over)
+        return state, passed_over
 
     def add(self, step: int, batch: int, outputs: dict[str, Any]) -> None:
         """Takes in a step that was dispatched: its number, that of its batch, and what train_step returned."""

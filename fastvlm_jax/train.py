@@ -100,8 +100,9 @@ def train(
             else:
                 with watchdog.doing("the restore"):
                     state, position, passed_over = checkpoint.restore(checkpointer, step.abstract)
-                opening.tell(name, f"goes on behind step {int(state.step)} of {steps}")
             state, passed_over = bad_steps.begin(state, position, passed_over, loader.build)
+            if checkpointer.latest is not None:
+                opening.tell(name, f"goes on behind step {int(state.step)} of {steps}")
             if position or passed_over:
                 loader.close()
                 loader = open_loader(start=position, passed_over=passed_over)

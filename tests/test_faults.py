@@ -146,9 +146,7 @@ def test_a_row_of_bad_steps_goes_back_and_passes_over_its_batches(easy_vqa, batc
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 9))
     failed = [(6, 5), (7, 6), (8, 7), (4, 3)]
     assert [(x["step"], x["batch"]) for x in lines(tmp_path)[::8]] == failed
-    known = {
-        step: (noted(tmp_path, step)["position"], noted(tmp_path, step)["passed_over"]) for step in saved(tmp_path)
-    }
+    known = {step: noted(tmp_path, step) for step in saved(tmp_path)}
     assert known == {3: (3, []), 6: (9, [5, 6, 7]), 8: (11, [5, 6, 7])}
 
     # The list stands in the checkpoint: a run that lost its last checkpoint passes over the same batches.
@@ -249,7 +247,7 @@ def outputs(in_a_row, why=guard.LOSS, loss=np.nan, norm=np.nan, median=2.0):
 @pytest.mark.parametrize("now, goes_back_at", [(False, 6), (True, 4)])
 def test_verdicts_are_read_two_steps_late_so_that_the_devices_never_wait(build, tmp_path, now, goes_back_at):
     read = faults.BadSteps(settings("", in_a_row=2).bad_steps, tmp_path, "small")
-    read.begin(types.SimpleNamespace(guard=guard.begin()), 0, (), build)
+    read.begin(types.SimpleNamespace(step=0, guard=guard.begin()), 0, (), build)
     for step, in_a_row in enumerate([0, 1, 0, 1, 2, 3, 4, 5]):
         read.add(step, step, outputs(in_a_row))
         if read.too_many(now):

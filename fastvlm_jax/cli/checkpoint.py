@@ -64,7 +64,7 @@ def _list(workdir: pathlib.Path, folders: list[pathlib.Path]) -> None:
         numbers = f"{found.position:>10} {found.passed_over:>11} {found.size / 1e6:>9.1f}"
         print(f"{folder.name:>10} {numbers}  {found.written:%Y-%m-%d %H:%M}  {kind}")
     for folder in kept_aside(workdir):
-        print(f"{folder.name}: damaged, set aside by a run")
+        print(f"{folder.name}: set aside by a run")
 
 
 def _folders(path: str) -> tuple[pathlib.Path, list[pathlib.Path]]:

@@ -75,7 +75,7 @@ class Peers:
         All processes must call it with the same `name`; none continues before the last one has called.
 
         Args:
-          name: name of the exchange, used once per run.
+          name: name of the exchange; another one may have it once this one has ended.
           value: JSON-ready value of this process.
           seconds: how long to wait for all processes, from the first call.
 

@@ -93,6 +93,7 @@ def train(
             """Runs from the latest checkpoint, or from the start, to the end; None if the run has to go back."""
             nonlocal loader
             if (row := bad_steps.first_of_row) is not None:
+                watchdog.restart()
                 checkpoint.set_back(checkpointer, row)
             if checkpointer.latest is None:
                 opening.tell_model(name, config, step.abstract.params, stage.parent_variables)

@@ -67,6 +67,10 @@ class Watchdog:
         for thread in self._threads:
             thread.join(2)  # a folder that hangs must not hold up the end
 
+    def restart(self) -> None:
+        """Notes that the run begins again, behind a roll-back: what it does before its next step may take long."""
+        self._begin("the start")
+
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Runs the block, or each call of a function that it decorates, as work that may take long."""

@@ -57,6 +57,18 @@ def test_what_may_take_long_and_the_first_steps_of_a_size_are_not_slow(dog, tmp_
     assert capsys.readouterr().err == "" and not (tmp_path / "stacks").exists()
 
 
+def test_what_lies_before_the_first_step_behind_a_roll_back_may_take_long(dog, tmp_path, capsys):
+    dog.restart()
+    with dog.doing("the restore"):
+        time.sleep(0.1)
+    time.sleep(0.6)
+    assert dog.state()["doing"] == "the start"
+    assert capsys.readouterr().err == "" and not (tmp_path / "stacks").exists()
+    dog.begin(4, (8, 8), jnp.float32(4))
+    while dog.state()["step"] != 4:
+        time.sleep(0.01)
+
+
 def test_the_start_may_take_long(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(watchdog, "AT_LEAST", 0.0)
     monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.05)

@@ -81,9 +81,10 @@ class BadSteps:
         in_a_row = int(state.guard.in_a_row)  # above 0 where the run was stopped among bad steps
         passed_over = tuple(sorted(self._given_up))
         drawn = (k for k in range(position - 1, -1, -1) if k not in passed_over)
-        self._row = dict.fromkeys(itertools.islice(drawn, in_a_row), "before the run was stopped")
+        row = sorted(itertools.islice(drawn, in_a_row))[: self._config.in_a_row]
+        self._row = dict.fromkeys(row, "before the run was stopped")
         self._first = int(state.step) - in_a_row + 1
-        self._build, self._goes_back = build, False
+        self._build, self._goes_back = build, self._is_full
         self._waiting.clear()
         if jax.process_index() == 0:
             self._drop_lines(position, passed_over)
@@ -98,7 +99,7 @@ class BadSteps:
         """Reads the verdicts of all steps but the last LAG, or of all `now`; returns whether the run has to go back."""
         while len(self._waiting) > (0 if now else LAG) and not self._goes_back:
             self._read(*self._waiting.popleft())
-            self._goes_back = self.unsettled and len(self._row) >= self._config.in_a_row
+            self._goes_back = self._is_full
         return self._goes_back
 
     def flush(self) -> None:
@@ -114,6 +115,11 @@ class BadSteps:
     def unsettled(self) -> bool:
         """Returns whether the last step read was left out, so that going back may undo the steps before it too."""
         return self._config.mode == "on" and bool(self._row)
+
+    @property
+    def _is_full(self) -> bool:
+        """Returns whether the row of bad steps is as long as the config allows."""
+        return self.unsettled and len(self._row) >= self._config.in_a_row
 
     def _read(self, step: int, batch: int, outputs: dict[str, Any]) -> None:
         if int(outputs["verdict"].in_a_row) == 0:

@@ -77,10 +77,12 @@ def train(
         name = config.stage or workdir.name
         watchdog = context.enter_context(Watchdog(workdir, name, steps))
         best = BestScore(config.keep_best, config.stop_after)
-        retention = checkpoint.Retention(config.keep_checkpoints, config.keep_every, lambda: best.step)
+        bad_steps = BadSteps(config.bad_steps, workdir, name)
+        latest, every = config.keep_checkpoints, config.keep_every
+        retention = checkpoint.Retention(latest, every, lambda: best.step, lambda: bad_steps.unsettled)
         checkpointer = checkpoint.open_checkpointer(workdir, retention)
         opening.tell_data(name, config, sum(map(len, sources)), loader.batches_per_epoch, steps)
-        rng, bad_steps = jax.random.key(config.seed), BadSteps(config.bad_steps, workdir, name)
+        rng = jax.random.key(config.seed)
         step_fn = opening.telling_compilation(name, step.fn, watchdog.doing)
         stop = context.enter_context(StopRequest())
 
@@ -216,14 +218,14 @@ def run(
             log.write(StepRecord(step, outputs, loader.flow(), loader.substituted, watchdog.held()))
         stopping = stop.reached()
         last, owed = stopping or step == steps, owed or step % config.checkpoint_every == 0
-        if bad_steps.too_many(now=last or owed) and not stopping:
+        due = evaluate is not None and is_evaluated(config, step, steps)
+        if bad_steps.too_many(now=last or owed or due) and not stopping:
             return None
         # Save before the evaluation, which may fail or take longer than a preempted machine has; but not among bad
         # steps, whose end may be to go back behind them.
         if last or (owed and not bad_steps.unsettled):
             save(state, loader.position)
             owed = False
-        due = evaluate is not None and is_evaluated(config, step, steps)
         if due and not stopping:
             due = stopping = not evaluated(step)
             if stopping:

@@ -155,28 +155,39 @@ def test_a_row_of_bad_steps_goes_back_and_passes_over_its_batches(easy_vqa, batc
     assert [(x["step"], x["batch"]) for x in lines(tmp_path)[::8]] == failed
 
 
+@pytest.mark.parametrize("stop_at, keep, kept", [(5, 9, [2, 4, 6, 8]), (6, 1, [8])])
 def test_a_run_stopped_among_bad_steps_goes_back_as_one_that_was_not(
-    easy_vqa, batches, poison, tmp_path, monkeypatch, capfd
+    easy_vqa, batches, poison, tmp_path, monkeypatch, capfd, stop_at, keep, kept
 ):
-    """SIGTERM behind the second of three bad steps: that state is saved, and set aside when the third is bad too."""
+    """SIGTERM behind the second or the third of three bad steps: that state is saved, and set aside later."""
     calls = itertools.count(1)
 
-    class StopAtFive(StopRequest):
+    class StopAmongBadSteps(StopRequest):
         def reached(self):
-            return super().reached() or next(calls) == 5
+            return super().reached() or next(calls) == stop_at
 
-    config = settings(easy_vqa, checkpoint_every=2, in_a_row=3)
+    config = settings(easy_vqa, checkpoint_every=2, in_a_row=3, keep_checkpoints=keep)
     expected = by_hand(config, batches, [0, 1, 2, 6, 7, 8, 9, 10])
     poison(3, 4, 5)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(train_lib, "StopRequest", StopAtFive)
+        patch.setattr(train_lib, "StopRequest", StopAmongBadSteps)
         run(config, tmp_path)
-    assert saved(tmp_path) == [2, 5] and noted(tmp_path, 5) == (5, [])
+    assert saved(tmp_path) == [2, stop_at] and noted(tmp_path, stop_at) == (stop_at, [])
     assert_same(run(config, tmp_path), expected)
-    assert noted(tmp_path, 8) == (11, [3, 4, 5]) and saved(tmp_path) == [2, 4, 6, 8]
+    assert noted(tmp_path, 8) == (11, [3, 4, 5]) and saved(tmp_path) == kept
     err = capfd.readouterr().err
-    assert "checkpoints/5 is left out, it is kept as" in err and "5.damaged: it was saved among bad steps" in err
+    assert f"checkpoints/{stop_at} is left out, it is kept as" in err
+    assert f"{stop_at}.damaged: it was saved among bad steps" in err
     assert [(x["step"], x["batch"]) for x in lines(tmp_path)[::8]] == [(4, 3), (5, 4), (6, 5)]
+
+
+def test_a_second_roll_back_to_a_checkpoint_does_not_draw_the_batches_of_the_first(easy_vqa, batches, poison, tmp_path):
+    config = settings(easy_vqa, checkpoint_every=4, in_a_row=2)
+    expected = by_hand(config, batches, [0, 3, 6, 7, 8, 9, 10, 11])
+    poison(1, 2, 4, 5)
+    assert_same(run(config, tmp_path), expected)
+    assert noted(tmp_path, 4) == (8, [1, 2, 4, 5]) and noted(tmp_path, 8) == (12, [1, 2, 4, 5])
+    assert [(x["step"], x["batch"]) for x in lines(tmp_path)[::8]] == [(2, 1), (3, 2), (3, 4), (4, 5)]
 
 
 def test_a_run_without_a_checkpoint_goes_back_to_its_start(easy_vqa, batches, poison, tmp_path):

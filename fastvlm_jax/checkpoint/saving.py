@@ -1,6 +1,7 @@
 """Saves the checkpoints of a run in the background, reports saves that failed, and removes those that may go."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -31,14 +32,18 @@ class Retention:
       latest: number of latest checkpoints.
       every: checkpoints of steps that it divides stay for good; 0 = none.
       best: returns the step of one more; None for none.
+      held: returns whether all stay for now, because the run may have to go back behind the next one.
     """
 
     latest: int
     every: int = 0
     best: Callable[[], int | None] = lambda: None
+    held: Callable[[], bool] = lambda: False
 
     def removed(self, steps: Sequence[int]) -> list[int]:
         """Returns which of the steps, in order, need not stay."""
+        if self.held():
+            return []
         best = self.best()
         return [s for s in steps[: -self.latest] if s != best and not (self.every and s % self.every == 0)]
 
@@ -177,8 +182,9 @@ def _finish(checkpointer: Checkpointer, written, going: list[int]) -> None:
     checkpointer.steps = [step for step in checkpointer.steps if step not in going]
     if jax.process_index() == 0:
         for folder in map(checkpointer.folder, going):
-            # Under its own name a checkpoint is whole, even if the process is killed here.
-            shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.removed")))
+            with contextlib.suppress(FileNotFoundError):  # somebody has removed it to make space
+                # Under its own name a checkpoint is whole, even if the process is killed here.
+                shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.removed")))
 
 
 def raise_failed(checkpointer: Checkpointer) -> None:

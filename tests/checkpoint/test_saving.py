@@ -2,6 +2,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import time
 
 import jax
@@ -50,6 +51,7 @@ def test_processes_wait_for_a_checkpoint_that_one_sees_late(monkeypatch, tmp_pat
         (checkpoint.Retention(1, every=2), "2 4 6"),
         (checkpoint.Retention(2, best=lambda: 3), "3 5 6"),
         (checkpoint.Retention(9), "1 2 3 4 5 6"),
+        (checkpoint.Retention(1, held=lambda: True), "1 2 3 4 5 6"),
     ],
 )
 def test_the_latest_the_best_and_every_nth_checkpoint_stay(mesh, tmp_path, retention, kept):
@@ -58,6 +60,16 @@ def test_the_latest_the_best_and_every_nth_checkpoint_stay(mesh, tmp_path, reten
         checkpoint.save(checkpointer, small_state(mesh, step, rows=8), step, lineage={})
     checkpointer.close()
     assert folders(tmp_path) == kept.split() == list(map(str, checkpointer.steps))
+
+
+def test_a_checkpoint_that_somebody_removed_to_make_space_is_not_missed(mesh, tmp_path):
+    checkpointer = checkpoint.open_checkpointer(tmp_path, checkpoint.Retention(1))
+    checkpoint.save(checkpointer, small_state(mesh, 1, rows=8), 1, lineage={})
+    checkpointer.wait()
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    checkpoint.save(checkpointer, small_state(mesh, 2, rows=8), 2, lineage={})
+    checkpointer.close()
+    assert folders(tmp_path) == ["2"] and checkpointer.steps == [2]
 
 
 def test_what_killed_saves_and_removals_left_is_removed_and_damaged_ones_stay(tmp_path):

@@ -47,10 +47,12 @@ def of_tree(tree: Any) -> tuple[dict[str, str], list[str]]:
     All processes call it at the same time and get the same result.
     """
     leaves = {name_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    small = {name for name, x in leaves.items() if x.is_fully_replicated and x.nbytes <= SMALL}
-    parts = {name: x if name in small else _compiled(_whole(x.sharding))(x) for name, x in leaves.items()}
-    fetched = jax.device_get(parts)
-    sums = {name: _sums_here(x) if name in small else x for name, x in fetched.items()}
+    small = jax.device_get({n: x for n, x in leaves.items() if x.is_fully_replicated and x.nbytes <= SMALL})
+    # Each is waited for: of dozens of programs that wait for each other's devices JAX's CPU client never ends some.
+    sums = {
+        name: _sums_here(small[name]) if name in small else jax.device_get(_compiled(_whole(x.sharding))(x))
+        for name, x in leaves.items()
+    }
     digests = {name: _text(leaves[name].dtype, leaves[name].shape, s) for name, s in sums.items()}
     return digests, [name for name, s in sums.items() if s[2]]
 

@@ -39,6 +39,7 @@ evaluate.scores
 distributed
 data.inspect data.sets
 data.load data.write
+data.readers.apart
 data.readers.recognise
 data.readers
 data.index data.rejected

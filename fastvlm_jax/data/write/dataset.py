@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from etils import epath
 
-from fastvlm_jax.data.readers import Options, Part
-from fastvlm_jax.data.readers.recognise import reader, recognise
+from fastvlm_jax.data.readers import Options, Part, apart
+from fastvlm_jax.data.readers.recognise import recognise
 from fastvlm_jax.data.record import Record, pack
 from fastvlm_jax.data.sources import incomplete_shards, read_manifest
 from fastvlm_jax.data.write.duplicates import drop_duplicates
@@ -99,7 +99,7 @@ def write(
     source, output = epath.Path(source).expanduser(), _local(output)
     _check(settings)
     format = recognise(source) if format == "auto" else format
-    parts = reader(format).parts(source, options)
+    parts = apart.parts(format, source, options)
     local = "://" not in os.fspath(source) and source.exists() and output.exists()
     if format == "shards" and not overwrite and local and output.samefile(os.fspath(source)):
         raise ValueError(f"--output {output} is the source: name another folder")

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastvlm_jax.data.index import Counter
-from fastvlm_jax.data.readers import Options, Part
-from fastvlm_jax.data.readers.recognise import reader
+from fastvlm_jax.data.readers import Options, Part, apart
 from fastvlm_jax.data.record import Record, Rejected, check, pack
 from fastvlm_jax.data.write.excluded import read_excluded
 from fastvlm_jax.data.write.held_out import lead_of, limit_of, picture_hashes
@@ -202,10 +201,10 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 def _entries(job: Job, firsts: list[tuple[str, int]]) -> Iterator[tuple[int, Any]]:
     """Yields (number, Rejected or a record ready to write) for each entry, and adds each part to `firsts`."""
-    read, number = reader(job.format).read, 0
+    number = 0
     for part in job.parts:
         firsts.append((part.path, number))
-        entries = read(part, job.options)
+        entries = apart.entries(job.format, part, job.options)
         while True:
             try:
                 entry = next(entries, None)

@@ -14,7 +14,7 @@ from fastvlm_jax.files import refuse_pointer
 
 SCALARS = dict(enumerate((*"BbHhIi", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}  # GGUF type number -> struct code
 STRING, ARRAY = 8, 9  # GGUF type numbers
-MAX_ITEMS = 2**24  # tensors, metadata keys or items of one list: beyond any real model
+MAX_ITEMS = 2**22  # tensors, metadata keys or items of one list: beyond any real model
 
 
 class Contents(NamedTuple):

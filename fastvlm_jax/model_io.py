@@ -15,7 +15,7 @@ from fastvlm_jax import checkpoint, convert, sharding
 from fastvlm_jax.convert.layer import layer_of
 from fastvlm_jax.convert.layouts import llava
 from fastvlm_jax.convert.layouts.native import without_remat
-from fastvlm_jax.convert.mapping import COUNTERS, read_tree
+from fastvlm_jax.convert.mapping import COUNTERS, described, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
 from fastvlm_jax.metrics import best
@@ -114,8 +114,10 @@ def _read_one(source: str | os.PathLike) -> Loaded:
     if found is not None:
         workdir, folder = found
         run = read_run(workdir)
-        config = without_remat(run["config"]["model"])
-        variables = checkpoint.load_variables(folder, abstract_variables(fastvlm.build(**config)))
+        stored = run["config"].get("model")
+        config = without_remat(stored) if isinstance(stored, dict) else stored
+        model, _ = described(config, workdir / CONFIG)
+        variables = checkpoint.load_variables(folder, abstract_variables(model))
         processor = load_processor(workdir / "processor")
         return Loaded(str(source), config, variables, processor, lineage_at(run, int(folder.name)))
     layout = convert.recognise(path)

@@ -12,12 +12,13 @@ import numpy as np
 from absl import logging
 
 from fastvlm_jax.batch import Batch
+from fastvlm_jax.files import read_small
 from fastvlm_jax.images import decode as image_lib
 from fastvlm_jax.images.inputs import Image, share_images, to_pixels
 from fastvlm_jax.images.modes import TRANSPARENCIES
 from fastvlm_jax.images.resize import fit_into, tiles_into
 from fastvlm_jax.images.settings import ImageSettings, image_files, read_image_files, read_image_settings
-from fastvlm_jax.images.sizes import Grid, Size, best_grid, nearest, slots_of
+from fastvlm_jax.images.sizes import Grid, Size, best_grid, check_room, nearest, slots_of
 from fastvlm_jax.text.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render, template_of
 from fastvlm_jax.text.generation_config import FILE as GENERATION
 from fastvlm_jax.text.generation_config import GenerationConfig, read_generation_config
@@ -72,6 +73,7 @@ class Processor:
             raise ValueError(f"unknown data.transparency {self.transparency!r}: choose one of {options}")
         if not all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids):
             raise ValueError(f"data.grids: {self.grids} must be pairs of rows and columns, such as ((2, 2),)")
+        check_room((self.size, *self.sizes), self.grids)
         if self.grids and any(size.height != size.width for size in self.sizes):
             raise ValueError("data.grids and data.aspects exclude each other: tiles are square")
 
@@ -300,11 +302,12 @@ def load_processor(
     generation = read_generation_config(folder)
     files = read_image_files(folder)
     own, joined = files.own, files.joined
+    chat = folder / CHAT_TEMPLATE
+    # Compared with the templates of this package, and never run: a template is a program in Jinja.
+    written = read_small(chat).decode(errors="replace") if chat.is_file() else ""
     try:
         images = read_image_settings(files.settings)
         size = images.size or image_size or 0
-        chat = folder / CHAT_TEMPLATE
-        written = chat.read_text(encoding="utf-8") if chat.is_file() else ""
         found = own["template"] if own else template_of(written, tokenizer)
         if not size or tokens_per_image is not None:
             count = tokens_per_image(size) if size else 0

@@ -191,6 +191,8 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     run = read_object(path)
     if run.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a training workdir")
+    if wrong := [key for key in ("config", "lineage") if not isinstance(run.get(key), dict)]:
+        raise ValueError(f"{path}: {wrong[0]} is missing or not an object: copy the workdir again")
     return run
 
 

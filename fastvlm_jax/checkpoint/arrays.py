@@ -6,6 +6,7 @@ them, because its reading has barriers: a process that found damage would leave 
 
 import concurrent.futures
 import contextlib
+import math
 import os
 import pathlib
 import threading
@@ -46,6 +47,10 @@ class StoredArray:
         with _blaming(*self._place):
             self._array = tensorstore.open(spec, open=True, read=True, context=context).result()
         self.shape, self.dtype = self._array.shape, np.dtype(self._array.dtype.numpy_dtype)
+        chunk = math.prod(self._array.chunk_layout.write_chunk.shape or (1,))
+        # A chunk is unpacked whole: one that is larger than the array could ask for any amount of memory.
+        if chunk > max(math.prod(self.shape), 1) or chunk * self.dtype.itemsize > CACHE_BYTES:
+            raise Damaged(folder, f"{part} array {name} of {self.shape} is said to lie in chunks of {chunk:,} elements")
 
     def __getitem__(self, index) -> np.ndarray:
         with self._lock:

@@ -13,7 +13,7 @@ import json
 import pathlib
 from typing import Any
 
-from fastvlm_jax.files import json_digest, read_object
+from fastvlm_jax.files import json_digest, read_object, read_small
 from fastvlm_jax.workdir import FORMAT
 
 FOLDER = "checkpoints"  # in a workdir
@@ -52,7 +52,7 @@ def find(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path] | None:
     path = path.absolute()
     for workdir in (path, path.parent.parent):
         config = workdir / "config.json"
-        if config.is_file() and FORMAT in config.read_text(errors="replace"):
+        if config.is_file() and FORMAT.encode() in read_small(config):
             break
     else:
         return None

@@ -26,7 +26,7 @@ from etils import epath
 
 from fastvlm_jax.data.record import Record, check
 from fastvlm_jax.data.sources import RecordSource, read_shards
-from fastvlm_jax.files import cache_folder, save_arrays
+from fastvlm_jax.files import cache_folder, load_arrays, save_arrays
 from fastvlm_jax.images.decode import size_of
 from fastvlm_jax.text.conversation import TEMPLATES, Turn, questions, render, shortened
 from fastvlm_jax.text.tokenizer import Tokenizer
@@ -263,36 +263,42 @@ def _join(sizes: list[epath.Path], tokens: list[epath.Path], source: RecordSourc
     found: dict[str, list[np.ndarray]] = {name: [] for name in (*_SIZES, *_TOKENS)}
     unusable, first = {}, 0
     for records, size_file, token_file in zip(source.shards.values(), sizes, tokens, strict=True):
-        with _opened(size_file, _SIZES) as arrays:
-            for name in _SIZES:
-                found[name].append(arrays[name])
-            images = int(arrays["num_images"].sum())
-            fits = len(arrays["num_images"]) == records and len(arrays["width"]) == len(arrays["height"]) == images
-        with _opened(token_file, _TOKENS) as arrays:
-            for name in _TOKENS:
-                found[name].append(arrays[name])
-            segments, refs = int(arrays["num_segments"].sum()), int(arrays["num_refs"].sum())
-            fits &= len(arrays["num_segments"]) == records and len(arrays["refs"]) == refs
-            fits &= segments == len(arrays["text"]) == len(arrays["shortest"]) == len(arrays["num_refs"])
-            reasons = zip(arrays["unusable"].tolist(), arrays["reasons"].tolist(), strict=True)
-            unusable |= {first + number: reason for number, reason in reasons}
-        if not fits:
+        arrays = {**_arrays(size_file, _SIZES), **_arrays(token_file, _TOKENS)}
+        for name in (*_SIZES, *_TOKENS):
+            found[name].append(arrays[name])
+        reasons = zip(arrays["unusable"].tolist(), arrays["reasons"].tolist(), strict=True)
+        unusable |= {first + number: reason for number, reason in reasons}
+        if not _fit(arrays, records):
             raise ValueError(f"{token_file} does not match its shard: delete the folder {token_file.parent}")
         first += records
     joined = {name: np.concatenate(found.pop(name) or [np.zeros(0, np.int32)]) for name in (*_SIZES, *_TOKENS)}
     return RecordIndex(**joined, unusable=unusable)
 
 
-@contextlib.contextmanager
-def _opened(path: epath.Path, columns: dict[str, type]):
-    """Yields the arrays of an index file after checking their names and types."""
+def _fit(arrays: dict[str, np.ndarray], records: int) -> bool:
+    """Returns whether the arrays of a shard's index fit each other and its number of records."""
+    images, segments, refs = (int(arrays[f"num_{name}"].sum()) for name in ("images", "segments", "refs"))
+    lengths = {"num_images": records, "width": images, "height": images, "num_segments": records, "text": segments,
+               "shortest": segments, "num_refs": segments, "refs": refs}  # fmt: skip
+    if any(len(arrays[name]) != length for name, length in lengths.items()):
+        return False
+    held = np.repeat(np.repeat(arrays["num_images"], arrays["num_segments"]), arrays["num_refs"])
+    named = bool((arrays["refs"] < held).all()) and all(0 <= number < records for number in arrays["unusable"].tolist())
+    positive = ("width", "height", "text", "shortest")
+    return named and all(bool((arrays[name] > 0).all()) for name in positive)
+
+
+def _arrays(path: epath.Path, columns: dict[str, type]) -> dict[str, np.ndarray]:
+    """Returns the arrays of an index file after checking their names and types."""
+    more = ("unusable", "reasons") if columns is _TOKENS else ()
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = load_arrays(path, (*columns, *more))
         if any(arrays[name].dtype != dtype or arrays[name].ndim != 1 for name, dtype in columns.items()):
             raise ValueError("a column has the wrong type")
-        if columns is _TOKENS and (arrays["unusable"].dtype != np.int64 or arrays["reasons"].dtype.kind != "U"):
+        if more and (arrays["unusable"].dtype != np.int64 or arrays["reasons"].dtype.kind != "U"):
             raise ValueError("a column has the wrong type")
-    except Exception as error:  # numpy, zipfile and zlib raise many kinds
+        if more and not arrays["unusable"].shape == arrays["reasons"].shape == (arrays["unusable"].size,):
+            raise ValueError("a column has the wrong length")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete the folder {path.parent}") from error
-    yield arrays
+    return arrays

@@ -16,6 +16,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
 from fastvlm_jax.data.record import Record, unpack
+from fastvlm_jax.files import read_small
 
 MANIFEST = "manifest.json"
 
@@ -85,14 +86,14 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         return {"splits": {}, "fingerprint": ""}
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(read_small(path))
         for split in manifest["splits"].values():
             for name, shard in split["shards"].items():
                 if name != epath.Path(name).name or min(int(shard["records"]), int(shard["bytes"])) < 0:
                     raise ValueError(f"shard {name!r}")
         if not isinstance(manifest["fingerprint"], str):
             raise ValueError("fingerprint")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} is damaged: delete the folder and write the dataset again") from error
     return manifest
 

@@ -17,9 +17,10 @@ from etils import epath
 from fastvlm_jax.data.readers import files
 from fastvlm_jax.data.readers.conversations import shown, text_of
 from fastvlm_jax.evaluate.benchmark import Picture, Row
-from fastvlm_jax.files import refuse_pointer
+from fastvlm_jax.files import read_small, refuse_pointer
 
 MAX_LINE = 64 << 20  # bytes of a line of JSON lines
+MAX_JSON = 256 << 20  # bytes of a JSON file; GQA's validation questions have 104 MB
 MAX_NAMES = 300  # characters of a list of names in an error message
 MAX_LOOKED = 20_000  # files of a folder among which a mistake is looked for
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".zst", ".xz")
@@ -90,7 +91,7 @@ def read_json(path: epath.Path, kind: type = dict) -> Any:
     """Returns the value of a JSON file, which must be of `kind`, dict or list."""
     refuse_pointer(path)
     try:
-        value = files.loads(path.read_bytes())
+        value = files.loads(read_small(path, MAX_JSON))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(value, kind):

@@ -14,11 +14,13 @@ import simplejpeg
 
 from fastvlm_jax.files import POINTER
 
+MAX_BYTES = 256 << 20  # bytes of the file
 # Twice a 50-megapixel camera. A file of a few kilobytes can claim any size, so the header is checked first.
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 32_768
 _MAX_CHUNKS = 100_000  # per PNG or WebP: 800 MB as encoders write them, 5 seconds if empty
 _MAX_RUN_LENGTH_BMP = 8_000_000  # bytes: Pillow decodes such a BMP in Python, at 5 MB a second
+_MAX_GIF = 64 << 20  # bytes: Pillow reads what precedes the first picture of a GIF in Python, at 3 MB a second
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG
 _ORIENTATION = 0x0112  # EXIF tag
 _MAGIC = (
@@ -124,6 +126,8 @@ def _read(data: bytes, kind: str) -> Header:
         raise ValueError(
             f"it is a run-length encoded BMP of more than {_MAX_RUN_LENGTH_BMP:,} bytes: convert it to PNG"
         )
+    if kind == "GIF" and len(data) > _MAX_GIF:
+        raise ValueError(f"it is a GIF of more than {_MAX_GIF >> 20} MB: convert it to PNG")
     image = open_with_pillow(data, kind)
     width, height = image.size
     orientation = image.getexif().get(_ORIENTATION, 1) if kind == "AVIF" else 1  # Pillow itself rotates a TIFF

@@ -20,8 +20,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from fastvlm_jax.files import read_small
 from fastvlm_jax.images.decode import decode_with_alpha
-from fastvlm_jax.images.header import MAX_PIXELS, MAX_SIDE, unreadable
+from fastvlm_jax.images.header import MAX_BYTES, MAX_PIXELS, MAX_SIDE, unreadable
 from fastvlm_jax.images.modes import to_array, to_rgb
 
 Image = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | PIL.Image.Image | np.ndarray
@@ -153,7 +154,7 @@ def _from_path(path: str | os.PathLike) -> np.ndarray:
         raise ValueError(f"{shown} is an address of the web: download the image, and give its file")
     try:
         file = pathlib.Path(text).expanduser()
-        data = file.read_bytes() if file.is_file() else None
+        data = read_small(file, MAX_BYTES) if file.is_file() else None
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"{shown} cannot be opened: {reason}") from error

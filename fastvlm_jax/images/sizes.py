@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 Grid = tuple[int, int]  # rows, columns of tiles; (0, 0) without AnyRes
+MAX_VIEWS = 1 << 28  # pixels of all views of one image together, 800 MB: a square of 16,384, or 255 tiles of 1,024
+MAX_TOKENS = 1 << 16  # tokens of one square: 4,096 pixels in patches of 16
 
 
 class Size(NamedTuple):
@@ -29,6 +31,15 @@ class Size(NamedTuple):
     height: int
     width: int
     tokens: int
+
+
+def check_room(sizes: Sequence[Size], grids: Sequence[Grid]) -> None:
+    """Raises ValueError if an image in one of these sizes and grids would have more than MAX_VIEWS or MAX_TOKENS."""
+    tiles = max((rows * columns for rows, columns in grids), default=0)
+    if max(size.height * size.width for size in sizes) * (1 + tiles) > MAX_VIEWS:
+        raise ValueError(f"an image would have more than {MAX_VIEWS:,} pixels in all its sizes or tiles")
+    if wrong := [size.tokens for size in sizes if not 0 <= size.tokens <= MAX_TOKENS]:
+        raise ValueError(f"an image must have 0 to {MAX_TOKENS:,} tokens, not {wrong[0]:,}")
 
 
 def make_sizes(

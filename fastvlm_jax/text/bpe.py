@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from fastvlm_jax.files import read_object, read_small
 from fastvlm_jax.text.image_token import IMAGE, place_image
 from fastvlm_jax.text.tokenizer_config import (
     CONFIG,
@@ -24,6 +25,7 @@ from fastvlm_jax.text.tokenizer_config import (
     without_prefix,
     write_tokenizer,
 )
+from fastvlm_jax.text.tokenizer_json import read_tokenizer, refusal
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -32,6 +34,7 @@ Offsets = list[tuple[int, int]]
 KINDS = ("qwen2", "smollm", "gpt2")
 MAX_SHORT, MAX_KEPT = 64, 1024  # longest cached text in characters, number of cached texts
 MAX_TOKEN = 1024  # bytes, as splitting a token takes time quadratic in its length; Qwen2's longest has 128
+MAX_SQUARES = 1 << 27  # squares of the lengths of all tokens, added up: splitting them takes time in proportion
 
 
 class JsonTokenizer:
@@ -99,7 +102,10 @@ class JsonTokenizer:
         if (text, behind) in self._short:
             return self._short[text, behind]
         text.encode()  # raises ValueError for half a surrogate pair, which JSON can hold
-        encoding = (self._behind if behind else self._model).encode(text, add_special_tokens=False)
+        try:
+            encoding = (self._behind if behind else self._model).encode(text, add_special_tokens=False)
+        except BaseException as error:  # the library panics where a search takes too many steps
+            raise refusal(error, f"{self.files[0]} cannot split a text of {len(text):,} characters") from error
         found = encoding.ids, encoding.offsets
         if len(text) <= MAX_SHORT and len(self._short) < MAX_KEPT:
             self._short[text, behind] = found
@@ -163,8 +169,8 @@ def bpe_tokenizer(
         free += name not in vocab
     try:
         model = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
-    except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{source}: vocabulary and merges do not fit: {error}".replace("\n", " ")) from error
+    except BaseException as error:  # the library raises a bare Exception, and panics
+        raise refusal(error, f"{source}: vocabulary and merges do not fit") from error
     bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "qwen2")
     if kind == "qwen2":
         model.normalizer = normalizers.NFC()
@@ -182,11 +188,13 @@ def bpe_tokenizer(
 
 def read_json(path: pathlib.Path) -> JsonTokenizer:
     """Reads a `tokenizer.json`, and the `tokenizer_config.json` beside it if there is one."""
+    model, config = read_tokenizer(path), read_settings(path.parent / CONFIG)
     try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{path} is not a tokenizer.json: {error}".replace("\n", " ")) from error
-    return JsonTokenizer(model, path, read_settings(path.parent / CONFIG))
+        return JsonTokenizer(model, path, config)
+    except ValueError:
+        raise
+    except BaseException as error:  # the library panics where its parts do not fit together
+        raise refusal(error, f"{path} is not a tokenizer.json") from error
 
 
 def read_tiktoken(path: pathlib.Path) -> JsonTokenizer:
@@ -195,7 +203,7 @@ def read_tiktoken(path: pathlib.Path) -> JsonTokenizer:
     Qwen2's three special tokens take the ids after the ranks: 151643 to 151645 in the published file.
     """
     ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_small(path).splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -205,8 +213,8 @@ def read_tiktoken(path: pathlib.Path) -> JsonTokenizer:
         raise ValueError(f"{path}: the ranks are not 0, 1, 2, ..., each once, with every single byte among them")
     spelling = byte_spelling()
 
-    if max(map(len, ranks)) > MAX_TOKEN:
-        raise ValueError(f"{path} has a token of more than {MAX_TOKEN} bytes")
+    if max(map(len, ranks)) > MAX_TOKEN or sum(len(token) ** 2 for token in ranks) > MAX_SQUARES:
+        raise ValueError(f"{path} has a token of more than {MAX_TOKEN} bytes, or too many long ones")
 
     def spell(token: bytes) -> str:
         return "".join(spelling[byte] for byte in token)
@@ -232,9 +240,11 @@ def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
     if not merges_file.is_file():
         raise FileNotFoundError(f"{path} needs a merges.txt beside it")
     try:
-        vocab, merges = models.BPE.read_file(str(path), str(merges_file))
-    except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{path} and merges.txt cannot be read: {error}".replace("\n", " ")) from error
+        vocab, merges = read_object(path), _read_merges(merges_file)
+        if wrong := [token for token, at in vocab.items() if type(at) is not int or at < 0]:
+            raise ValueError(f"the token {wrong[0][:80]!r} has no id")
+    except ValueError as error:
+        raise ValueError(f"{path} and merges.txt cannot be read: {error}") from error
     config = read_settings(path.parent / CONFIG)
     name = class_of(config) or "Qwen2Tokenizer"
     kind = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt2"}.get(name)
@@ -253,6 +263,21 @@ def read_vocab_and_merges(path: pathlib.Path) -> JsonTokenizer:
         raise ValueError(f"{path.parent}: the added tokens are not names with their ids: {error}") from error
     special = special or {name: len(vocab) + i for i, name in enumerate((PAD, START, END))}
     return bpe_tokenizer(vocab, merges, special, kind, path, plain=plain, config=config)
+
+
+def _read_merges(path: pathlib.Path) -> list[tuple[str, str]]:
+    """Reads a merges.txt, one pair of tokens a line; its first line may tell a version."""
+    try:
+        lines = read_small(path).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if (line := line.removesuffix("\r")) and not line.startswith("#version"):
+            pairs.append(tuple(line.split(" ")))
+            if len(pairs[-1]) != 2:
+                raise ValueError(f"{path} line {number} is not a pair of tokens")
+    return pairs
 
 
 def with_image(model: tokenizers.Tokenizer, names: Any, rows: int, stored: Mapping[str, Any]) -> JsonTokenizer:

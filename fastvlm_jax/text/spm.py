@@ -13,6 +13,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as spm_format
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from fastvlm_jax.files import read_small
 from fastvlm_jax.text.bpe import END, IMAGE, MAX_TOKEN, PAD, JsonTokenizer, Offsets, no_special, with_image
 from fastvlm_jax.text.tokenizer_config import CONFIG, SPACE, prefix_scheme, read_settings, write_tokenizer
 
@@ -29,7 +30,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: pathlib.Path):
         self.files = (path,)
-        data = path.read_bytes()
+        data = read_small(path)
         self._format = spm_format.ModelProto()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)

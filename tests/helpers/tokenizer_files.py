@@ -26,6 +26,12 @@ def sentencepiece_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def json_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_json(path)
+    return path
+
+
+def train_json(path):
+    """A byte-level BPE tokenizer set up as Qwen2's."""
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -38,7 +44,6 @@ def json_file(tmp_path_factory):
     model.train_from_iterator(LINES, trainer)
     model.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])  # behind the vocabulary, as Qwen2's
     model.save(str(path))
-    return path
 
 
 def train_like_llama(path, **options):

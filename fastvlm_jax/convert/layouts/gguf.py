@@ -5,6 +5,7 @@ gguf_file.py reads header, metadata and tensor table, text/gguf.py the tokenizer
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -196,7 +197,13 @@ def _read(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Reads metadata and tensors under the file's own names; rows are still permuted."""
     contents = read_contents(file)
     try:
-        return contents.metadata, {name: _tensor(contents.data, name, *x) for name, x in contents.tensors.items()}
+        tensors = {name: _tensor(contents.data, name, *x) for name, x in contents.tensors.items()}
+        # Otherwise a small file could be a model of any size, each layer of which lies in the same place.
+        places = sorted((start, name) for name, (_, _, start) in contents.tensors.items())
+        for (first, name), (second, other) in itertools.pairwise(places):
+            if second < first + tensors[name].data.nbytes:
+                raise ValueError(f"the tensors {name[:100]} and {other[:100]} lie in the same place")
+        return contents.metadata, tensors
     except ValueError as error:
         raise damaged(file, error) from error
 

@@ -17,7 +17,7 @@ from etils import epath
 from fastvlm_jax.data.index import FOLDER, ShardIndex
 from fastvlm_jax.data.rejected import Reasons, read_reasons
 from fastvlm_jax.data.sources import RecordSource, incomplete_shards, read_manifest, read_shards
-from fastvlm_jax.files import cache_folder, sha256
+from fastvlm_jax.files import cache_folder, load_arrays, sha256
 from fastvlm_jax.images.header import read_header
 
 READ = 500  # records that are read for the numbers that no index holds
@@ -170,11 +170,11 @@ def load_sizes(source: RecordSource) -> Sizes:
         if not path.is_file():
             _measure(source, shard.name, kept)
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                sizes = Sizes(*(stored[name].astype(np.int64) for name in Sizes._fields))
+            stored = load_arrays(path, Sizes._fields)
+            sizes = Sizes(*(stored[name].astype(np.int64) for name in Sizes._fields))
             if len(sizes.num_images) != records or not sizes.num_images.sum() == len(sizes.width) == len(sizes.height):
                 raise ValueError("it belongs to another shard")
-        except Exception as error:  # numpy, zipfile and zlib raise many kinds
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete the folder {path.parent}") from error
         found.append(sizes)
     return Sizes(*map(np.concatenate, zip(*found, strict=True))) if found else Sizes(*np.zeros((3, 0), int))

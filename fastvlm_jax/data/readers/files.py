@@ -19,8 +19,8 @@ from etils import epath
 from fastvlm_jax.data.readers import Options
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.data.readers.image_names import inside, is_on_windows, near, readings
+from fastvlm_jax.images.header import MAX_BYTES as MAX_IMAGE_BYTES
 
-MAX_IMAGE_BYTES = 256 << 20  # bytes of one encoded image
 MAX_RECORD_BYTES = 1 << 30  # bytes of all images of one record
 MAX_KEY = 100  # characters of the name in a key; the digest covers the rest of the name too
 VIDEO = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".flv", ".m4v")

@@ -18,10 +18,10 @@ from fastvlm_jax.data.readers.array_records import entries
 from fastvlm_jax.data.readers.files import images_folder
 from fastvlm_jax.data.readers.rows import to_record
 from fastvlm_jax.data.record import Record, Rejected
+from fastvlm_jax.files import read_small
 
 _INFO, _FEATURES = "dataset_info.json", "features.json"
 _ENTRIES = 20_000  # entries of a part
-_MAX_JSON = 64 << 20  # bytes
 
 
 def recognise(path: epath.Path) -> bool:
@@ -44,7 +44,7 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
     if folder is None:
         raise FileNotFoundError(f"{path} is no prepared TFDS data set: it has no {_INFO}")
     info = _json(folder / _INFO)
-    _plan(_layout(folder))
+    _plan(folder, _layout(folder))
     if info.get("fileFormat") != "array_record":
         raise ValueError(
             f"{folder} is stored as {str(info.get('fileFormat', 'tfrecord'))[:20]!r}, not as array_record: prepare it "
@@ -76,7 +76,7 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
     """Yields the examples of a part as records; a damaged example is a Rejected."""
     path = epath.Path(part.path)
     layout = _layout(path.parent)
-    plan, folder = _plan(layout), images_folder(path, options)
+    plan, folder = _plan(path.parent, layout), images_folder(path, options)
     for number, data, reason in entries(part.path, part.start, part.stop):
         key = f"{path.name}/{number}"
         if data is not None:
@@ -91,8 +91,11 @@ def read(part: Part, options: Options) -> Iterator[Record | Rejected]:
         yield Rejected(part.path, key, reason)
 
 
-def _plan(layout: dict[str, "_Feature"]) -> columns.Plan:
-    return columns.plan({name: feature.kind for name, feature in layout.items()})
+def _plan(folder: epath.Path, layout: dict[str, "_Feature"]) -> columns.Plan:
+    try:
+        return columns.plan({name: feature.kind for name, feature in layout.items()})
+    except ValueError as error:
+        raise ValueError(f"{folder / _FEATURES}: {error}") from error
 
 
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -126,8 +129,7 @@ def _json(path: epath.Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: prepare the data set again")
     try:
-        with path.open("rb") as file:
-            content = json.loads(file.read(_MAX_JSON))
+        content = json.loads(read_small(path))
         if isinstance(content, dict):
             return content
         reason = "it holds no JSON object"
@@ -159,7 +161,7 @@ def _layout(folder: epath.Path) -> dict[str, _Feature]:
     for name, feature in zip(names, found, strict=True):
         if feature.kind == "label":
             file = folder / f"{feature.path.replace('/', '-')}.labels.txt"
-            labels = tuple(file.read_text().splitlines()) if file.is_file() else ()
+            labels = tuple(read_small(file).decode(errors="replace").splitlines()) if file.is_file() else ()
             feature = feature._replace(labels=labels, kind="text" if labels else "other")
         layout[name if names.count(name) == 1 else feature.path] = feature
     return layout

@@ -25,6 +25,7 @@ from fastvlm_jax.evaluate.benchmark import (
 )
 from fastvlm_jax.evaluate.scores import yes_no_start
 from fastvlm_jax.evaluate.table import read_table
+from fastvlm_jax.files import read_small
 from fastvlm_jax.text.conversation import Turn
 
 PERCEPTION = (
@@ -82,7 +83,7 @@ def _published(root: epath.Path, paths: list[epath.Path]) -> list[tuple[dict[str
         named = [parent / f"{path.stem}{suffix}" for suffix in (".jpg", ".png", ".jpeg")]
         image = next((name for name in named if name.is_file()), named[0])
         try:
-            lines = path.read_bytes().decode("utf-8-sig").splitlines()
+            lines = read_small(path).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 (at its byte {error.start})") from error
         for number, line in enumerate(lines, 1):

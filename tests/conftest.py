@@ -12,7 +12,7 @@ TORCH = ("import torch", "from torch", "import transformers", "import timm", "qu
 # --quick leaves these files and folders out: they start many processes, or compile and compare many models.
 SLOW = (
     "parity", "test_quickstart.py", "test_processes.py", "test_train.py", "test_train_step.py", "test_preflight.py",
-    "test_resume.py", "test_metrics.py", "test_faults.py",
+    "test_resume.py", "test_metrics.py", "test_faults.py", "test_strange_files.py",
 )  # fmt: skip
 # The longest files come first, so that two workers end together.
 LONGEST = (

@@ -12,4 +12,5 @@ not kept. test_faults.py runs a few of them with pytest.
     kills.py      SIGKILL, SIGTERM                      disks.py        full and failing disks, folders that vanish
     damage.py     bytes flipped, cut, deleted           bad_numbers.py  NaNs and spikes in the data, rates too high
     processes.py  one of two killed, frozen, delayed, cut off
+    files.py      files by strangers: mutations.py of originals.py, and watched.py sees what is done about them
 """

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.faults import bad_numbers, damage, disks, kills, processes
+from tests.faults import bad_numbers, damage, disks, files, kills, processes
 from tests.faults.compare import Broken
 from tests.faults.preload import Skipped
 from tests.faults.runs import rng_of
 
-FAULTS = {fault.__name__: fault for room in (kills, disks, damage, bad_numbers, processes) for fault in room.FAULTS}
+ROOMS = (kills, disks, damage, bad_numbers, processes, files)
+FAULTS = {fault.__name__: fault for room in ROOMS for fault in room.FAULTS}
 
 
 class Trial(NamedTuple):

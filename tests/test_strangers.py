@@ -10,10 +10,12 @@ import gguf
 import numpy as np
 import pytest
 import tensorstore
+from etils import epath
 
 from fastvlm_jax.checkpoint.arrays import StoredArray, make_cache
 from fastvlm_jax.convert.layouts.gguf import read_gguf
 from fastvlm_jax.data.index import Counter, load_index
+from fastvlm_jax.data.readers import Options, tfds
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
@@ -80,6 +82,24 @@ def test_index_that_names_what_is_not_there_is_refused(sentencepiece_file, tmp_p
     with pytest.raises(ValueError, match="does not match its shard: delete the folder") as error:
         load_index(source, counter)
     assert str(tmp_path / "data") in refusal(error)
+
+
+def test_data_set_that_counts_more_records_than_bytes_is_refused(tmp_path):
+    write_shards(tmp_path / "ours", "train", [Record("a", (), (("user", ("why?",)), ("assistant", ("so",))))])
+    path = tmp_path / "ours/manifest.json"
+    path.write_text(path.read_text().replace('"records": 1', '"records": 1000000000000'))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        read_shards(tmp_path / "ours", "train")
+    split = {"name": "train", "shardLengths": [str(10**12)]}
+    info = {"name": "x", "fileFormat": "array_record", "splits": [split]}
+    features = {"caption": {"pythonClassName": "Text"}, "image": {"pythonClassName": "Image"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "features.json").write_text(
+        json.dumps({"pythonClassName": "FeaturesDict", "featuresDict": {"features": features}})
+    )
+    (tmp_path / "x-train.array_record-00000-of-00001").write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match=r"dataset_info\.json: x-train.* cannot hold 1000000000000 entries"):
+        tfds.parts(epath.Path(tmp_path), Options())
 
 
 def test_gguf_that_counts_to_two_to_the_sixty_is_refused(tmp_path):

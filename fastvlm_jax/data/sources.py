@@ -89,7 +89,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         manifest = json.loads(read_small(path))
         for split in manifest["splits"].values():
             for name, shard in split["shards"].items():
-                if name != epath.Path(name).name or min(int(shard["records"]), int(shard["bytes"])) < 0:
+                if name != epath.Path(name).name or not 0 <= int(shard["records"]) <= int(shard["bytes"]):
                     raise ValueError(f"shard {name!r}")
         if not isinstance(manifest["fingerprint"], str):
             raise ValueError("fingerprint")

@@ -62,9 +62,11 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder / _INFO}: {str(error.args[0] if error.args else error)[:200]}") from error
-    for file in files:
+    for file, length in zip(files, lengths, strict=True):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: prepare the data set again")
+        if not 0 <= length <= file.stat().length:
+            raise ValueError(f"{folder / _INFO}: {file.name} cannot hold {length} entries: prepare the data set again")
     return [
         Part(str(file), start, min(start + _ENTRIES, length))
         for file, length in zip(files, lengths, strict=True)

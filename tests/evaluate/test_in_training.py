@@ -276,11 +276,3 @@ def test_a_run_without_a_best_checkpoint_is_told(ended, tokenizer_file, tmp_path
             model_io.read(f"{tmp_path / 'run'}@best")
     with pytest.raises(FileNotFoundError, match="nowhere@best: there is no training workdir"):
         model_io.read(f"{tmp_path / 'nowhere'}@best")
-
-
-def test_the_best_and_the_latest_checkpoints_stay():
-    kept = checkpoint.LatestAndBest(2, lambda: 4)
-    steps = [type("Info", (), {"step": step}) for step in (2, 4, 6, 8)]
-    assert kept.should_preserve(steps, context=None) == [False, True, True, True]
-    assert kept.should_preserve(steps[:1], context=None) == [True]
-    assert checkpoint.LatestAndBest(1, lambda: None).should_preserve(steps, context=None) == [False, False, False, True]

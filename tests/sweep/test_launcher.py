@@ -259,7 +259,8 @@ def test_a_command_that_asks_for_another_start_gets_it(tmp_path, monkeypatch):
     for name in ("launch", "w"):
         (tmp_path / name).mkdir()
     (tmp_path / "launch/local.sh").write_text("echo start >>starts; [ $(wc -l <starts) = 3 ] || exit 75\n")
+    task = tasks()[0]
     monkeypatch.chdir(tmp_path)
     with open("lock", "w") as lock, StopRequest() as stop:
-        assert run.start(tasks()[0], tmp_path / "w", Launcher("local", "x"), lock.fileno(), stop) is None
+        assert run.start(task, tmp_path / "w", Launcher("local", "x"), lock.fileno(), stop) is None
     assert (tmp_path / "starts").read_text() == "start\n" * 3

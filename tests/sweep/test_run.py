@@ -13,6 +13,7 @@ from command import fastvlm
 from paths import ROOT
 from tiny_sweep import get_config
 
+from fastvlm_jax import lock
 from fastvlm_jax.sweep import state
 from fastvlm_jax.sweep.plan import make_plan
 
@@ -99,7 +100,8 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_answers(tmp_path, easy_vqa, 
         monkeypatch.setenv(name, value)
     command = ("sweep", f"--config={CONFIG}:{easy_vqa}", f"--workdir={tmp_path / 'w'}")
     with monkeypatch.context() as patch, state.locked(tmp_path / "w"):
-        patch.setattr(state, "LOCK_SECONDS", 0)
+        patch.setattr(lock, "WAIT_SECONDS", 0)
+        assert "which has ended: taken over" in capsys.readouterr().err
         status, _, err = fastvlm(monkeypatch, capsys, *command)
     assert status == 1 and err.count("\n") == 1 and f"another sweep is at work in {tmp_path}/w" in err
     status, out, err = fastvlm(monkeypatch, capsys, *command)

@@ -54,7 +54,9 @@ class Lock:
     def end(self) -> None:
         """Stops the beats, and frees the folder if it is still this process's."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(BEAT_SECONDS)
+        if self._thread.is_alive():  # the file system hangs; the run has ended all the same
+            return
         self._beat()
         if not self._lost:
             with contextlib.suppress(OSError):

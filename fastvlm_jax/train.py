@@ -230,7 +230,7 @@ def run(
             due = stopping = not evaluated(step)
             if stopping:
                 save(state, loader.position)
-        if stopping and (step < steps or due):
+        if stopping and (step < steps or due or bad_steps.first_of_row is not None):
             raise interrupted(step)
     return state
 

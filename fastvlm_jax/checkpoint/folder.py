@@ -86,7 +86,7 @@ def read_notes(folder: pathlib.Path) -> dict[str, Any]:
         notes = dict(read_object(folder / METADATA)["custom_metadata"])
     except FileNotFoundError as error:
         raise Damaged(folder, f"{METADATA} is missing" if folder.is_dir() else "the folder is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(folder, f"{METADATA} is not readable") from error
     sealed = notes.pop("seal", None)
     if sealed is None and "position" in notes and notes.keys() <= UNSEALED:

@@ -30,7 +30,7 @@ class Retention:
 
     Attributes:
       latest: number of latest checkpoints.
-      every: checkpoints of steps that it divides stay for good; 0 = none.
+      every: the first checkpoint at or behind each step that it divides stays for good; 0 = none.
       best: returns the step of one more; None for none.
       held: returns whether all stay for now, because the run may have to go back behind the next one.
     """
@@ -44,8 +44,10 @@ class Retention:
         """Returns which of the steps, in order, need not stay."""
         if self.held():
             return []
-        best = self.best()
-        return [s for s in steps[: -self.latest] if s != best and not (self.every and s % self.every == 0)]
+        stay = {self.best(), *steps[-self.latest :]}
+        if self.every:  # a save among bad steps comes late
+            stay |= {s for before, s in zip([0, *steps], steps, strict=False) if s // self.every > before // self.every}
+        return [step for step in steps if step not in stay]
 
 
 class Checkpointer:

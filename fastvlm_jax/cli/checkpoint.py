@@ -57,8 +57,9 @@ def _list(workdir: pathlib.Path, folders: list[pathlib.Path]) -> None:
     for folder in folders:
         try:
             found = summarize(folder)
-        except Damaged as error:
-            print(f"{folder.name:>10} DAMAGED: {error.reason}")
+        except (Damaged, FileNotFoundError) as error:
+            if folder.is_dir():  # else the run that writes here has removed it meanwhile
+                print(f"{folder.name:>10} DAMAGED: {getattr(error, 'reason', error)}")
             continue
         kind = ("yes" if found.sealed else "none") + (", best" if folder.name == str(best) else "")
         numbers = f"{found.position:>10} {found.passed_over:>11} {found.size / 1e6:>9.1f}"

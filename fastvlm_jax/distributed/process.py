@@ -61,7 +61,8 @@ def started(settings: Settings | None) -> Iterator[None]:
             yield
         except Interrupted as error:
             stopped = error
-        _peers.exchange("the end of the work")  # names who does not come; JAX's barrier, which follows, does not
+        # It names who does not come; JAX's barrier, which follows, does not. Removing old checkpoints may take long.
+        _peers.exchange("the end of the work", seconds=START_SECONDS)
     except BaseException as error:
         _report_failure(error)
         raise

@@ -43,6 +43,10 @@ def test_processes_wait_for_a_checkpoint_that_one_sees_late(monkeypatch, tmp_pat
             find_steps(tmp_path)
 
 
+def test_a_checkpoint_that_comes_late_stays_in_the_place_of_the_nth():
+    assert checkpoint.Retention(1, every=4).removed([3, 5, 7, 8, 10]) == [3, 7]
+
+
 @pytest.mark.parametrize(
     "retention, kept",
     [

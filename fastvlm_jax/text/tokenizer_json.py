@@ -22,6 +22,7 @@ REGEXES = frozenset((
     r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",  # CLIP
     r"\p{N}{1,3}", r"\p{N}", r"\s+", r" {2,}",  # parts of others
 ))  # fmt: skip
+MAX_IDS = 1 << 22  # ids of a vocabulary: the library makes a table as long as the largest, 4 GB for an id of 10^9
 MAX_STEPS = 64  # normalizers, or decoders, in a tokenizer
 MAX_PREFIX = 16  # characters that a normalizer puts before a text
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -38,8 +39,10 @@ def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
         raise ValueError(pointer_message(path))
     try:
         content = json.loads(data)
-        for part in PARTS if isinstance(content, dict) else ():
-            _check(content.get(part))
+        if isinstance(content, dict):
+            _check_ids(content)
+            for part in PARTS:
+                _check(content.get(part))
         return tokenizers.Tokenizer.from_buffer(data)
     except RecursionError as error:
         raise ValueError(f"{path} is not a tokenizer.json: it nests too deep") from error
@@ -52,6 +55,16 @@ def refusal(error: BaseException, what: str) -> BaseException:
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error
     return ValueError(f"{what}: {' '.join(str(error).split())[:300]}")
+
+
+def _check_ids(content: dict[str, Any]) -> None:
+    """Raises ValueError if a token has an id of MAX_IDS or more."""
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    if wrong := [at for at in ids if isinstance(at, int | float) and at >= MAX_IDS]:
+        raise ValueError(f"a token has the id {wrong[0]}, more than any vocabulary has")
 
 
 def _check(part: Any) -> None:

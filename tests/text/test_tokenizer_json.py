@@ -42,6 +42,11 @@ def changed(json_file, folder, **parts):
         ({"normalizer": {"type": "Prepend", "prepend": "a" * 17}}, "puts more than 16 characters before a text"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 300}}, "more than 64 steps"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "compiled replacements"),
+        (
+            {"model": {"type": "BPE", "vocab": {"a": 10**9}, "merges": []}},
+            "a token has the id 1000000000",
+        ),
+        ({"added_tokens": [{"id": 2**31, "content": "x", "special": True}]}, "a token has the id 2147483648"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}, "is not a tokenizer.json"),
     ],
 )

@@ -6,8 +6,6 @@ python train_process.py DEVICES train --config tests/helpers/small.py:DATA --wor
 import os
 import sys
 
-os.environ["NPROC"] = "16"  # XLA's threads: on a CPU a collective takes one of each device until all have come
-
 import environment  # noqa: F401  sets the environment of jax
 
 sys.modules["torch"] = None  # tensorboardX would load it

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 import re
 import sys
 
@@ -33,7 +34,9 @@ def main() -> None:
     shows where it arose. Ctrl-C ends in exit status 130, and SIGTERM, where work is saved for the next start, in 75.
     """
     absl_logging.use_absl_handler()
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs the stack of every failed write, which it raises too
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    # Orbax logs the stack of every failed write, which it raises too.
+    absl_logging.get_absl_logger().addFilter(_is_no_stack_of_orbax)
     flags.FLAGS.mark_as_parsed()  # each command parses its own; absl would warn in every log that these are not parsed
     logging.getLogger("jax").setLevel(logging.ERROR)
     xla_flags.silence_libtpu()
@@ -62,6 +65,10 @@ def main() -> None:
             raise
         print(f"fastvlm{f' {name}' if name else ''}: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, flags.Error) else 1) from None
+
+
+def _is_no_stack_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in pathlib.PurePath(record.pathname).parts
 
 
 def _line(error: Exception) -> str:

@@ -168,11 +168,24 @@ def save(
     checkpointer.steps.append(step)
     going = checkpointer.retention.removed(checkpointer.steps)
     try:
+        _check_disk(checkpointer.folder(step))
         with checkpointer.context:
             written = ocp.save_checkpointables_async(checkpointer.folder(step), parts, custom_metadata=seal(notes))
     except OSError as error:
         raise not_written(checkpointer, error) from error
     checkpointer.saving = checkpointer.thread.submit(_finish, checkpointer, written, going)
+
+
+def _check_disk(folder: pathlib.Path) -> None:
+    """Raises OSError if no folder can be made beside a checkpoint.
+
+    Orbax makes it in the background, and if that fails its threads hold up the end of the process for minutes.
+    """
+    if jax.process_index() == 0:
+        folder.parent.mkdir(exist_ok=True)
+        tried = folder.with_name(f"{folder.name}.removed")
+        tried.mkdir()
+        tried.rmdir()
 
 
 def _finish(checkpointer: Checkpointer, written, going: list[int]) -> None:

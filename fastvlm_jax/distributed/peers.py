@@ -204,7 +204,7 @@ class Peers:
             hang = "the devices or the network between them hang"
             self._lose(f"no process came further than {mark.doing} in {mark.allowed:g} s: {hang}; {AGAIN}")
         elif behind:
-            so = f"came no further than {mark.doing} in {mark.allowed:g} s, while the others waited"
+            so = f"came no further than {mark.doing} in {mark.allowed:.0f} s, while the others waited"
             self._lose(f"{self._names(behind)} {so}; {AGAIN}")
 
     def _read(self, process: int, connection: socket.socket) -> None:

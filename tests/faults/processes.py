@@ -68,9 +68,9 @@ def one_of_two_late(base: pathlib.Path, folder: pathlib.Path, rng: random.Random
     run.until(lambda: bool(preload.struck(folder / "operations")))
     begin = time.monotonic()
     for ended in run.end(LATE + 30):
-        ended.refusal(rf"process 0 on \S+ came no further than step \d+ in {LATE} s")
+        ended.refusal(r"process 0 on \S+ came no further than step \d+ in \d+ s")
     seconds = time.monotonic() - begin
-    expect(seconds < LATE + 10, f"the processes needed {seconds:.0f} s to stop")
+    expect(seconds < LATE + 25, f"the processes needed {seconds:.0f} s to stop")
     _start_again(base, workdir)
     return f"at row {row} of the metrics; both stopped in {seconds:.1f} s"
 

@@ -22,6 +22,7 @@ STEPS = (4, 8)
 def saved(tmp_path_factory):
     """Returns a workdir with checkpoints of steps 4 and 8, written by four devices."""
     workdir = tmp_path_factory.mktemp("runs") / "saved run"
+    workdir.mkdir()
     checkpointer = checkpoint.open_checkpointer(workdir, checkpoint.Retention(2))
     for step in STEPS:
         state = small_state(small_mesh(jax.devices()[:4]), step)

@@ -310,6 +310,7 @@ def checkpoints() -> list[Files]:
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes["params"])
     known = guard.Guard(np.zeros(guard.WINDOW, np.float32), np.int32(1), np.int32(0))
     state = jax.device_put(TrainState(np.int32(4), params, {}, ({"count": np.int32(4)},), known))
+    folder.mkdir(parents=True)
     checkpointer = checkpoint.open_checkpointer(folder.absolute(), checkpoint.Retention(2))
     checkpoint.save(checkpointer, state, 4, passed_over=(), lineage={"stage": "small"})
     checkpointer.close()

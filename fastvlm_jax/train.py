@@ -199,6 +199,8 @@ def run(
     def interrupted(step: int) -> Interrupted:
         return Interrupted(f"stopped at step {step} of {steps}, which is saved; the same command goes on from there")
 
+    if bad_steps.first_of_row is not None:  # the run was stopped behind the last of too many
+        return None
     first, owed = int(state.step), False
     if missed and not evaluated(first):
         raise interrupted(first)

@@ -181,6 +181,24 @@ def test_a_run_stopped_among_bad_steps_goes_back_as_one_that_was_not(
     assert [(x["step"], x["batch"]) for x in lines(tmp_path)[::8]] == [(4, 3), (5, 4), (6, 5)]
 
 
+def test_a_run_stopped_at_the_last_of_its_steps_and_of_a_row_is_not_finished(
+    easy_vqa, batches, poison, tmp_path, monkeypatch
+):
+    calls = itertools.count(1)
+
+    class StopAtTheEnd(StopRequest):
+        def reached(self):
+            return super().reached() or next(calls) == 4
+
+    config = settings(easy_vqa, steps=4, checkpoint_every=2, in_a_row=2)
+    expected = by_hand(config, batches, [0, 1, 4, 5])
+    poison(2, 3)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(train_lib, "StopRequest", StopAtTheEnd)
+        run(config, tmp_path)
+    assert_same(run(config, tmp_path), expected)
+
+
 def test_a_second_roll_back_to_a_checkpoint_does_not_draw_the_batches_of_the_first(easy_vqa, batches, poison, tmp_path):
     config = settings(easy_vqa, checkpoint_every=4, in_a_row=2)
     expected = by_hand(config, batches, [0, 3, 6, 7, 8, 9, 10, 11])

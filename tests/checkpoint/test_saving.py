@@ -3,6 +3,7 @@ import os
 import re
 import resource
 import shutil
+import threading
 import time
 
 import jax
@@ -106,6 +107,18 @@ def test_a_save_that_failed_is_raised_with_the_reason_of_the_disk(mesh, tmp_path
     checkpoint.save(checkpointer, small_state(mesh, 2, rows=4096), 2, lineage={})
     checkpointer.close()
     assert folders(tmp_path) == ["1", "2"]
+
+
+def test_a_disk_that_takes_no_folder_is_told_at_once_and_leaves_no_thread_that_waits(mesh, tmp_path):
+    """Orbax's threads would hold up the end of the process until they have waited for the folder for minutes."""
+    (tmp_path / "checkpoints").touch()  # what is no folder takes none, as a disk without inodes
+    checkpointer = checkpoint.open_checkpointer(tmp_path, checkpoint.Retention(2))
+    before = set(threading.enumerate())
+    with pytest.raises(FileExistsError, match="this checkpoint was not written, there is none before it"):
+        checkpoint.save(checkpointer, small_state(mesh, 1), 1, lineage={})
+    assert not [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+    checkpointer.close()
+    assert checkpointer.steps == []
 
 
 def test_a_state_that_is_not_finite_is_not_saved(mesh, tmp_path):

@@ -1,6 +1,7 @@
 """The commands as a person types them: exit status, one clear line, nothing half-written."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from absl import logging as absl_logging
 from command import fastvlm
 from paths import ROOT
 from small import small_config
@@ -260,6 +262,18 @@ def test_too_little_memory_of_the_machine_is_one_line(monkeypatch, capsys):
     status, _, error = fastvlm(monkeypatch, capsys, "train")
     assert status == 1 and error.count("\n") == 1
     assert error.startswith("fastvlm train: the memory of this machine is too small: Unable to allocate 4.00 EiB")
+
+
+def test_warnings_are_shown_and_the_stacks_that_orbax_logs_are_not(monkeypatch, capsys, caplog):
+    def log(argv):
+        absl_logging.warning("record 3 cannot be used")
+        logger = absl_logging.get_absl_logger()
+        for level, words in ((logging.WARNING, "a slow disk"), (logging.ERROR, "a stack")):
+            logger.handle(logger.makeRecord("absl", level, "/lib/orbax/checkpoint/future.py", 1, words, (), None))
+
+    monkeypatch.setitem(cli.COMMANDS, "train", log)
+    assert fastvlm(monkeypatch, capsys, "train")[0] == 0
+    assert [record.getMessage() for record in caplog.records] == ["record 3 cannot be used", "a slow disk"]
 
 
 def test_a_bucket_without_gcsfs_is_told_with_the_extra_to_install():

@@ -1,8 +1,9 @@
-"""Says in a line what is wrong with a disk, and what mends it."""
+"""Says in a line what is wrong with a disk, and what mends it; prints lines where the disk may be full."""
 
 import errno
 import os
 import re
+import sys
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # nothing is lost but the space
 _AGAIN = ", then run the same command again"
@@ -43,6 +44,15 @@ def error_in(message: str) -> OSError | None:
     number = int(quoted[1]) if quoted else full[0]
     path = re.search(r"(?<![\w/])/[^\s\"'\\;,]*[^\s\"'\\;,:.)]", message)
     return OSError(number, os.strerror(number), path and path[0])
+
+
+def tell(line: str) -> None:
+    """Prints a line to stderr, which may itself be a file on a full disk."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
 
 
 def _lacks_inodes(path: str | os.PathLike) -> bool:

@@ -17,12 +17,12 @@ import json
 import os
 import pathlib
 import platform
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import IO, Any
 
+from fastvlm_jax import disk
 from fastvlm_jax.files import append
 
 LOCK = "lock"  # file in the folder
@@ -131,15 +131,15 @@ def _take(path: pathlib.Path, file: IO[bytes], work: str) -> None:
     if not owner:
         return
     if free and {key: owner.get(key) for key in _machine()} == _machine():
-        _tell(f"{path} is of {who(content)}, which has ended: taken over")
+        disk.tell(f"{path} is of {who(content)}, which has ended: taken over")
         return
-    _tell(f"{path} is of {who(content)}: watching for {STALE_SECONDS:g} s whether it lives")
+    disk.tell(f"{path} is of {who(content)}: watching for {STALE_SECONDS:g} s whether it lives")
     before, end = _stamp(path), time.monotonic() + STALE_SECONDS
     while time.monotonic() < end:
         time.sleep(min(1.0, BEAT_SECONDS))
         if _stamp(path) != before:
             raise ValueError(_refusal(path, work))
-    _tell(f"{path} was not touched for {STALE_SECONDS:g} s: taken over")
+    disk.tell(f"{path} was not touched for {STALE_SECONDS:g} s: taken over")
 
 
 def _flock(file: IO[bytes]) -> bool | None:
@@ -177,7 +177,3 @@ def _machine() -> dict[str, str]:
     """Returns what tells machines apart: containers of one have names of their own, and may not see each other."""
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id")  # Linux
     return {"host": platform.node(), "boot": boot.read_text().strip() if boot.exists() else ""}
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,29 +1,17 @@
 """What is wrong with a disk: real errors of the system and of TensorStore, in a line with the file and a mend."""
 
-import contextlib
 import errno
 import os
-import resource
 import subprocess
 
 import numpy as np
 import pytest
 import tensorstore
+from full_disk import files_of_at_most
 
 from fastvlm_jax import disk, files
 
 AGAIN = "then run the same command again"
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """A largest file size stands in for a full disk: both end a write in its middle, and here all may do it."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture

@@ -1,17 +1,15 @@
 """Restores the latest checkpoint that is whole, on any mesh, and sets aside the damaged ones after it."""
 
-import concurrent.futures
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
 
-from fastvlm_jax import distributed, guard
+from fastvlm_jax import disk, distributed, guard
 from fastvlm_jax.checkpoint import digest
 from fastvlm_jax.checkpoint.arrays import differs, load_shards, names_of
 from fastvlm_jax.checkpoint.folder import Damaged, read_notes, set_aside
-from fastvlm_jax.checkpoint.saving import Checkpointer, parts_of, raise_failed
+from fastvlm_jax.checkpoint.saving import Checkpointer, parts_of
 from fastvlm_jax.train_state import TrainState
 
 
@@ -103,9 +101,7 @@ def _first(what: str, problem: str) -> str:
 
 def set_back(checkpointer: Checkpointer, first: int) -> None:
     """Sets aside the checkpoints from step `first` on, so that a run goes back behind them: they are of bad steps."""
-    if checkpointer.saving is not None:
-        concurrent.futures.wait([checkpointer.saving])
-        raise_failed(checkpointer)
+    checkpointer.wait()
     for step in [step for step in checkpointer.steps if step >= first]:
         _set_aside(checkpointer, step, "is left out", f"it was saved among bad steps, which began with {first}")
 
@@ -115,5 +111,5 @@ def _set_aside(checkpointer: Checkpointer, step: int, what: str, reason: str) ->
     if jax.process_index() == 0:
         folder = checkpointer.folder(step)
         renamed = f"it is kept as {set_aside(folder)}" if folder.is_dir() else "it is gone"
-        print(f"WARNING: {folder} {what}, {renamed}: {reason}", file=sys.stderr, flush=True)
+        disk.tell(f"WARNING: {folder} {what}, {renamed}: {reason}")
     distributed.exchange(f"checkpoint {step} set aside")

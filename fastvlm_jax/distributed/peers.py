@@ -21,7 +21,7 @@ from typing import Any
 from fastvlm_jax.distributed.marks import LONG, Mark, Marks
 from fastvlm_jax.distributed.rendezvous import Settings, meet, readable, send
 
-AGAIN = "start all processes again: they go on from what is saved"
+MEND = "start all processes again: they go on from what is saved"
 END = "the end of the run"  # name of the last exchange; after it a connection may close
 
 
@@ -196,16 +196,16 @@ class Peers:
         for process, heard in self._last_heard.items():
             if now - heard > self.settings.heartbeat_seconds:
                 silent = f"silent for {self.settings.heartbeat_seconds:g} s"
-                self._lose(f"{self.who(process)} is frozen or cut off, {silent}; {AGAIN}")
+                self._lose(f"{self.who(process)} is frozen or cut off, {silent}; {MEND}")
 
     def _find_late(self, now: float) -> None:
         behind, mark = self._marks.late(now)
         if len(behind) == self.settings.num_processes:
             hang = "the devices or the network between them hang"
-            self._lose(f"no process came further than {mark.doing} in {mark.allowed:g} s: {hang}; {AGAIN}")
+            self._lose(f"no process came further than {mark.doing} in {mark.allowed:g} s: {hang}; {MEND}")
         elif behind:
             so = f"came no further than {mark.doing} in {mark.allowed:.0f} s, while the others waited"
-            self._lose(f"{self._names(behind)} {so}; {AGAIN}")
+            self._lose(f"{self._names(behind)} {so}; {MEND}")
 
     def _read(self, process: int, connection: socket.socket) -> None:
         """Reads what has arrived from `process` and handles the complete lines; a closed connection is a loss."""
@@ -216,7 +216,7 @@ class Peers:
         except OSError:
             data = b""
         if not data:
-            self._lose(f"{self.who(process)} died; {AGAIN}")
+            self._lose(f"{self.who(process)} died; {MEND}")
             return
         self._last_heard[process] = time.monotonic()
         *lines, self._buffers[process] = (self._buffers[process] + data).split(b"\n")

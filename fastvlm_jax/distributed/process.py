@@ -20,11 +20,9 @@ from fastvlm_jax.distributed.rendezvous import Settings
 from fastvlm_jax.files import json_digest
 
 START_SECONDS = 4 * 3600.0  # timeout for start-up work of unequal length, such as counting tokens of the data
+AGAIN = os.EX_TEMPFAIL  # 75, the exit status that means "run me again"
 
 _peers: Peers | None = None  # connections of this process; None when it runs alone. A global, as in jax.distributed
-
-
-AGAIN = os.EX_TEMPFAIL  # 75, the exit status that means "run me again"
 
 
 class Interrupted(KeyboardInterrupt):

@@ -13,7 +13,6 @@ import pathlib
 import queue
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Hashable, Iterator
@@ -21,6 +20,7 @@ from typing import Any
 
 import jax
 
+from fastvlm_jax import disk
 from fastvlm_jax.distributed.process import mark, slowest
 
 SLOW, AT_LEAST = 10, 10.0  # a step is slow after so many times its median, but never before so many seconds
@@ -168,7 +168,7 @@ class Watchdog:
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {line}", file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
-            print(f"{self._name}: {path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+            disk.tell(f"{self._name}: {path} cannot be written: {error.strerror}")
 
     def _beat(self) -> None:
         """Runs in a thread, whose writes may hang: writes the heartbeat until the run ends, and once more then."""
@@ -187,4 +187,4 @@ class Watchdog:
 
     def _tell(self, line: str) -> None:
         if jax.process_index() == 0:
-            print(f"{self._name}: {line}", file=sys.stderr, flush=True)
+            disk.tell(f"{self._name}: {line}")

@@ -1,7 +1,6 @@
 """Appends a run's rows to a file; a failing disk costs neither the run nor its rows."""
 
 import pathlib
-import sys
 
 from fastvlm_jax import disk, files
 
@@ -22,11 +21,11 @@ class LogFile:
             files.append(self._path, self._waiting)
         except OSError as error:
             if self._error is None or self._error.errno != error.errno:
-                tell(f"{disk.describe(error)}; the run goes on, and what is missing there is written later")
+                disk.tell(f"{disk.describe(error)}; the run goes on, and what is missing there is written later")
             self._error = error
             return
         if self._error is not None:
-            tell(f"{self._path} is written to again, nothing is missing")
+            disk.tell(f"{self._path} is written to again, nothing is missing")
         self._waiting, self._error = b"", None
 
     def flush(self) -> None:
@@ -39,12 +38,3 @@ class LogFile:
             self.append(b"")
         if self._error is not None:
             raise self._error
-
-
-def tell(line: str) -> None:
-    """Prints a line to stderr, which may itself be a file on a full disk."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except OSError as error:
-        if error.errno not in disk.FULL:
-            raise

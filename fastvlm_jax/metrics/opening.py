@@ -11,9 +11,8 @@ import jax
 import ml_collections
 
 from fastvlm_jax import config as config_lib
-from fastvlm_jax import optim
+from fastvlm_jax import disk, optim
 from fastvlm_jax.changes import Change, listed
-from fastvlm_jax.metrics import log_file
 
 FEW_STEPS = 20  # an epoch of fewer steps deserves a word
 
@@ -21,7 +20,7 @@ FEW_STEPS = 20  # an epoch of fewer steps deserves a word
 def tell(name: str, line: str) -> None:
     """Prints a line about the run `name`, in process 0 alone."""
     if jax.process_index() == 0:
-        log_file.tell(f"{name}: {line}")
+        disk.tell(f"{name}: {line}")
 
 
 def tell_model(name: str, config: ml_collections.ConfigDict, params: Any, given: dict[str, Any] | None) -> None:

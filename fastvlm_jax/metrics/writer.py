@@ -10,7 +10,7 @@ import tqdm
 
 from fastvlm_jax import disk
 from fastvlm_jax.files import write_whole
-from fastvlm_jax.metrics.log_file import LogFile, tell
+from fastvlm_jax.metrics.log_file import LogFile
 from fastvlm_jax.metrics.rows import FILE, read_metrics
 from fastvlm_jax.metrics.tensorboard import Board
 from fastvlm_jax.metrics.tracking import Tracker
@@ -63,7 +63,7 @@ class MetricsWriter:
             done = max(step - self._first, 1)
             left = (time.monotonic() - self._start) / done * (self._steps - step)
             shown = "  ".join(f"{key} {value}" for key, value in shown.items())
-            tell(f"{self._name} step {step}/{self._steps}  {shown}  {left:.0f} s left")
+            disk.tell(f"{self._name} step {step}/{self._steps}  {shown}  {left:.0f} s left")
 
     def flush(self) -> None:
         """Writes what a failing disk did not take.
@@ -80,7 +80,7 @@ class MetricsWriter:
         try:
             self.flush()
         except OSError as error:
-            tell(f"{disk.describe(error)}; the last rows are missing there")
+            disk.tell(f"{disk.describe(error)}; the last rows are missing there")
         self._bar.close()
         if self._tracker:
             self._tracker.close()

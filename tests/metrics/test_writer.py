@@ -1,26 +1,14 @@
 """A run's log on a disk that fails: it costs neither the run nor a row, and each file is named."""
 
-import contextlib
 import json
-import resource
 import struct
 
 import pytest
+from full_disk import files_of_at_most
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.metrics.writer import MetricsWriter
-
-
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """A largest file size stands in for a full disk: both end a write in its middle, and here all may do it."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def crc32c(data):

@@ -113,7 +113,8 @@ def train(
             if start > steps:
                 raise ValueError(f"{workdir} is at step {start}, beyond the {steps} steps of this config: raise them")
             if row is None:
-                opening.tell_changes(name, config, claimed.changes, read_metrics(workdir), start, steps)
+                rows, skipped = read_metrics(workdir), int(state.guard.skipped)
+                opening.tell_changes(name, config, claimed.changes, rows, start, steps, skipped)
             best.resume(workdir, start, checkpointer.steps)
             tracker = tracking.open_run(config.wandb, workdir, name, settings)
             writer = MetricsWriter(workdir, name, start, steps, tracker)

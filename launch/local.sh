@@ -79,7 +79,12 @@ while :; do
   run_all
   [ "$status" != 0 ] || break
   [ "$status" != 130 ] || stopped=${stopped:-130} # the run got Ctrl-C, and not from here
-  if [ -n "$stopped" ]; then say "stopped; the same command goes on"; exit "$stopped"; fi
+  if [ -n "$stopped" ]; then
+    case $status in
+      75 | 130 | 143) say "stopped; the same command goes on"; exit "$stopped" ;; # 143: before it could save anything
+      *) fail "fastvlm $command was told to stop and ended with status $status (see above)" ;;
+    esac
+  fi
   [ "$status" != 2 ] || fail "fastvlm $command does not understand its flags (see above)"
   may_restart || fail "fastvlm $command ended with status $status, after $MAX_RESTARTS restarts from the same checkpoint (MAX_RESTARTS)"
   say "fastvlm $command ended with status $status: restart $restarts of $MAX_RESTARTS from step $reached"

@@ -89,6 +89,7 @@ def tell_changes(
     rows: Sequence[dict[str, float]],
     start: int,
     steps: int,
+    skipped: int,
 ) -> None:
     """Says what changed in a run that goes on, and how its learning rate does if that may have changed.
 
@@ -96,11 +97,12 @@ def tell_changes(
       rows: lines of metrics.jsonl.
       start: step that the run goes on behind.
       steps: optimizer steps of the whole run.
+      skipped: steps up to `start` whose update was left out; the schedule does not count them.
     """
     if changes:
         tell(name, f"changed since it was last at work: {listed(changes, config_lib.plain(config))}")
     if start < steps and any(not change.free for change in changes):
-        rate = max(optim.learning_rates(start + 1, config.groups, steps, config.warmup_ratio).values())
+        rate = max(optim.learning_rates(start + 1 - skipped, config.groups, steps, config.warmup_ratio).values())
         before = [row["lr"] for row in rows if "lr" in row and row["step"] <= start]
         was = f"was {before[-1]:.3g} in the last row of its metrics, " if before else ""
         tell(name, f"the learning rate {was}is {float(rate):.3g} at step {start + 1} and ends at 0 with step {steps}")

@@ -196,6 +196,17 @@ time.sleep(30)
     assert (tmp_path / "run/stops").read_text() == "15\n15\n"
 
 
+def test_a_local_run_whose_last_save_failed_does_not_ask_to_be_run_again(tmp_path):
+    program = NOTE + "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n(folder / 'ready').touch()\ntime.sleep(30)"
+    process = local(tmp_path, program)
+    while not (tmp_path / "run/ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and "fastvlm train was told to stop and ended with status 1" in err
+
+
 def test_finished_stages_are_left_out(tmp_path):
     program = NOTE + "print(*sys.argv[2:4])"
     (tmp_path / "venv/bin").mkdir(parents=True)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvlm_jax.batch import Batch
+from fastvlm_jax.changes import Change
 from fastvlm_jax.config import get_base
 from fastvlm_jax.metrics import opening
 
@@ -66,6 +67,15 @@ def test_an_epoch_of_few_steps_gets_a_smaller_batch_proposed(capsys):
     for changes, per_epoch in ((dict(data__groups=128), 400), (dict(data__groups=128, steps=5), 3)):
         opening.tell_data("run", config(**changes), 264, per_epoch, 5)
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_changed_run_is_told_its_next_rate_which_counts_updates_and_no_skipped_steps(capsys):
+    c = config(groups=((".*", 1e-3, 0.0),), warmup_ratio=0.0)
+    change = Change("steps", 90, 100)
+    opening.tell_changes("run", c, [change], [{"step": 50, "lr": 5e-4}], 50, 100, skipped=10)
+    # 1e-3 (1 + cos(0.41 pi)) / 2 = 0.00063950
+    said = "was 0.0005 in the last row of its metrics, is 0.000639 at step 51 and ends at 0 with step 100"
+    assert said in capsys.readouterr().err
 
 
 def test_compilation_is_told_once_for_each_size_and_happens_once(capsys):

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import re
@@ -221,6 +222,8 @@ def not_written(checkpointer: Checkpointer, error: Exception) -> OSError:
     latest = f"the last one is of step {checkpointer.latest}" if checkpointer.steps else "there is none before it"
     quoted = re.search(r"Errno (\d+)", str(error))  # Python's words, which Orbax may quote
     found = disk.error_in(str(error)) or (quoted and OSError(int(quoted[1]), os.strerror(int(quoted[1]))))
+    if not found and not checkpointer.workdir.is_dir():
+        found = OSError(errno.ENOENT, "the workdir is no longer there")
     if not found:
         return OSError(f"{folder} was not written ({str(error).partition(chr(10))[0]}); {latest}")
     return OSError(found.errno, f"{found.strerror}; this checkpoint was not written, {latest}", str(folder))

@@ -12,6 +12,7 @@ import pytest
 from small_state import small_mesh, small_state
 
 from fastvlm_jax import checkpoint, distributed
+from fastvlm_jax.checkpoint import saving
 from fastvlm_jax.checkpoint.saving import find_steps
 
 
@@ -119,6 +120,20 @@ def test_a_disk_that_takes_no_folder_is_told_at_once_and_leaves_no_thread_that_w
     assert not [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
     checkpointer.close()
     assert checkpointer.steps == []
+
+
+def test_a_workdir_that_vanishes_is_told_in_our_words(mesh, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    checkpointer = checkpoint.open_checkpointer(workdir, checkpoint.Retention(2))
+    checkpoint.save(checkpointer, small_state(mesh, 1), 1, lineage={})
+    checkpointer.wait()
+    shutil.rmtree(workdir)
+    checkpointer.steps.append(2)
+    failed = saving.not_written(checkpointer, ValueError("No ArrayMetadata found in checkpoint"))
+    assert failed.filename == str(workdir / "checkpoints" / "2")
+    said = "the workdir is no longer there; this checkpoint was not written, the last one is of step 1"
+    assert failed.strerror == said
 
 
 def test_a_state_that_is_not_finite_is_not_saved(mesh, tmp_path):

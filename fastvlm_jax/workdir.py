@@ -129,7 +129,7 @@ def _claim(
     """
     check_folder(workdir)
     path = workdir / "config.json"
-    for leftover in workdir.glob("config.json.*.partial"):
+    for leftover in (path for path in workdir.glob("*.partial") if path.is_file()):
         leftover.unlink()
     if not path.exists():
         write_json(path, {"format": FORMAT, "config": config, "lineage": lineage})

@@ -109,23 +109,27 @@ def planted(batch, what):
     return found
 
 
-def walk(batches, mesh, mode, factor=10.0, known=0.0, **settings):
-    """State and gradient norms behind a step on each batch; None leaves one out. `known` is the norm of all before."""
+def walks(rows, mesh, mode, factor=10.0, known=0.0, **settings):
+    """State and gradient norms behind the steps of each row of batches, from the same state.
+
+    None leaves a step out. `known` is the norm of all before.
+    """
     config = small_config("", mesh=mesh, bad_steps__mode=mode, bad_steps__factor=factor, **settings)
     model = fastvlm.build(**config.model.to_dict())
     mesh = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
     with jax.set_mesh(mesh):
-        step = stage.make_step(config, model, mesh, steps=10)
-        state = step.make_state(jax.random.key(0), initial())
-        state = state.replace(guard=state.guard.replace(norms=state.guard.norms + known))
-        norms = []
-        for batch in batches:
-            if batch is None:
-                state = state.replace(step=state.step + 1)
-            else:
-                state, metrics = step.fn(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
-                norms.append(float(metrics["grad_norm"]))
-        return jax.tree.map(np.asarray, state), norms
+        step, ends = stage.make_step(config, model, mesh, steps=10), []
+        for batches in rows:
+            state, norms = step.make_state(jax.random.key(0), initial()), []
+            state = state.replace(guard=state.guard.replace(norms=state.guard.norms + known))
+            for batch in batches:
+                if batch is None:
+                    state = state.replace(step=state.step + 1)
+                else:
+                    state, metrics = step.fn(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+                    norms.append(float(metrics["grad_norm"]))
+            ends.append((jax.tree.map(np.asarray, state), norms))
+        return ends
 
 
 FROZEN = dict(groups=(("vision/.*", 0.0, 0.1), (".*", 1e-3, 0.1)), model__vision__batch_norm="frozen")
@@ -146,11 +150,11 @@ def test_a_planted_step_is_as_if_it_had_not_been(batch, monkeypatch, what, mesh,
     """Parameters, optimizer, its counts and statistics equal those of a step that judges nothing, on the others."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
     batches = planted(batch, what)
-    expected, norms = walk([*batches[:2], None, batches[3]], mesh, "off", **changes)
-    _, (_, _, bad, _) = walk(batches, mesh, "off", **changes)
+    left_out = [*batches[:2], None, batches[3]]
+    (expected, norms), (_, (_, _, bad)) = walks([left_out, batches[:3]], mesh, "off", **changes)
     assert np.isnan(bad) if what == "nan" else bad > 1.5 * max(norms)
     factor = 1.2 if what == "spike" else 10.0
-    state, _ = walk(batches, mesh, "on", factor, known=max(norms), **changes)
+    ((state, _),) = walks([batches], mesh, "on", factor, known=max(norms), **changes)
     for name in ("step", "params", "batch_stats", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(expected, name))
     counts = [x for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state) if "count" in str(path[-1])]
@@ -161,7 +165,7 @@ def test_a_planted_step_is_as_if_it_had_not_been(batch, monkeypatch, what, mesh,
 
 @pytest.mark.parametrize("mode", ["warn", "off"])
 def test_a_planted_step_is_made_where_the_config_says_so(batch, mode):
-    state, _ = walk(planted(batch, "nan"), (1, 1, 1, 1), mode)
+    ((state, _),) = walks([planted(batch, "nan")], (1, 1, 1, 1), mode)
     assert all(np.isnan(x).any() for x in jax.tree.leaves(state.params["llm"]["layers"]))
     assert np.count_nonzero(state.guard.norms) == (2 if mode == "warn" else 0)
     assert (int(state.guard.skipped), int(state.guard.in_a_row)) == (0, 2 if mode == "warn" else 0)

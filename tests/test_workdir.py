@@ -241,6 +241,9 @@ def test_a_start_that_was_killed_or_found_a_full_disk_leaves_a_workdir_for_the_n
         (run / name).write_text("")
     lineage = go_on(run, [folder], 0)
     assert json.loads((run / "config.json").read_text())["lineage"] == lineage
+    for name in ("metrics.jsonl.x1y2.partial", "heartbeat.partial"):  # what a run leaves that is killed in a write
+        (run / name).write_text("")
+    go_on(run, [folder], 0)
     assert not list(run.glob("*.partial"))
 
 

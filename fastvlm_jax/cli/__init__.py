@@ -37,6 +37,7 @@ def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Orbax logs the stack of every failed write, which it raises too.
     absl_logging.get_absl_logger().addFilter(_is_no_stack_of_orbax)
+    sys.unraisablehook = _unraisablehook
     flags.FLAGS.mark_as_parsed()  # each command parses its own; absl would warn in every log that these are not parsed
     logging.getLogger("jax").setLevel(logging.ERROR)
     xla_flags.silence_libtpu()
@@ -65,6 +66,15 @@ def main() -> None:
             raise
         print(f"fastvlm{f' {name}' if name else ''}: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, flags.Error) else 1) from None
+
+
+def _unraisablehook(unraisable) -> None:
+    """Prints an error that nobody can catch, unless a save that failed leaves it behind.
+
+    Orbax closes the event loop of such a save, and TensorStore finds it closed at the end of each write under way.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _is_no_stack_of_orbax(record: logging.LogRecord) -> bool:

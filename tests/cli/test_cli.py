@@ -1,5 +1,6 @@
 """The commands as a person types them: exit status, one clear line, nothing half-written."""
 
+import asyncio
 import json
 import logging
 import subprocess
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+import tensorstore
 from absl import logging as absl_logging
 from command import fastvlm
 from paths import ROOT
@@ -262,6 +264,31 @@ def test_too_little_memory_of_the_machine_is_one_line(monkeypatch, capsys):
     status, _, error = fastvlm(monkeypatch, capsys, "train")
     assert status == 1 and error.count("\n") == 1
     assert error.startswith("fastvlm train: the memory of this machine is too small: Unable to allocate 4.00 EiB")
+
+
+def test_writes_that_outlive_a_failed_save_print_no_stack_and_other_errors_that_nobody_catches_do(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "unraisablehook", cli._unraisablehook)
+    promise, written = tensorstore.Promise.new()
+
+    async def wait():
+        await written
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(wait())
+    for _ in range(2):
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+    loop.close()  # as Orbax does when a save fails
+    promise.set_result(1)
+    task._log_destroy_pending = False
+
+    class Bad:
+        def __del__(self):
+            raise ValueError("a finalizer that fails")
+
+    Bad()
+    told = capfd.readouterr().err
+    assert "Event loop is closed" not in told and "a finalizer that fails" in told
 
 
 def test_warnings_are_shown_and_the_stacks_that_orbax_logs_are_not(monkeypatch, capsys, caplog):

@@ -7,7 +7,7 @@ from tests.faults.preload import Skipped
 
 SHORT = [
     kills.killed_in_a_save, kills.killed_in_a_restore, kills.terminated, disks.full_disk_for_good,
-    damage.damaged_checkpoint, bad_numbers.nan_planted, processes.one_of_two_frozen,
+    damage.damaged_checkpoint, bad_numbers.nan_planted, processes.one_of_two_killed,
 ]  # fmt: skip
 
 

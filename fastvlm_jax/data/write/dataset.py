@@ -25,7 +25,7 @@ from etils import epath
 from fastvlm_jax.data.readers import Options, Part, apart
 from fastvlm_jax.data.readers.recognise import recognise
 from fastvlm_jax.data.record import Record, pack
-from fastvlm_jax.data.sources import incomplete_shards, read_manifest
+from fastvlm_jax.data.sources import MANIFEST, incomplete_shards, read_manifest
 from fastvlm_jax.data.write.duplicates import drop_duplicates
 from fastvlm_jax.data.write.excluded import read_excluded
 from fastvlm_jax.data.write.finalize import finalize, save_manifest
@@ -109,6 +109,8 @@ def write(
     if settings.exclude:
         described["exclude"] = {"list": settings.exclude, "records": len(read_excluded(settings.exclude))}
     with _locked(output, settings.split) as folder:
+        for stale in output.glob("*.partial"):  # leftover of a run that was killed while it finished
+            stale.unlink()
         splits = [settings.split, *([VALIDATION] if settings.validation_share else [])]
         manifest = read_manifest(output)
         if _is_there(output, manifest, splits, described, overwrite):
@@ -143,7 +145,7 @@ def write_shards(folder: str | os.PathLike, split: str, records: Iterable[Record
     if split in manifest["splits"] and not incomplete_shards(folder, manifest, split):
         return False
     names = [f"{split}-{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards)]
-    for name in names:
+    for name in (*names, MANIFEST):
         for stale in folder.glob(f"{name}.*.partial"):  # leftover of a run that was killed
             stale.unlink()
     shards: list[Shard] = []

@@ -198,6 +198,13 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(slow, tmp_path, jobs):
     assert len(kept & set(finished.values())) >= jobs
 
 
+def test_what_a_write_left_that_was_killed_while_it_finished_is_removed(source, straight, tmp_path):
+    for name in ("rejected.jsonl.x1y2.partial", "manifest.json.x1y2.partial"):  # the second at its very end
+        (tmp_path / name).write_text("")
+        write(source, tmp_path, settings=SETTINGS, workers=1)
+        assert tree(tmp_path) == tree(straight[0])
+
+
 def test_ctrl_c_is_one_line_and_status_130(slow, tmp_path):
     source, flags, _ = slow
     process = start(*command(source, tmp_path / "out", *flags), start_new_session=True)

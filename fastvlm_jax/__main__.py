@@ -1,5 +1,5 @@
 """Runs `python -m fastvlm_jax`, the same as `fastvlm`."""
 
-from fastvlm_jax.cli import main
+from fastvlm_jax.cli import program
 
-main()
+program()

@@ -5,6 +5,8 @@ import os
 import pathlib
 import re
 import sys
+import threading
+import time
 
 from absl import flags
 from absl import logging as absl_logging
@@ -25,6 +27,26 @@ COMMANDS = {
     "checkpoint": checkpoint.checkpoint,
     "report": report.report,
 }
+GRACE = 10.0  # seconds that a process has to end after an error
+
+
+def program() -> None:
+    """Runs `main` as the program of a process; after an error the process ends in seconds, whatever threads it leaves.
+
+    Behind a save that failed, threads of Orbax may wait for minutes, and Python would wait for them.
+    """
+    try:
+        main()
+    except BaseException as error:
+        status = error.code if isinstance(error, SystemExit) else 1
+        if status:
+            threading.Thread(target=_end, args=(status,), daemon=True).start()
+        raise
+
+
+def _end(status: int) -> None:
+    time.sleep(GRACE)
+    os._exit(status)
 
 
 def main() -> None:

@@ -266,6 +266,23 @@ def test_too_little_memory_of_the_machine_is_one_line(monkeypatch, capsys):
     assert error.startswith("fastvlm train: the memory of this machine is too small: Unable to allocate 4.00 EiB")
 
 
+@pytest.mark.parametrize("error, status", [("ValueError('a full disk')", 1), ("KeyboardInterrupt('stopped')", 130)])
+def test_a_program_that_fails_ends_though_a_thread_never_does(error, status):
+    script = (
+        "import threading, time\n"
+        "from fastvlm_jax import cli\n"
+        "def train(argv):\n"
+        "    threading.Thread(target=time.sleep, args=(300,)).start()\n"
+        f"    raise {error}\n"
+        "cli.GRACE, cli.COMMANDS['train'] = 0.5, train\n"
+        "cli.program()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train"], capture_output=True, text=True, timeout=100, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (status, f"fastvlm train: {error.split(chr(39))[1]}\n")
+
+
 def test_writes_that_outlive_a_failed_save_print_no_stack_and_other_errors_that_nobody_catches_do(monkeypatch, capfd):
     monkeypatch.setattr(sys, "unraisablehook", cli._unraisablehook)
     promise, written = tensorstore.Promise.new()

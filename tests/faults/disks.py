@@ -74,7 +74,7 @@ def _fill(base: pathlib.Path, folder: pathlib.Path, rng: random.Random, *flags: 
     limit = rng.choice([f"size={4096 + int(space * rng.random())}", f"nr_inodes={rng.randint(3, len(files))}"])
     with mounted(folder / "run", limit) as workdir:
         (ended,) = runs.train(base, workdir, *flags, environment=environment).end()
-        said = _told(ended, os.strerror(errno.ENOSPC))
+        said = _told(ended, f"{os.strerror(errno.ENOSPC)}|no inode left")
         subprocess.run(["mount", "-o", "remount,size=1g,nr_inodes=100000", workdir], check=True)
         runs.check_continued(base, workdir, compare.saved(workdir))
     return f"{limit}: {said}"

@@ -12,7 +12,7 @@ sys.modules["torch"] = None  # tensorboardX would load it
 
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={sys.argv.pop(1)}")
 
-from fastvlm_jax.cli import main
+from fastvlm_jax.cli import program
 
 if "POISON" in os.environ:  # sums of the pixels of batches whose loss is to be NaN
     from poison import poisoned
@@ -21,4 +21,4 @@ if "POISON" in os.environ:  # sums of the pixels of batches whose loss is to be 
 
     losses.next_token = poisoned([int(number) for number in os.environ["POISON"].split(",")])
 
-main()
+program()

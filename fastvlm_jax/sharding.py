@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -163,19 +164,23 @@ def batch_shards() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
 
 
-def on_shards(function, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[Sequence[str | None]]):
+def on_shards(function, in_axes: Sequence[Any], out_axes: Any):
     """Returns `function` applied to each device's shards of its arguments; without a mesh, to the whole arguments.
 
-    Use it where the partitioner does not split well by itself. The function sums over devices itself, with `sum_words`,
-    `max_words` and `reduce_words`.
+    Use it where the partitioner does not split well by itself. The function exchanges values between devices itself,
+    with the functions for words and for batches below.
 
     Args:
-      in_axes, out_axes: logical axes of each argument and of each result.
+      in_axes, out_axes: logical axes, a tuple of names, of each argument and of the result, or trees of them.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    specs = [tuple(spec(axes) for axes in group) for group in (in_axes, out_axes)]
-    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+    in_specs, out_specs = jax.tree.map(spec, (tuple(in_axes), out_axes), is_leaf=_are_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _are_axes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
 
 
 def words_here(words: int) -> int:
@@ -218,6 +223,45 @@ def reduce_words(gradient_VD: jax.Array) -> jax.Array:
     if len(gradient_VD) % mesh.shape["fsdp"]:
         return jax.lax.psum(gradient_VD, LOGICAL_AXES["batch"])
     return jax.lax.psum(jax.lax.psum_scatter(gradient_VD, "fsdp", tiled=True), ("replica", "data"))
+
+
+def first_of_batch(count: int) -> jax.Array | int:
+    """Returns, inside `on_shards`, the place in the batch of this device's first entry; each device holds `count`."""
+    return jax.lax.axis_index(LOGICAL_AXES["batch"]) * count if batch_shards() > 1 else 0
+
+
+def sum_batch(x: jax.Array) -> jax.Array:
+    """Returns, inside `on_shards`, the sum over the devices that hold other parts of the batch."""
+    return jax.lax.psum(x, LOGICAL_AXES["batch"]) if batch_shards() > 1 else x
+
+
+def max_batch(x: jax.Array) -> jax.Array:
+    """Returns, inside `on_shards`, the maximum over the devices that hold other parts of the batch."""
+    return jax.lax.pmax(x, LOGICAL_AXES["batch"]) if batch_shards() > 1 else x
+
+
+def gather_batch(x: jax.Array) -> jax.Array:
+    """Returns, inside `on_shards`, the entries of the whole batch from those of each device."""
+    return jax.lax.all_gather(x, LOGICAL_AXES["batch"], tiled=True) if batch_shards() > 1 else x
+
+
+def scatter_batch(x: jax.Array) -> jax.Array:
+    """Returns, inside `on_shards`, this device's entries of the sum of all devices' arrays of the whole batch."""
+    return jax.lax.psum_scatter(x, LOGICAL_AXES["batch"], tiled=True) if batch_shards() > 1 else x
+
+
+def own_of_batch(x: jax.Array) -> jax.Array:
+    """Returns, inside `on_shards`, this device's entries of an array of the whole batch."""
+    count = len(x) // batch_shards()
+    return jax.lax.dynamic_slice_in_dim(x, first_of_batch(count), count)
+
+
+def pass_on(x: jax.Array) -> jax.Array:
+    """Returns, inside `on_shards`, what the device holds that is before this one on a ring of the data axes."""
+    shards = batch_shards()
+    if shards == 1:
+        return x
+    return jax.lax.ppermute(x, LOGICAL_AXES["batch"], [(i, (i + 1) % shards) for i in range(shards)])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -6,7 +6,7 @@ C encoder channels, V vocabulary.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -39,6 +39,17 @@ def make_encoder(family: str = "fastvit", **sizes) -> nn.Module:
     if family not in FAMILIES:
         raise ValueError(f"model.vision.family={family!r} must be one of {', '.join(FAMILIES)}")
     return FAMILIES[family](**sizes)
+
+
+def normalised(images: Array, mean: Sequence[float], std: Sequence[float], dtype) -> Array:
+    """Returns images [G, N, H, W, 3], uint8 or in [0, 1], as an encoder reads them: [G * N, H, W, 3] in `dtype`."""
+    shift = any(mean) or any(x != 1 for x in std)
+    # Each step in bfloat16 would round: together they would move a colour by up to 1.4 of 255.
+    precise = jnp.dtype(jnp.float32) if shift else dtype
+    if images.dtype == jnp.uint8:
+        images = images.astype(precise) / 255
+    images = constrain(images.astype(precise).reshape(-1, *images.shape[2:]), ("batch", None, None, None))
+    return ((images - jnp.asarray(mean, precise)) / jnp.asarray(std, precise)).astype(dtype) if shift else images
 
 
 class FastVLM(nn.Module):
@@ -102,16 +113,8 @@ class FastVLM(nn.Module):
 
         Without a language model, returns the encoder's own features [G, N * L, C].
         """
-        G, N, H, W, _ = images.shape
-        dtype, mean, std = jnp.dtype(self.dtype), self.vision.image_mean, self.vision.image_std
-        normalized = any(mean) or any(x != 1 for x in std)
-        # Each step in bfloat16 would round: together they would move a colour by up to 1.4 of 255.
-        precise = jnp.dtype(jnp.float32) if normalized else dtype
-        if images.dtype == jnp.uint8:
-            images = images.astype(precise) / 255
-        images = constrain(images.astype(precise).reshape(G * N, H, W, 3), ("batch", None, None, None))
-        if normalized:
-            images = ((images - jnp.asarray(mean, precise)) / jnp.asarray(std, precise)).astype(dtype)
+        G, N = images.shape[:2]
+        images = normalised(images, self.vision.image_mean, self.vision.image_std, jnp.dtype(self.dtype))
         mask = None if image_mask is None else image_mask.reshape(G * N)
         features = self.vision(images, mask, train=train)
         features = features.reshape(G, -1, features.shape[-1])

@@ -153,12 +153,15 @@ class Dense(nn.Module):
     """Computes x @ kernel [C, F] + bias in the dtype of x, times `scale` [F] (float32) if it is given.
 
     `scale` multiplies the kernel and the bias. Its gradient is then a sum over the kernel's gradient, and the backward
-    pass does not need the output of the matrix product.
+    pass does not need the output of the matrix product. The kernel starts as `kernel_init` says; without it, from a
+    truncated normal distribution of deviation `init_std`.
     """
 
     features: int
     use_bias: bool = True
     init_std: float = 0.02
+    kernel_init: Callable | None = None
+    bias_init: Callable = nn.initializers.zeros
 
     def __call__(self, x: Array, scale: Array | None = None) -> Array:
         kernel, bias = self.weights(x, scale)
@@ -167,12 +170,12 @@ class Dense(nn.Module):
     @nn.compact
     def weights(self, x: Array, scale: Array | None = None) -> tuple[Array, Array | None]:
         """Returns (kernel, bias or None), scaled, in the dtype of x; the values of x are not used."""
-        init = nn.initializers.truncated_normal(self.init_std)
+        init = self.kernel_init or nn.initializers.truncated_normal(self.init_std)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         kernel = gathered(kernel if scale is None else kernel * scale, None, x.dtype)
         if not self.use_bias:
             return kernel, None
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         return kernel, (bias if scale is None else bias * scale).astype(x.dtype)
 
 

@@ -43,6 +43,12 @@ LLM_SIZES = {
 # Mean and standard deviation of each colour, for images in [0, 1]: OpenAI's CLIP and open_clip's ConvNeXts; SigLIP.
 CLIP_COLOURS = dict(image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711))
 SIGLIP_COLOURS = dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+# Arguments of models.text_tower.TextTower, by the width of the embeddings: of MobileCLIP2-S0 and -S2 and MobileCLIP-S1
+# and -S2; of both -S3 and -S4. Trailing figures: millions of parameters.
+TEXT_SIZES = {
+    "512": dict(features=512, width=512, num_layers=12, num_heads=8),  # 63.4
+    "768": dict(features=768, width=768, num_layers=12, num_heads=12),  # 123.7
+}
 # Common to the four-stage FastViTs: attention in the last stage, squeeze-excite before the last two, BatchNorm only.
 _FOUR_STAGES = dict(
     mixers=("repmixer", "repmixer", "repmixer", "attention"),

@@ -56,29 +56,39 @@ def layer_norm(x: Array, epsilon: float, name: str) -> Array:
 
 
 class Block(nn.Module):
-    """Computes x = x + Attention(LN(x)); x = x + MLP(LN(x)). Attention is over all tokens, its softmax in float32."""
+    """Computes x = x + Attention(LN(x)); x = x + MLP(LN(x)). Attention is over all tokens, its softmax in float32.
+
+    Attributes:
+      inits: settings of Dense for the initial weights of "qkv", "o", "fc1" and "fc2"; without them all have `init_std`.
+      fused: whether one product makes queries, keys and values, with weights in this order.
+    """
 
     num_heads: int
     mlp_dim: int
     activation: str
     epsilon: float
     init_std: float = 0.02
+    inits: dict | None = None
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x_BNC: Array) -> Array:
         B, N, C = x_BNC.shape
         head_dim = C // self.num_heads
+        inits = self.inits or {name: {"init_std": self.init_std} for name in ("qkv", "o", "fc1", "fc2")}
         y = layer_norm(x_BNC, self.epsilon, "attention_norm")
-        q, k, v = (
-            Dense(C, init_std=self.init_std, name=name)(y).reshape(B, N, self.num_heads, head_dim) for name in "qkv"
-        )
+        if self.fused:
+            parts = jnp.split(Dense(3 * C, **inits["qkv"], name="qkv")(y), 3, axis=-1)
+        else:
+            parts = [Dense(C, **inits["qkv"], name=name)(y) for name in "qkv"]
+        q, k, v = (part.reshape(B, N, self.num_heads, head_dim) for part in parts)
         scores_BmNN = jnp.einsum("bqme,bkme->bmqk", q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
         weights_BmNN = jax.nn.softmax(scores_BmNN).astype(x_BNC.dtype)
         mixed = jnp.einsum("bmqk,bkme->bqme", weights_BmNN, v).reshape(B, N, C)
         mixed = checkpoint_name(mixed, "attention")
-        x = x_BNC + Dense(C, init_std=self.init_std, name="o")(mixed)
-        y = Dense(self.mlp_dim, init_std=self.init_std, name="fc1")(layer_norm(x, self.epsilon, "mlp_norm"))
-        return x + Dense(C, init_std=self.init_std, name="fc2")(ACTIVATIONS[self.activation](y))
+        x = x_BNC + Dense(C, **inits["o"], name="o")(mixed)
+        y = Dense(self.mlp_dim, **inits["fc1"], name="fc1")(layer_norm(x, self.epsilon, "mlp_norm"))
+        return x + Dense(C, **inits["fc2"], name="fc2")(ACTIVATIONS[self.activation](y))
 
 
 class PoolingHead(nn.Module):

@@ -1,13 +1,16 @@
-"""A few faults of each kind, with fixed seeds; `python -m tests.faults --minutes N` tries all of them, for long."""
+"""A few faults of most kinds, with fixed seeds; `python -m tests.faults --minutes N` tries all of them, for long.
+
+Those of several processes take a minute each and are not among them: see tests/distributed/test_processes.py.
+"""
 
 import pytest
 
-from tests.faults import bad_numbers, damage, disks, kills, processes, runs
+from tests.faults import bad_numbers, damage, disks, kills, runs
 from tests.faults.preload import Skipped
 
 SHORT = [
     kills.killed_in_a_save, kills.killed_in_a_restore, kills.terminated, disks.full_disk_for_good,
-    damage.damaged_checkpoint, bad_numbers.nan_planted, processes.one_of_two_killed,
+    damage.damaged_checkpoint, bad_numbers.nan_planted,
 ]  # fmt: skip
 
 

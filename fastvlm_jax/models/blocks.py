@@ -41,7 +41,7 @@ class MobileOne(nn.Module):
     use_se: bool = False
     activation: Callable[[Array], Array] | None = gelu
     form: str = "branched"
-    batch_stats: bool = False
+    batch_stats: int = 0
     init_std: float = 0.02
 
     @nn.compact
@@ -70,7 +70,7 @@ class PatchEmbed(nn.Module):
     features: int
     use_se: bool = False
     form: str = "branched"
-    batch_stats: bool = False
+    batch_stats: int = 0
     init_std: float = 0.02
 
     @nn.compact
@@ -107,7 +107,7 @@ class ConvFFN(nn.Module):
     """Computes depthwise 7x7 -> BatchNorm -> 1x1 (C * ratio) -> GELU -> 1x1, times `scale` [C], without a skip."""
 
     ratio: float = 4.0
-    batch_stats: bool = False
+    batch_stats: int = 0
     init_std: float = 0.02
 
     @nn.compact
@@ -128,7 +128,7 @@ class RepMixer(nn.Module):
 
     layer_scale_init: float = 1e-5
     form: str = "branched"
-    batch_stats: bool = False
+    batch_stats: int = 0
 
     @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
@@ -173,7 +173,7 @@ class Block(nn.Module):
     layer_scale_init: float = 1e-5
     attention_norm: str = "layer"
     form: str = "branched"
-    batch_stats: bool = False
+    batch_stats: int = 0
     init_std: float = 0.02
 
     @nn.compact

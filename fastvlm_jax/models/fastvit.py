@@ -72,6 +72,7 @@ class FastViT(nn.Module):
         calls with a `drop_path` rng.
       form: "branched" (training) or "folded" (released weights).
       batch_norm: "train" or "frozen"; with "train", calls with train=True use and update batch statistics.
+      batch_norm_images: with batch statistics, images that share them; -1 means all of the batch.
       remat: policy of models/remat.py that says what the backward pass recomputes.
       stem_scale: whether the stem's 3x3 convolutions have a 1x1 branch in training form, as in MCi0 to MCi2.
       se_stages: stages whose patch embed has squeeze-excite; (2, 3) in MCi0 to MCi2.
@@ -100,6 +101,7 @@ class FastViT(nn.Module):
     drop_path: float = 0.0
     form: str = "branched"
     batch_norm: str = "frozen"
+    batch_norm_images: int = -1
     remat: str = "none"
     stem_scale: bool = False
     se_stages: Sequence[int] = ()
@@ -135,7 +137,8 @@ class FastViT(nn.Module):
     ) -> Array:
         self._check(embed)
         self.grid(*x_BHWC.shape[1:3])
-        shared = dict(form=self.form, batch_stats=train and self.batch_norm == "train", init_std=self.init_std)
+        batch_stats = self.batch_norm_images if train and self.batch_norm == "train" else 0
+        shared = dict(form=self.form, batch_stats=batch_stats, init_std=self.init_std)
         stem = partial(_stem, dim=self.embed_dims[0], settings=dict(shared, use_scale=self.stem_scale))
         x = rematted(stem, self.remat, scanned=False)(self, x_BHWC, mask_B)
         rates = np.split(np.linspace(0, self.drop_path, sum(self.layers)), np.cumsum(self.layers)[:-1])

@@ -2,10 +2,10 @@
 
 Legend: B images, H W rows and columns, C channels. Images are channels-last.
 
-With `batch_stats=True` BatchNorm uses the statistics of the batch and updates the stored ones; otherwise it uses the
-stored ones.
+`batch_stats` says whose statistics BatchNorm uses: see there. With those of images it updates the stored ones.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -60,45 +60,64 @@ def conv(x_BHWC: Array, kernel: Array, stride: int, depthwise: bool) -> Array:
 class BatchNorm(nn.Module):
     """Applies BatchNorm as PyTorch does: momentum 0.1, stored variance unbiased, statistics in float32.
 
-    Images with a False `mask_B` are left out of the statistics. Under `jax.jit` the statistics cover the global batch.
+    Images with a False `mask_B` are left out of the statistics. With groups, each is normalised by its own statistics,
+    as if it were the batch of a device of PyTorch's, and the stored ones move to the mean of the groups'. Groups that
+    lie within the data shards of the mesh need no exchange between devices for it.
+
+    Attributes:
+      batch_stats: images whose statistics are taken together; -1 takes those of the whole batch, which under `jax.jit`
+        is the global one, and 0 the stored ones.
+
+    Raises:
+      ValueError: the groups do not divide the batch.
     """
 
-    batch_stats: bool = False
+    batch_stats: int = 0
     momentum: float = 0.1
 
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
-        factor, shift = self.affine(x_BHWC, mask_B)
-        return (x_BHWC.astype(jnp.float32) * factor + shift).astype(x_BHWC.dtype)
+        if not self.batch_stats:
+            factor, shift = self.affine(x_BHWC)
+            return (x_BHWC.astype(jnp.float32) * factor + shift).astype(x_BHWC.dtype)
+        B, images = len(x_BHWC), self.batch_stats if self.batch_stats > 0 else len(x_BHWC)
+        if not self.is_initializing() and B % images:
+            raise ValueError(f"groups of {images} images for BatchNorm do not divide a batch of {B}")
+        images = min(images, B)
+        scale, bias, stored_mean, stored_var = self._variables(x_BHWC.shape[-1])
+        x = x_BHWC.astype(jnp.float32).reshape(B // images, images, *x_BHWC.shape[1:])  # [groups, images, H, W, C]
+        weight = jnp.ones(x.shape[:2]) if mask_B is None else mask_B.astype(jnp.float32).reshape(x.shape[:2])
+        weight = weight[..., None, None, None]
+        each, axes = dict(axis=(1, 2, 3), keepdims=True), math.prod(x.shape[2:4])
+        count = checkpoint_name(jnp.sum(weight, **each) * axes, "statistics")  # [groups, 1, 1, 1, 1]
+        mean = checkpoint_name(jnp.sum(x * weight, **each) / jnp.maximum(count, 1), "statistics")
+        var = jnp.sum(jnp.square(x - mean) * weight, **each) / jnp.maximum(count, 1)
+        var = checkpoint_name(var, "statistics")
+        if not self.is_initializing():
+            filled = (count > 0).astype(jnp.float32)
+            unbiased = var * count / jnp.maximum(count - 1, 1)
+            for stored, found in ((stored_mean, mean), (stored_var, unbiased)):
+                change = jnp.sum(filled * (found - stored.value), axis=(0, 1, 2, 3)) / jnp.maximum(jnp.sum(filled), 1)
+                stored.value += self.momentum * change
+        factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+        return (x * factor + (bias - mean * factor)).astype(x_BHWC.dtype).reshape(x_BHWC.shape)
+
+    def affine(self, x: Array) -> tuple[Array, Array]:
+        """Returns the normalisation with stored statistics as (factor, shift), each float32 [C]: x * factor + shift.
+
+        The values of x are not used, only its number of channels C.
+        """
+        scale, bias, mean, var = self._variables(x.shape[-1])
+        factor = scale * jax.lax.rsqrt(var.value + BATCH_NORM_EPSILON)
+        return factor, bias - mean.value * factor
 
     @nn.compact
-    def affine(self, x_BHWC: Array, mask_B: Array | None = None) -> tuple[Array, Array]:
-        """Returns the normalisation as (factor, shift), each float32 [C]: it maps x to x * factor + shift.
-
-        With stored statistics the values of x are not used, only its number of channels C.
-        """
-        C = x_BHWC.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
-        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, (C,), jnp.float32)
-        stored_var = self.variable("batch_stats", "var", jnp.ones, (C,), jnp.float32)
-        if self.batch_stats:
-            x = x_BHWC.astype(jnp.float32)
-            B, H, W, _ = x.shape
-            weight = jnp.ones((B, 1, 1, 1)) if mask_B is None else mask_B.astype(jnp.float32)[:, None, None, None]
-            count = checkpoint_name(jnp.sum(weight) * H * W, "statistics")
-            mean = jnp.sum(x * weight, axis=(0, 1, 2)) / jnp.maximum(count, 1)
-            mean = checkpoint_name(mean, "statistics")
-            var = jnp.sum(jnp.square(x - mean) * weight, axis=(0, 1, 2)) / jnp.maximum(count, 1)
-            var = checkpoint_name(var, "statistics")
-            if not self.is_initializing():
-                rate = self.momentum * (count > 0)
-                unbiased = var * count / jnp.maximum(count - 1, 1)
-                stored_mean.value += rate * (mean - stored_mean.value)
-                stored_var.value += rate * (unbiased - stored_var.value)
-        else:
-            mean, var = stored_mean.value, stored_var.value
-        factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-        return factor, bias - mean * factor
+    def _variables(self, channels: int):
+        return (
+            self.param("scale", nn.initializers.ones, (channels,), jnp.float32),
+            self.param("bias", nn.initializers.zeros, (channels,), jnp.float32),
+            self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32),
+            self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32),
+        )
 
 
 class ConvBN(nn.Module):
@@ -112,7 +131,7 @@ class ConvBN(nn.Module):
     kernel_size: int
     stride: int = 1
     depthwise: bool = False
-    batch_stats: bool = False
+    batch_stats: int = 0
     kernel_init: Callable = torch_conv_init
     keep: str = ""
 

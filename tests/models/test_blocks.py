@@ -119,7 +119,7 @@ def test_what_is_kept_changes_no_gradient_and_no_statistic():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4), actual, expected)
 
 
-def lowered(policy, *, mixer="repmixer", form="folded", batch_stats=False):
+def lowered(policy, *, mixer="repmixer", form="folded", batch_stats=0):
     """Returns the StableHLO for TPU of the forward and backward pass of one block."""
     block = rematted(Block, policy)(mixer, layer_scale_init=1.0, form=form, batch_stats=batch_stats)
     x = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.bfloat16)
@@ -146,7 +146,7 @@ def test_the_backward_pass_repeats_neither_the_7x7_convolution_nor_the_last_prod
 
 def test_training_batch_norm_is_not_measured_again():
     none, full, depthwise = (
-        lowered(policy, form="branched", batch_stats=True).count("stablehlo.reduce(")
+        lowered(policy, form="branched", batch_stats=-1).count("stablehlo.reduce(")
         for policy in ("none", "full", "depthwise")
     )
     assert depthwise == none < full

@@ -1,11 +1,14 @@
 """FastViT: drop path, BatchNorm with empty slots, grids, invalid arguments and the CLIP projection."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from fastvlm_jax import sharding
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.layers import BatchNorm, drop_path
 
@@ -32,7 +35,7 @@ def test_drop_path_acts_in_the_last_block_only_with_its_rng():
 def test_an_empty_slot_counts_in_no_statistic():
     """Two images of values 1 and 3 and an empty slot: mean 2, variance 1 (stored unbiased over 8 values: 8/7)."""
     x = jnp.stack([jnp.full((2, 2, 1), 1.0), jnp.full((2, 2, 1), 3.0), jnp.full((2, 2, 1), 99.0)])
-    norm = BatchNorm(batch_stats=True)
+    norm = BatchNorm(batch_stats=-1)
     variables = norm.init(jax.random.key(0), x)
     y, updated = norm.apply(variables, x, jnp.array([True, True, False]), mutable=["batch_stats"])
     np.testing.assert_allclose(y[:2, 0, 0, 0], [-1, 1], atol=1e-4)
@@ -40,6 +43,90 @@ def test_an_empty_slot_counts_in_no_statistic():
     np.testing.assert_allclose(updated["batch_stats"]["var"], [0.9 + 0.1 * 8 / 7], rtol=1e-5)
     _, untouched = norm.apply(variables, x, jnp.zeros(3, bool), mutable=["batch_stats"])
     np.testing.assert_array_equal(untouched["batch_stats"]["var"], variables["batch_stats"]["var"])
+
+
+def grouped(x, variables, images, mask=None):
+    """Output, new statistics, and gradients of the input and of the weights, of the sum of the output's cubes."""
+    norm = BatchNorm(batch_stats=images)
+
+    def cubes(x, params):
+        y, updated = norm.apply({**variables, "params": params}, x, mask, mutable=["batch_stats"])
+        return jnp.sum(y**3), (y, updated["batch_stats"])
+
+    gradients, (y, stats) = jax.grad(cubes, argnums=(0, 1), has_aux=True)(x, variables["params"])
+    return y, stats, gradients
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 2, 1, 1), (1, 2, 2, 1)], ids=str)
+def test_groups_of_batch_norm_are_the_replicas_of_pytorch(mesh):
+    """Two groups of four images are two replicas of four: the stored statistics move to the mean of theirs."""
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).normal(2, 3, (8, 3, 2, 5)).astype(np.float32)
+    variables = {"params": {"scale": jnp.linspace(0.5, 2, 5), "bias": jnp.linspace(-1, 1, 5)}}
+    variables["batch_stats"] = {"mean": jnp.full(5, 0.5), "var": jnp.full(5, 2.0)}
+    outputs, means, variances, input_gradients, scale_gradient = [], [], [], [], 0
+    for part in x[:4], x[4:]:
+        theirs = torch.nn.BatchNorm2d(5)
+        with torch.no_grad():
+            for ours, name in (("scale", "weight"), ("bias", "bias")):
+                getattr(theirs, name).copy_(torch.tensor(np.asarray(variables["params"][ours])))
+            theirs.running_mean.fill_(0.5), theirs.running_var.fill_(2.0)
+        inputs = torch.tensor(part.transpose(0, 3, 1, 2), requires_grad=True)
+        y = theirs(inputs)
+        gradient, more = torch.autograd.grad((y**3).sum(), (inputs, theirs.weight))
+        outputs.append(y.detach().numpy()), input_gradients.append(gradient.numpy())
+        means.append(theirs.running_mean.numpy()), variances.append(theirs.running_var.numpy())
+        scale_gradient += more.numpy()
+    run = jax.jit(lambda x: grouped(x, variables, 4))
+    if mesh:
+        devices = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
+        with jax.set_mesh(devices):
+            x = jax.device_put(x, sharding.batch_sharding(devices))
+            got = jax.tree.map(np.asarray, run(x))
+    else:
+        got = run(x)
+    y, stats, (input_gradient, weight_gradients) = got
+    for ours, theirs in ((y, outputs), (input_gradient, input_gradients)):
+        np.testing.assert_allclose(ours, np.concatenate(theirs).transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(weight_gradients["scale"], scale_gradient, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(stats["mean"], np.mean(means, 0), rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], np.mean(variances, 0), rtol=1e-5)
+
+
+def test_groups_that_lie_in_a_shard_are_normalised_without_an_exchange_between_devices():
+    mesh = sharding.make_mesh((1, 2, 1, 1), jax.devices()[:2])
+    x = jax.ShapeDtypeStruct((8, 3, 2, 5), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    variables = {"params": {"scale": jnp.ones(5), "bias": jnp.zeros(5)}}
+    variables["batch_stats"] = {"mean": jnp.zeros(5), "var": jnp.ones(5)}
+
+    def exchanges(images):
+        def normalise(x):
+            return BatchNorm(batch_stats=images).apply(variables, x, mutable=["batch_stats"])[0]
+
+        with jax.set_mesh(mesh):
+            return re.findall("all-reduce|all-gather|all-to-all", jax.jit(normalise).lower(x).compile().as_text())
+
+    assert exchanges(4) == exchanges(2) == [] and exchanges(-1)
+
+
+def test_an_empty_slot_counts_in_no_statistic_of_its_group():
+    """Groups (1, 3) and (7, empty): means 2 and 7; a group of empty slots moves nothing."""
+    x = jnp.stack([jnp.full((2, 2, 1), value) for value in (1.0, 3.0, 7.0, 99.0)])
+    variables = {"params": {"scale": jnp.ones(1), "bias": jnp.zeros(1)}}
+    variables["batch_stats"] = {"mean": jnp.zeros(1), "var": jnp.ones(1)}
+    norm = BatchNorm(batch_stats=2)
+    y, updated = norm.apply(variables, x, jnp.array([True, True, True, False]), mutable=["batch_stats"])
+    np.testing.assert_allclose(y[:3, 0, 0, 0], [-1, 1, 0], atol=1e-4)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], [0.1 * (2 + 7) / 2], rtol=1e-5)
+    _, updated = norm.apply(variables, x, jnp.array([True, True, False, False]), mutable=["batch_stats"])
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], [0.1 * 2], rtol=1e-5)
+
+
+def test_groups_that_do_not_divide_the_batch_are_refused():
+    norm = BatchNorm(batch_stats=3)
+    variables = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
+    with pytest.raises(ValueError, match=r"^groups of 3 images for BatchNorm do not divide a batch of 4"):
+        norm.apply(variables, jnp.zeros((4, 2, 2, 1)), mutable=["batch_stats"])
 
 
 @pytest.mark.parametrize("size", [(96, 64), (64, 100)], ids=str)

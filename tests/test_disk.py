@@ -1,8 +1,10 @@
 """What is wrong with a disk: real errors of the system and of TensorStore, in a line with the file and a mend."""
 
 import errno
+import io
 import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -108,3 +110,14 @@ def test_an_append_is_whole_or_nothing(tmp_path):
     if os.path.exists("/dev/full"):
         with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
             files.append("/dev/full", b"x")
+
+
+def test_a_line_for_a_full_disk_is_lost_and_one_for_a_reader_that_is_gone_is_an_error(monkeypatch):
+    with io.TextIOWrapper(open("/dev/full", "wb", 0), write_through=True) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        disk.tell("a line")
+    read, write = os.pipe()
+    os.close(read)
+    with io.TextIOWrapper(open(write, "wb", 0), write_through=True) as gone, pytest.raises(BrokenPipeError):
+        monkeypatch.setattr(sys, "stderr", gone)
+        disk.tell("a line")

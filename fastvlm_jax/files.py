@@ -68,6 +68,10 @@ def pointer_message(path: os.PathLike | str) -> str:
     return f"{path} is a Git LFS pointer and not the content: run `git lfs pull` in its folder, or download it again"
 
 
+# What a write leaves that was killed, for pathlib's glob: a name, eight characters at random, ".partial".
+LEFTOVERS = "*.????????.partial"
+
+
 @contextlib.contextmanager
 def whole_file(path: os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Opens a file that gets the name `path` if the block succeeds, and is removed if it fails.

@@ -20,7 +20,7 @@ import jax
 import jaxlib
 
 from fastvlm_jax import changes as changing
-from fastvlm_jax import disk, distributed
+from fastvlm_jax import disk, distributed, files
 from fastvlm_jax.changes import Change
 from fastvlm_jax.files import put_in_place, read_object, write_json
 from fastvlm_jax.lock import Lock, locked
@@ -129,7 +129,7 @@ def _claim(
     """
     check_folder(workdir)
     path = workdir / "config.json"
-    for leftover in (path for path in workdir.glob("*.partial") if path.is_file()):
+    for leftover in workdir.glob(files.LEFTOVERS):
         leftover.unlink()
     if not path.exists():
         write_json(path, {"format": FORMAT, "config": config, "lineage": lineage})

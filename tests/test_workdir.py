@@ -237,14 +237,14 @@ def test_a_start_that_was_killed_or_found_a_full_disk_leaves_a_workdir_for_the_n
     run, folder = tmp_path / "run", tmp_path / "a"
     write_set(folder, ["one"])
     run.mkdir()
-    for name in ("lock", "config.json.x1y2.partial", "config.tmp"):
+    for name in ("lock", "config.json.x1y2z3_4.partial", "config.tmp"):
         (run / name).write_text("")
     lineage = go_on(run, [folder], 0)
     assert json.loads((run / "config.json").read_text())["lineage"] == lineage
-    for name in ("metrics.jsonl.x1y2.partial", "heartbeat.partial"):  # what a run leaves that is killed in a write
-        (run / name).write_text("")
+    (run / "metrics.jsonl.x1y2z3_4.partial").write_text("")  # of a run that was killed in a write
+    (run / "mine.partial").write_text("")
     go_on(run, [folder], 0)
-    assert not list(run.glob("*.partial"))
+    assert [path.name for path in run.glob("*.partial")] == ["mine.partial"]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "lock.txt", "sweep.json", "config.json"])

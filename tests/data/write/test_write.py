@@ -199,7 +199,7 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(slow, tmp_path, jobs):
 
 
 def test_what_a_write_left_that_was_killed_while_it_finished_is_removed(source, straight, tmp_path):
-    for name in ("rejected.jsonl.x1y2.partial", "manifest.json.x1y2.partial"):  # the second at its very end
+    for name in ("rejected.jsonl.x1y2z3_4.partial", "manifest.json.x1y2z3_4.partial"):  # the second at its very end
         (tmp_path / name).write_text("")
         write(source, tmp_path, settings=SETTINGS, workers=1)
         assert tree(tmp_path) == tree(straight[0])

@@ -169,12 +169,12 @@ class Proxy:
     def _serve(self) -> None:
         with contextlib.suppress(OSError):  # the server is closed
             while True:
-                near, _ = self._server.accept()
-                try:
-                    far = socket.create_connection(("127.0.0.1", self._target))
-                except OSError:  # process 0 does not listen yet; the other tries again
-                    near.close()
-                    continue
+                near, far = self._server.accept()[0], None
+                while far is None:
+                    try:
+                        far = socket.create_connection(("127.0.0.1", self._target))
+                    except ConnectionRefusedError:  # process 0 does not listen yet
+                        time.sleep(0.1)
                 self._open += [near, far]
                 for pair in ((near, far), (far, near)):
                     threading.Thread(target=self._pump, args=pair, daemon=True).start()

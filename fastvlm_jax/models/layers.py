@@ -82,24 +82,33 @@ class BatchNorm(nn.Module):
         B, images = len(x_BHWC), self.batch_stats if self.batch_stats > 0 else len(x_BHWC)
         if not self.is_initializing() and B % images:
             raise ValueError(f"groups of {images} images for BatchNorm do not divide a batch of {B}")
-        images = min(images, B)
-        scale, bias, stored_mean, stored_var = self._variables(x_BHWC.shape[-1])
-        x = x_BHWC.astype(jnp.float32).reshape(B // images, images, *x_BHWC.shape[1:])  # [groups, images, H, W, C]
-        weight = jnp.ones(x.shape[:2]) if mask_B is None else mask_B.astype(jnp.float32).reshape(x.shape[:2])
-        weight = weight[..., None, None, None]
-        each, axes = dict(axis=(1, 2, 3), keepdims=True), math.prod(x.shape[2:4])
-        count = checkpoint_name(jnp.sum(weight, **each) * axes, "statistics")  # [groups, 1, 1, 1, 1]
-        mean = checkpoint_name(jnp.sum(x * weight, **each) / jnp.maximum(count, 1), "statistics")
-        var = jnp.sum(jnp.square(x - mean) * weight, **each) / jnp.maximum(count, 1)
-        var = checkpoint_name(var, "statistics")
+        weight_B = jnp.ones(B) if mask_B is None else mask_B.astype(jnp.float32)
+        scale, bias, *stored = self._variables(x_BHWC.shape[-1])
+
+        def normalised(x_BHWC: Array, weight_B: Array) -> tuple[Array, Array, Array, Array]:
+            """Returns (normalised images, mean, unbiased variance, whether any image counts) of one group."""
+            x, weight = x_BHWC.astype(jnp.float32), weight_B[:, None, None, None]
+            count = checkpoint_name(jnp.sum(weight) * math.prod(x.shape[1:3]), "statistics")
+            mean = jnp.sum(x * weight, axis=(0, 1, 2)) / jnp.maximum(count, 1)
+            mean = checkpoint_name(mean, "statistics")
+            var = jnp.sum(jnp.square(x - mean) * weight, axis=(0, 1, 2)) / jnp.maximum(count, 1)
+            var = checkpoint_name(var, "statistics")
+            factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+            y = (x * factor + (bias - mean * factor)).astype(x_BHWC.dtype)
+            return y, mean, var * count / jnp.maximum(count - 1, 1), count > 0
+
+        if images >= B:  # not as one of several groups: on a CPU sums along the second axis on take far longer
+            y, *found, filled = normalised(x_BHWC, weight_B)
+            changes = [filled * (new - old.value) for new, old in zip(found, stored, strict=True)]
+        else:
+            x = x_BHWC.reshape(B // images, images, *x_BHWC.shape[1:])
+            y, *found, filled = jax.vmap(normalised)(x, weight_B.reshape(-1, images))
+            shares = (filled / jnp.maximum(jnp.sum(filled), 1))[:, None]
+            changes = [jnp.sum(shares * (new - old.value), 0) for new, old in zip(found, stored, strict=True)]
         if not self.is_initializing():
-            filled = (count > 0).astype(jnp.float32)
-            unbiased = var * count / jnp.maximum(count - 1, 1)
-            for stored, found in ((stored_mean, mean), (stored_var, unbiased)):
-                change = jnp.sum(filled * (found - stored.value), axis=(0, 1, 2, 3)) / jnp.maximum(jnp.sum(filled), 1)
-                stored.value += self.momentum * change
-        factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-        return (x * factor + (bias - mean * factor)).astype(x_BHWC.dtype).reshape(x_BHWC.shape)
+            for old, change in zip(stored, changes, strict=True):
+                old.value += self.momentum * change
+        return y.reshape(x_BHWC.shape)
 
     def affine(self, x: Array) -> tuple[Array, Array]:
         """Returns the normalisation with stored statistics as (factor, shift), each float32 [C]: x * factor + shift.

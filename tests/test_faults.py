@@ -155,7 +155,7 @@ def test_a_row_of_bad_steps_goes_back_and_passes_over_its_batches(easy_vqa, batc
     assert [(x["step"], x["batch"]) for x in lines(tmp_path)[::8]] == failed
 
 
-@pytest.mark.parametrize("stop_at, keep, kept", [(5, 9, [2, 4, 6, 8]), (6, 1, [8])])
+@pytest.mark.parametrize("stop_at, keep, kept", [pytest.param(5, 9, [2, 4, 6, 8], marks=pytest.mark.full), (6, 1, [8])])
 def test_a_run_stopped_among_bad_steps_goes_back_as_one_that_was_not(
     easy_vqa, batches, poison, tmp_path, monkeypatch, capfd, stop_at, keep, kept
 ):

@@ -88,7 +88,9 @@ def ten_losses(batch):
     return steps(batch, 10, born=True, model__vision__batch_norm="train")[1]["losses"]
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 8, 1), (2, 2, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param((1, 8, 1, 1), marks=pytest.mark.full), (1, 2, 2, 2), (1, 1, 8, 1), (2, 2, 1, 2)], ids=str
+)
 def test_ten_losses_are_the_same_on_every_mesh(batch, ten_losses, monkeypatch, mesh):
     """From one seed, in training form, with statistics of the whole batch; kernels are split as large ones are."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
@@ -138,7 +140,7 @@ FROZEN = dict(groups=(("vision/.*", 0.0, 0.1), (".*", 1e-3, 0.1)), model__vision
 @pytest.mark.parametrize(
     "what, mesh, changes",
     [
-        ("nan", (1, 1, 1, 1), dict(accumulate=2)),
+        pytest.param("nan", (1, 1, 1, 1), dict(accumulate=2), marks=pytest.mark.full),
         ("nan", (1, 2, 2, 2), {}),
         ("nan", (2, 1, 4, 1), FROZEN | dict(accumulate=1)),
         ("spike", (1, 1, 1, 1), FROZEN | dict(clip_norm=1e-3)),

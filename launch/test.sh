@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the whole test suite, after installing what it needs into .venv.
-#   --quick       leaves out the slow test files, for the inner loop (under 3 minutes); names them
+#   --quick       leaves out the slow test files, for the inner loop (under 5 minutes); names them
 #   --full        also tests the full-size models (about an hour, up to 8 GB of memory)
 #   --no-torch    installs no PyTorch, and skips the comparisons with it, transformers, timm and open_clip; names them
 # All other arguments go to pytest.

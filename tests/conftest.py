@@ -12,7 +12,9 @@ TORCH = ("import torch", "from torch", "import transformers", "import timm", "qu
 # --quick leaves these files and folders out: they start many processes, or compile and compare many models.
 SLOW = (
     "parity", "test_quickstart.py", "test_processes.py", "test_train.py", "test_train_step.py", "test_preflight.py",
-    "test_resume.py", "test_metrics.py", "test_faults.py", "test_strange_files.py",
+    "test_resume.py", "test_metrics.py", "test_faults.py", "test_strange_files.py", "sweep", "test_gpu.py",
+    "test_xla_flags.py", "test_in_training.py", "test_evaluation.py", "test_step.py", "test_step_transformers.py",
+    "test_ttft.py", "test_adapter.py", "test_contrastive.py", "test_gguf.py",
 )  # fmt: skip
 # The longest files come first, so that two workers end together.
 LONGEST = (
@@ -23,7 +25,7 @@ LONGEST = (
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run the tests of full-size models")
-    parser.addoption("--quick", action="store_true", help="leave out the slow test files; under 3 minutes")
+    parser.addoption("--quick", action="store_true", help="leave out the slow test files; under 5 minutes")
     parser.addoption("--no-torch", action="store_true", help="leave out the test files that need PyTorch")
 
 

@@ -69,7 +69,7 @@ def pointer_message(path: os.PathLike | str) -> str:
 
 
 # What a write leaves that was killed, for pathlib's glob: a name, eight characters at random, ".partial".
-LEFTOVERS = "*.????????.partial"
+PARTIALS = "*.????????.partial"
 
 
 @contextlib.contextmanager

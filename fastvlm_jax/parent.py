@@ -21,7 +21,7 @@ from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import END
 
 # What a stage chooses for itself. The CLIP projection is dropped from a FastViT.
-OWN = ("form", "batch_norm", "drop_path", "remat", "head_features", "head_bias")
+OWN = ("form", "batch_norm", "batch_norm_images", "drop_path", "remat", "head_features", "head_bias")
 # Arguments that may differ between parent and stage: those, and what no computation on given weights uses.
 FREE = (*OWN, "init_std", "layer_scale_init", "context_length", "parent", "name")
 

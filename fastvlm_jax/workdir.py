@@ -129,7 +129,7 @@ def _claim(
     """
     check_folder(workdir)
     path = workdir / "config.json"
-    for leftover in workdir.glob(files.LEFTOVERS):
+    for leftover in workdir.glob(files.PARTIALS):
         leftover.unlink()
     if not path.exists():
         write_json(path, {"format": FORMAT, "config": config, "lineage": lineage})

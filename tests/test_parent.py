@@ -100,6 +100,13 @@ def test_a_size_beside_a_whole_parent_and_a_missing_parent_are_refused(folders):
         open_base("parent=/nowhere")
 
 
+def test_a_parent_trained_with_statistics_of_other_groups_fits(folders):
+    config = open_base(f"parent={folders / 'hf'}")
+    parent = model_io.read(config.parent)
+    parent.config["vision"]["batch_norm_images"] = 256
+    assert "vision" in adapt(parent, fastvlm.build(**config.model.to_dict()))["params"]
+
+
 def test_all_differences_stand_in_one_message(folders):
     config = open_base(f"parent={folders / 'hf'}")
     config.model.vision.mlp_ratio, config.model.llm.num_layers, config.model.llm.rope_theta = 4.0, 7, 1e6

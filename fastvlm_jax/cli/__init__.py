@@ -35,6 +35,7 @@ def program() -> None:
 
     Behind a save that failed, threads of Orbax may wait for minutes, and Python would wait for them.
     """
+    sys.unraisablehook = _unraisablehook
     try:
         main()
     except BaseException as error:
@@ -59,7 +60,6 @@ def main() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Orbax logs the stack of every failed write, which it raises too.
     absl_logging.get_absl_logger().addFilter(_is_no_stack_of_orbax)
-    sys.unraisablehook = _unraisablehook
     flags.FLAGS.mark_as_parsed()  # each command parses its own; absl would warn in every log that these are not parsed
     logging.getLogger("jax").setLevel(logging.ERROR)
     xla_flags.silence_libtpu()

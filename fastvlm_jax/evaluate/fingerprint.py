@@ -24,7 +24,8 @@ from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor
 
 _LARGE = 2**18  # elements
-_TRAINING_ONLY = ("remat", "drop_path", "init_std", "layer_scale_init")  # arguments that do not change an answer
+# Arguments that do not change an answer.
+_TRAINING_ONLY = ("remat", "drop_path", "batch_norm_images", "init_std", "layer_scale_init")
 
 
 def of_model(model: FastVLM, variables: Any, processor: Processor, mesh: jax.sharding.Mesh | None = None) -> str:

@@ -68,21 +68,21 @@ def plain(
     texts: Array,
     scale: Array,
     teachers: Teachers | None = None,
-    *,
     widths: Sequence[int] = (),
     scales: Sequence[float] = (),
 ) -> Losses:
     """Returns what `blocked` does, from whole matrices: the reference."""
     z = scale * (images @ texts.T)
-    targets = 0.0
-    if teachers is not None:
-        t = _teacher_logits(teachers.images, teachers.texts, widths, scales)
-        targets = [jnp.mean(jnp.stack([jax.nn.softmax(x, axis) for x in t]), 0) for axis in (1, 0)]
-    logs = [jax.nn.log_softmax(z, axis) for axis in (1, 0)]
-    hard = -sum(jnp.mean(jnp.diag(x)) for x in logs) / 2
-    soft = 0.0 if teachers is None else -sum(jnp.sum(p * x) for p, x in zip(targets, logs, strict=True)) / (2 * len(z))
-    found = jnp.stack([jnp.mean(jnp.diag(z) >= jnp.max(z, axis)) for axis in (1, 0)])
-    return Losses(hard, jnp.asarray(soft, z.dtype), found.astype(z.dtype))
+    t = [] if teachers is None else _teacher_logits(*teachers, widths, scales)
+    hard, soft, found = 0.0, jnp.zeros((), z.dtype), []
+    for axis in (1, 0):  # an image looks for its text, a text for its image
+        log = jax.nn.log_softmax(z, axis)
+        hard -= jnp.mean(jnp.diag(log)) / 2
+        if t:
+            target = sum(jax.nn.softmax(x, axis) for x in t) / len(t)
+            soft -= jnp.sum(target * log) / (2 * len(z))
+        found.append(jnp.mean(jnp.diag(z) >= jnp.max(z, axis)))
+    return Losses(hard, soft, jnp.stack(found).astype(z.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -114,10 +114,15 @@ def blocked(
       ValueError: the teachers' features have other widths, or there is not one scale for each teacher.
     """
     if len(widths) != len(scales):
-        raise ValueError(f"{len(widths)} teachers, of widths {tuple(widths)}, need as many scales: {tuple(scales)}")
+        raise ValueError(
+            f"teachers of widths {tuple(widths)} and scales {tuple(scales)}: give one width and one scale for each"
+        )
     if teachers is not None and {sum(widths)} != {x.shape[1] for x in teachers}:
         found = " and ".join(str(x.shape[1]) for x in teachers)
-        raise ValueError(f"teachers of widths {tuple(widths)} have features of {sum(widths)}, not of {found}")
+        raise ValueError(
+            f"teachers of widths {tuple(widths)} have features of {sum(widths)}, those given have {found}: give the "
+            "width of each teacher, in the order of their features"
+        )
     return _forward(images, texts, scale, teachers, widths, scales, block, ring)[0]
 
 
@@ -137,7 +142,7 @@ def _forward(images, texts, scale, teachers, widths, scales, block, ring):
             absorb, _empty(len(x), len(widths), dtype), (y, taught[1], ids),
             partial(_empty, teachers=len(widths), dtype=dtype), _merged, columns_of(block, len(x)), ring,
         )  # fmt: skip
-        count = sharding.sum_batch(jnp.asarray(len(x), dtype))
+        count = len(x) * sharding.batch_shards()
         hard, soft, found = (jnp.stack(pair) for pair in zip(*map(_terms, (rows, columns)), strict=True))
         means = [sharding.sum_batch(jnp.sum(part, 1)) / count for part in (hard, soft, found)]
         return Losses(jnp.mean(means[0]), jnp.mean(means[1]), means[2]), _norms(rows), _norms(columns)
@@ -154,7 +159,7 @@ def _backward(widths, scales, block, ring, kept, gradients):
     def local(x, y, scale, teachers, rows, columns, hard, soft):
         taught = (None, None) if teachers is None else teachers
         ids = sharding.first_of_batch(len(x)) + jnp.arange(len(x))
-        count = sharding.sum_batch(jnp.asarray(len(x), wide(x)))
+        count = len(x) * sharding.batch_shards()
 
         def add(sums, fixed, dy):
             y, texts, others, norms = fixed
@@ -219,7 +224,7 @@ def teacher_entropy(
         entropy, _ = over_texts(
             add, jnp.zeros((), dtype), (texts, columns), none, lambda x: x, columns_of(block, len(images)), ring
         )
-        return sharding.sum_batch(entropy) / (2 * sharding.sum_batch(jnp.asarray(len(images), dtype)))
+        return sharding.sum_batch(entropy) / (2 * len(images) * sharding.batch_shards())
 
     return sharding.on_shards(local, (PAIRS, PAIRS), ALL)(*teachers)
 

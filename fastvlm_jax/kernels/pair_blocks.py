@@ -55,6 +55,22 @@ def columns_of(block: int, rows: int) -> int:
     return block or max(LOGITS // rows, 1)
 
 
+def wide(x: Array):
+    """Returns the dtype in which products of x are added up: float32, or float64 for float64."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def product(equation: str, *factors: Array) -> Array:
+    """Returns the product of an einsum `equation`, in the narrowest dtype of the factors, added up in a wide one."""
+    dtype = min((x.dtype for x in factors), key=lambda dtype: dtype.itemsize)
+    return jnp.einsum(equation, *(x.astype(dtype) for x in factors), preferred_element_type=wide(factors[0]))
+
+
+def logits(x: Array, y: Array, scale: Array | float) -> Array:
+    """Returns the logits [R, C] of images [R, D] and texts [C, D]."""
+    return scale * product("rd,cd->rc", x, y)
+
+
 def _in_blocks(body, carry, fixed, results, block: int):
     """Runs `body` over blocks of columns, the last of which may be smaller; returns (carry, results)."""
     columns, count = (fixed, results), _length(fixed)
@@ -76,16 +92,3 @@ def _in_blocks(body, carry, fixed, results, block: int):
 
 def _length(tree: Any) -> int:
     return len(jax.tree.leaves(tree)[0])
-
-
-def wide(x: Array):
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def product(equation: str, *factors: Array) -> Array:
-    dtype = min((x.dtype for x in factors), key=lambda dtype: dtype.itemsize)
-    return jnp.einsum(equation, *(x.astype(dtype) for x in factors), preferred_element_type=wide(factors[0]))
-
-
-def logits(x: Array, y: Array, scale: Array | float) -> Array:
-    return scale * product("rd,cd->rc", x, y)

@@ -81,7 +81,10 @@ class BatchNorm(nn.Module):
             return (x_BHWC.astype(jnp.float32) * factor + shift).astype(x_BHWC.dtype)
         B, images = len(x_BHWC), self.batch_stats if self.batch_stats > 0 else len(x_BHWC)
         if not self.is_initializing() and B % images:
-            raise ValueError(f"groups of {images} images for BatchNorm do not divide a batch of {B}")
+            raise ValueError(
+                f"groups of {images} images for BatchNorm do not divide a batch of {B}: give a number that does, or -1 "
+                "for the whole batch"
+            )
         weight_B = jnp.ones(B) if mask_B is None else mask_B.astype(jnp.float32)
         scale, bias, *stored = self._variables(x_BHWC.shape[-1])
 

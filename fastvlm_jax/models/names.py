@@ -12,8 +12,8 @@ from fastvlm_jax.models.sizes import LLM_SIZES, VISION_SIZES
 
 # Attributes that a name leaves open: they change neither the layers nor their widths.
 OPEN = {
-    "parent", "name", "form", "batch_norm", "drop_path", "remat", "head_features", "head_bias", "init_std",
-    "layer_scale_init", "image_mean", "image_std", "vocab_size", "context_length", "rope_theta", "epsilon",
+    "parent", "name", "form", "batch_norm", "batch_norm_images", "drop_path", "remat", "head_features", "head_bias",
+    "init_std", "layer_scale_init", "image_mean", "image_std", "vocab_size", "context_length", "rope_theta", "epsilon",
 }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def test_groups_of_batch_norm_are_the_replicas_of_pytorch(mesh):
     x = np.random.default_rng(0).normal(2, 3, (8, 3, 2, 5)).astype(np.float32)
     variables = {"params": {"scale": jnp.linspace(0.5, 2, 5), "bias": jnp.linspace(-1, 1, 5)}}
     variables["batch_stats"] = {"mean": jnp.full(5, 0.5), "var": jnp.full(5, 2.0)}
-    outputs, means, variances, input_gradients, scale_gradient = [], [], [], [], 0
+    outputs, means, variances, input_gradients, totals = [], [], [], [], {"scale": 0, "bias": 0}
     for part in x[:4], x[4:]:
         theirs = torch.nn.BatchNorm2d(5)
         with torch.no_grad():
@@ -73,10 +73,10 @@ def test_groups_of_batch_norm_are_the_replicas_of_pytorch(mesh):
             theirs.running_mean.fill_(0.5), theirs.running_var.fill_(2.0)
         inputs = torch.tensor(part.transpose(0, 3, 1, 2), requires_grad=True)
         y = theirs(inputs)
-        gradient, more = torch.autograd.grad((y**3).sum(), (inputs, theirs.weight))
+        gradient, *more = torch.autograd.grad((y**3).sum(), (inputs, theirs.weight, theirs.bias))
         outputs.append(y.detach().numpy()), input_gradients.append(gradient.numpy())
         means.append(theirs.running_mean.numpy()), variances.append(theirs.running_var.numpy())
-        scale_gradient += more.numpy()
+        totals = {name: total + x.numpy() for (name, total), x in zip(totals.items(), more, strict=True)}
     run = jax.jit(lambda x: grouped(x, variables, 4))
     if mesh:
         devices = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
@@ -88,7 +88,8 @@ def test_groups_of_batch_norm_are_the_replicas_of_pytorch(mesh):
     y, stats, (input_gradient, weight_gradients) = got
     for ours, theirs in ((y, outputs), (input_gradient, input_gradients)):
         np.testing.assert_allclose(ours, np.concatenate(theirs).transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(weight_gradients["scale"], scale_gradient, rtol=1e-4, atol=1e-3)
+    for name, total in totals.items():
+        np.testing.assert_allclose(weight_gradients[name], total, rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(stats["mean"], np.mean(means, 0), rtol=1e-5)
     np.testing.assert_allclose(stats["var"], np.mean(variances, 0), rtol=1e-5)
 

@@ -36,7 +36,7 @@ from fastvlm_jax.data.write.settle import settle
 from fastvlm_jax.data.write.shard import Shard
 from fastvlm_jax.data.write.summary import Summary, summarise
 from fastvlm_jax.data.write.workers import share_out
-from fastvlm_jax.files import LEFTOVERS, json_digest, write_whole
+from fastvlm_jax.files import PARTIALS, json_digest, write_whole
 
 _MAX_QUESTIONS = 1 << 20  # bytes of the file
 _SMALL_FILES = 64 << 20  # bytes; whole files share a job until they reach this size together
@@ -109,7 +109,7 @@ def write(
     if settings.exclude:
         described["exclude"] = {"list": settings.exclude, "records": len(read_excluded(settings.exclude))}
     with _locked(output, settings.split) as folder:
-        for stale in output.glob(LEFTOVERS):  # of a run that was killed while it finished
+        for stale in output.glob(PARTIALS):  # of a run that was killed while it finished
             stale.unlink()
         splits = [settings.split, *([VALIDATION] if settings.validation_share else [])]
         manifest = read_manifest(output)

@@ -19,7 +19,7 @@ def plain(images: Array, texts: Array, scale: Array, bias: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def blocked(images: Array, texts: Array, scale: Array, bias: Array, block: int = 0, ring: bool = False) -> Array:
-    """Returns the sigmoid loss of SigLIP: a sum over the texts, a mean over the images; see `blocked`.
+    """Returns the sigmoid loss of SigLIP: a sum over the texts, a mean over the images; see contrastive.blocked.
 
     Args:
       bias: []; added to all logits.
@@ -38,7 +38,7 @@ def _forward(images, texts, scale, bias, block, ring):
 
         none = partial(jnp.zeros, dtype=wide(x))
         loss, _ = over_texts(add, jnp.zeros((), wide(x)), (y, ids), none, lambda x: x, columns_of(block, len(x)), ring)
-        return sharding.sum_batch(loss) / sharding.sum_batch(jnp.asarray(len(x), wide(x)))
+        return sharding.sum_batch(loss) / (len(x) * sharding.batch_shards())
 
     loss = sharding.on_shards(local, (PAIRS, PAIRS, ALL, ALL), ALL)(images, texts, scale, bias)
     return loss, (images, texts, scale, bias)
@@ -47,7 +47,7 @@ def _forward(images, texts, scale, bias, block, ring):
 def _backward(block, ring, kept, gradient):
     def local(x, y, scale, bias, gradient):
         ids = sharding.first_of_batch(len(x)) + jnp.arange(len(x))
-        count = sharding.sum_batch(jnp.asarray(len(x), wide(x)))
+        count = len(x) * sharding.batch_shards()
 
         def add(sums, fixed, dy):
             y, others = fixed

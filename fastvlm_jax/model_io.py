@@ -7,7 +7,6 @@ import pathlib
 import re
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -19,7 +18,7 @@ from fastvlm_jax.convert.mapping import COUNTERS, described, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
 from fastvlm_jax.metrics import best
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.processor import Processor, load_processor
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
@@ -99,7 +98,7 @@ def _joined_processor(loaded: dict[str, Loaded], config: dict[str, Any]) -> Proc
     known = [loaded[part].processor for part in ("projector", "vision") if part in loaded]
     sizes = [p.image_size for p in known if p is not None and p.image_size]
     size = sizes[0] if sizes else getattr(vision, "image_size", IMAGE_SIZE)
-    tokens = fastvlm.build(**config).tokens_per_image(size)
+    tokens = kinds.build(**config).tokens_per_image(size)
     mean, std = tuple(vision.image_mean), tuple(vision.image_std)
     return dataclasses.replace(processor, image_size=size, tokens_per_image=tokens, image_mean=mean, image_std=std)
 
@@ -117,7 +116,7 @@ def _read_one(source: str | os.PathLike) -> Loaded:
         stored = run["config"].get("model")
         config = without_remat(stored) if isinstance(stored, dict) else stored
         model, _ = described(config, workdir / CONFIG)
-        variables = checkpoint.load_variables(folder, abstract_variables(model))
+        variables = checkpoint.load_variables(folder, kinds.abstract_variables(model))
         processor = load_processor(workdir / "processor")
         return Loaded(str(source), config, variables, processor, lineage_at(run, int(folder.name)))
     layout = convert.recognise(path)
@@ -147,7 +146,7 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
             size = llava.image_size(file, read_json(file))
             fit, grids = llava.image_fit(file, read_json(file))
         template = "qwen_2" if config["llm"].get("qkv_bias", True) else None
-        processor = load_processor(path, fastvlm.build(**config).tokens_per_image, template, size, fit, grids)
+        processor = load_processor(path, kinds.build(**config).tokens_per_image, template, size, fit, grids)
     tokenizer, vocab_size = processor.tokenizer, fastvlm.build(llm=config["llm"]).llm_args["vocab_size"]
     # `<image>` may lie one past the last embedding row: image features take its place.
     if tokenizer.vocab_size - (tokenizer.image_id == vocab_size) > vocab_size:
@@ -193,7 +192,7 @@ def put(
         )
     if dtype is None and jax.default_backend() != "cpu":
         dtype = "bfloat16"
-    model = fastvlm.build(**{**loaded.config, "dtype": dtype or loaded.config.get("dtype", "float32")})
+    model = kinds.build(**{**loaded.config, "dtype": dtype or loaded.config.get("dtype", "float32")})
     dtypes = {name: DTYPES[dtype or "float32"] if name == "params" else np.float32 for name in loaded.variables}
     trees = {name: tree for name, tree in loaded.variables.items() if name != COUNTERS}
     whole = {name: fastvlm.unstacked(model, tree, layer_of) for name, tree in trees.items()}
@@ -201,15 +200,10 @@ def put(
         return model, {name: read_tree(tree, dtypes[name], jax.device_put) for name, tree in whole.items()}
     if model.llm_args is not None:
         sharding.check_mesh(mesh, groups=mesh.size, num_kv_heads=model.llm_args["num_kv_heads"])
-    boxed = fastvlm.boxed_variables(model)
+    boxed = kinds.boxed_variables(model)
     layouts = sharding.shardings_of({name: boxed[name] for name in trees}, mesh)
     layouts = {name: fastvlm.unstacked(model, tree, sharding.of_layer) for name, tree in layouts.items()}
     return model, {
         name: jax.tree.map(functools.partial(sharding.place, dtype=dtypes[name]), tree, layouts[name])
         for name, tree in whole.items()
     }
-
-
-def abstract_variables(model: FastVLM) -> dict[str, Any]:
-    """Returns the model's variables as ShapeDtypeStructs, without their logical axes."""
-    return nn.unbox(fastvlm.boxed_variables(model))

@@ -12,7 +12,7 @@ import ml_collections
 from fastvlm_jax import model_io
 from fastvlm_jax.config import base_of, get_base, sizes_of
 from fastvlm_jax.convert.heads import without_head
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -89,7 +89,7 @@ def adapt(parent: model_io.Loaded, model: FastVLM, source: str = "DIR") -> dict[
       ValueError: the parent has another size, or is folded where the stage needs the branched form; the message lists
         all differences.
     """
-    there, config, variables = fastvlm.build(**parent.config), parent.config, parent.variables
+    there, config, variables = kinds.build(**parent.config), parent.config, parent.variables
     found, folded = [], False
     if there.vision_args is not None:
         theirs, ours = (fastvlm.make_encoder(**args) for args in (there.vision_args, model.vision_args))
@@ -104,7 +104,7 @@ def adapt(parent: model_io.Loaded, model: FastVLM, source: str = "DIR") -> dict[
         _, variables = without_head(config, variables)
         if config["vision"].get("form", "branched") != model.vision_args.get("form", "branched"):
             variables = fold_variables(variables)
-    expected = model_io.abstract_variables(model)
+    expected = kinds.abstract_variables(model)
     variables = {
         name: {part: tree for part, tree in variables.get(name, {}).items() if part in expected[name]}
         for name in expected

@@ -17,7 +17,7 @@ from fastvlm_jax import guard, losses, model_io, optim, sharding
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.parent import adapt
 from fastvlm_jax.processor import Processor
@@ -50,10 +50,10 @@ def open_stage(config) -> Stage:
         `make_processor`), or the groups freeze an encoder whose BatchNorm statistics would still be updated.
     """
     parent = model_io.read(config.parent) if config.parent else None
-    model = fastvlm.build(**config.model.to_dict())
+    model = kinds.build(**config.model.to_dict())
     variables = adapt(parent, model, config.parent) if parent else None
     processor = make_processor(config, model, parent)
-    trainable, _ = optim.split(model_io.abstract_variables(model)["params"], config.groups)
+    trainable, _ = optim.split(kinds.abstract_variables(model)["params"], config.groups)
     if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
         raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
     return Stage(model, processor, variables, parent and parent.lineage)
@@ -80,7 +80,7 @@ def open_processor(config) -> Processor:
     """
     config_lib.validate(config)
     parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
-    return make_processor(config, fastvlm.build(**config.model.to_dict()), parent)
+    return make_processor(config, kinds.build(**config.model.to_dict()), parent)
 
 
 def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:
@@ -156,7 +156,7 @@ def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, nu
       ValueError: the groups do not fit the parameters, or the mesh does not divide a parameter.
     """
     optimizer = optim.make_optimizer(
-        model_io.abstract_variables(model)["params"],
+        kinds.abstract_variables(model)["params"],
         config.groups,
         steps=steps,
         warmup_ratio=config.warmup_ratio,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fastvlm_jax import guard, optim, sharding
 from fastvlm_jax.guard import Guard
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 
 
@@ -43,10 +43,10 @@ def state_of(
         return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, slots, guard.begin())
 
     def fresh(rng) -> TrainState:
-        variables = fastvlm.init_variables(model, rng)
+        variables = kinds.init_variables(model, rng)
         return build(variables["params"], variables.get("batch_stats", {}))
 
-    variables = fastvlm.boxed_variables(model)
+    variables = kinds.boxed_variables(model)
     boxed = jax.eval_shape(build, variables["params"], variables["batch_stats"])
     _, frozen = optim.split(nn.unbox(boxed.params), groups)
     whole = {"guard/norms"} | (set() if shard_frozen else {f"params/{path}" for path in frozen})
@@ -63,7 +63,7 @@ def state_of(
         }
 
         def rest(rng):
-            made = nn.unbox(fastvlm.init_variables(model, rng))
+            made = nn.unbox(kinds.init_variables(model, rng))
             return {name: {part: made[name][part] for part in parts} for name, parts in missing.items()}
 
         initialized = jax.jit(rest, out_shardings=missing)(rng) if any(missing.values()) else missing

@@ -6,8 +6,8 @@ import pytest
 from paths import ROOT
 
 from fastvlm_jax import config as config_lib
-from fastvlm_jax import model_io, optim, sharding
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax import optim, sharding
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.train_state import state_of
 
 CONFIGS = ROOT / "configs"
@@ -48,7 +48,7 @@ def test_config_builds_and_its_groups_are_total(name, argument):
     """The whole state, abstractly: every parameter falls to one group, every pattern takes one."""
     config = get(name, argument)
     model = fastvlm.build(**config.model.to_dict())
-    params = model_io.abstract_variables(model)["params"]
+    params = kinds.abstract_variables(model)["params"]
     optimizer = optim.make_optimizer(
         params, config.groups, steps=100, warmup_ratio=0.03, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0
     )
@@ -65,7 +65,7 @@ def test_config_builds_and_its_groups_are_total(name, argument):
 @pytest.mark.parametrize("size", QWEN2)
 def test_parameter_counts_are_the_published_ones(size):
     config = get("stage2_instruct", size)
-    params = model_io.abstract_variables(fastvlm.build(**config.model.to_dict()))["params"]
+    params = kinds.abstract_variables(fastvlm.build(**config.model.to_dict()))["params"]
     assert count(params["llm"]) == QWEN2[size]
     assert round((count(params["vision"]) + 3072 * 768) / 1e6, 2) == 125.07
     width = WIDTH[size]
@@ -157,7 +157,7 @@ def test_both_encoders_of_the_embedded_sweep_have_the_same_number_of_parameters(
     for encoder in ("tiny", "fastvit_tiny"):
         config = get("reading", f"learn,{encoder}")
         vision = {**config.model.vision.to_dict(), "form": "folded"}
-        counts[encoder] = count(model_io.abstract_variables(fastvlm.build(vision))["params"])
+        counts[encoder] = count(kinds.abstract_variables(fastvlm.build(vision))["params"])
     assert counts == {"tiny": 369_776, "fastvit_tiny": 367_536}
 
 

@@ -14,7 +14,7 @@ from small import small_config
 
 from fastvlm_jax import convert, model_io, optim, sharding
 from fastvlm_jax.convert.mapping import LINEAR, Leaf
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.stage import adapt
 from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
@@ -40,9 +40,7 @@ def whole(tmp_path_factory):
     config = small_config("unused", model__vision__batch_norm="frozen")
     config.model.llm.vocab_size = 320
     model, rng = fastvlm.build(**config.model.to_dict()), np.random.default_rng(0)
-    variables = jax.tree.map(
-        lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), model_io.abstract_variables(model)
-    )
+    variables = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), kinds.abstract_variables(model))
     train_sentencepiece(["what color is the shape?"], root / "tokenizer.model", 320)
     processor = Processor(load_tokenizer(root / "tokenizer.model"), "chatml", 0, 0)
     settings = config.model.to_dict()
@@ -58,7 +56,7 @@ def whole(tmp_path_factory):
 def state_from(config, model, source, mesh_shape):
     mesh = sharding.make_mesh(mesh_shape, jax.devices()[: math.prod(mesh_shape)])
     groups = ((".*", 1e-3, 0.0),)
-    params = model_io.abstract_variables(model)["params"]
+    params = kinds.abstract_variables(model)["params"]
     optimizer = optim.make_optimizer(
         params, groups, steps=4, warmup_ratio=0.5, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0
     )

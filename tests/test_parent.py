@@ -11,7 +11,7 @@ from torch_reference import timm, transformers
 
 from fastvlm_jax import convert, model_io
 from fastvlm_jax.config import get_base
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.parent import adapt, open_base
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ def folders(json_file, tmp_path_factory):
     """Folders of the model in several layouts, of its encoder and of a language model alone."""
     root, rng = tmp_path_factory.mktemp("parents"), np.random.default_rng(0)
     config = {"vision": VISION, "llm": LLM, "dtype": "float32"}
-    abstract = model_io.abstract_variables(fastvlm.build(**config))
+    abstract = kinds.abstract_variables(fastvlm.build(**config))
     variables = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), abstract)
     processor = Processor(load_tokenizer(json_file), "chatml", 96, 9)
     for layout in ("native", "hf", "timm"):

@@ -12,9 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from small import small_config
 
-from fastvlm_jax import model_io, sharding, stage
+from fastvlm_jax import sharding, stage
 from fastvlm_jax.batch import Batch
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.train import train
 
 
@@ -236,7 +236,7 @@ def test_settings_that_mean_nothing_are_refused(tmp_path, key, value, words):
 def test_an_unknown_remat_policy_is_refused():
     config = small_config("", model__llm__remat="all")
     with pytest.raises(ValueError, match="remat='all' must be one of none, full"):
-        model_io.abstract_variables(fastvlm.build(**config.model.to_dict()))
+        kinds.abstract_variables(fastvlm.build(**config.model.to_dict()))
 
 
 def test_accumulation_that_leaves_devices_without_a_group_is_refused():

@@ -29,7 +29,7 @@ from fastvlm_jax.batch import Batch
 from fastvlm_jax.bench import clock
 from fastvlm_jax.chips import peak_flops
 from fastvlm_jax.kernels.cross_entropy import cross_entropy
-from fastvlm_jax.models import fastvlm, flops
+from fastvlm_jax.models import fastvlm, flops, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.train_step import parts_of
@@ -77,7 +77,7 @@ def measure(
         raise ValueError("data.images_per_group=0: the encoder's parts need images, set 1 or more")
     mesh = stage.make_mesh(config)
     with jax.set_mesh(mesh):
-        model = fastvlm.build(**config.model.to_dict())
+        model = kinds.build(**config.model.to_dict())
         step = stage.make_step(config, model, mesh, steps=STEPS)
         batch = random_batch(config, model, mesh)
         made = Programs(step.make_state(jax.random.key(config.seed), None))
@@ -246,7 +246,7 @@ def figures(config, model: FastVLM, mesh: jax.sharding.Mesh, times: Mapping[str,
     """Returns parts, rates and MFU from the seconds of the programs' runs; "mfu" is None where no peak is known."""
     data, devices = config.data, list(mesh.devices.flat)
     images, rows = data.groups * data.images_per_group, data.groups * data.rows_per_group
-    params = stage.model_io.abstract_variables(model)["params"]
+    params = kinds.abstract_variables(model)["params"]
     trainable, frozen = optim.split(params, config.groups)
     counts = collections.Counter()
     for path, leaf in {**trainable, **frozen}.items():

@@ -18,8 +18,8 @@ from absl import logging
 from fastvlm_jax import optim
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.bench import transformers_model
-from fastvlm_jax.model_io import abstract_variables
 from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.kinds import abstract_variables
 
 PREFIXES = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "llm": ""}
 

@@ -13,7 +13,7 @@ from fastvlm_jax import model_io
 from fastvlm_jax.bench.mosaic import PHOTO
 from fastvlm_jax.convert.layouts.native import without_remat
 from fastvlm_jax.images.sizes import Grid, best_grid
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.fold import fold_variables
 from fastvlm_jax.processor import Processor
@@ -90,7 +90,7 @@ def random_variables(model: FastVLM) -> dict[str, Any]:
             wave = jnp.sin(jax.lax.iota(jnp.float32, math.prod(x.shape)))
             return (0.02 * wave).reshape(x.shape).astype(dtype)
 
-        made = jax.tree_util.tree_map_with_path(leaf, nn.unbox(fastvlm.boxed_variables(model)))
+        made = jax.tree_util.tree_map_with_path(leaf, nn.unbox(kinds.boxed_variables(model)))
         return {**made, "params": fastvlm.unstacked(model, made["params"])}
 
     return jax.jit(make)()

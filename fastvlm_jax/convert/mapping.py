@@ -24,7 +24,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -180,7 +180,7 @@ def read_tree(tree: Any, dtype=np.float32, put: Callable[[np.ndarray], Any] = la
 @functools.lru_cache(maxsize=16)
 def shapes_of(model: FastVLM) -> dict[str, tuple[int, ...]]:
     """Returns '/'-joined path -> shape of all variables of `model`; nothing is computed."""
-    tree = nn.unbox(fastvlm.boxed_variables(model))
+    tree = nn.unbox(kinds.boxed_variables(model))
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 
@@ -195,7 +195,7 @@ def described(model_config: Mapping, file) -> tuple[FastVLM, dict[str, tuple[int
       ValueError: no model can be built from the config; the message names the file.
     """
     try:
-        model = fastvlm.build(**model_config)
+        model = kinds.build(**model_config)
         _check_depth(model)
         return model, shapes_of(model)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

@@ -79,12 +79,12 @@ class CLIP(nn.Module):
 
 
 def init_variables(model: CLIP, rng: Array) -> dict[str, Any]:
-    """Returns randomly initialized variables, without their logical axes; no shape depends on the batch."""
+    """Returns randomly initialized variables, boxed with their logical axes; no shape depends on the batch."""
     vision = make_encoder(**model.vision_args)
     side = getattr(vision, "image_size", None) or vision.stride
     images = jnp.zeros((1, 1, side, side, 3), jnp.uint8)
     tokens = jnp.zeros((1, TextTower(**model.text_args).context_length), jnp.int32)
-    return nn.unbox(model.init(rng, images, tokens))
+    return model.init(rng, images, tokens)
 
 
 def unit(x: Array) -> Array:

@@ -4,7 +4,6 @@ Legend: G groups, N image slots per group, R rows per group, T text positions, L
 C encoder channels, V vocabulary.
 """
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -183,15 +182,6 @@ def init_variables(model: FastVLM, rng: Array) -> dict[str, Any]:
         return model.init(rng, images, method="encode")
     text = jnp.zeros((1, 1, 1), jnp.int32)
     return model.init(rng, images, text, text, text, text)
-
-
-@functools.lru_cache(maxsize=16)
-def boxed_variables(model: FastVLM) -> dict[str, Any]:
-    """Returns shapes and dtypes of the variables, boxed with their logical axes, without computing anything.
-
-    The result is cached: do not modify it.
-    """
-    return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))}
 
 
 def unstacked(model: FastVLM, collection: dict[str, Any], index: Callable = operator.getitem) -> dict[str, Any]:

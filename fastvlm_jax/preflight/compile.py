@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from fastvlm_jax import files, sharding, stage
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.generate import generate_tokens
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.preflight.topology import Slice, compiler
 
@@ -87,7 +87,7 @@ def lower_generate(config, model: FastVLM, mesh: jax.sharding.Mesh, *, rows: int
         **{name: array(jnp.int32, 1, tokens) for name in names},
     )
     with jax.set_mesh(mesh):
-        boxed = fastvlm.boxed_variables(model)
+        boxed = kinds.boxed_variables(model)
         layouts = sharding.shardings_of(boxed, mesh)
 
         def abstract(path, x, layout):
@@ -119,7 +119,7 @@ def lower_encoder(config, mesh: jax.sharding.Mesh, *, rows: int):
     model = fastvlm.build(vision=config.model.vision.to_dict(), dtype=config.model.dtype)
     side, layout = config.data.image_size, sharding.batch_sharding(mesh)
     with jax.set_mesh(mesh):
-        boxed = fastvlm.boxed_variables(model)
+        boxed = kinds.boxed_variables(model)
         variables = jax.tree.map(
             lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
             nn.unbox(boxed),

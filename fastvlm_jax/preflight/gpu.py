@@ -22,7 +22,7 @@ import ml_collections
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import optim, sharding, stage
 from fastvlm_jax.chips import GB
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import kinds
 from fastvlm_jax.preflight import estimate
 from fastvlm_jax.preflight.compile import STEPS, device_bytes
 from fastvlm_jax.preflight.describe import gib, si, table
@@ -117,11 +117,11 @@ def memory(config, gpus: Gpus) -> tuple[dict[str, int], Any, dict[str, int]]:
     """
     mesh = sharding.abstract_mesh(sharding.mesh_sizes(config.mesh, gpus.count))
     check(config, mesh, gpus, config.data.groups, "data.groups")
-    model = fastvlm.build(**config.model.to_dict())
+    model = kinds.build(**config.model.to_dict())
     shards = math.prod(mesh.shape[axis] for axis in sharding.LOGICAL_AXES["batch"])
     own = ml_collections.ConfigDict(config)
     own.data.groups = config.data.groups // shards
-    kinds = traced(own, model)
+    live = traced(own, model)
     with jax.sharding.use_abstract_mesh(mesh):
         state = stage.make_step(config, model, mesh, steps=STEPS).abstract
     learning = optim.split(state.params, config.groups)[0]
@@ -129,10 +129,10 @@ def memory(config, gpus: Gpus) -> tuple[dict[str, int], Any, dict[str, int]]:
     found = {
         "parameters": device_bytes((state.params, state.batch_stats)),
         "optimizer": device_bytes((state.step, state.opt_state, state.guard)),
-        "batch": kinds["batch"],
-        "gradients": round(kinds["gradients"] * device_bytes(learning) / (_itemsize(config) * whole)),
-        "activations": kinds["activations"],
-        "workspace": kinds["workspace"],
+        "batch": live["batch"],
+        "gradients": round(live["gradients"] * device_bytes(learning) / (_itemsize(config) * whole)),
+        "activations": live["activations"],
+        "workspace": live["workspace"],
     }
     return found, mesh, estimate.parameters(state.params, config.groups)
 
@@ -161,16 +161,16 @@ def _itemsize(config) -> int:
 def mends(config, gpus: Gpus, usable: float) -> list[str]:
     """Lists settings that would fit by the same arithmetic, each on its own: the first of each kind that does."""
     print("preflight: it does not fit; trying what would, some seconds each", file=sys.stderr, flush=True)
-    found, kinds = [], set()
+    found, seen = [], set()
     for kind, flags, changed, more in _changes(config, gpus):
-        if kind in kinds:
+        if kind in seen:
             continue
         try:
             total = sum(memory(changed, more)[0].values())
         except ValueError:  # this mesh does not divide the batch or the heads
             continue
         if MARGIN * total <= usable:
-            kinds.add(kind)
+            seen.add(kind)
             found.append(f"{flags}  {gib(total)} GiB, with the margin {gib(MARGIN * total)}")
     return found
 

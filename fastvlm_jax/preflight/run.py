@@ -9,7 +9,7 @@ from typing import Any
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import sharding, xla_flags
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import kinds
 from fastvlm_jax.preflight import describe, estimate, fit, topology
 from fastvlm_jax.preflight import search as ranking
 from fastvlm_jax.preflight.compile import compile, lower_encoder, lower_generate, lower_step
@@ -47,7 +47,7 @@ def preflight(config, name: str, options: Options = Options()) -> dict[str, Any]
     """
     slices = topology.parse(name)
     config_lib.validate(config)
-    model = fastvlm.build(**config.model.to_dict())
+    model = kinds.build(**config.model.to_dict())
     mesh = sharding.make_mesh(config.mesh, topology.devices(slices))
     train = options.mode == "train"
     check(config, mesh, slices, config.data.groups if train else options.rows, "data.groups" if train else "--rows")

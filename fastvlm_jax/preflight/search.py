@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from fastvlm_jax import optim, sharding
-from fastvlm_jax.models import fastvlm, flops, remat
+from fastvlm_jax.models import fastvlm, flops, kinds, remat
 from fastvlm_jax.preflight import fit
 from fastvlm_jax.preflight.topology import Slice
 
@@ -72,8 +72,8 @@ def rank(config, slices: Slice) -> list[Candidate]:
     Raises:
       ValueError: no mesh of this slice divides the batch and the model.
     """
-    model = fastvlm.build(**config.model.to_dict())
-    boxed = fastvlm.boxed_variables(model)["params"]
+    model = kinds.build(**config.model.to_dict())
+    boxed = kinds.boxed_variables(model)["params"]
     trainable = optim.split(nn.unbox(boxed), config.groups)[0].keys()
     learns = any(path.startswith("vision/") for path in trainable)
     data, found = config.data, []

@@ -15,7 +15,7 @@ import numpy as np
 from fastvlm_jax import sharding
 from fastvlm_jax.bench import first_token, ttft
 from fastvlm_jax.bench.first_token import Question
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.preflight import estimate as reading
 from fastvlm_jax.preflight import topology
@@ -39,7 +39,7 @@ def estimate(model: FastVLM, name: str, question: Question) -> dict[str, Any]:
     image_tokens = first_token.check(model, question)
     slices = topology.parse(name)
     mesh = sharding.make_mesh((1, 1, 1, 1), topology.devices(slices)[:1])
-    variables = abstract(nn.unbox(fastvlm.boxed_variables(model)), mesh, model.dtype)
+    variables = abstract(nn.unbox(kinds.boxed_variables(model)), mesh, model.dtype)
     variables["params"] = fastvlm.unstacked(model, variables["params"], layer_shape)
     compiled = {
         part: _compile(part, partial(function.lower, model, variables, *args), slices, mesh)

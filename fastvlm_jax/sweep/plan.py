@@ -19,12 +19,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from fastvlm_jax import config as config_lib
-from fastvlm_jax import model_io, optim
+from fastvlm_jax import optim
 from fastvlm_jax.changes import is_free
 from fastvlm_jax.evaluate.benchmarks import known
 from fastvlm_jax.files import json_digest
 from fastvlm_jax.images.sizes import slots_of
-from fastvlm_jax.models import fastvlm, flops
+from fastvlm_jax.models import fastvlm, flops, kinds
 from fastvlm_jax.preflight import topology
 from fastvlm_jax.preflight.estimate import parameters
 from fastvlm_jax.sweep import fit
@@ -155,7 +155,7 @@ def _add_point(sweep, point: Point, place: str, tasks: dict[str, Task], missing:
             f"image_size={point.image_size} and grids={point.grids} are not those of its last stage, "
             f"data.image_size={data.image_size} and data.grids={data.grids}"
         )
-    model = fastvlm.build(**last.config.model.to_dict())
+    model = kinds.build(**last.config.model.to_dict())
     slots = max(map(slots_of, grids), default=1)
     counts = parameters(_shapes(last.config), last.config.groups)
     own = [_evaluate(sweep, point, last, model, place)] + [_time(sweep, point, last, model, place)] * bool(sweep.ttft)
@@ -216,7 +216,7 @@ def read_config(settings: Sequence[str]) -> ml_collections.ConfigDict:
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError, naming the key, if a stage's settings contradict each other or an image finds no room."""
     config_lib.validate(config)
-    model, data = fastvlm.build(**config.model.to_dict()), config.data
+    model, data = kinds.build(**config.model.to_dict()), config.data
     try:
         tokens = model.tokens_per_image(data.image_size)
     except ValueError as error:
@@ -279,7 +279,7 @@ def _shared(first: Task, second: Task, point: Point) -> Task:
 
 
 def _step_flops(config: ml_collections.ConfigDict) -> float:
-    model, data = fastvlm.build(**config.model.to_dict()), config.data
+    model, data = kinds.build(**config.model.to_dict()), config.data
     trainable = optim.split(_shapes(config), config.groups)[0].keys()
     images, rows, side = data.groups * data.images_per_group, data.groups * data.rows_per_group, data.image_size
     return sum(flops.train_flops(model, trainable, images, side, side, rows, data.row_length).values())
@@ -292,7 +292,7 @@ def _shapes(config: ml_collections.ConfigDict) -> Any:
 
 @functools.cache
 def _shapes_of(model: str) -> Any:
-    return model_io.abstract_variables(fastvlm.build(**json.loads(model)))["params"]
+    return kinds.abstract_variables(fastvlm.build(**json.loads(model)))["params"]
 
 
 def _evaluate(sweep, point: Point, run: Task, model, place: str) -> Task:

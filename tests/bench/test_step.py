@@ -17,6 +17,7 @@ from fastvlm_jax import losses, optim, stage
 from fastvlm_jax.bench import attention, step, step_page
 from fastvlm_jax.kernels.attention import plain
 from fastvlm_jax.models import fastvlm as models
+from fastvlm_jax.models import kinds
 
 # What a machine with a GPU may lack, and no benchmark of the model needs.
 UNNEEDED = ("grain", "array_record", "tensorboardX", "tensorflow_datasets", "pyarrow", "pypdfium2", "wandb", "libtpu")
@@ -110,7 +111,7 @@ def test_flops_by_hand():
     )  # fmt: skip
     llm = dict(vocab_size=32, width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16)
     model = models.build(vit, llm)
-    trainable, _ = optim.split(stage.model_io.abstract_variables(model)["params"], ((".*", 1.0, 0.0),))
+    trainable, _ = optim.split(kinds.abstract_variables(model)["params"], ((".*", 1.0, 0.0),))
     found = step.work_of(model, trainable, images=3, side=8, rows=2, row_length=4)
     patches = 2 * 3 * 4 * 8 * (3 * 16)  # 3 images of 4 patches; a multiply-add is 2
     block = 2 * 3 * 4 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 2 * 3 * 4 * 4 * 8  # q k v o, MLP; scores and mixed values
@@ -120,7 +121,7 @@ def test_flops_by_hand():
     layer = 2 * 8 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 2 * 2 * 2 * (4 * 5 / 2) * 8
     assert found["language model"] == 3 * (projector + layer)
     assert found["loss"] == 3 * 2 * 8 * 8 * 32
-    kept, _ = optim.split(stage.model_io.abstract_variables(model)["params"], (("vision/.*", 0, 0), (".*", 1.0, 0.0)))
+    kept, _ = optim.split(kinds.abstract_variables(model)["params"], (("vision/.*", 0, 0), (".*", 1.0, 0.0)))
     assert "encoder backward" not in step.work_of(model, kept, images=3, side=8, rows=2, row_length=4)
 
 

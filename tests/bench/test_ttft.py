@@ -17,7 +17,8 @@ from random_model import random_variables
 from fastvlm_jax import convert
 from fastvlm_jax.bench import clock, first_token, ttft, ttft_docs, ttft_model, ttft_page
 from fastvlm_jax.bench.first_token import Question, read_sizes
-from fastvlm_jax.models.fastvlm import boxed_variables, build
+from fastvlm_jax.models.fastvlm import build
+from fastvlm_jax.models.kinds import boxed_variables
 from fastvlm_jax.models.names import encoder_name, llm_name
 from fastvlm_jax.models.sizes import LLM_SIZES, VISION_SIZES
 

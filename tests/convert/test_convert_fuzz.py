@@ -22,7 +22,7 @@ import pytest
 
 from fastvlm_jax import convert, model_io
 from fastvlm_jax.convert import mapping
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.sizes import VISION_SIZES
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
@@ -79,7 +79,7 @@ def make_models(root: pathlib.Path) -> dict[str, Model]:
     found = {}
     for name, (layout, config) in MODELS.items():
         rng = np.random.default_rng(0)
-        shapes = model_io.abstract_variables(fastvlm.build(**config))
+        shapes = kinds.abstract_variables(fastvlm.build(**config))
         if name == "openclip":  # large, because its sizes are fixed: zeros take no space on disk
             draw = lambda x: np.broadcast_to(np.float32(0), x.shape)  # noqa: E731
         else:

@@ -17,7 +17,7 @@ from fastvlm_jax.evaluate.groups import padded
 from fastvlm_jax.evaluate.questions import prepare
 from fastvlm_jax.generate import generate
 from fastvlm_jax.images.sizes import Size
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.processor import Processor
 
 
@@ -107,7 +107,7 @@ def test_answers_do_not_depend_on_the_mesh(tiny, asked, kind, sizes):
     processor, questions, alone = asked(kind)
     model, variables = tiny
     mesh = sharding.make_mesh(sizes, jax.devices()[: np.prod(sizes)])
-    layout = sharding.shardings_of(fastvlm.boxed_variables(model), mesh)
+    layout = sharding.shardings_of(kinds.boxed_variables(model), mesh)
     placed = jax.tree.map(sharding.place, variables, {name: layout[name] for name in variables})
     assert answer(model, placed, processor, questions, max_tokens=5, mesh=mesh, batch_size=2) == alone
 

@@ -18,7 +18,7 @@ from fastvlm_jax.evaluate.answers import Answer
 from fastvlm_jax.evaluate.benchmark import Benchmark, Mark, Picture, Protocol, Row, ask
 from fastvlm_jax.evaluate.journal import Journal
 from fastvlm_jax.evaluate.questions import Question
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.processor import Processor
 
 OWN = Protocol("own", "1", lambda row: ask("?"), lambda answer, row: Mark(0.0, None), 5, "a rule")
@@ -153,7 +153,7 @@ def test_a_changed_image_is_asked_about_again(tmp_path, questions, images):
 def live(tokenizer):
     model = fastvlm.build(**small_config("none", model__llm__num_layers=1).model.to_dict())
     rng = np.random.default_rng(0)
-    abstract = flax.linen.unbox(fastvlm.boxed_variables(model))
+    abstract = flax.linen.unbox(kinds.boxed_variables(model))
     variables = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), abstract)
     return model, variables, Processor(tokenizer, "chatml", 16, 4)
 
@@ -164,7 +164,7 @@ def test_the_fingerprint_of_a_model_does_not_depend_on_the_mesh(live, monkeypatc
     monkeypatch.setattr(fingerprint, "_LARGE", 2**10)  # the large leaves on the device, the others on the host
     assert fingerprint.of_model(*live) == here
     mesh = sharding.make_mesh((1, 2, 2, 2))
-    placed = jax.tree.map(sharding.place, variables, sharding.shardings_of(fastvlm.boxed_variables(model), mesh))
+    placed = jax.tree.map(sharding.place, variables, sharding.shardings_of(kinds.boxed_variables(model), mesh))
     assert fingerprint.of_model(model, placed, processor, mesh) == here
 
 

@@ -29,7 +29,7 @@ from fastvlm_jax.data.write import Settings, write
 from fastvlm_jax.evaluate import published, table
 from fastvlm_jax.images import decode
 from fastvlm_jax.images.inputs import to_pixels
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.train_state import TrainState
@@ -283,7 +283,7 @@ def models() -> list[Files]:
                            ("timm", {"vision": TOWER, "dtype": "float32"})):  # fmt: skip
         target = folder / f"{layout}{len(found)}"
         rng = np.random.default_rng(0)
-        shapes = model_io.abstract_variables(fastvlm.build(**config))
+        shapes = kinds.abstract_variables(fastvlm.build(**config))
         variables = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes)
         convert.write(target, layout, variables, config, processor if "llm" in config else None, {})
         found.append(read_back(target))
@@ -306,7 +306,7 @@ def checkpoints() -> list[Files]:
     folder = pathlib.Path("workdirs/run")
     config = {"llm": LLM, "dtype": "float32"}
     rng = np.random.default_rng(0)
-    shapes = model_io.abstract_variables(fastvlm.build(**config))
+    shapes = kinds.abstract_variables(fastvlm.build(**config))
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes["params"])
     known = guard.Guard(np.zeros(guard.WINDOW, np.float32), np.int32(1), np.int32(0))
     state = jax.device_put(TrainState(np.int32(4), params, {}, ({"count": np.int32(4)},), known))

@@ -17,13 +17,14 @@ from PIL import Image
 from small import ask, small_config
 from trace_cases import CASES
 
-from fastvlm_jax import chips, model_io
+from fastvlm_jax import chips
 from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.metrics import profiling, throughput, tracking
 from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.models import fastvlm as models
+from fastvlm_jax.models import kinds
 from fastvlm_jax.text.tokenizer import train_sentencepiece
 from fastvlm_jax.train import train
 
@@ -152,7 +153,7 @@ def test_mfu_of_the_encoder_counts_images_at_their_own_sizes(data):
 def _paths(model):
     from flax.traverse_util import flatten_dict
 
-    return flatten_dict(model_io.abstract_variables(model)["params"], sep="/")
+    return flatten_dict(kinds.abstract_variables(model)["params"], sep="/")
 
 
 def events(folder):

@@ -8,9 +8,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.interpreters import partial_eval
 
-from fastvlm_jax import model_io, optim
+from fastvlm_jax import optim
 from fastvlm_jax.config import get_base
-from fastvlm_jax.models import fastvlm, flops, remat
+from fastvlm_jax.models import fastvlm, flops, kinds, remat
 
 VIT = dict(family="vit", image_size=28, patch_size=7, width=32, num_layers=4, num_heads=4, mlp_dim=48)
 LLM = dict(width=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=80, vocab_size=96)
@@ -53,7 +53,7 @@ def arguments(model):
 def traced_step(model, groups) -> float:
     """Returns the FLOPs of the loss and its gradients as a training step computes them."""
     images, text = arguments(model)
-    trainable, frozen = optim.split(model_io.abstract_variables(model)["params"], groups)
+    trainable, frozen = optim.split(kinds.abstract_variables(model)["params"], groups)
 
     def loss(trainable, frozen, images, text):
         variables = {"params": optim.merge(trainable, frozen)}
@@ -65,14 +65,14 @@ def traced_step(model, groups) -> float:
 
 
 def trainable_of(model, groups):
-    return optim.split(model_io.abstract_variables(model)["params"], groups)[0]
+    return optim.split(kinds.abstract_variables(model)["params"], groups)[0]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_forward_is_what_jax_traces(tied):
     model = make_model(tie_embeddings=tied)
     images, text = arguments(model)
-    variables = model_io.abstract_variables(model)
+    variables = kinds.abstract_variables(model)
     traced = jax.make_jaxpr(model.apply)(variables, images, text, text, text, text)
     counted = flops.forward_flops(model, *SIZE, causal=False)
     assert sum(counted.values()) == traced_flops(traced.jaxpr)
@@ -141,7 +141,7 @@ def test_every_weight_of_a_product_is_counted_and_no_other(size, form):
     if form:
         config.model.vision.update(form=form, multiscale=(0, 1), multiscale_pool="depthwise")
     model = fastvlm.build(**config.model.to_dict())
-    params = flatten_dict(model_io.abstract_variables(model)["params"], sep="/")
+    params = flatten_dict(kinds.abstract_variables(model)["params"], sep="/")
     side = config.model.vision.get("image_size", 256)
     counted = [p for p in flops.products(model, 1, side, side, 1, 8) if p.kind not in ("scores", "mixed")]
     kernels = {path for path in params if path.endswith(("kernel", "embedding")) and "/unused/" not in path}

@@ -45,7 +45,7 @@ def test_features_and_logits_of_both_forms_are_open_clips(name):
     model = models["branched"]
     images = np.random.default_rng(0).random((3, 256, 256, 3), np.float32)
     tokens = open_clip.get_tokenizer(name)(TEXTS)
-    shapes = jax.eval_shape(lambda rng: clip.init_variables(model, rng), jax.random.key(0))
+    shapes = jax.eval_shape(lambda rng: flax.linen.unbox(clip.init_variables(model, rng)), jax.random.key(0))
     counted = [sum(x.size for x in jax.tree.leaves(shapes["params"][part])) for part in ("vision", "text")]
     assert counted == [sum(x.numel() for x in part.parameters()) for part in (theirs.visual, theirs.text)]
     assert counted[1] == TEXT_PARAMETERS[name]

@@ -6,9 +6,9 @@ import torch_reference
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvlm_jax import model_io, optim
+from fastvlm_jax import optim
 from fastvlm_jax.config import get_base
-from fastvlm_jax.models import fastvlm, flops
+from fastvlm_jax.models import fastvlm, flops, kinds
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_decoders_count_as_transformers_do_forward_and_backward(name, trained):
     model = fastvlm.build(get_base("tiny").model.vision.to_dict(), llm.to_dict())
     learning = "llm" if trained else "projector"
     groups = ((f"{learning}/.*", 1.0, 0.0), (".*", 0.0, 0.0))
-    trainable, _ = optim.split(model_io.abstract_variables(model)["params"], groups)
+    trainable, _ = optim.split(kinds.abstract_variables(model)["params"], groups)
     size = (0, 64, 64, 3, 40)
     assert sum(flops.forward_flops(model, *size, causal=False).values()) == forward
     assert sum(flops.train_flops(model, trainable, *size, causal=False).values()) == counter.get_total_flops()

@@ -17,7 +17,7 @@ import fastvlm_jax
 from fastvlm_jax import convert, model_io
 from fastvlm_jax.convert.mapping import read_tree
 from fastvlm_jax.generate import generate_tokens
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -340,9 +340,7 @@ def test_encoder_and_language_model_come_from_two_places(published, tokenizer_fi
 def test_llava_layout_of_another_tower_is_refused(tmp_path):
     config = {"vision": dict(layers=[1], embed_dims=[8], mixers=["repmixer"], form="folded"), "llm": dict(
         vocab_size=64, width=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16)}  # fmt: skip
-    variables = jax.tree.map(
-        lambda x: np.zeros(x.shape, np.float32), model_io.abstract_variables(fastvlm.build(**config))
-    )
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), kinds.abstract_variables(fastvlm.build(**config)))
     with pytest.raises(ValueError, match="the llava layout holds FastViTHD alone"):
         convert.write(tmp_path / "out", "llava", variables, config, object(), {})
     assert not (tmp_path / "out").exists()

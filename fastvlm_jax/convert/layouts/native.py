@@ -10,7 +10,7 @@ from typing import Any
 
 from fastvlm_jax.convert.mapping import COUNTERS, Row, described, shapes_of, to_jax, to_torch
 from fastvlm_jax.convert.weight_files import CONFIG, open_weights, read_json, save_weights, write_json
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import kinds
 
 FORMAT = "fastvlm_jax"
 
@@ -26,7 +26,7 @@ def write(
 
     Args:
       folder: an existing folder.
-      variables: variables of `fastvlm.build(**model_config)`, branched or folded.
+      variables: variables of `kinds.build(**model_config)`, branched or folded.
       model_config: {"vision": ..., "llm": ..., "dtype": ...}; an absent part is None or left out.
       lineage: JSON values that say where the weights come from.
       dtype: dtype of the stored weights; None keeps each tensor's own.
@@ -34,7 +34,7 @@ def write(
     Raises:
       ValueError: the variables belong to another model.
     """
-    shapes = shapes_of(fastvlm.build(**model_config))
+    shapes = shapes_of(kinds.build(**model_config))
     sizes = {key: dict(value) if isinstance(value, Mapping) else value for key, value in dict(model_config).items()}
     kept = {name: tree for name, tree in variables.items() if name != COUNTERS}
     save_weights(folder, to_torch(_rows(shapes), kept, shapes), dtype)

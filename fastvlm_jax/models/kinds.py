@@ -1,0 +1,37 @@
+"""Builds the model that a config describes, a FastVLM or a CLIP, and its variables, where code serves both."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from fastvlm_jax.models import clip, fastvlm
+from fastvlm_jax.models.clip import CLIP
+from fastvlm_jax.models.fastvlm import FastVLM
+
+Model = FastVLM | CLIP
+
+
+def build(**config) -> Model:
+    """Builds the model of a config, `build(**config.model)`: a CLIP if it has a text tower, else a FastVLM."""
+    return clip.build(**config) if config.get("text") else fastvlm.build(**config)
+
+
+def init_variables(model: Model, rng: jax.Array) -> dict[str, Any]:
+    """Returns randomly initialized variables, boxed with their logical axes; no shape depends on the batch."""
+    return (clip if isinstance(model, CLIP) else fastvlm).init_variables(model, rng)
+
+
+@functools.lru_cache(maxsize=16)
+def boxed_variables(model: Model) -> dict[str, Any]:
+    """Returns shapes and dtypes of the variables, boxed with their logical axes, without computing anything.
+
+    The result is cached: do not modify it.
+    """
+    return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))}
+
+
+def abstract_variables(model: Model) -> dict[str, Any]:
+    """Returns the model's variables as ShapeDtypeStructs, without their logical axes."""
+    return nn.unbox(boxed_variables(model))

@@ -1,4 +1,4 @@
-"""Defines the contract between data and model: everything that one training step reads."""
+"""Defines the contracts between data and model: everything that one training step reads."""
 
 import flax
 import jax
@@ -39,3 +39,24 @@ class Batch:
     segment_ids: Array
     positions: Array
     source: Array | None = None
+
+
+@flax.struct.dataclass
+class PairBatch:
+    """Holds one global batch of stage 0: G groups of N pairs of an image and its texts, none of them empty.
+
+    A pair may have S texts: its caption and, with S = 2, a synthetic one too. T is the text tower's context length, and
+    E the width of the features of all teachers together.
+
+    Attributes:
+      images: uint8 [G, N, H, W, 3], RGB; the device normalises them.
+      texts: int32 [G, N, S, T]; tokens from the start token to the end token, then padding.
+      teacher_images: float32 [G, N, E]; features that the teachers have of the same view of each image; None without
+        teachers.
+      teacher_texts: float32 [G, N, S, E]; those of each text.
+    """
+
+    images: Array
+    texts: Array
+    teacher_images: Array | None = None
+    teacher_texts: Array | None = None

@@ -3,13 +3,12 @@
 docs/config.md is made from the assignments and comments in this file: `python -m fastvlm_jax.report.config_keys`.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from fastvlm_jax.models.sizes import LLM_SIZES, QWEN2, VISION_SIZES
+from fastvlm_jax.models.sizes import CLIP_SIZES, LLM_SIZES, QWEN2, TEXT_SIZES, VISION_SIZES
 
 # Keys of earlier versions -> what takes their place.
 REPLACED = {
@@ -56,45 +55,100 @@ def base_of(
       template: conversation template.
       tiny: whether the model is meant for a CPU: float32, nothing recomputed, parameters whole on every device.
     """
+    c = _run()
+    c.model = _model(vision, tiny=tiny)
+    if "family" not in vision:
+        # The paper does not say in which form, or with which BatchNorm statistics, it tunes the tower in a VLM. The
+        # public code builds the folded form; frozen statistics make the loss independent of mesh and batch.
+        c.model.vision.form = "folded"  # "branched" = training form, "folded" = released form
+        c.model.vision.batch_norm = "frozen"  # "train" = batch statistics, updated; "frozen" = stored statistics
+        c.model.vision.drop_path = 0.0  # drop-path rate of the last block; earlier blocks have less, linearly
+        # Earlier stages whose pooled outputs join the features (paper, Figure 2).
+        c.model.vision.multiscale = vision.get("multiscale", ())
+        # Pooling of those outputs: "average", or "depthwise" with learned weights.
+        c.model.vision.multiscale_pool = vision.get("multiscale_pool", "average")
+    c.model.llm = ml_collections.ConfigDict(dict(llm))
+    # Activations of the decoder that the backward pass recomputes: a policy of models/remat.py.
+    c.model.llm.remat = "none" if tiny else "full"
+    c.data = _data(vision)
+    _add_conversations(c.data, template)
+    _add_training(c, tiny=tiny)
+    return c
+
+
+def pairs_of(size: str) -> ml_collections.ConfigDict:
+    """Returns the config of stage 0, contrastive pretraining, which a stage file overrides.
+
+    Args:
+      size: a size of CLIP_SIZES ("s3"), or an encoder of VISION_SIZES and a text tower of TEXT_SIZES
+        ("clip_vit_l_336,768").
+
+    Raises:
+      ValueError: the size is unknown.
+    """
+    vision, _, text = size.partition(",")
+    if not text:
+        if vision not in CLIP_SIZES:
+            raise ValueError(
+                f"unknown size {size!r} of both towers: choose one of {', '.join(CLIP_SIZES)}, or an encoder and a "
+                "text tower, as in FILE.py:convnext_l,768"
+            )
+        vision, text = CLIP_SIZES[vision]
+    for name, sizes, what in ((vision, VISION_SIZES, "encoder"), (text, TEXT_SIZES, "text tower")):
+        if name not in sizes:
+            raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(sizes)} (as in FILE.py:mci2,512)")
+    sizes, tiny = VISION_SIZES[vision], vision == "tiny"
+    c = _run()
+    c.model = _model(sizes, tiny=tiny)
+    c.model.text = ml_collections.ConfigDict(TEXT_SIZES[text])
+    # Activations of the text tower that the backward pass recomputes: a policy of models/remat.py.
+    c.model.text.remat = "none" if tiny else "full"
+    c.model.sigmoid = False  # whether the loss is SigLIP's, whose logits have a bias, and not CLIP's
+    if "family" not in sizes:
+        c.model.vision.form, c.model.vision.batch_norm, c.model.vision.drop_path = "branched", "train", 0.0
+        # Images whose statistics BatchNorm takes together; they should lie in one device's part of the batch. -1 = all
+        # of the batch.
+        c.model.vision.batch_norm_images = 256
+        c.model.vision.head_features, c.model.vision.head_bias = TEXT_SIZES[text]["features"], True
+    c.data = _data(sizes)
+    c.data.image_size, c.data.fit = sizes.get("image_size", 256), "crop"
+    _add_pairs(c.data)
+    c.loss = ml_collections.ConfigDict()
+    c.loss.hard = 1.0  # weight of the cross-entropy against the pairs: CLIP's loss
+    c.loss.soft = 0.0  # weight of the cross-entropy against the teachers' probabilities: DataCompDR's distillation
+    # Teachers, as ((width of the features, factor of the logits), ...), in the order in which a record stores their
+    # features.
+    c.loss.teachers = ()
+    c.loss.block = 0  # columns of the block of logits that a device computes at a time; 0 = 2**21 logits
+    c.loss.ring = False  # passes texts around a ring of devices instead of gathering them: less memory, more time
+    _add_training(c, tiny=tiny)
+    return c
+
+
+def _run() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.stage = ""  # name of the stage, recorded in the lineage of its model
     c.seed = 0  # seed of the initial weights, the data order and the randomness of the steps
     # Source of the initial weights: a training workdir, a checkpoint, a model directory of any layout, or parts of
     # several ("vision=DIR,llm=DIR"). Parts that no source gives are initialized; "" initializes all.
     c.parent = ""
-    c.model = _model(llm, vision, tiny=tiny)
-    c.data = _data(vision, template)
-    _add_training(c, tiny=tiny)
     return c
 
 
-def _model(llm: Mapping[str, Any], sizes: Mapping[str, Any], *, tiny: bool) -> ml_collections.ConfigDict:
+def _model(sizes: Mapping[str, Any], *, tiny: bool) -> ml_collections.ConfigDict:
     model = ml_collections.ConfigDict()
     model.dtype = "float32" if tiny else "bfloat16"  # dtype of the computation
     model.vision = ml_collections.ConfigDict(dict(sizes))
-    if "family" not in sizes:
-        # The paper does not say in which form, or with which BatchNorm statistics, it tunes the tower in a VLM. The
-        # public code builds the folded form; frozen statistics make the loss independent of mesh and batch.
-        model.vision.form = "folded"  # "branched" = training form, "folded" = released form
-        model.vision.batch_norm = "frozen"  # "train" = batch statistics, updated; "frozen" = stored statistics
-        model.vision.drop_path = 0.0  # drop-path rate of the last block; earlier blocks have less, linearly
-        # Earlier stages whose pooled outputs join the features (paper, Figure 2).
-        model.vision.multiscale = sizes.get("multiscale", ())
-        # Pooling of those outputs: "average", or "depthwise" with learned weights.
-        model.vision.multiscale_pool = sizes.get("multiscale_pool", "average")
     # Mean of each colour channel that the encoder subtracts from images in [0, 1]; FastVLM's own encoder uses 0.
     model.vision.image_mean = sizes.get("image_mean", (0.0, 0.0, 0.0))
     # Standard deviation of each colour channel that the encoder then divides by.
     model.vision.image_std = sizes.get("image_std", (1.0, 1.0, 1.0))
     # Activations of the encoder that the backward pass recomputes: a policy of models/remat.py.
     model.vision.remat = "none" if tiny else "full" if "family" in sizes else "depthwise"
-    model.llm = ml_collections.ConfigDict(dict(llm))
-    # Activations of the decoder that the backward pass recomputes: a policy of models/remat.py.
-    model.llm.remat = "none" if tiny else "full"
     return model
 
 
-def _data(sizes: Mapping[str, Any], template: str) -> ml_collections.ConfigDict:
+def _data(sizes: Mapping[str, Any]) -> ml_collections.ConfigDict:
     data = ml_collections.ConfigDict()
     data.path = ""  # folder of one data set's shards, local or gs://; it replaces the mixture
     data.root = "data"  # folder or gs:// prefix that holds the mixture's folders
@@ -102,38 +156,51 @@ def _data(sizes: Mapping[str, Any], template: str) -> ml_collections.ConfigDict:
     # record of each data set once.
     data.mixture = ()
     # tokenizer.model, tokenizer.json, a GGUF file, or a folder or workdir that holds one; "" takes the parent's, else
-    # the data folder's.
+    # the data folder's. For stage 0 also CLIP's own vocabulary, bpe_simple_vocab_16e6.txt.gz or merges.txt.
     data.tokenizer = ""
-    # Conversation template: qwen_2, vicuna_v1, chatml or plain.
-    data.template = template
     # Side of the square that images are padded and resized to, pixels; a vision transformer takes one size only.
     data.image_size = sizes.get("image_size", 1024)
+    data.fit = "pad"  # "pad" shows the whole image on a background, "crop" fills the size, "stretch" keeps no aspect
+    # What is behind transparent pixels: "white" as in transformers, "drop" shows their stored colours as LLaVA does.
+    data.transparency = "white"
+    data.decode = "fast"  # "fast" = libjpeg's scaled decoding and OpenCV, "exact" = the pixels of CLIPImageProcessor
+    data.max_substituted = 0.01  # fraction of records that may be unusable, and so replaced, before training stops
+    data.groups = 128  # G: groups in a global batch; a multiple of the mesh's data shards, replica x data x fsdp
+    # N: image slots per group at image_size; groups of smaller images get more slots; each tile takes one. In stage 0:
+    # pairs of an image and its text.
+    data.images_per_group = 1
+    data.cache_images = False  # keeps decoded images in memory; for small data sets
+    data.num_threads = 2  # threads that build batches
+    data.prefetch = 4  # batches built ahead
+    return data
+
+
+def _add_conversations(data: ml_collections.ConfigDict, template: str) -> None:
+    # Conversation template: qwen_2, vicuna_v1, chatml or plain.
+    data.template = template
     # Resolutions to draw batches at, as ((512, 0.3), (1024, 0.7)): sides in pixels, and the fraction of image records
     # drawn at each; () draws all at image_size.
     data.resolutions = ()
     # Aspect buckets, as (width, height) pairs ((1, 1), (4, 3), (3, 4)): an image goes to the nearest; () = squares.
     data.aspects = ()
-    data.fit = "pad"  # "pad" shows the whole image on a background, "crop" fills the size, "stretch" keeps no aspect
     # AnyRes grids, as (rows, columns) of tiles ((2, 2),): an image becomes an overview and the tiles of the grid that
     # keeps most of its pixels; () = one view an image.
     data.grids = ()
-    # What is behind transparent pixels: "white" as in transformers, "drop" shows their stored colours as LLaVA does.
-    data.transparency = "white"
-    data.decode = "fast"  # "fast" = libjpeg's scaled decoding and OpenCV, "exact" = the pixels of CLIPImageProcessor
     # "conversation" makes one segment of all questions of a record, "separate" a segment of each question.
     data.turns = "conversation"
     # "truncate" removes the oldest questions of a text that is longer than a row, "reject" replaces its record.
     data.overlong = "truncate"
-    data.max_substituted = 0.01  # fraction of records that may be unusable, and so replaced, before training stops
-    data.groups = 128  # G: groups in a global batch; a multiple of the mesh's data shards, replica x data x fsdp
-    # N: image slots per group at image_size; groups of smaller images get more slots; each tile takes one.
-    data.images_per_group = 1
     data.rows_per_group = 1  # R: rows of text in a group
     data.row_length = 2048  # T: tokens in a row
-    data.cache_images = False  # keeps decoded images in memory; for small data sets
-    data.num_threads = 2  # threads that build batches
-    data.prefetch = 4  # batches built ahead
-    return data
+
+
+def _add_pairs(data: ml_collections.ConfigDict) -> None:
+    data.texts = 1  # texts of an image: 1 = its caption, 2 = a synthetic caption too, as in DataCompDR
+    # Part of an image that is shown: "none" = all of it, as `fit` says; "random" = a random crop, changed by random
+    # operations; "replay" = one of the crops and changes that the record stores with its teachers' features.
+    data.augment = "random"
+    data.crop_area = (0.08, 1.0)  # smallest and largest fraction of an image's area in a random crop
+    data.operations = (2, 9)  # RandAugment's number of operations and their magnitude, 0 to 30; (0, 0) = none
 
 
 def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
@@ -142,11 +209,21 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.groups = ((".*", 2e-5, 0.0),)
     c.epochs = 1.0  # passes over the training split
     c.steps = 0  # optimizer steps; 0 = as many as `epochs` asks for
-    # Fraction of the steps in which the rate rises linearly from 0; a cosine to zero follows. 0 = no warm-up.
+    # Fraction of the steps in which the rate rises linearly; a cosine follows. 0 = no warm-up.
     c.warmup_ratio = 0.03
-    c.beta1 = 0.9  # AdamW's decay of the first moment
-    c.beta2 = 0.999  # AdamW's decay of the second moment
+    # Rate of the first step of a warm-up of W steps: "transformers" = 0, "open_clip" = 1/W of the peak.
+    c.warmup = "transformers"
+    c.final_rate = 0.0  # rate behind the last step, as a fraction of the peak
+    # "adamw", or "adafactor": big_vision's form, which keeps a row and a column of second moments for a matrix.
+    c.optimizer = "adamw"
+    c.beta1 = 0.9  # decay of the first moment
+    c.beta2 = 0.999  # AdamW's decay of the second moment; for Adafactor its upper limit
     c.epsilon = 1e-8  # AdamW's epsilon
+    # Parameters that weight decay applies to, by the last part of their paths.
+    c.decayed = ("kernel", "embedding")
+    # Decay of the moving average of parameters and BatchNorm statistics that evaluations, exports and later stages use;
+    # 0 = none, they use the last ones.
+    c.ema = 0.0
     c.clip_norm = 1.0  # largest global norm of the gradients of all trainable parameters
     # Devices along (replica, data, fsdp, tensor); -1 = the rest. replica: whole copies, one or more a slice, whose
     # gradients are reduced once between slices. data: copies within a slice. fsdp: parameters and optimizer sharded,
@@ -199,89 +276,6 @@ def fit_rows(config: ml_collections.ConfigDict, samples: int, images: int, text:
     config.data.row_length = -(-images * (rows * columns + text) // 256) * 256
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError, naming the key, for values out of range and settings that contradict each other."""
-    for key in REPLACED:
-        if key in config:
-            raise ValueError(f"there is no key {key!r} any more: {REPLACED[key]}")
-    for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
-        if config[key] < 1:
-            raise ValueError(f"{key}={config[key]} must be at least 1")
-    if config.keep_every < 0 or config.keep_every % config.checkpoint_every:
-        raise ValueError(
-            f"keep_every={config.keep_every} must be a multiple of checkpoint_every={config.checkpoint_every}: only "
-            "checkpoints that are written can be kept"
-        )
-    for key in ("param_dtype", "moment_dtype"):
-        if config[key] not in ("float32", "bfloat16"):
-            raise ValueError(f"{key}={config[key]!r} must be float32 or bfloat16")
-    bad_steps = config.bad_steps
-    if bad_steps.mode not in ("on", "warn", "off"):
-        raise ValueError(f"bad_steps.mode={bad_steps.mode!r} must be on, warn or off")
-    if not (bad_steps.factor == 0 or 1 < bad_steps.factor < math.inf):
-        raise ValueError(f"bad_steps.factor={bad_steps.factor} must be above 1, or 0 to look for no spikes")
-    for key, least in (("in_a_row", 1), ("roll_backs", 0)):
-        if bad_steps[key] < least:
-            raise ValueError(f"bad_steps.{key}={bad_steps[key]} must be at least {least}")
-    if config.accumulate < 1 or config.data.groups % config.accumulate:
-        raise ValueError(f"accumulate={config.accumulate} must divide data.groups={config.data.groups}")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
-    if not 0 <= config.warmup_ratio <= 1:
-        raise ValueError(f"warmup_ratio={config.warmup_ratio} must be from 0 to 1, a fraction of the steps")
-    data = config.data
-    for key in ("image_size", "groups", "rows_per_group", "row_length"):
-        if data[key] < 1:
-            raise ValueError(f"data.{key}={data[key]} must be at least 1")
-    for key in ("images_per_group", "num_threads", "prefetch", "max_substituted"):
-        if not data[key] >= 0:
-            raise ValueError(f"data.{key}={data[key]} must be at least 0")
-    sides = _pairs(data, "resolutions", "sides and positive shares, as ((512, 0.3), (1024, 0.7))", whole=1)
-    if len({side for side, _ in sides}) < len(sides):
-        raise ValueError(f"data.resolutions={data.resolutions} names a side twice")
-    _pairs(data, "aspects", "positive widths and heights, as ((1, 1), (4, 3))", whole=0)
-    _pairs(data, "grids", "rows and columns of tiles, as ((2, 2),)", whole=2)
-    _check_evaluation(config)
-
-
-def _check_evaluation(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError unless `evaluate` has its form, and keep_best and stop_after follow what is evaluated."""
-    names = []
-    for entry in config.evaluate:
-        fine = isinstance(entry, list | tuple) and list(map(type, entry)) == [str, str, int] and entry[2] >= 0
-        if not fine:
-            raise ValueError(
-                f"evaluate={config.evaluate!r} must hold a name, a folder and a number of questions each, as in "
-                '(("docvqa", "data/docvqa", 500),), with 0 for all questions'
-            )
-        if not entry[1] and entry[0] != "qa":
-            raise ValueError(f"evaluate names no folder for {entry[0]}: only qa asks about the run's own data")
-        names.append(entry[0])
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"evaluate names {twice[0]} twice: its scores would have the same name")
-    scores = [f"evaluate/{name}" for name in names] + ["validation/loss"] * (config.eval_batches > 0)
-    if config.keep_best and config.keep_best not in scores:
-        known = f"choose {' or '.join(scores)}" if scores else "set `evaluate` or eval_batches too"
-        raise ValueError(f"keep_best={config.keep_best!r} is not evaluated in this run: {known}")
-    if config.stop_after < 0:
-        raise ValueError(f"stop_after={config.stop_after} must be at least 0")
-    if config.stop_after and not config.keep_best:
-        raise ValueError(f"stop_after={config.stop_after} needs a score to follow: set keep_best, as in evaluate/qa")
-
-
-def _pairs(data: ml_collections.ConfigDict, key: str, what: str, whole: int) -> list[tuple]:
-    """Returns the pairs of a setting; ValueError unless all are positive and the first `whole` of each are integers."""
-    try:
-        pairs = [(first, second) for first, second in data[key]]
-        fine = all(isinstance(x, int) for pair in pairs for x in pair[:whole])
-        fine &= all(0 < x < math.inf for pair in pairs for x in pair)
-    except (TypeError, ValueError):
-        fine = False
-    if not fine:
-        raise ValueError(f"data.{key}={data[key]} must be pairs of {what}")
-    return pairs
-
-
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns the config as dicts, lists and scalars that JSON can hold."""
 
@@ -303,3 +297,10 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
         elif x != y:
             found.append((prefix + key, x, y))
     return found
+
+
+def rows_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """Returns (rows of text in a group, tokens in a row) of a config; in stage 0 a text has a row of its own."""
+    if "text" in config.model:
+        return config.data.images_per_group * config.data.texts, config.model.text.context_length
+    return config.data.rows_per_group, config.data.row_length

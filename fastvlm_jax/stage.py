@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fastvlm_jax import config as config_lib
-from fastvlm_jax import guard, losses, model_io, optim, sharding
+from fastvlm_jax import config_checks, guard, losses, model_io, optim, sharding
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
@@ -78,7 +77,7 @@ def open_processor(config) -> Processor:
       ValueError, FileNotFoundError: settings contradict each other, the parent cannot be read, or as in
         `make_processor`.
     """
-    config_lib.validate(config)
+    config_checks.validate(config)
     parent = model_io.read(config.parent) if config.parent and not config.data.tokenizer else None
     return make_processor(config, kinds.build(**config.model.to_dict()), parent)
 

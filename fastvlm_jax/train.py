@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import ml_collections
 
-from fastvlm_jax import checkpoint, distributed, optim, sharding
+from fastvlm_jax import checkpoint, config_checks, distributed, optim, sharding
 from fastvlm_jax import config as config_lib
 from fastvlm_jax.changes import check_allowed
 from fastvlm_jax.data.load.from_config import make_loader, open_sources
@@ -55,7 +55,7 @@ def train(
         another run has taken it.
       Interrupted: this process or another got SIGINT, SIGTERM or the platform's notice; the state is saved.
     """
-    config_lib.validate(config)
+    config_checks.validate(config)
     settings = config_lib.plain(config)
     check_allowed(allow_changes, settings)
     check_processes(settings)

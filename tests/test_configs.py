@@ -6,7 +6,7 @@ import pytest
 from paths import ROOT
 
 from fastvlm_jax import config as config_lib
-from fastvlm_jax import optim, sharding
+from fastvlm_jax import config_checks, optim, sharding
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.train_state import state_of
 
@@ -110,10 +110,10 @@ def test_differences_name_the_dotted_key():
 )
 def test_a_setting_of_the_data_that_means_nothing_is_named(key, value, message):
     config = config_lib.get_base("tiny")
-    config_lib.validate(config)
+    config_checks.validate(config)
     config.data[key] = value
     with pytest.raises(ValueError, match=message):
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 QA = (("qa", "", 50),)
@@ -143,13 +143,13 @@ def test_an_evaluation_that_means_nothing_is_named(changes, message):
     for key, value in changes.items():
         config[key] = value
     with pytest.raises(ValueError, match=f"^{message}"):
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 def test_a_benchmark_and_the_best_checkpoint_by_it_are_fine():
     config = config_lib.get_base("tiny")
     config.evaluate, config.keep_best, config.stop_after = (*QA, ["docvqa", "data/docvqa", 0]), "evaluate/docvqa", 3
-    config_lib.validate(config)
+    config_checks.validate(config)
 
 
 def test_both_encoders_of_the_embedded_sweep_have_the_same_number_of_parameters():

@@ -50,6 +50,7 @@ train_step
 losses
 train_state
 guard
+config_checks
 config
 convert
 convert.layouts

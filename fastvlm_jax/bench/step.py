@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvlm_jax import config as config_lib
-from fastvlm_jax import optim, stage
+from fastvlm_jax import config_checks, optim, stage
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.bench import clock
 from fastvlm_jax.chips import peak_flops
@@ -72,7 +71,7 @@ def measure(
       ValueError: the config contradicts itself or has no images, or its mesh does not fit the devices or divide the
         batch or the heads.
     """
-    config_lib.validate(config)
+    config_checks.validate(config)
     if not config.data.images_per_group:
         raise ValueError("data.images_per_group=0: the encoder's parts need images, set 1 or more")
     mesh = stage.make_mesh(config)

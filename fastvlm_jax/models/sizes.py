@@ -46,6 +46,7 @@ SIGLIP_COLOURS = dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
 # Arguments of models.text_tower.TextTower, by the width of the embeddings: of MobileCLIP2-S0 and -S2 and MobileCLIP-S1
 # and -S2; of both -S3 and -S4. Trailing figures: millions of parameters.
 TEXT_SIZES = {
+    "tiny": dict(features=64, width=64, num_layers=2, num_heads=2, vocab_size=514, context_length=16),
     "512": dict(features=512, width=512, num_layers=12, num_heads=8),  # 63.4
     "768": dict(features=768, width=768, num_layers=12, num_heads=12),  # 123.7
 }
@@ -132,4 +133,14 @@ VISION_SIZES = {
         epsilon=1e-5,
         **CLIP_COLOURS,
     ),
+}
+# Encoder and text tower of a CLIP: the sizes of MobileCLIP2 (arXiv 2508.20691, Table 1), whose s1 to s4 are those of
+# MobileCLIP (arXiv 2311.17049) too. MobileCLIP-S0 has another text tower.
+CLIP_SIZES = {
+    "tiny": ("tiny", "tiny"),
+    "s0": ("mci0", "512"),  # 11.4 + 63.4
+    "s1": ("mci1", "512"),  # 21.5 + 63.4
+    "s2": ("mci2", "512"),  # 35.7 + 63.4
+    "s3": ("mci3", "768"),  # 125.1 + 123.7
+    "s4": ("mci4", "768"),  # 321.6 + 123.7
 }

@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from fastvlm_jax import config as config_lib
-from fastvlm_jax import optim, sharding, stage
+from fastvlm_jax import config_checks, optim, sharding, stage
 from fastvlm_jax.chips import GB
 from fastvlm_jax.models import kinds
 from fastvlm_jax.preflight import estimate
@@ -85,7 +84,7 @@ def preflight(config, name: str) -> dict[str, Any]:
       ValueError: the name has another form, or the mesh does not fit the GPUs or divide the batch or the heads.
     """
     gpus = parse(name)
-    config_lib.validate(config)
+    config_checks.validate(config)
     usable = usable_share() * gpus.bytes
     found, mesh, counts = memory(config, gpus)
     total = sum(found.values())

@@ -7,8 +7,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from fastvlm_jax import config as config_lib
-from fastvlm_jax import sharding, xla_flags
+from fastvlm_jax import config_checks, sharding, xla_flags
 from fastvlm_jax.models import kinds
 from fastvlm_jax.preflight import describe, estimate, fit, topology
 from fastvlm_jax.preflight import search as ranking
@@ -46,7 +45,7 @@ def preflight(config, name: str, options: Options = Options()) -> dict[str, Any]
         the batch or the heads.
     """
     slices = topology.parse(name)
-    config_lib.validate(config)
+    config_checks.validate(config)
     model = kinds.build(**config.model.to_dict())
     mesh = sharding.make_mesh(config.mesh, topology.devices(slices))
     train = options.mode == "train"
@@ -98,7 +97,7 @@ def search(config, name: str, options: Options = Options(), count: int = 3) -> d
     if options.mode != "train":
         raise ValueError("--search ranks training settings: leave out --mode")
     slices, rows, best = topology.parse(name), [], None
-    config_lib.validate(config)
+    config_checks.validate(config)
     own = ranking.given(config, sharding.make_mesh(config.mesh, topology.devices(slices)))
     for candidate in ranking.choose(ranking.rank(config, slices), own, count):
         settings = ranking.flags(candidate.settings, own) or "as given"

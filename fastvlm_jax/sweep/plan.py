@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fastvlm_jax import config as config_lib
-from fastvlm_jax import optim
+from fastvlm_jax import config_checks, optim
 from fastvlm_jax.changes import is_free
 from fastvlm_jax.evaluate.benchmarks import known
 from fastvlm_jax.files import json_digest
@@ -215,7 +215,7 @@ def read_config(settings: Sequence[str]) -> ml_collections.ConfigDict:
 
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError, naming the key, if a stage's settings contradict each other or an image finds no room."""
-    config_lib.validate(config)
+    config_checks.validate(config)
     model, data = kinds.build(**config.model.to_dict()), config.data
     try:
         tokens = model.tokens_per_image(data.image_size)

@@ -17,12 +17,17 @@ from fastvlm_jax.config import REPLACED, differences
 FREE_KEYS = (
     "eval_every", "eval_batches", "evaluate", "keep_best", "stop_after", *REPLACED, "mesh", "log_every",
     "checkpoint_every", "keep_checkpoints", "keep_every", "wandb", "accumulate", "shard_frozen", "bad_steps",
-    "model.vision.remat", "model.llm.remat", "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
+    "model.vision.remat", "model.llm.remat", "model.text.remat", "loss.block", "loss.ring",
+    "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
     "data.root",
 )  # fmt: skip
-FIXED_KEYS = ("model", "param_dtype", "moment_dtype", "parent", "parent_step")
+FIXED_KEYS = ("model", "param_dtype", "moment_dtype", "optimizer", "ema", "parent", "parent_step")
 # Keys of `model` that change what it computes and not what it is.
-COMPUTED_KEYS = ("model.dtype", "model.vision.drop_path", "model.vision.batch_norm")
+COMPUTED_KEYS = ("model.dtype", "model.vision.drop_path", "model.vision.batch_norm", "model.vision.batch_norm_images")
+# Keys that runs of earlier versions do not have -> what they did.
+ADDED = {
+    "warmup": "transformers", "final_rate": 0.0, "optimizer": "adamw", "decayed": ["kernel", "embedding"], "ema": 0.0,
+}  # fmt: skip
 # Keys of the lineage that are compared too, and free: a run goes on under new code, and its lineage says so.
 CODE_KEYS = ("code", "source_digest", "jax")
 CONTENTS = "data.contents"  # names a change of what the data sets hold, which no key of the config shows
@@ -57,7 +62,7 @@ def is_free(key: str) -> bool:
 def compare(run: dict[str, Any], config: dict[str, Any], lineage: dict[str, Any]) -> list[Change]:
     """Returns all that changed since a run, the content of its config.json, was last at work."""
     there = run["lineage"]
-    changes = [Change(*found) for found in differences(run["config"], config) if not _moved(*found)]
+    changes = [Change(*found) for found in differences(ADDED | run["config"], config) if not _moved(*found)]
     found = [Change(key, latest(there, key), lineage.get(key)) for key in ("parent_step", *CODE_KEYS)]
     # Versions before recorded less about their code.
     changes += [c for c in found if c.before != c.now and not (c.free and None in (c.before, c.now))]

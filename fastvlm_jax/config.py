@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from fastvlm_jax.models.sizes import CLIP_SIZES, LLM_SIZES, QWEN2, TEXT_SIZES, VISION_SIZES
+from fastvlm_jax.optim import Course
 
 # Keys of earlier versions -> what takes their place.
 REPLACED = {
@@ -304,3 +305,8 @@ def rows_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
     if "text" in config.model:
         return config.data.images_per_group * config.data.texts, config.model.text.context_length
     return config.data.rows_per_group, config.data.row_length
+
+
+def course_of(config: ml_collections.ConfigDict, steps: int) -> Course:
+    """Returns how the learning rates of a run of so many steps go."""
+    return Course(steps, config.warmup_ratio, config.warmup, config.final_rate)

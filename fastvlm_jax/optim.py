@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,24 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Groups = Sequence[tuple[str, float, float]]  # (path regex, peak learning rate, weight decay)
-DECAYED = ("kernel", "embedding")  # biases, norms and layer scales are never decayed
+DECAYED = ("kernel", "embedding")  # weight decay leaves out biases, norms and layer scales
+FACTORED = 32  # smallest side of a matrix whose second moments Adafactor keeps as a row and a column
+
+
+class Course(NamedTuple):
+    """Says how learning rates go over a run: a linear warm-up, then a cosine.
+
+    Attributes:
+      steps: optimizer steps of the whole run.
+      warmup_ratio: fraction of the steps in which the rate rises, rounded up to whole steps; 0 = no warm-up.
+      warmup: rate of the first of W steps of warm-up, "transformers" (0) or "open_clip" (1/W of the peak).
+      final_rate: rate behind the last step, as a fraction of the peak.
+    """
+
+    steps: int
+    warmup_ratio: float = 0.0
+    warmup: str = "transformers"
+    final_rate: float = 0.0
 
 
 def assign(params, groups: Groups) -> dict[str, int]:
@@ -48,49 +65,84 @@ def merge(trainable: dict, frozen: dict) -> dict:
     return unflatten_dict({**trainable, **frozen}, sep="/")
 
 
-def schedule(peak: float, steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Returns a linear warm-up over a fraction of the steps, then a cosine to zero (paper, Tables 8 and 9).
+def schedule(peak: float, course: Course) -> optax.Schedule:
+    """Returns step, from 0 -> learning rate: a warm-up, then a cosine (paper, Tables 8 and 9).
 
-    The warm-up takes the fraction rounded up, as in transformers; of 0 steps, it leaves the first step at the peak.
+    Without a warm-up the first step has the peak.
     """
-    warmup = math.ceil(steps * warmup_ratio)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+    warmup = math.ceil(course.steps * course.warmup_ratio)
+    decay = optax.cosine_decay_schedule(peak, max(course.steps - warmup, 1), course.final_rate)
+    if not warmup:
+        return decay
+    if course.warmup == "transformers":
+        rise = optax.linear_schedule(0.0, peak, warmup)
+    else:
+        rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def make_optimizer(
     params,
     groups: Groups,
+    course: Course,
     *,
-    steps: int,
-    warmup_ratio: float,
     beta1: float,
     beta2: float,
     epsilon: float,
     clip_norm: float,
+    optimizer: str = "adamw",
+    decayed: Sequence[str] = DECAYED,
     moment_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """Returns AdamW with a rate and a decay for each group; the gradients are first clipped by their global norm.
+    """Returns an optimizer with a rate and a decay for each group; gradients are first clipped by their global norm.
 
-    The transformation acts on the flat trainable dict that `split` returns, with gradients in float32.
+    The transformation acts on the flat trainable dict that `split` returns, with gradients in float32. Weight decay is
+    multiplied by the rate, as in PyTorch.
 
     Args:
       params: all parameters, or their abstract shapes.
-      steps: optimizer steps of the whole run.
+      course: how the rates go.
+      beta1, beta2, epsilon: constants of AdamW; `adafactor` has no epsilon.
+      optimizer: "adamw", or "adafactor" (see there).
+      decayed: last parts of the paths of the parameters that decay.
       moment_dtype: dtype of the first moment; the second stays in float32, because in bfloat16 it would not move.
     """
     assigned = assign(params, groups)
     trainable, _ = split(params, groups)
 
-    def adamw(peak: float, decay: float) -> optax.GradientTransformation:
-        def decayed(tree):
-            return {path: path.split("/")[-1] in DECAYED for path in tree}
+    def of_group(peak: float, decay: float) -> optax.GradientTransformation:
+        def mask(tree):
+            return {path: path.split("/")[-1] in decayed for path in tree}
 
-        rate = schedule(peak, steps, warmup_ratio)
-        return optax.adamw(rate, beta1, beta2, epsilon, mu_dtype=moment_dtype, weight_decay=decay, mask=decayed)
+        rate = schedule(peak, course)
+        if optimizer == "adafactor":
+            return adafactor(rate, beta1, beta2, decay, mask, moment_dtype)
+        return optax.adamw(rate, beta1, beta2, epsilon, mu_dtype=moment_dtype, weight_decay=decay, mask=mask)
 
-    transforms = {i: adamw(peak, decay) for i, (_, peak, decay) in enumerate(groups) if peak > 0}
+    transforms = {i: of_group(peak, decay) for i, (_, peak, decay) in enumerate(groups) if peak > 0}
     labels = {path: assigned[path] for path in trainable}
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.partition(transforms, labels))
+
+
+def adafactor(
+    rate: optax.Schedule, beta1: float, beta2: float, decay: float, mask, moment_dtype: str
+) -> optax.GradientTransformation:
+    """Returns Adafactor as big_vision has it (arXiv 2106.04560, section 3.5).
+
+    A matrix of which both sides have at least FACTORED entries keeps a row and a column of second moments. Their decay
+    rises as 1 - t^-0.8, up to `beta2`. The first moment is a plain average of the scaled gradients. There is no
+    clipping of updates, and no step relative to the size of a parameter.
+    """
+
+    def rising(step, exponent):
+        return jnp.minimum(beta2, 1 - (step.astype(jnp.float32) + 1) ** -exponent)
+
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED, decay_rate_fn=rising),
+        optax.ema(beta1, debias=False, accumulator_dtype=moment_dtype),
+        optax.add_decayed_weights(decay, mask),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def update(optimizer: optax.GradientTransformation, gradients: dict, slots, trainable: dict) -> tuple[dict, Any]:
@@ -100,6 +152,11 @@ def update(optimizer: optax.GradientTransformation, gradients: dict, slots, trai
         return optax.apply_updates(trainable, updates), slots
 
 
-def learning_rates(step, groups: Groups, steps: int, warmup_ratio: float) -> dict[str, jnp.ndarray]:
+def learning_rates(step, groups: Groups, course: Course) -> dict[str, jnp.ndarray]:
     """Returns pattern -> learning rate at `step` of every trainable group, for the log."""
-    return {pattern: schedule(peak, steps, warmup_ratio)(step) for pattern, peak, _ in groups if peak > 0}
+    return {pattern: schedule(peak, course)(step) for pattern, peak, _ in groups if peak > 0}
+
+
+def averaged(average: Any, new: Any, decay: float) -> Any:
+    """Returns an exponential moving average, a tree of float32 arrays, with `new` values in it."""
+    return jax.tree.map(lambda a, x: a + (1 - decay) * (x.astype(jnp.float32) - a), average, new)

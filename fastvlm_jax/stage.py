@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fastvlm_jax import config as config_lib
 from fastvlm_jax import config_checks, guard, losses, model_io, optim, sharding
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.kinds import Model
 from fastvlm_jax.parent import adapt
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
@@ -135,12 +137,14 @@ class Step(NamedTuple):
         the model; the others are initialized.
       abstract: the state as ShapeDtypeStructs with their shardings.
       optimizer: the optimizer in it.
+      loss: what it minimises.
     """
 
     fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     make_state: Callable[[jax.Array, dict[str, Any] | None], TrainState]
     abstract: TrainState
     optimizer: optax.GradientTransformation
+    loss: losses.Loss
 
 
 def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, num_sources: int = 1) -> Step:
@@ -157,32 +161,47 @@ def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, nu
     optimizer = optim.make_optimizer(
         kinds.abstract_variables(model)["params"],
         config.groups,
-        steps=steps,
-        warmup_ratio=config.warmup_ratio,
+        config_lib.course_of(config, steps),
         beta1=config.beta1,
         beta2=config.beta2,
         epsilon=config.epsilon,
         clip_norm=config.clip_norm,
+        optimizer=config.optimizer,
+        decayed=config.decayed,
         moment_dtype=config.moment_dtype,
     )
     make_state, abstract = state_of(
-        model, optimizer, config.groups, mesh, param_dtype=config.param_dtype, shard_frozen=config.shard_frozen
-    )
+        model, optimizer, config.groups, mesh,
+        param_dtype=config.param_dtype, shard_frozen=config.shard_frozen, average=config.ema > 0,
+    )  # fmt: skip
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    loss = make_loss(config, model, steps, num_sources)
     fn = partial(
         train_step,
-        loss=losses.next_token(model, num_sources),
+        loss=loss,
         optimizer=optimizer,
         groups=config.groups,
         seed=config.seed,
         accumulate=config.accumulate,
         shardings=optim.split(shardings.params, config.groups)[0],
         rule=make_rule(config),
+        ema=config.ema,
     )
     # Metrics are whole on every device, so that every process can read them.
     everywhere = jax.sharding.NamedSharding(mesh, sharding.spec(()))
     fn = jax.jit(fn, donate_argnums=0, out_shardings=(shardings, everywhere))
-    return Step(fn, make_state, abstract, optimizer)
+    return Step(fn, make_state, abstract, optimizer, loss)
+
+
+def make_loss(config, model: Model, steps: int, num_sources: int = 1) -> losses.Loss:
+    """Returns the loss that a config's steps minimise; see `make_step`."""
+    if isinstance(model, FastVLM):
+        return losses.next_token(model, num_sources)
+
+    def logged(step: jax.Array) -> jax.Array:
+        return ((step + 1) % config.log_every == 0) | (step + 1 == steps)
+
+    return losses.pairs(model, **config.loss.to_dict(), logged=logged)
 
 
 def make_rule(config) -> guard.Rule | None:

@@ -71,7 +71,7 @@ def train(
         steps = config.steps or math.ceil(config.epochs * loader.batches_per_epoch)
         step = make_step(config, stage.model, mesh, steps=steps, num_sources=len(sources))
         traced = profiling.parse_steps(profile, steps)
-        evaluate = make_evaluation(config, stage.model, stage.processor, batches)
+        evaluate = make_evaluation(config, stage.model, step.loss, stage.processor, batches)
         origin = make_lineage(settings, stage.parent_lineage, fingerprint(sources), contents_of(sources))
         claimed = context.enter_context(claim(workdir, settings, origin, stage.processor, allow_changes))
         name = config.stage or workdir.name

@@ -7,11 +7,12 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fastvlm_jax import guard, optim, sharding
 from fastvlm_jax.guard import Guard
 from fastvlm_jax.models import kinds
-from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.kinds import Model
 
 
 @flax.struct.dataclass
@@ -19,28 +20,47 @@ class TrainState:
     """Holds everything that the next step depends on, except its batch."""
 
     step: jax.Array  # int32 []: steps done, those whose update was left out included
-    params: Any  # nested dicts: vision/, projector/, llm/
+    params: Any  # nested dicts: vision/, projector/, llm/; in stage 0 vision/, text/, logit_scale
     batch_stats: Any  # BatchNorm statistics under vision/
     opt_state: Any  # optimizer slots of the trainable parameters only; its counts are of updates, not of steps
     guard: Guard  # what the next step is judged by
+    # Moving averages in float32: {"params": those of the trainable parameters, by path, "batch_stats": ...}, or None.
+    average: Any = None
+
+
+def averaged(state: TrainState) -> dict[str, Any]:
+    """Returns the variables of the model that a state stands for: the averages, if it keeps any."""
+    if state.average is None:
+        return {"params": state.params, "batch_stats": state.batch_stats}
+    flat = flatten_dict(state.params, sep="/") | state.average["params"]
+    return {"params": unflatten_dict(flat, sep="/"), "batch_stats": state.average["batch_stats"]}
 
 
 def state_of(
-    model: FastVLM, optimizer, groups: optim.Groups, mesh, *, param_dtype: str = "float32", shard_frozen: bool = True
+    model: Model,
+    optimizer,
+    groups: optim.Groups,
+    mesh,
+    *,
+    param_dtype: str = "float32",
+    shard_frozen: bool = True,
+    average: bool = False,
 ):
     """Returns the functions and shapes `make_state` and `abstract` that stage.Step describes.
 
     Args:
       param_dtype: dtype of the parameters; optimizer slots and batch statistics are float32.
       shard_frozen: whether frozen parameters are sharded along fsdp too.
+      average: whether the state keeps moving averages.
     """
 
     def build(params, batch_stats) -> TrainState:
         params = jax.tree.map(lambda x: x.astype(param_dtype), params)
         trainable, _ = optim.split(params, groups)
         # Float32 parameters give float32 slots: Adam's second moment would not move in bfloat16.
-        slots = optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), trainable))
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, slots, guard.begin())
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+        kept = {"params": wide, "batch_stats": batch_stats} if average else None
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(wide), guard.begin(), kept)
 
     def fresh(rng) -> TrainState:
         variables = kinds.init_variables(model, rng)

@@ -50,7 +50,7 @@ def test_config_builds_and_its_groups_are_total(name, argument):
     model = fastvlm.build(**config.model.to_dict())
     params = kinds.abstract_variables(model)["params"]
     optimizer = optim.make_optimizer(
-        params, config.groups, steps=100, warmup_ratio=0.03, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0
+        params, config.groups, optim.Course(100, 0.03), beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0
     )
     mesh = sharding.make_mesh((1, 2, 2, 2))
     _, abstract = state_of(model, optimizer, config.groups, mesh)

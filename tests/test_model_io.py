@@ -58,7 +58,7 @@ def state_from(config, model, source, mesh_shape):
     groups = ((".*", 1e-3, 0.0),)
     params = kinds.abstract_variables(model)["params"]
     optimizer = optim.make_optimizer(
-        params, groups, steps=4, warmup_ratio=0.5, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0
+        params, groups, optim.Course(4, 0.5), beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0
     )
     with jax.set_mesh(mesh):
         make_state, abstract = state_of(model, optimizer, groups, mesh)

@@ -44,7 +44,7 @@ def test_merge_is_the_inverse_of_split():
 
 
 def test_schedule_warms_up_and_falls_to_zero_as_a_cosine():
-    rate = optim.schedule(2.0, 100, 0.1)
+    rate = optim.schedule(2.0, optim.Course(100, 0.1))
     values = [float(rate(step)) for step in (0, 5, 10, 55, 100)]
     np.testing.assert_allclose(values, [0.0, 1.0, 2.0, 1.0, 0.0], atol=1e-6)
 
@@ -56,7 +56,7 @@ def test_every_rate_equals_transformers_cosine_schedule(steps, ratio):
     warmup = transformers.TrainingArguments.get_warmup_steps(types.SimpleNamespace(warmup_steps=ratio), steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps).lr_lambdas[0]
-    ours = optim.schedule(2.0, steps, ratio)
+    ours = optim.schedule(2.0, optim.Course(steps, ratio))
     np.testing.assert_allclose([ours(i) for i in range(steps)], [2 * theirs(i) for i in range(steps)], atol=1e-6)
     assert ratio > 0 or float(ours(0)) == 2.0
 
@@ -68,8 +68,8 @@ def test_five_steps_equal_torch_adamw_with_clipping_and_groups():
     grads = [{path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()} for _ in range(5)]
     groups = (("vision/.*", 3e-2, 0.3), ("llm/.*", 1e-2, 0.1))
     params = optim.merge({k: jnp.asarray(v) for k, v in start.items()}, {})
-    settings = dict(steps=20, warmup_ratio=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, clip_norm=1.0)
-    optimizer = optim.make_optimizer(params, groups, **settings)
+    settings = dict(beta1=0.9, beta2=0.95, epsilon=1e-8, clip_norm=1.0)
+    optimizer = optim.make_optimizer(params, groups, optim.Course(20, 0.1), **settings)
     ours, _ = optim.split(params, groups)
     slots = optimizer.init(ours)
 

@@ -68,7 +68,7 @@ def straight(easy_vqa, tmp_path_factory):
 
 def test_step_and_validation_are_compiled_once(straight):
     assert sum("train_step" in name for name in straight.compiled) == 1, straight.compiled
-    assert sum("eval_step" in name for name in straight.compiled) == 1, straight.compiled
+    assert sum("held_out" in name for name in straight.compiled) == 1, straight.compiled
 
 
 def test_run_stopped_by_sigterm_goes_on_bit_for_bit(easy_vqa, straight, tmp_path):

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from fastvlm_jax import disk, distributed
 from fastvlm_jax.checkpoint import digest
 from fastvlm_jax.checkpoint.folder import FOLDER, seal, steps_of
-from fastvlm_jax.train_state import TrainState
+from fastvlm_jax.train_state import TrainState, averaged
 
 # Arrays of at least this size are written by all replicas, each a part; every new shape of a part costs a compilation.
 SHARED_WRITE_BYTES = 2**20
@@ -125,11 +126,28 @@ def find_steps(workdir: pathlib.Path) -> list[int]:
 
 
 def parts_of(state: TrainState) -> dict[str, dict[str, Any]]:
-    """Returns a state in the parts of a checkpoint: what a model is, and what else training needs."""
-    return {
-        "model": {"params": state.params, "batch_stats": state.batch_stats},
-        "training": {"step": state.step, "opt_state": state.opt_state, "guard": state.guard},
-    }
+    """Returns a state in the parts of a checkpoint: what a model is, and what else training needs.
+
+    Where a state keeps moving averages, they are the model, and what they average is training's.
+    """
+    training = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
+    if state.average is not None:
+        flat = flatten_dict(state.params, sep="/")
+        last = {path: flat[path] for path in state.average["params"]}
+        training["last"] = {"params": last, "batch_stats": state.batch_stats}
+    return {"model": averaged(state), "training": training}
+
+
+def state_of(parts: dict[str, dict[str, Any]]) -> TrainState:
+    """Returns the state that `parts_of` took apart."""
+    model, training = parts["model"], dict(parts["training"])
+    last = training.pop("last", None)
+    if last is None:
+        return TrainState(**model, **training)
+    flat = flatten_dict(model["params"], sep="/")
+    average = {"params": {path: flat[path] for path in last["params"]}, "batch_stats": model["batch_stats"]}
+    params = unflatten_dict(flat | last["params"], sep="/")
+    return TrainState(params=params, batch_stats=last["batch_stats"], average=average, **training)
 
 
 def save(

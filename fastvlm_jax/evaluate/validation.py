@@ -24,10 +24,12 @@ from fastvlm_jax.evaluate.questions import Prepared, prepare
 from fastvlm_jax.evaluate.records import rows_of
 from fastvlm_jax.evaluate.results import summarise
 from fastvlm_jax.generate import answer_limit
+from fastvlm_jax.losses import Loss
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.kinds import Model
 from fastvlm_jax.processor import Processor
-from fastvlm_jax.train_state import TrainState
+from fastvlm_jax.train_state import TrainState, averaged
 
 # Computes the scalars of a state, by their names in the metrics, or None if the function, asked after every batch, says
 # that the run is to stop.
@@ -47,14 +49,17 @@ class _Stopped(Exception):
     """Raised to leave an evaluation between two batches."""
 
 
-def make_evaluation(config, model: FastVLM, processor: Processor, batches: jax.sharding.Sharding) -> Evaluate | None:
+def make_evaluation(
+    config, model: Model, loss: Loss, processor: Processor, batches: jax.sharding.Sharding
+) -> Evaluate | None:
     """Looks at all that evaluation needs, and returns the function that evaluates; None if there is nothing to do.
 
-    The loss is the mean over supervised tokens of all data sets with a held-out split. The questions of ("qa", "", N)
-    are asked as `data.turns` makes samples; see `_own_questions`.
+    The model is the moving average, if the run keeps one. The loss is that of all data sets with a held-out split. The
+    questions of ("qa", "", N) are asked as `data.turns` makes samples; see `_own_questions`.
 
     Args:
       config: config of the run; its eval_batches and `evaluate` say what to evaluate.
+      loss: what the run minimises.
       batches: sharding of the batches.
 
     Raises:
@@ -71,9 +76,9 @@ def make_evaluation(config, model: FastVLM, processor: Processor, batches: jax.s
             "this run has no validation: no data set has records in a split 'validation'; `fastvlm data write "
             "--validation_share 0.05` sets some aside"
         )
-    loss = make_loss(config, model, processor, batches) if config.eval_batches and held_out else None
+    held_out_loss = make_loss(config, loss, processor, batches) if config.eval_batches and held_out else None
     entries = [_open(*entry, config.data.turns, model, processor, held_out) for entry in wanted]
-    scores = ["validation/loss"] * bool(loss) + [f"evaluate/{entry.benchmark.name}" for entry in entries]
+    scores = ["validation/loss"] * bool(held_out_loss) + [f"evaluate/{entry.benchmark.name}" for entry in entries]
     if config.keep_best and config.keep_best not in scores:
         raise ValueError(f"keep_best={config.keep_best!r}: no data set has records in a split 'validation'")
 
@@ -82,10 +87,10 @@ def make_evaluation(config, model: FastVLM, processor: Processor, batches: jax.s
             if stopped():
                 raise _Stopped
 
-        variables, scalars = {"params": state.params, "batch_stats": state.batch_stats}, {}
+        variables, scalars = averaged(state), {}
         try:
-            if loss:
-                scalars["validation/loss"] = loss(variables, go_on)
+            if held_out_loss:
+                scalars["validation/loss"] = held_out_loss(variables, go_on)
             for entry in entries:
                 scalars |= score(entry, config, model, variables, processor, batches.mesh, go_on)
         except _Stopped:

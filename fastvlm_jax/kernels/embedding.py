@@ -5,18 +5,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax.sharding import first_word, on_shards, reduce_words, sum_words, table_axes, words_here
+from fastvlm_jax.sharding import batch_shards, first_word, on_shards, reduce_words, sum_words, table_axes, words_here
 
 _ROWS, _WORDS, _TOKENS = ("batch", None, None), ("words", None), ("batch", None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
     """Looks up the embeddings of tokens [B, T] in a table [V, D]; returns [B, T, D] in `dtype`.
 
     Inside `jax.set_mesh` rows are sharded over the batch axes and words over `tensor`; the table is gathered along fsdp
     in `dtype`. Because a frequent word gets thousands of small gradients, they are summed in float32 and reduced once.
     """
+    if len(tokens_BT) % batch_shards():  # rows that do not divide, as in generation: every device computes all
+        return table_VD.astype(dtype)[tokens_BT]
+    return _sharded(table_VD, tokens_BT, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sharded(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
     return on_shards(_embed, (_WORDS, _TOKENS), (_ROWS,))(table_VD.astype(dtype), tokens_BT)[0]
 
 
@@ -27,7 +33,7 @@ def _embed(table, tokens):
 
 
 def _forward(table, tokens, dtype):
-    return embed(table, tokens, dtype), (tokens, jnp.zeros((len(table), 0), table.dtype))
+    return _sharded(table, tokens, dtype), (tokens, jnp.zeros((len(table), 0), table.dtype))
 
 
 def _backward(dtype, residuals, dx):
@@ -44,4 +50,4 @@ def _backward(dtype, residuals, dx):
     return dtable.astype(like.dtype), None
 
 
-embed.defvjp(_forward, _backward)
+_sharded.defvjp(_forward, _backward)

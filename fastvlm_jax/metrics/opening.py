@@ -102,10 +102,13 @@ def tell_changes(
     if changes:
         tell(name, f"changed since it was last at work: {listed(changes, config_lib.plain(config))}")
     if start < steps and any(not change.free for change in changes):
-        rate = max(optim.learning_rates(start + 1 - skipped, config.groups, steps, config.warmup_ratio).values())
+        course = config_lib.course_of(config, steps)
+        rate = max(optim.learning_rates(start + 1 - skipped, config.groups, course).values())
+        end = f"{course.final_rate * max(peak for _, peak, _ in config.groups):.3g}"
         before = [row["lr"] for row in rows if "lr" in row and row["step"] <= start]
         was = f"was {before[-1]:.3g} in the last row of its metrics, " if before else ""
-        tell(name, f"the learning rate {was}is {float(rate):.3g} at step {start + 1} and ends at 0 with step {steps}")
+        now = f"is {float(rate):.3g} at step {start + 1}"
+        tell(name, f"the learning rate {was}{now} and ends at {end} with step {steps}")
 
 
 def telling_compilation(

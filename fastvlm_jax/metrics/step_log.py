@@ -9,6 +9,7 @@ import ml_collections
 
 from fastvlm_jax import distributed, optim
 from fastvlm_jax.chips import peak_flops
+from fastvlm_jax.config import course_of, rows_of
 from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.metrics.throughput import memory_scalars, mfu_scalars
 from fastvlm_jax.metrics.writer import MetricsWriter
@@ -86,7 +87,7 @@ class StepLog:
         if verdict is not None:
             scalars["skipped"] = int(verdict.skipped)
         updates = record.step - scalars.get("skipped", 0)  # the schedule counts these
-        rates = optim.learning_rates(updates, self._config.groups, self._steps, self._config.warmup_ratio)
+        rates = optim.learning_rates(updates, self._config.groups, course_of(self._config, self._steps))
         scalars["lr"] = max(float(rate) for rate in rates.values())
         self._writer.write(record.step, scalars)
 
@@ -107,7 +108,7 @@ class StepLog:
         }
         if len(self._names) > 1:
             scalars |= {f"records/{name}": count for name, count in zip(self._names, flow.records, strict=True)}
-        row_length = self._config.data.row_length
+        _, row_length = rows_of(self._config)
         mfu = mfu_scalars(self._model, self._trainable, flow, seconds, row_length=row_length, peak=self._peak)
         return scalars | mfu
 

@@ -17,7 +17,7 @@ from fastvlm_jax.kernels.attention import attention, cached_attention, prompt_at
 from fastvlm_jax.kernels.cross_entropy import cross_entropy
 from fastvlm_jax.kernels.embedding import embed
 from fastvlm_jax.models.remat import rematted
-from fastvlm_jax.sharding import batch_shards, constrain, gathered, sharded
+from fastvlm_jax.sharding import constrain, gathered, sharded
 
 Array = jax.Array
 
@@ -256,8 +256,6 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BT: Array, dtype=jnp.float32) -> Array:
         """Looks up the token embeddings, [B, T, D] in `dtype`."""
-        if len(tokens_BT) % batch_shards():  # rows that do not divide, as in generation: every device computes all
-            return self.embedding.astype(dtype)[tokens_BT]
         return embed(self.embedding, tokens_BT, dtype)
 
     def __call__(self, x_BTD: Array, positions_BT: Array, segments_BT: Array, targets_BT=None) -> Array:

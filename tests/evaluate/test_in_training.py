@@ -22,6 +22,7 @@ from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.evaluate import validation
 from fastvlm_jax.evaluate.benchmarks import qa
 from fastvlm_jax.evaluate.questions import Prepared, Question
+from fastvlm_jax.losses import next_token
 from fastvlm_jax.metrics.best import BestScore, best_step, better, find_best
 from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.stage import make_step, open_stage
@@ -166,7 +167,9 @@ def test_a_run_is_evaluated_without_a_second_copy_of_its_parameters(ended, token
     with jax.set_mesh(mesh):
         checkpointer = checkpoint.open_checkpointer(ended.workdir, checkpoint.Retention(1))
         state, *_ = checkpoint.restore(checkpointer, make_step(config, stage.model, mesh, steps=16).abstract)
-        evaluate = validation.make_evaluation(config, stage.model, stage.processor, sharding.batch_sharding(mesh))
+        evaluate = validation.make_evaluation(
+            config, stage.model, next_token(stage.model), stage.processor, sharding.batch_sharding(mesh)
+        )
         params, before, seen = jax.tree.leaves(state.params), size(jax.live_arrays()), []
         found = evaluate(state, lambda: bool(seen.append(size(jax.live_arrays()))))
         assert evaluate(state, lambda: True) is None  # it is left behind the batch at which the run is to stop

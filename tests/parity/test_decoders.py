@@ -336,7 +336,7 @@ def test_five_adamw_steps_equal_torch():
 
     groups = ((".*", peak, decay),)
     optimizer = optim.make_optimizer(
-        variables["params"], groups, steps=5, warmup_ratio=0.4, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=clip
+        variables["params"], groups, optim.Course(5, 0.4), beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=clip
     )
 
     @jit

@@ -127,7 +127,7 @@ def test_five_training_steps_equal_torch():
     )
     groups = ((".*", peak, decay),)
     optimizer = optim.make_optimizer(
-        variables["params"], groups, steps=steps, warmup_ratio=0.4, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=clip
+        variables["params"], groups, optim.Course(steps, 0.4), beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=clip
     )
     trainable, _ = optim.split(variables["params"], groups)
     slots = optimizer.init(trainable)

@@ -19,10 +19,10 @@ from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.images.sizes import make_sizes
+from fastvlm_jax.losses import next_token
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
-from fastvlm_jax.train_step import eval_step
 
 
 def picture(width, height, seed=0):
@@ -215,7 +215,7 @@ def test_the_loss_of_packed_samples_is_that_of_each_alone(tmp_path, tokenizer):
     variables = jax.jit(lambda key: fastvlm.init_variables(model, key))(jax.random.key(0))
     variables = jax.tree.map(lambda x: x * 3, variables)
     processor = Processor(tokenizer, "chatml", 32, model.tokens_per_image(32))
-    score = jax.jit(lambda variables, batch: eval_step(variables, batch, model=model))
+    score = jax.jit(next_token(model).held_out)
     shape = {"image_size": 32, "images_per_group": 6, "row_length": 300}
     loader = make_loader(config(tmp_path, **shape), processor, "train", seed=1, sharding=one_device())
     packed = alone = segments = 0

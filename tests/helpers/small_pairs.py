@@ -1,0 +1,46 @@
+"""A tiny config of stage 0, and a batch of random pairs for it with two teachers."""
+
+import numpy as np
+
+from fastvlm_jax import config as config_lib
+from fastvlm_jax.batch import PairBatch
+
+VISION = dict(layers=(1,), embed_dims=(8,), mixers=("repmixer",), head_features=12, head_bias=True,
+              layer_scale_init=0.5, init_std=0.3, mlp_ratio=2.0)  # fmt: skip
+TEXT = dict(features=12, width=32, num_layers=1, num_heads=1, vocab_size=60, context_length=6)
+TEACHERS = ((6, 20.0), (5, 30.0))
+
+
+def small_pairs_config(**overrides):
+    """The config; `overrides` are dotted keys with "__" for the dots."""
+    config = config_lib.pairs_of("tiny")
+    with config.model.unlocked():
+        config.model.vision.update(VISION)
+    config.model.text.update(TEXT)
+    config.model.vision.batch_norm_images, config.data.image_size = 4, 8
+    config.data.groups, config.data.images_per_group = 4, 4
+    config.bad_steps.mode, config.eval_batches, config.log_every = "off", 0, 1
+    for key, value in overrides.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
+
+
+def distilled(**overrides):
+    """The config with both terms of the loss and two texts an image."""
+    settings = dict(loss__hard=0.5, loss__soft=1.0, loss__teachers=TEACHERS, data__texts=2, data__augment="replay")
+    return small_pairs_config(**settings, **overrides)
+
+
+def random_pairs(groups=4, images=4, texts=2, side=8, teachers=TEACHERS, seed=0):
+    """A batch of random pairs; the largest token of each text, its end, stands at a random place."""
+    rng = np.random.default_rng(seed)
+
+    def features(*shape):
+        parts = [rng.normal(size=(*shape, width)) for width, _ in teachers]
+        return np.concatenate([x / np.linalg.norm(x, axis=-1, keepdims=True) for x in parts], -1).astype(np.float32)
+
+    tokens = rng.integers(1, 59, (groups, images, texts, TEXT["context_length"]))
+    np.put_along_axis(tokens, rng.integers(1, 6, (groups, images, texts, 1)), 59, axis=3)
+    pixels = rng.integers(0, 256, (groups, images, side, side, 3), np.uint8)
+    taught = (features(groups, images), features(groups, images, texts)) if teachers else (None, None)
+    return PairBatch(pixels, tokens.astype(np.int32), *taught)

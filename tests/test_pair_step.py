@@ -1,0 +1,182 @@
+"""The step of stage 0: the same on every mesh and in parts, and the same as PyTorch's."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from small_pairs import distilled, random_pairs, small_pairs_config
+
+from fastvlm_jax import config_checks, optim, sharding, stage
+from fastvlm_jax.checkpoint.saving import parts_of, state_of
+from fastvlm_jax.losses import equal_share
+from fastvlm_jax.models import kinds
+from fastvlm_jax.train_state import averaged
+from fastvlm_jax.train_step import cached, joined, numbered_parts
+
+# With so large an epsilon AdamW moves along the gradient itself; with the usual one a rounding may turn a sign.
+LINEAR = dict(epsilon=1.0, groups=((".*", 1.0, 0.0),))
+
+
+@functools.cache
+def initial(sigmoid=False):
+    model = kinds.build(**small_pairs_config(model__sigmoid=sigmoid).model.to_dict())
+    return jax.tree.map(np.asarray, nn.unbox(jax.jit(lambda rng: kinds.init_variables(model, rng))(jax.random.key(0))))
+
+
+def steps(config, batch, count=2, variables=None, mesh=(1, 1, 1, 1)):
+    """The state after `count` steps on a mesh, and the metrics of all."""
+    config_checks.validate(config)
+    model = kinds.build(**config.model.to_dict())
+    mesh = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
+    with jax.set_mesh(mesh):
+        step, metrics = stage.make_step(config, model, mesh, steps=10), []
+        state = step.make_state(jax.random.key(0), variables or initial(config.model.sigmoid))
+        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        for _ in range(count):
+            state, found = step.fn(state, placed)
+            metrics.append(jax.tree.map(np.asarray, found))
+        return state, metrics
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    """States of equal parameters, statistics and averages, each relative to the largest number of its array."""
+    for name in ("params", "batch_stats", "average"):
+        a, b = (flatten_dict(getattr(state, name) or {}, sep="/") for state in (found, expected))
+        for path in b:
+            scale = np.abs(b[path]).max() + 1e-6
+            np.testing.assert_allclose(a[path], b[path], atol=tolerance * scale, rtol=0, err_msg=f"{name} {path}")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return steps(distilled(ema=0.9, **LINEAR), random_pairs())
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2, 1), (2, 1, 1, 1)], ids=str)
+def test_every_mesh_takes_the_same_steps(whole, mesh):
+    state, metrics = steps(distilled(ema=0.9, **LINEAR), random_pairs(), mesh=mesh)
+    for found, expected in zip(metrics, whole[1], strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    assert_same(state, whole[0])
+
+
+@pytest.mark.parametrize("accumulate, mesh", [(4, (1, 1, 1, 1)), (2, (1, 2, 1, 1))], ids=str)
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(whole, accumulate, mesh):
+    """Gradients, moved along by LINEAR, and statistics: the groups of BatchNorm lie within the parts."""
+    state, metrics = steps(distilled(ema=0.9, accumulate=accumulate, **LINEAR), random_pairs(), mesh=mesh)
+    for found, expected in zip(metrics, whole[1], strict=True):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    assert_same(state, whole[0])
+
+
+def test_both_passes_over_the_parts_drop_the_same_paths():
+    """Against the gradient of one function that embeds the parts with the same random numbers."""
+    config = distilled(model__vision__drop_path=0.5)
+    model = kinds.build(**config.model.to_dict())
+    loss, batch, rng = stage.make_loss(config, model, 10), random_pairs(), jax.random.key(3)
+    params, batch_stats = initial()["params"], initial()["batch_stats"]
+    trainable, _ = optim.split(params, ((".*", 1.0, 0.0),))
+
+    def variables_of(trainable, batch_stats):
+        return {"params": optim.merge(trainable, {}), "batch_stats": batch_stats}
+
+    def value_of(trainable):
+        variables = variables_of(trainable, batch_stats)
+        numbers, parts = numbered_parts(batch, 2)
+        found = [loss.embed(variables, jax.tree.map(lambda x: x[i], parts), jax.random.fold_in(rng, i))
+                 for i in numbers]  # fmt: skip
+        features = jax.tree.map(lambda *x: joined(jnp.stack(x)), *[features for features, _ in found])
+        return loss.compare(variables["params"], batch, features)[0]
+
+    value, grads = jax.jit(jax.value_and_grad(value_of))(trainable)
+    found = jax.jit(lambda t: cached(loss, variables_of, t, batch_stats, batch, rng, lambda g: g, 2))(trainable)
+    np.testing.assert_allclose(found.value, value, rtol=1e-6)
+    largest = max(np.abs(x).max() for x in grads.values())  # some gradients are 0 but for roundings
+    for path, expected in grads.items():
+        np.testing.assert_allclose(found.grads[path], expected, atol=1e-5 * largest, err_msg=path)
+    other = jax.jit(lambda t: cached(loss, variables_of, t, batch_stats, batch, jax.random.key(4), lambda g: g, 2))
+    assert abs(float(other(trainable).value) - float(value)) > 1e-4
+
+
+def test_terms_are_those_of_the_distillation_and_the_rest_says_what_happens():
+    """From the report of the first step: excess over the teachers' entropy, written out in NumPy."""
+    batch = random_pairs()
+    _, (found, *_) = steps(distilled(**LINEAR), batch, count=1)
+    np.testing.assert_allclose(found["loss"], 0.5 * found["loss_hard"] + found["loss_soft"], rtol=1e-6)
+    entropy = 0.0
+    for s in range(2):
+        images = batch.teacher_images.reshape(16, -1).astype(np.float64)
+        texts = batch.teacher_texts[:, :, s].reshape(16, -1).astype(np.float64)
+        logits = [20 * images[:, :6] @ texts[:, :6].T, 30 * images[:, 6:] @ texts[:, 6:].T]
+        for axis in (0, 1):
+            p = np.mean([np.exp(x) / np.exp(x).sum(axis, keepdims=True) for x in logits], 0)
+            entropy -= (p * np.log(p)).sum() / 32
+    np.testing.assert_allclose(found["loss_soft_excess"], found["loss_soft"] - entropy, rtol=1e-5)
+    np.testing.assert_allclose(found["logit_scale"], 1 / 0.07, rtol=1e-6)
+    assert 0 <= found["top1_images"] <= 1 and found["equal_captions"] == 0
+
+
+def test_equal_captions_are_counted():
+    texts = np.array([[[1, 2, 3], [1, 2, 4]], [[1, 2, 3], [3, 2, 1]], [[1, 2, 4], [1, 2, 3]]], np.int32)
+    np.testing.assert_allclose(jax.jit(equal_share)(texts), 5 / 6, rtol=1e-6)
+
+
+def test_seldom_terms_are_computed_for_steps_that_are_logged():
+    _, metrics = steps(distilled(log_every=2, **LINEAR), random_pairs(), count=3)
+    assert [bool(np.isfinite(found["loss_soft_excess"])) for found in metrics] == [False, True, False]
+
+
+def test_the_factor_of_the_logits_is_clamped_behind_the_step_and_keeps_its_gradient():
+    for start, sign in ((np.log(100), 1), (0.0, -1)):
+        variables = {**initial(), "params": {**initial()["params"], "logit_scale": np.float32(start)}}
+        config = small_pairs_config(epsilon=1e-8, groups=(("logit_scale", 0.5, 0.0), (".*", 0.0, 0.0)))
+        batch = random_pairs(texts=1, teachers=())
+        _, (found, *_) = steps(config, batch, count=1, variables=variables)
+        assert found["grad_norm"] > 0  # of logit_scale alone
+        state, _ = steps(config, batch, count=3, variables=variables)
+        assert 0 <= float(state.params["logit_scale"]) <= np.float32(np.log(100)), sign
+
+
+def test_sigmoid_has_a_bias_that_learns():
+    config = small_pairs_config(model__sigmoid=True, **LINEAR)
+    state, metrics = steps(config, random_pairs(texts=1, teachers=()))
+    assert set(metrics[0]) == {"loss", "grad_norm", "logit_scale", "equal_captions"}
+    assert metrics[1]["loss"] < metrics[0]["loss"] and float(state.params["logit_bias"]) != -10
+
+
+def test_averages_follow_parameters_and_statistics_and_a_bad_step_moves_none():
+    config = small_pairs_config(ema=0.75, **LINEAR)
+    batch = random_pairs(texts=1, teachers=())
+    states = [steps(config, batch, count=n)[0] for n in (0, 1, 2)]
+    paths = [("params", "logit_scale"), ("params", "vision/stem_0/conv/kernel")]
+    for _, path in paths:
+        last = [np.asarray(flatten_dict(state.params, sep="/")[path], np.float64) for state in states]
+        expected = 0.75 * (0.75 * last[0] + 0.25 * last[1]) + 0.25 * last[2]
+        np.testing.assert_allclose(states[2].average["params"][path], expected, rtol=1e-5, atol=1e-7)
+    stats = [np.asarray(state.batch_stats["vision"]["stem_0"]["conv"]["bn"]["mean"], np.float64) for state in states]
+    found = averaged(states[2])["batch_stats"]["vision"]["stem_0"]["conv"]["bn"]["mean"]
+    np.testing.assert_allclose(found, 0.75 * 0.25 * stats[1] + 0.25 * stats[2], rtol=1e-5, atol=1e-7)
+    config.bad_steps.mode = "on"
+    broken = {**initial(), "params": {**initial()["params"], "logit_scale": np.float32(np.nan)}}
+    state, metrics = steps(config, batch, count=1, variables=broken)
+    assert metrics[0]["verdict"].skipped == 1
+    kept = state.average["params"]["vision/stem_0/conv/kernel"]
+    np.testing.assert_array_equal(kept, states[0].average["params"]["vision/stem_0/conv/kernel"])
+
+
+def test_a_checkpoint_holds_the_average_as_the_model_and_gives_back_the_state(whole):
+    parts = parts_of(whole[0])
+    for (path, x), y in zip(flatten_dict(parts["model"]["params"], sep="/").items(),
+                            whole[0].average["params"].values(), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(x, whole[0].average["params"][path])
+        assert y.dtype == np.float32
+    again = state_of(parts)
+    assert jax.tree.structure(again) == jax.tree.structure(whole[0])
+    jax.tree.map(np.testing.assert_array_equal, again, whole[0])

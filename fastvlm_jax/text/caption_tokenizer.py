@@ -27,7 +27,7 @@ class CaptionTokenizer(Protocol):
         """Returns int32 [N, context_length]: start, text, end, padding; the end is kept if a text is cut."""
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the files from which `load_caption_tokenizer` loads the same tokenizer."""
+        """Writes the files, in a new folder too, from which `load_caption_tokenizer` loads the same tokenizer."""
 
 
 class OwnCaptionTokenizer:
@@ -53,6 +53,7 @@ class OwnCaptionTokenizer:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the files of the tokenizer."""
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
 
 

@@ -4,10 +4,10 @@ An epoch draws every record once or, with weights, each data set in endless shuf
 evenly over the draws of an epoch; which record a draw takes is looked up in a permutation that is computed place by
 place. Batch k of G groups of N pairs:
 
-    data sets, draws of an epoch     a 4 b 2          b a a b a a     with G = N = 1, at epoch 0
-    passes over each, shuffled       a 2 0 3 1        . 2 0 . 3 1
-                                     b 1 0            1 . . 0 . .
-    batch                                             0 1 2 3 4 5     batch 6 is the first of epoch 1
+    data sets       in the order of a pass        draws of an epoch             batches of G x N = 4 pairs
+    a a a a         a2 a0 a3 a1
+                                             ->   a2 b1 a0 a3 b0 a1        ->   k    a2 b1 a0 a3
+    b b             b1 b0
 
 The draws at the end of an epoch that do not fill a batch are left out; they are other records in each epoch.
 """

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import PIL.Image
 import pytest
+from command import fastvlm
 from loading import config, sharding, take
 
 from fastvlm_jax.batch import PairBatch
@@ -257,6 +258,16 @@ def test_the_records_of_a_bad_step_are_those_of_its_batch(folder, processor, str
     found = list(records_of(make_builder(settings(folder), processor, "train", 3), 2))
     assert [item["key"] for item in found] == [f"train/{number}" for number in records_in(straight[2], tokenizer)]
     assert [item["group"] for item in found] == [g for g in range(8) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [(("data", "inspect"), "give --data FOLDER without --config"), (("bench", "input"), "the config of another stage")],
+)
+def test_what_shows_conversations_alone_refuses_pairs_in_one_line(tmp_path, monkeypatch, capsys, command, message):
+    (tmp_path / "stage0.py").write_text("from fastvlm_jax.config import pairs_of as get_config\n")
+    status, _, problem = fastvlm(monkeypatch, capsys, *command, "--config", f"{tmp_path / 'stage0.py'}:tiny")
+    assert status != 0 and message in problem and problem.count("\n") == 1
 
 
 # The plan alone.

@@ -295,6 +295,11 @@ def test_several_data_sets_are_spread_evenly_over_an_epoch():
         assert (counts["images"], counts["tokens"], counts["truncated"]) == (8, 40, 0)
 
 
+def test_a_data_set_of_one_record_is_not_always_left_out():
+    schedule = PairSchedule([1, 100], groups=2, pairs=15, tokens=5, seed=1)
+    assert len(draws_of(schedule, 0)) == 90 and (0, 0, 0) in draws_of(schedule, 0)
+
+
 def test_weights_set_the_shares_and_each_data_set_is_drawn_in_passes():
     schedule = PairSchedule([30, 10], groups=2, pairs=2, tokens=5, seed=1, weights=(0.4, 0.6))
     draws = [place for epoch in range(5) for place in draws_of(schedule, epoch)]

@@ -27,7 +27,7 @@ import ml_collections
 
 from fastvlm_jax import guard
 from fastvlm_jax.data.load.bad_records import key_of
-from fastvlm_jax.data.load.batch_builder import BatchBuilder
+from fastvlm_jax.data.load.loader import Builder
 from fastvlm_jax.files import write_whole
 from fastvlm_jax.metrics.log_file import LogFile
 from fastvlm_jax.metrics.opening import tell
@@ -59,7 +59,7 @@ class BadSteps:
         self._waiting = collections.deque()
 
     def begin(
-        self, state: TrainState, position: int, passed_over: Collection[int], build: BatchBuilder
+        self, state: TrainState, position: int, passed_over: Collection[int], build: Builder
     ) -> tuple[TrainState, tuple[int, ...]]:
         """Begins at a state: returns it, ready to go on, and the batches that are passed over from here on.
 
@@ -180,11 +180,11 @@ def describe(outputs: dict[str, Any]) -> str:
     return f"the norm of the gradient, {norm:.4g}, is {norm / median:.3g} times the median, {median:.4g}"
 
 
-def records_of(build: BatchBuilder, k: int) -> Iterator[dict[str, Any]]:
+def records_of(build: Builder, k: int) -> Iterator[dict[str, Any]]:
     """Yields where each record of global batch k comes from: its group, its data set, its number there and its key."""
     schedule = build.schedule
     plan = schedule.batch(k)
-    places = [(g, place) for g in range(schedule.settings.groups) for place in schedule.group(plan, g)]
+    places = [(g, place) for g in range(schedule.groups) for place in schedule.group(plan, g)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each record may be a round trip to a bucket
         keys = pool.map(lambda found: key_of(build.sources[found[1].source], found[1].record), places)
         for (g, place), key in zip(places, keys, strict=True):

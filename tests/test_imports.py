@@ -61,6 +61,7 @@ convert.mapping
 generate
 sampling
 models
+pair_processor
 processor
 kernels
 text images

@@ -244,7 +244,7 @@ def _gather(build: BatchBuilder, batches: Sequence[int]) -> tuple[list[_Image], 
     for k in batches:
         plan = schedule.batch(k)
         size = schedule.settings.buckets[plan.bucket].size
-        for place in (place for g in range(schedule.settings.groups) for place in schedule.group(plan, g)):
+        for place in (place for g in range(schedule.groups) for place in schedule.group(plan, g)):
             with contextlib.suppress(ValueError):
                 record = build.sources[place.source][place.record]
                 grids = [processor.grid(*image_lib.size_of(image), size.side) for image in record.images]

@@ -28,6 +28,8 @@ def bench_input(argv: list[str]) -> None:
     from fastvlm_jax.stage import open_processor
 
     config = fv.config
+    if "text" in config.model:
+        raise ValueError("--config is of stage 0, whose pairs are not timed here: give the config of another stage")
     processor = open_processor(config)
     batches = sharding.batch_sharding(sharding.make_mesh(config.mesh))
     found = bench_input(config, processor, batches, fv.seconds)

@@ -132,6 +132,10 @@ def inspect_data(argv: list[str]) -> None:
         from fastvlm_jax.data.load.from_config import make_builder
         from fastvlm_jax.stage import open_processor
 
+        if "text" in fv.config.model:
+            raise ValueError(
+                "--config is of stage 0, whose pairs this page does not show: give --data FOLDER without --config"
+            )
         if fv.data:
             fv.config.data.path = fv.data
         seed = fv.config.seed if fv.split == "train" else None  # another split is read in its records' order

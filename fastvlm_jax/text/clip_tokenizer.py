@@ -13,8 +13,11 @@ import regex
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from fastvlm_jax.files import write_whole
 from fastvlm_jax.text.bpe import byte_spelling
 
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # as open_clip calls it
+MERGES = "merges.txt"
 NUM_MERGES = 48_894
 MAX_BYTES = 1 << 24  # limit of the unpacked merges file; CLIP's has 3 MB
 START, END = 49_406, 49_407
@@ -37,6 +40,7 @@ class ClipTokenizer:
         Raises:
           ValueError: the merges are not CLIP's.
         """
+        self._merges = tuple(merges)
         # CLIP's order of ids: bytes (printable ones sort first), bytes that end a word, merges.
         single = sorted(byte_spelling())
         names = [*single, *(char + "</w>" for char in single), *(left + right for left, right in merges)]
@@ -62,6 +66,13 @@ class ClipTokenizer:
             row[: len(tokens)] = tokens
         return ids
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the merges.txt from which `load_clip_tokenizer` loads the same tokenizer."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = ["#version: 0.2", *map(" ".join, self._merges)]
+        write_whole(folder / MERGES, ("\n".join(lines) + "\n").encode())
+
 
 def load_clip_tokenizer(path: str | os.PathLike) -> ClipTokenizer:
     """Reads open_clip's `bpe_simple_vocab_16e6.txt.gz`, or the `merges.txt` of a transformers CLIP or in its folder.
@@ -71,19 +82,32 @@ def load_clip_tokenizer(path: str | os.PathLike) -> ClipTokenizer:
       ValueError: the file is damaged or holds another vocabulary.
     """
     path = pathlib.Path(path).expanduser()
-    path = path / "merges.txt" if path.is_dir() else path
+    path = path / MERGES if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"no CLIP vocabulary at {path}: give bpe_simple_vocab_16e6.txt.gz or a merges.txt")
+        raise FileNotFoundError(f"no CLIP vocabulary at {path}: give {VOCABULARY} or a {MERGES}")
+    # The file may hold more merges than CLIP uses.
+    merges = [tuple(line.split()) for line in _read_lines(path)[:NUM_MERGES]]
+    if len(merges) < NUM_MERGES or any(len(merge) != 2 for merge in merges):
+        raise ValueError(f"{path} is not CLIP's vocabulary: it needs {NUM_MERGES} lines of two tokens")
+    return ClipTokenizer(merges, path)
+
+
+def is_clip_vocabulary(path: pathlib.Path) -> bool:
+    """Returns whether a merges.txt holds as many merges as CLIP's, some of which end a word."""
+    try:
+        lines = [line for line in _read_lines(path) if line]
+    except ValueError:
+        return False
+    return len(lines) == NUM_MERGES and any(line.endswith("</w>") for line in lines)
+
+
+def _read_lines(path: pathlib.Path) -> list[str]:
+    """Returns the lines of a file of merges without the first, which is a version."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES} bytes")
-        lines = data.decode("utf-8").split("\n")
+        return data.decode("utf-8").split("\n")[1:]
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is not CLIP's vocabulary: {error}") from error
-    # The first line is a version, and the file holds more merges than CLIP uses.
-    merges = [tuple(line.split()) for line in lines[1 : NUM_MERGES + 1]]
-    if len(merges) < NUM_MERGES or any(len(merge) != 2 for merge in merges):
-        raise ValueError(f"{path} is not CLIP's vocabulary: it needs {NUM_MERGES} lines of two tokens")
-    return ClipTokenizer(merges, path)

@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.stats
 import torch
@@ -16,8 +17,12 @@ import fastvlm_jax
 from fastvlm_jax import convert, model_io
 from fastvlm_jax.cli.generate import generate as command
 from fastvlm_jax.generate import generate, generate_tokens, penalise, sample
+from fastvlm_jax.images.resize import fit_into
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.sizes import CLIP_COLOURS
+from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.processor import Processor, load_processor
+from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer
 from fastvlm_jax.text.tokenizer import load_tokenizer
 
 STUB = dict(layers=[1], embed_dims=[8], mixers=["repmixer"], form="folded")
@@ -97,6 +102,18 @@ def test_image_settings_come_back_as_they_were(nested, sentencepiece_file, tmp_p
     assert (out / "preprocessor_config.json").exists() is not nested
     if not nested:
         assert content(out, "preprocessor_config.json") == images
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_transformers_reads_the_image_settings_of_stage_0(fit, sentencepiece_file, tmp_path):
+    mean, std = CLIP_COLOURS["image_mean"], CLIP_COLOURS["image_std"]
+    PairProcessor(load_caption_tokenizer(sentencepiece_file), 77, 32, mean, std, fit).save(tmp_path)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    assert type(theirs).__name__.startswith("CLIPImageProcessor")
+    image, own = np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8), np.empty((32, 32, 3), np.uint8)
+    fit_into(image, own, fit, exact=True)
+    found = theirs(PIL.Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(found.transpose(1, 2, 0) * std + mean, own / 255, atol=1e-5)
 
 
 def test_greedy_answers_with_a_repetition_penalty_equal_those_of_transformers(vicuna):

@@ -18,6 +18,7 @@ import tiktoken
 import tiktoken.load
 import tokenizers
 import transformers
+from clip_vocabulary import open_clip_tokenizer
 from paths import ROOT
 from sentencepiece import sentencepiece_model_pb2 as spm_format
 
@@ -214,15 +215,6 @@ def test_a_model_trained_here_is_the_same_in_transformers(lines, tmp_path):
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert_identical(ours, theirs(lines, add_special_tokens=False)["input_ids"], lines)
-
-
-def open_clip_tokenizer():
-    """open_clip's tokenizer module alone: the package imports every model."""
-    folder = pathlib.Path(importlib.util.find_spec("open_clip").submodule_search_locations[0])
-    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_clip_equals_open_clip(lines, tmp_path):

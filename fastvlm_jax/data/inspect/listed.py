@@ -64,7 +64,7 @@ def take_listed(build: BatchBuilder, wanted: Sequence[Listed], count: int) -> It
     for key, k, g in _placed(build, wanted[:count]):
         at[k, g].add(key)
     for (k, g), keys in at.items():
-        if k > _EPOCHS * build.schedule.batches_per_epoch or g >= build.schedule.settings.groups:
+        if k > _EPOCHS * build.schedule.batches_per_epoch or g >= build.schedule.groups:
             raise ValueError(f"--keys: the data of this config have no batch {k} with a group {g}: {_MEND}")
         plan = build.schedule.batch(k)
         places = {place: key_of(build.sources[place.source], place.record) for place in build.schedule.group(plan, g)}
@@ -83,7 +83,7 @@ def _placed(build: BatchBuilder, wanted: Sequence[Listed]) -> Iterator[Listed]:
     left, schedule = {item.key for item in wanted if item.batch is None}, build.schedule
     for k in range(schedule.batches_per_epoch):
         plan = schedule.batch(k)
-        for g in range(schedule.settings.groups if left else 0):
+        for g in range(schedule.groups if left else 0):
             for place in schedule.group(plan, g):
                 if (key := key_of(build.sources[place.source], place.record)) in left:
                     left.remove(key)

@@ -112,7 +112,7 @@ def take_samples(build: BatchBuilder, count: int) -> Iterator[Sample]:
     for k in range(schedule.batches_per_epoch):
         share = min(-(-count // _BATCHES), left)
         plan = schedule.batch(k)
-        for g in range(schedule.settings.groups):
+        for g in range(schedule.groups):
             places = schedule.group(plan, g)[:share]
             if places:
                 arrays, replaced = build(k, [g])

@@ -3,6 +3,7 @@
 from absl import logging
 
 from fastvlm_jax.data.load.batch_builder import BatchBuilder, Substituted
+from fastvlm_jax.data.load.pair_builder import PairBuilder
 from fastvlm_jax.data.sources import RecordSource
 
 _SHOWN = 20  # most records that the log names at the start, or the error names
@@ -17,7 +18,7 @@ class BadRecords:
         the first ones.
     """
 
-    def __init__(self, build: BatchBuilder, share: float):
+    def __init__(self, build: BatchBuilder | PairBuilder, share: float):
         self._share, self._seen, self._found = share, 0, {}
         self._total = sum(map(len, build.sources))
         for number, reason in build.schedule.unusable.items():

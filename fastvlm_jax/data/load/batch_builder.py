@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastvlm_jax.batch import Batch
 from fastvlm_jax.data.index import FOLDER, talks_of
 from fastvlm_jax.data.load.buffer_pool import BufferPool
 from fastvlm_jax.data.load.packing import GroupShape
@@ -65,6 +66,8 @@ class BatchBuilder:
     exact: bool = False
     cache: dict[tuple[int, int, Size], np.ndarray] | None = None
     buffers: BufferPool = dataclasses.field(default_factory=BufferPool)
+
+    batch_type = Batch  # what the arrays are the fields of
 
     def __call__(self, k: int, groups: Sequence[int]) -> tuple[Arrays, list[Substituted]]:
         """Returns the fields of Batch for `groups` of global batch k, and the records that had to be replaced.

@@ -1,6 +1,7 @@
 """Opens the input pipeline that a config describes: from records to global batches on the devices.
 
     RecordSources ──Schedule──> batch(k) ──BatchBuilder──> arrays of this process's groups ──Grain──> Loader ──> Batch
+    of stage 0:   PairSchedule             PairBuilder                                                       PairBatch
 
 Every process builds only the groups that its own devices hold, and global batch k is the same array on any mesh.
 """
@@ -14,11 +15,14 @@ from etils import epath
 from fastvlm_jax.data.index import Counter, load_index
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.load.lengths import Settings, make_buckets
-from fastvlm_jax.data.load.loader import Loader
+from fastvlm_jax.data.load.loader import Builder, Loader
 from fastvlm_jax.data.load.packing import GroupShape
+from fastvlm_jax.data.load.pair_builder import PairBuilder
+from fastvlm_jax.data.load.pair_schedule import PairSchedule
 from fastvlm_jax.data.load.schedule import Schedule
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.data.sources import RecordSource, read_manifest, read_shards
+from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.processor import Processor
 
 DECODERS = ("fast", "exact")
@@ -58,9 +62,23 @@ def make_schedule(
     return Schedule(indexes, settings, f"{split} {counter.id}")
 
 
+def make_pair_schedule(
+    config: ml_collections.ConfigDict, processor: PairProcessor, sources: Sequence[RecordSource], seed: int | None
+) -> PairSchedule:
+    """Returns the schedule of opened data sets whose records are pairs; no index of them is needed."""
+    return PairSchedule(
+        list(map(len, sources)),
+        groups=config.groups,
+        pairs=config.images_per_group,
+        tokens=config.texts * processor.context_length,
+        seed=seed,
+        weights=data_sets(config)[1] if seed is not None else (),
+    )
+
+
 def make_loader(
     config: ml_collections.ConfigDict,
-    processor: Processor,
+    processor: Processor | PairProcessor,
     split: str,
     *,
     seed: int,
@@ -73,7 +91,7 @@ def make_loader(
 
     Args:
       config: the keys `data.*`.
-      processor: tokenizer, template, image sizes and tokens per image of the batches.
+      processor: tokenizer, template, image sizes and tokens per image of the batches; a PairProcessor gives pairs.
       split: name of the split.
       seed: seed of the order.
       sharding: sharding of axis 0, the groups; its data shards must divide `config.groups`.
@@ -91,17 +109,26 @@ def make_loader(
 
 def eval_batches(
     config: ml_collections.ConfigDict,
-    processor: Processor,
+    processor: Processor | PairProcessor,
     split: str,
     *,
     sharding: jax.sharding.Sharding,
     num_batches: int | None = None,
 ) -> Loader:
-    """Opens one pass over `split` in the order of its records; empty groups fill up the last batch."""
+    """Opens one pass over `split` in the order of its records; empty groups fill up the last batch.
+
+    Of pairs, those that do not fill a batch are left out: their loss depends on the size of the batch. They are shown
+    without augmentation, and without the features of teachers.
+
+    Raises:
+      ValueError: the split has fewer pairs than a batch; or see `make_builder`.
+    """
     return _open(config, processor, split, None, sharding, 0, num_batches)
 
 
-def make_builder(config: ml_collections.ConfigDict, processor: Processor, split: str, seed: int | None) -> BatchBuilder:
+def make_builder(
+    config: ml_collections.ConfigDict, processor: Processor | PairProcessor, split: str, seed: int | None
+) -> Builder:
     """Returns the builder of a split's batches, shuffled by `seed`; None = in the order of evaluation.
 
     Raises:
@@ -113,9 +140,21 @@ def make_builder(config: ml_collections.ConfigDict, processor: Processor, split:
     sources = open_sources(config, split)
     if not sources:
         raise ValueError(f"no data set of the config has a split {split!r}: choose another --split")
+    cache, exact = {} if config.cache_images else None, config.decode == "exact"
+    if isinstance(processor, PairProcessor):
+        return PairBuilder(
+            sources,
+            make_pair_schedule(config, processor, sources, seed),
+            processor,
+            config.texts,
+            "none" if seed is None else config.augment,
+            tuple(config.crop_area),
+            tuple(map(int, config.operations)),
+            exact,
+            cache,
+        )
     schedule = make_schedule(config, processor, sources, seed)
-    cache = {} if config.cache_images else None
-    return BatchBuilder(sources, schedule, processor, config.turns, config.overlong, config.decode == "exact", cache)
+    return BatchBuilder(sources, schedule, processor, config.turns, config.overlong, exact, cache)
 
 
 def _open(config, processor, split, seed, sharding, start, stop, passed_over=()) -> Loader:

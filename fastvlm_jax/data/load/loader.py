@@ -12,9 +12,12 @@ import grain
 import jax
 import numpy as np
 
-from fastvlm_jax.batch import Batch
+from fastvlm_jax.batch import Batch, PairBatch
 from fastvlm_jax.data.load.bad_records import BadRecords
 from fastvlm_jax.data.load.batch_builder import Arrays, BatchBuilder, Substituted
+from fastvlm_jax.data.load.pair_builder import PairBuilder
+
+Builder = BatchBuilder | PairBuilder
 
 _AHEAD = 2  # batches in transfer to the devices
 
@@ -28,7 +31,7 @@ class _LocalBatches:
                                         batch   4 7 8 9
     """
 
-    def __init__(self, build: BatchBuilder, groups: list[int], start: int, stop: int, passed_over: Collection[int]):
+    def __init__(self, build: Builder, groups: list[int], start: int, stop: int, passed_over: Collection[int]):
         self._build, self._groups, self._start, self._stop = build, groups, start, stop
         self._passed_over = sorted(k for k in set(passed_over) if start <= k < stop)
 
@@ -63,7 +66,7 @@ class Flow(NamedTuple):
 
 
 class Loader:
-    """Iterates over global Batches of `jax.Array`, read, decoded and transferred ahead of time.
+    """Iterates over global Batches, or PairBatches, of `jax.Array`, read, decoded and transferred ahead of time.
 
     Attributes:
       position: number behind that of the last batch given out, at first `start`; the value to save and to pass as
@@ -82,7 +85,7 @@ class Loader:
 
     def __init__(
         self,
-        build: BatchBuilder,
+        build: Builder,
         groups: int,
         sharding: jax.sharding.Sharding,
         *,
@@ -116,7 +119,7 @@ class Loader:
         self._ahead = collections.deque()
         self._flow = self._no_flow()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | PairBatch]:
         return self
 
     def __len__(self) -> int:
@@ -124,7 +127,7 @@ class Loader:
             raise TypeError("an endless loader has no length")
         return self._length
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch | PairBatch:
         begin = time.monotonic()
         while len(self._ahead) <= _AHEAD:
             try:
@@ -170,9 +173,9 @@ class Loader:
         self._host.close()
         self._ahead.clear()
 
-    def to_devices(self, arrays: Arrays) -> Batch:
-        """Starts the transfer of this process's groups and returns the global Batch."""
-        return Batch(**{name: self._put(array) for name, array in arrays.items()})
+    def to_devices(self, arrays: Arrays) -> Batch | PairBatch:
+        """Starts the transfer of this process's groups and returns the global batch."""
+        return self.build.batch_type(**{name: self._put(array) for name, array in arrays.items()})
 
     def _put(self, local: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:

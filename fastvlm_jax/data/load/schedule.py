@@ -97,6 +97,11 @@ class Schedule:
         self.batches_per_epoch = len(epoch.bucket)
         self.token_fill, self.image_fill = self._fill(epoch)
 
+    @property
+    def groups(self) -> int:
+        """Returns the number of groups in a batch."""
+        return self.settings.groups
+
     def batch(self, k: int) -> BatchPlan:
         """Returns the plan of global batch k.
 

@@ -53,7 +53,7 @@ guard
 config
 convert
 convert.layouts
-convert.tables convert.heads convert.vocabulary convert.new_folder convert.prefixes
+convert.tables convert.heads convert.vocabulary convert.new_folder convert.prefixes convert.squeezed
 convert.recognise
 convert.weight_files
 convert.mapping

@@ -84,8 +84,8 @@ def adapt(parent: model_io.Loaded, model: Model, source: str = "DIR") -> dict[st
     """Returns the parent's variables in the form that `model` needs, as arrays or Leaves.
 
     Parts that the parent lacks are left out, and so are those that the stage lacks, as a VLM stage the text tower of a
-    CLIP. A branched encoder is folded for a folded stage. A VLM stage drops the CLIP projection; a CLIP keeps one of its
-    own width. The factor and the bias of a CLIP's logits come from a parent with the same loss.
+    CLIP. A branched encoder is folded for a folded stage. A VLM stage drops the CLIP projection; a CLIP stage keeps one
+    of its own width. The factor and the bias of a CLIP's logits come from a parent with the same loss.
 
     Args:
       source: where the parent comes from, for messages.

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from fastvlm_jax import checkpoint, convert, sharding
+from fastvlm_jax.convert.heads import require_projection
 from fastvlm_jax.convert.layer import layer_of
 from fastvlm_jax.convert.layouts import llava
 from fastvlm_jax.convert.layouts.native import without_remat
@@ -18,14 +19,16 @@ from fastvlm_jax.convert.mapping import COUNTERS, described, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
 from fastvlm_jax.metrics import best
-from fastvlm_jax.models import fastvlm, kinds
-from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models import clip, fastvlm, kinds
+from fastvlm_jax.models.clip import CLIP
+from fastvlm_jax.models.kinds import Model
 from fastvlm_jax.processor import Processor, load_processor
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.workdir import lineage_at, read_run
 
-PARTS = ("vision", "projector", "llm")
+PARTS = ("vision", "projector", "llm", "text")
+USAGE = "write vision=DIR,llm=DIR[,projector=DIR], or vision=DIR,text=DIR"
 IMAGE_SIZE = 1024  # pixels a side: FastVLM's image size, for a model whose files give none
 
 
@@ -35,9 +38,10 @@ class Loaded:
 
     Attributes:
       source: what `read` was asked for.
-      config: arguments of `fastvlm.build`, {"vision": ..., "llm": ..., "dtype": ...}; a missing part is left out.
+      config: arguments of `kinds.build`, {"vision": ..., "llm": ..., "dtype": ...} or those of a CLIP, {"vision": ...,
+        "text": ..., "sigmoid": ..., "dtype": ...}; a missing part is left out.
       variables: arrays or Leaves; a Leaf reads its part of the files when it is indexed.
-      processor: tokenizer, template and image settings; None for an encoder alone or without a tokenizer.
+      processor: tokenizer, template and image settings; None for an encoder alone, a CLIP, or without a tokenizer.
       lineage: JSON values that say where the weights come from.
     """
 
@@ -53,8 +57,8 @@ def read(source: str | os.PathLike) -> Loaded:
 
     Args:
       source: a training workdir (its latest checkpoint; WORKDIR@best is its best one), one checkpoint in it, a model
-        directory of any layout, or a GGUF file; or parts, as "vision=DIR,llm=DIR[,projector=DIR]", where each DIR may
-        hold a whole model, of which only that part is used.
+        directory of any layout, or a GGUF file; or parts, as "vision=DIR,llm=DIR[,projector=DIR]", or for a CLIP
+        "vision=DIR,text=DIR", where each DIR may hold a whole model, of which only that part is used.
 
     Raises:
       FileNotFoundError: a path or a file in it does not exist; the message names it.
@@ -67,8 +71,10 @@ def read(source: str | os.PathLike) -> Loaded:
     for item in str(source).split(","):
         part, equals, path = item.partition("=")
         if part not in PARTS or not equals or not path or part in paths:
-            raise ValueError(f"{source}: {item!r} is not a part; write vision=DIR,llm=DIR[,projector=DIR]")
+            raise ValueError(f"{source}: {item!r} is not a part; {USAGE}")
         paths[part] = path
+    if "text" in paths and set(paths) != {"vision", "text"}:
+        raise ValueError(f"{source}: a text tower needs an encoder beside it, and nothing else; {USAGE}")
     read_one = functools.cache(_read_one)
     loaded = {part: read_one(path) for part, path in paths.items()}
     config, variables = {"dtype": "float32"}, {}
@@ -83,6 +89,11 @@ def read(source: str | os.PathLike) -> Loaded:
     for part in ("vision", "llm"):
         if "projector" in paths and part not in paths:
             raise ValueError(f"{source}: a projector needs both vision and llm: add {part}=DIR")
+    if "text" in loaded:  # the factor of the logits belongs to no tower
+        config["sigmoid"] = bool(loaded["text"].config.get("sigmoid"))
+        variables["params"] |= {
+            name: np.array(x, np.float32) for name, x in clip.initial_logits(config["sigmoid"]).items()
+        }
     lineage = {"parts": {part: {"path": paths[part], **model.lineage} for part, model in loaded.items()}}
     return Loaded(str(source), config, variables, _joined_processor(loaded, config), lineage)
 
@@ -117,7 +128,7 @@ def _read_one(source: str | os.PathLike) -> Loaded:
         config = without_remat(stored) if isinstance(stored, dict) else stored
         model, _ = described(config, workdir / CONFIG)
         variables = checkpoint.load_variables(folder, kinds.abstract_variables(model))
-        processor = load_processor(workdir / "processor")
+        processor = None if isinstance(model, CLIP) else load_processor(workdir / "processor")
         return Loaded(str(source), config, variables, processor, lineage_at(run, int(folder.name)))
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
@@ -159,7 +170,7 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
 
 def load(
     source: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
-) -> tuple[FastVLM, dict[str, Any], Processor | None]:
+) -> tuple[Model, dict[str, Any], Processor | None]:
     """Loads a model from any source that `read` knows: (model, variables, processor), variables on the default device.
 
     The decoder's layers are not stacked, as generation is fastest; see `models.decoder.unstacked`.
@@ -173,8 +184,8 @@ def load(
 
     Raises:
       FileNotFoundError: see `read`.
-      ValueError: the model has an encoder and a language model but no projector, or `dtype` is unknown; see `read`. Or
-        the mesh does not divide the model.
+      ValueError: the model has an encoder and a language model but no projector, or is a CLIP without the projection of
+        its images, or `dtype` is unknown; see `read`. Or the mesh does not divide the model.
     """
     loaded = read(source)
     return *put(loaded, dtype, mesh), loaded.processor
@@ -182,7 +193,7 @@ def load(
 
 def put(
     loaded: Loaded, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
-) -> tuple[FastVLM, dict[str, Any]]:
+) -> tuple[Model, dict[str, Any]]:
     """Returns the model that was read, and its variables on the devices; see `load`."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
@@ -190,6 +201,8 @@ def put(
         raise ValueError(
             f"{loaded.source} has no projector: train one (configs/stage1_align.py) with it as --config.parent"
         )
+    if loaded.config.get("text"):
+        require_projection(loaded.config, loaded.variables, loaded.source)
     if dtype is None and jax.default_backend() != "cpu":
         dtype = "bfloat16"
     model = kinds.build(**{**loaded.config, "dtype": dtype or loaded.config.get("dtype", "float32")})

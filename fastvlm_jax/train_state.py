@@ -1,6 +1,5 @@
 """Defines the state of training, and makes it sharded from the start."""
 
-from functools import partial
 from typing import Any
 
 import flax
@@ -78,21 +77,18 @@ def state_of(
             return jax.jit(lambda rng: nn.unbox(fresh(rng)), out_shardings=shardings)(rng)
         wanted = {"params": shardings.params, "batch_stats": shardings.batch_stats}
         dtypes = {"params": param_dtype, "batch_stats": "float32"}
-        missing = {
-            name: {p: s for p, s in tree.items() if p not in variables.get(name, {})} for name, tree in wanted.items()
-        }
+        wanted, given = (flax.traverse_util.flatten_dict(tree) for tree in (wanted, variables))
+        missing = {path: layout for path, layout in wanted.items() if path not in given}
 
         def rest(rng):
-            made = nn.unbox(kinds.init_variables(model, rng))
-            return {name: {part: made[name][part] for part in parts} for name, parts in missing.items()}
+            made = flax.traverse_util.flatten_dict(nn.unbox(kinds.init_variables(model, rng)))
+            return {path: made[path] for path in missing}
 
-        initialized = jax.jit(rest, out_shardings=missing)(rng) if any(missing.values()) else missing
-        whole = {}
-        for name, tree in wanted.items():
-            given = {part: layouts for part, layouts in tree.items() if part not in missing[name]}
-            place = partial(sharding.place, dtype=jnp.dtype(dtypes[name]))
-            placed = jax.tree.map(place, {part: variables[name][part] for part in given}, given)
-            whole[name] = {**initialized[name], **placed}
-        return jax.jit(build, out_shardings=shardings)(whole["params"], whole["batch_stats"])
+        whole = jax.jit(rest, out_shardings=missing)(rng) if missing else {}
+        for path, layout in wanted.items():
+            if path not in missing:
+                whole[path] = sharding.place(given[path], layout, dtype=jnp.dtype(dtypes[path[0]]))
+        whole = flax.traverse_util.unflatten_dict(whole)
+        return jax.jit(build, out_shardings=shardings)(whole["params"], whole.get("batch_stats", {}))
 
     return make_state, abstract

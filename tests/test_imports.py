@@ -54,7 +54,7 @@ config_checks
 config
 convert
 convert.layouts
-convert.tables convert.heads convert.vocabulary convert.new_folder convert.prefixes
+convert.tables convert.heads convert.vocabulary convert.new_folder convert.prefixes convert.squeezed
 convert.recognise
 convert.weight_files
 convert.mapping

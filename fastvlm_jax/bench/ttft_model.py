@@ -49,7 +49,7 @@ def of_source(source: str, dtype: str, shapes_only: bool = False) -> Subject:
     config, processor = inference(loaded.config), loaded.processor
     sizes = sizes_of(processor.image_size, processor.grids) if processor and processor.image_size else []
     if shapes_only:
-        return Subject(fastvlm.build(**{**config, "dtype": dtype}), None, processor, sizes)
+        return Subject(kinds.build(**{**config, "dtype": dtype}), None, processor, sizes)
     variables = loaded.variables if config == loaded.config else fold_variables(loaded.variables)
     put = model_io.put(dataclasses.replace(loaded, config=config, variables=variables), dtype)
     return Subject(*put, processor, sizes)
@@ -58,7 +58,7 @@ def of_source(source: str, dtype: str, shapes_only: bool = False) -> Subject:
 def of_config(config, dtype: str, shapes_only: bool = False) -> Subject:
     """Makes the model of a config, with random weights; only `model`, and sizes of images in `data`, count."""
     described = without_remat(inference(config.model.to_dict()))
-    model = fastvlm.build(**{**described, "dtype": dtype})
+    model = kinds.build(**{**described, "dtype": dtype})
     sizes = sizes_of(config.data.image_size, config.data.grids)
     return Subject(model, None if shapes_only else random_variables(model), None, sizes)
 
@@ -69,7 +69,7 @@ def sizes_of(side: int, grids: Sequence[Grid]) -> list[tuple[int, Grid | None]]:
 
 
 def inference(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of `fastvlm.build` for the same model with its encoder folded."""
+    """Returns the arguments of `kinds.build` for the same model with its encoder folded."""
     vision = config.get("vision")
     if not vision or vision.get("family", "fastvit") != "fastvit" or vision.get("form") == "folded":
         return dict(config)

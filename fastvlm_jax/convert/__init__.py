@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from fastvlm_jax.convert.layouts import causal_lm, fastvlm, gguf, llava, native, openclip, timm, vit
+from fastvlm_jax.convert.heads import require_projection
+from fastvlm_jax.convert.layouts import causal_lm, fastvlm, gguf, llava, mobileclip, native, openclip, timm, vit
 from fastvlm_jax.convert.layouts.native import read_lineage
 from fastvlm_jax.convert.new_folder import new_folder
 from fastvlm_jax.convert.recognise import recognise
@@ -29,6 +30,7 @@ READERS = {
     "vit": vit.read,
     "timm": timm.read,
     "openclip": openclip.read,
+    "mobileclip": mobileclip.read,
 }
 LAYOUTS = ("native", "hf", "llava", "timm", "openclip")  # layouts that `write` knows
 
@@ -58,11 +60,11 @@ def write(
 
     Args:
       target: a folder that does not exist or is empty; with `overwrite`, a model directory to replace.
-      layout: one of LAYOUTS. "hf" writes a whole model as FastVLM, a part as a plain language model or ViT; "timm" and
-        "openclip" write the encoder of any model.
-      variables: variables of `fastvlm.build(**model_config)`: arrays, boxed or not, or Leaves.
-      model_config: {"vision": ..., "llm": ..., "dtype": ...}; an absent part is None or left out.
-      processor: tokenizer, template and image settings; None for an encoder alone.
+      layout: one of LAYOUTS. "hf" writes a whole model as FastVLM, a part as a plain language model or ViT; "timm"
+        writes the encoder of any model, and "openclip" too, but for a CLIP both towers.
+      variables: variables of `kinds.build(**model_config)`: arrays, boxed or not, or Leaves.
+      model_config: {"vision": ..., "llm": ..., "dtype": ...}, or that of a CLIP; an absent part is None or left out.
+      processor: tokenizer, template and image settings; None for an encoder alone or a CLIP.
       lineage: JSON values that say where the weights come from; only the native layout stores them.
       dtype: dtype of the stored weights, "float32", "bfloat16" or "float16"; None keeps each tensor's own.
       fold: whether to fold a branched encoder; "hf" and "llava" always fold whole models.
@@ -75,22 +77,15 @@ def write(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
     variables = nn.unbox(variables)
-    parts = {name for name in ("vision", "llm") if model_config.get(name)}
-    whole = parts == {"vision", "llm"}
-    if layout == "llava" and not whole:
-        raise ValueError(f"the llava layout holds whole models only, this is {' and '.join(parts)} alone")
-    if layout in ("timm", "openclip"):
-        if "vision" not in parts:
-            raise ValueError(f"the {layout} layout holds an encoder, and this model has none")
-        if model_config["vision"].get("family") == "vit":
-            other = "--layout native, or --source vision=DIR --layout hf for the encoder" if whole else "--layout hf"
-            raise ValueError(f"{layout} has no names for this vision transformer: use {other}")
-        model_config, variables = _tower(model_config, variables)
-        parts, whole = {"vision"}, False
+    parts = {name for name in ("vision", "llm", "text") if model_config.get(name)}
     family = (model_config.get("vision") or {}).get("family", "fastvit")
-    if layout == "hf" and ((whole and family != "fastvit") or (parts == {"vision"} and family != "vit")):
-        other = "native" if whole else "timm or native"
-        raise ValueError(f"transformers has no class for this {family} model: use --layout {other}")
+    _refuse(layout, parts, family)
+    if layout == "timm" or (layout == "openclip" and "text" not in parts):
+        model_config, variables = _tower(model_config, variables)
+        parts = {"vision"}
+    whole = parts == {"vision", "llm"}
+    if "text" in parts:
+        require_projection(model_config, variables, "this CLIP")
     if whole and "projector" not in variables["params"]:
         raise ValueError("the model has no projector: train one (configs/stage1_align.py) with it as --config.parent")
     branched = (
@@ -104,6 +99,28 @@ def write(
         raise ValueError("the model has no tokenizer, and PyTorch needs one: put tokenizer.json beside its config.json")
     with new_folder(target, overwrite) as folder:
         _write(folder, layout, parts, variables, model_config, processor, lineage, dtype)
+
+
+def _refuse(layout: str, parts: set[str], family: str) -> None:
+    """Raises ValueError if a layout cannot hold a model of these parts with an encoder of this family."""
+    whole, clip = parts == {"vision", "llm"}, "text" in parts
+    if clip and layout in ("hf", "llava"):
+        raise ValueError(f"the {layout} layout holds no CLIP: use --layout openclip or native, or timm for its encoder")
+    if layout == "llava" and not whole:
+        raise ValueError(f"the llava layout holds whole models only, this is {' and '.join(parts)} alone")
+    if layout in ("timm", "openclip"):
+        if "vision" not in parts:
+            raise ValueError(f"the {layout} layout holds an encoder, and this model has none")
+        if family == "vit":
+            alone = "--source vision=DIR --layout hf for the encoder"
+            other = f"--layout native, or {alone}" if whole or clip else "--layout hf"
+            raise ValueError(f"{layout} has no names for this vision transformer: use {other}")
+    if layout == "openclip" and clip and family != "fastvit":
+        alone = "--source vision=DIR --layout openclip for the encoder"
+        raise ValueError(f"openclip has no names for the image_head of this {family}: use --layout native, or {alone}")
+    if layout == "hf" and ((whole and family != "fastvit") or (parts == {"vision"} and family != "vit")):
+        other = "native" if whole else "timm or native"
+        raise ValueError(f"transformers has no class for this {family} model: use --layout {other}")
 
 
 def _write(folder: pathlib.Path, layout, parts, variables, model_config, processor, lineage, dtype) -> None:

@@ -1,9 +1,11 @@
-"""Adapts an encoder's CLIP projection to a layout: adds a bias, or removes the projection."""
+"""Adapts an encoder's CLIP projection to a layout: adds a bias, removes the projection, or asks for one."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from fastvlm_jax.models.text_tower import TextTower
 
 
 def with_head_bias(model_config: Mapping[str, Any], variables: dict) -> tuple[Mapping[str, Any], dict]:
@@ -47,3 +49,21 @@ def without_head(model_config: Mapping[str, Any], variables: dict) -> tuple[Mapp
     params = {**variables["params"], "vision": dict(variables["params"]["vision"])}
     del params["vision"]["head"]
     return {**model_config, "vision": {**vision, "head_features": 0}}, {**variables, "params": params}
+
+
+def require_projection(model_config: Mapping[str, Any], variables: dict, source: str) -> None:
+    """Raises ValueError if the encoder of a CLIP, put together from parts, has no projection to its texts' width.
+
+    Args:
+      source: where the CLIP comes from, for the message.
+    """
+    vision, width = model_config["vision"], model_config["text"].get("features", TextTower.features)
+    if vision.get("family", "fastvit") == "fastvit":
+        missing = vision.get("head_features", 0) != width
+    else:
+        missing = "image_head" not in variables["params"]
+    if missing:
+        raise ValueError(
+            f"the encoder of {source} has no CLIP projection to {width}, the width of its texts' embeddings: train one "
+            "with it as --config.parent of a CLIP stage"
+        )

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from fastvlm_jax.models import kinds
-from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.kinds import Model
 
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 COUNTERS = "counters"  # collection of the counters (num_batches_tracked), by torch name
@@ -178,17 +178,17 @@ def read_tree(tree: Any, dtype=np.float32, put: Callable[[np.ndarray], Any] = la
 
 
 @functools.lru_cache(maxsize=16)
-def shapes_of(model: FastVLM) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
     """Returns '/'-joined path -> shape of all variables of `model`; nothing is computed."""
     tree = nn.unbox(kinds.boxed_variables(model))
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def described(model_config: Mapping, file) -> tuple[FastVLM, dict[str, tuple[int, ...]]]:
+def described(model_config: Mapping, file) -> tuple[Model, dict[str, tuple[int, ...]]]:
     """Builds the model that a config describes: (model, shapes of its variables).
 
     Args:
-      model_config: arguments of `fastvlm.build`.
+      model_config: arguments of `kinds.build`.
       file: where the config comes from, for messages.
 
     Raises:
@@ -199,12 +199,13 @@ def described(model_config: Mapping, file) -> tuple[FastVLM, dict[str, tuple[int
         _check_depth(model)
         return model, shapes_of(model)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{file} does not describe a FastVLM: {str(error).partition(chr(10))[0]}") from error
+        name = "CLIP" if model_config.get("text") else "FastVLM"
+        raise ValueError(f"{file} does not describe a {name}: {str(error).partition(chr(10))[0]}") from error
 
 
-def _check_depth(model: FastVLM) -> None:
+def _check_depth(model: Model) -> None:
     """Raises ValueError for more layers than any real model has, before anything of that length is allocated."""
-    for args in (model.vision_args or {}, model.llm_args or {}):
+    for args in (getattr(model, f"{part}_args", None) or {} for part in ("vision", "llm", "text")):
         for key in ("layers", "num_layers"):
             depths = args.get(key, ())
             depths = depths if isinstance(depths, tuple) else (depths,)

@@ -5,6 +5,7 @@ import pathlib
 
 from fastvlm_jax.convert.weight_files import (
     CONFIG,
+    MOBILECLIP_CONFIG,
     OPEN_CLIP_CONFIG,
     PICKLES,
     check_weights,
@@ -33,7 +34,7 @@ def recognise(path: str | os.PathLike) -> str:
     """Returns the layout of a model, a key of convert.READERS.
 
     "native" is this package's own; "fastvlm", "decoder" and "vit" are transformers'; "llava" is ml-fastvlm's; "timm",
-    "openclip" and "gguf" are named after theirs.
+    "openclip", "mobileclip" (ml-mobileclip) and "gguf" are named after theirs.
 
     Raises:
       FileNotFoundError: the folder, its config.json or its weights do not exist.
@@ -54,6 +55,8 @@ def recognise(path: str | os.PathLike) -> str:
         layout = "openclip"
     elif not (path / CONFIG).is_file() and len(list(path.glob("*.gguf"))) == 1:
         return "gguf"
+    elif not (path / CONFIG).is_file() and len(list(path.glob(MOBILECLIP_CONFIG))) == 1:
+        layout = "mobileclip"
     else:
         config = read_json(path / CONFIG)
         kind = config.get("format", config.get("model_type"))

@@ -12,6 +12,7 @@ from fastvlm_jax.convert.mapping import FLOATS, Outgoing, Tensor
 from fastvlm_jax.files import read_object, refuse_pointer
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+MOBILECLIP_CONFIG = "mobileclip_*.json"  # of ml-mobileclip, which has one for each size
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # peft's files of a LoRA adapter
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of PyTorch's pickled checkpoints
 DTYPES = {"float32": FLOATS["F32"], "bfloat16": FLOATS["BF16"], "float16": FLOATS["F16"]}

@@ -43,14 +43,14 @@ class CLIP(nn.Module):
     dtype: str = "float32"
     sigmoid: bool = False
 
+    llm_args = None  # as of a FastVLM without a language model, which answers no question
+
     def setup(self):
         self.vision, self.text = make_encoder(**self.vision_args), TextTower(**self.text_args)
         if not isinstance(self.vision, FastViT):
             self.image_head = Dense(self.text.features, use_bias=False, init_std=self.vision.features**-0.5)
-        scale = SIGMOID_SCALE if self.sigmoid else SCALE
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(scale)), (), jnp.float32)
-        if self.sigmoid:
-            self.logit_bias = self.param("logit_bias", nn.initializers.constant(SIGMOID_BIAS), (), jnp.float32)
+        for name, value in initial_logits(self.sigmoid).items():
+            setattr(self, name, self.param(name, nn.initializers.constant(value), (), jnp.float32))
 
     def __call__(self, images: Array, tokens_BT: Array, *, train: bool = False) -> tuple[Array, Array]:
         """Returns the embeddings of images [G, N, H, W, 3] and of texts [B, T]: [G * N, F] and [B, F]."""
@@ -68,7 +68,7 @@ class CLIP(nn.Module):
             if self.vision.head_features != self.text.features:
                 raise ValueError(
                     f"model.vision.head_features={self.vision.head_features} must be {self.text.features}, the width "
-                    "of the text tower's embeddings"
+                    "of the text tower's embeddings: set it so, or give an encoder with such a CLIP projection"
                 )
             return unit(self.vision(x, mask, train=train, embed=True))
         return unit(self.image_head(jnp.mean(self.vision(x, mask, train=train), axis=(1, 2))))
@@ -85,6 +85,13 @@ def init_variables(model: CLIP, rng: Array) -> dict[str, Any]:
     images = jnp.zeros((1, 1, side, side, 3), jnp.uint8)
     tokens = jnp.zeros((1, TextTower(**model.text_args).context_length), jnp.int32)
     return model.init(rng, images, tokens)
+
+
+def initial_logits(sigmoid: bool) -> dict[str, float]:
+    """Returns `logit_scale` and, for a sigmoid loss, `logit_bias`, as a model starts with them."""
+    if sigmoid:
+        return {"logit_scale": math.log(SIGMOID_SCALE), "logit_bias": SIGMOID_BIAS}
+    return {"logit_scale": math.log(SCALE)}
 
 
 def unit(x: Array) -> Array:

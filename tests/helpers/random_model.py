@@ -1,15 +1,15 @@
-"""Random variables of any FastVLM, of unit gain."""
+"""Random variables of any FastVLM or CLIP, of unit gain."""
 
 import flax
 import numpy as np
 
 from fastvlm_jax.convert.mapping import shapes_of
-from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models import kinds
 
 
 def random_variables(config):
     """Returns (model, variables) with every leaf random; variances and scales lie in [0.5, 2]."""
-    model, rng = fastvlm.build(**config), np.random.default_rng(0)
+    model, rng = kinds.build(**config), np.random.default_rng(0)
     shapes = shapes_of(model)
 
     def leaf(path, shape):

@@ -263,7 +263,7 @@ def test_timm_convnext_directory_comes_back_bit_for_bit_and_loads_in_timm(tmp_pa
     "name", ["MobileCLIP2-S0", *(pytest.param(f"MobileCLIP2-S{i}", marks=pytest.mark.full) for i in (3, 4))]
 )
 def test_open_clip_image_tower_comes_back_bit_for_bit_and_loads_in_open_clip(name, tmp_path):
-    """The directory holds a small text tower too, which is ignored; MobileCLIP has the same architecture."""
+    """The directory holds no text tower, so it is an encoder alone; MobileCLIP has the same architecture."""
     import open_clip  # after torch_reference, which makes torchvision importable
 
     config = open_clip.get_model_config(name)
@@ -272,12 +272,13 @@ def test_open_clip_image_tower_comes_back_bit_for_bit_and_loads_in_open_clip(nam
     stored = {key: x.contiguous() for key, x in randomise(whole, 0).eval().state_dict().items()}
     folder = tmp_path / "openclip"
     folder.mkdir()
-    save_file({key: x.numpy() for key, x in stored.items()}, folder / "open_clip_model.safetensors")
+    image_tower = {key: x.numpy() for key, x in stored.items() if key.startswith("visual.")}
+    save_file(image_tower, folder / "open_clip_model.safetensors")
     settings = {"model_cfg": config, "preprocess_cfg": {"mean": [0.0] * 3, "std": [1.0] * 3}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
 
+    assert set(model_io.read(folder).config) == {"vision", "dtype"}
     out = write(folder, tmp_path / "out", "openclip")
-    image_tower = {key: x.numpy() for key, x in stored.items() if key.startswith("visual.")}
     assert_same_tensors(image_tower, tensors_of(out))
     tensors = {key: torch.from_numpy(x) for key, x in tensors_of(out).items()}
     missing, unexpected = whole.load_state_dict(tensors, strict=False)

@@ -27,7 +27,7 @@ def write(
     Args:
       folder: an existing folder.
       variables: variables of `kinds.build(**model_config)`, branched or folded.
-      model_config: {"vision": ..., "llm": ..., "dtype": ...}; an absent part is None or left out.
+      model_config: {"vision": ..., "llm": ..., "dtype": ...}, or that of a CLIP; an absent part is None or left out.
       lineage: JSON values that say where the weights come from.
       dtype: dtype of the stored weights; None keeps each tensor's own.
 

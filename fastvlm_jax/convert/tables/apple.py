@@ -1,4 +1,6 @@
-"""Maps a FastViT to the names of Apple's `mci.py` (ml-fastvlm, ml-mobileclip), in training form and folded form.
+"""Maps a FastViT, and the text tower beside it, to Apple's names (ml-fastvlm, ml-mobileclip).
+
+A FastViT has the names of `mci.py`, in training form and folded form.
 
 The tensors are timm's under other names, except the CLIP projection, which is stored [features, width] without a bias.
 The parts of all stages form one list, `network`; FastViTHD's is:
@@ -8,9 +10,11 @@ The parts of all stages form one list, `network`; FastViTHD's is:
 """
 
 from fastvlm_jax.convert.mapping import SAME, Row
-from fastvlm_jax.convert.tables import timm
+from fastvlm_jax.convert.tables import text_tower, timm
 from fastvlm_jax.models.fastvit import FastViT
+from fastvlm_jax.models.text_tower import TextTower
 
+POSITIONS = "positional_embedding.pos_embed.pos_embed"  # of the text tower
 # (timm's word, Apple's word), replaced in this order after the stages have become parts of `network`.
 WORDS = (
     ("stem.", "patch_embed."),
@@ -26,6 +30,20 @@ WORDS = (
     (".mlp.", ".convffn."),
     (".gamma", ""),
     ("head.fc.weight", "head.proj"),
+)
+# (open_clip's word, Apple's word) of the text tower.
+TEXT_WORDS = (
+    ("token_embedding", "embedding_layer"),
+    ("positional_embedding", POSITIONS),
+    ("transformer.resblocks.", "transformer."),
+    ("ln_1", "pre_norm_mha.0"),
+    ("attn.in_proj_", "pre_norm_mha.1.qkv_proj."),
+    ("attn.out_proj", "pre_norm_mha.1.out_proj"),
+    ("ln_2", "pre_norm_ffn.0"),
+    ("mlp.c_fc", "pre_norm_ffn.1"),
+    ("mlp.c_proj", "pre_norm_ffn.4"),
+    ("ln_final", "final_layer_norm"),
+    ("text_projection", "projection_layer"),
 )
 
 
@@ -62,3 +80,19 @@ def _network(vision: FastViT) -> list[tuple[str, str]]:
         parts += [f"stages.{i}.pos_emb."] if mixer == "attention" else []
         parts += [f"stages.{i}.blocks."]
     return [(part, f"network.{place}.") for place, part in enumerate(parts)]
+
+
+def text_rows(tower: TextTower, prefix: str = "text_encoder.") -> list[Row]:
+    """Returns the rows of a text tower under ml-mobileclip's names, whose positions have two more dimensions of size 1.
+
+    Args:
+      tower: the tower, for its sizes.
+      prefix: what precedes every tensor name in the checkpoint.
+    """
+    rows = []
+    for row in text_tower.tower_rows(tower, ""):
+        name = row.torch
+        for their_word, apple_word in TEXT_WORDS:
+            name = name.replace(their_word, apple_word)
+        rows.append(row._replace(torch=prefix + name))
+    return rows

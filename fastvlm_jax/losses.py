@@ -99,8 +99,9 @@ def pairs(
     behind every update. The loss of held-out pairs is that against the pairs alone, with any weights.
 
     The report holds, with teachers, "loss_hard" and "loss_soft", the two terms without their weights, and
-    "loss_soft_excess", the second minus the least that it can be; "logit_scale"; the shares of images and of texts that find the partner,
-    "top1_images" and "top1_texts"; and "equal_captions", the share of captions of which the batch holds another copy.
+    "loss_soft_excess", the second minus the least that it can be; "logit_scale"; the shares of images and of texts
+    that find their partner, "top1_images" and "top1_texts"; and "equal_captions", the share of captions of which the
+    batch holds another copy.
 
     Args:
       hard: weight of the cross-entropy against the pairs.

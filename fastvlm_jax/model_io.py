@@ -22,6 +22,7 @@ from fastvlm_jax.metrics import best
 from fastvlm_jax.models import clip, fastvlm, kinds
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.kinds import Model
+from fastvlm_jax.pair_processor import PairProcessor, holds_pair_processor, load_pair_processor
 from fastvlm_jax.processor import Processor, load_processor
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.text.tokenizer import load_tokenizer
@@ -41,14 +42,15 @@ class Loaded:
       config: arguments of `kinds.build`, {"vision": ..., "llm": ..., "dtype": ...} or those of a CLIP, {"vision": ...,
         "text": ..., "sigmoid": ..., "dtype": ...}; a missing part is left out.
       variables: arrays or Leaves; a Leaf reads its part of the files when it is indexed.
-      processor: tokenizer, template and image settings; None for an encoder alone, a CLIP, or without a tokenizer.
+      processor: tokenizer, template and image settings; for a CLIP a PairProcessor; None for an encoder alone or
+        without a tokenizer.
       lineage: JSON values that say where the weights come from.
     """
 
     source: str
     config: dict[str, Any]
     variables: dict[str, Any]
-    processor: Processor | None
+    processor: Processor | PairProcessor | None
     lineage: dict[str, Any]
 
 
@@ -128,7 +130,8 @@ def _read_one(source: str | os.PathLike) -> Loaded:
         config = without_remat(stored) if isinstance(stored, dict) else stored
         model, _ = described(config, workdir / CONFIG)
         variables = checkpoint.load_variables(folder, kinds.abstract_variables(model))
-        processor = None if isinstance(model, CLIP) else load_processor(workdir / "processor")
+        read_processor = load_pair_processor if isinstance(model, CLIP) else load_processor
+        processor = read_processor(workdir / "processor")
         return Loaded(str(source), config, variables, processor, lineage_at(run, int(folder.name)))
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
@@ -140,8 +143,10 @@ def _read_one(source: str | os.PathLike) -> Loaded:
     return Loaded(str(source), config, variables, processor, lineage)
 
 
-def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Processor | None:
+def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Processor | PairProcessor | None:
     """Reads the processor of a model directory; FastVLM's settings fill what its files omit. None if no tokenizer."""
+    if config.get("text") and holds_pair_processor(path):
+        return load_pair_processor(path)
     if not config.get("llm"):
         return None
     folder = gguf_file(path).parent if layout == "gguf" else path
@@ -170,7 +175,7 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
 
 def load(
     source: str | os.PathLike, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Model, dict[str, Any], Processor | None]:
+) -> tuple[Model, dict[str, Any], Processor | PairProcessor | None]:
     """Loads a model from any source that `read` knows: (model, variables, processor), variables on the default device.
 
     The decoder's layers are not stacked, as generation is fastest; see `models.decoder.unstacked`.

@@ -73,6 +73,11 @@ class PairProcessor:
         (folder / SETTINGS).write_text(json.dumps(written, indent=2) + "\n")
 
 
+def holds_pair_processor(folder: pathlib.Path) -> bool:
+    """Returns whether a folder holds what `PairProcessor.save` writes."""
+    return (folder / SETTINGS).is_file() and "context_length" in read_image_files(folder).own
+
+
 def load_pair_processor(folder: str | os.PathLike) -> PairProcessor:
     """Loads a processor from a folder that `PairProcessor.save` wrote.
 

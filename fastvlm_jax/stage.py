@@ -14,14 +14,17 @@ import optax
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import config_checks, guard, losses, model_io, optim, sharding
-from fastvlm_jax.batch import Batch
+from fastvlm_jax.batch import Batch, PairBatch
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
 from fastvlm_jax.models import fastvlm, kinds
+from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.kinds import Model
+from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.parent import adapt
 from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer
 from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.train_state import TrainState, state_of
 from fastvlm_jax.train_step import train_step
@@ -32,13 +35,13 @@ class Stage(NamedTuple):
 
     Attributes:
       model: the model of the config.
-      processor: its tokenizer, template and image settings.
+      processor: its tokenizer, template and image settings; a PairProcessor for stage 0.
       parent_variables: the parent's variables, adapted to `model`, as arrays or Leaves; None without a parent.
       parent_lineage: JSON values that say where the parent comes from; None without a parent.
     """
 
-    model: FastVLM
-    processor: Processor
+    model: Model
+    processor: Processor | PairProcessor
     parent_variables: dict[str, Any] | None
     parent_lineage: dict[str, Any] | None
 
@@ -67,12 +70,19 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
       ValueError: the mesh does not fit the devices, or does not divide the batch or the heads.
     """
     mesh = sharding.make_mesh(config.mesh, devices)
-    num_kv_heads = config.model.llm.num_kv_heads
-    sharding.check_mesh(mesh, groups=config.data.groups, num_kv_heads=num_kv_heads, accumulate=config.accumulate)
+    check_mesh(config, mesh)
     return mesh
 
 
-def open_processor(config) -> Processor:
+def check_mesh(config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
+    """Raises ValueError for a mesh that does not divide the batch of a config or the heads of its model."""
+    if "text" in config.model and mesh.shape["tensor"] > 1:
+        raise ValueError("mesh: the towers of stage 0 are not split along tensor: give that axis to data or fsdp")
+    num_kv_heads = config.model.llm.num_kv_heads if "llm" in config.model else 1
+    sharding.check_mesh(mesh, groups=config.data.groups, num_kv_heads=num_kv_heads, accumulate=config.accumulate)
+
+
+def open_processor(config) -> Processor | PairProcessor:
     """Makes the processor of a config without its model's weights; reads the parent only for its tokenizer.
 
     Raises:
@@ -84,7 +94,7 @@ def open_processor(config) -> Processor:
     return make_processor(config, kinds.build(**config.model.to_dict()), parent)
 
 
-def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:
+def make_processor(config, model: Model, parent: model_io.Loaded | None) -> Processor | PairProcessor:
     """Makes the processor of a stage from a tokenizer and the config's settings.
 
     The tokenizer is read from data.tokenizer or, if that is empty, from the parent, else from the first data folder.
@@ -93,6 +103,38 @@ def make_processor(config, model: FastVLM, parent: model_io.Loaded | None) -> Pr
       ValueError: the tokenizer has more ids than the model, or a size does not fit the encoder.
       FileNotFoundError: there is no tokenizer.
     """
+    return (_conversations if isinstance(model, FastVLM) else _pairs)(config, model, parent)
+
+
+def _pairs(config, model: CLIP, parent: model_io.Loaded | None) -> PairProcessor:
+    data, given = config.data, parent.processor if parent is not None else None
+    if data.tokenizer or not isinstance(given, PairProcessor):
+        tokenizer = load_caption_tokenizer(data.tokenizer or data_sets(data)[0][0])
+    else:
+        tokenizer = given.tokenizer
+    text, vision = model.text_args, fastvlm.make_encoder(**model.vision_args)
+    if tokenizer.vocab_size > text["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and model.text.vocab_size is {text['vocab_size']}; "
+            f"set --config.model.text.vocab_size={tokenizer.vocab_size}"
+        )
+    try:
+        vision.grid(data.image_size, data.image_size)
+    except ValueError as error:
+        raise ValueError(f"data.image_size={data.image_size}: {error}") from error
+    return PairProcessor(
+        tokenizer,
+        text["context_length"],
+        data.image_size,
+        tuple(vision.image_mean),
+        tuple(vision.image_std),
+        data.fit,
+        data.transparency,
+        tuple(width for width, _ in config.loss.teachers),
+    )
+
+
+def _conversations(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:
     data = config.data
     if data.tokenizer or parent is None or parent.processor is None:
         tokenizer, generation = load_tokenizer(data.tokenizer or data_sets(data)[0][0]), None
@@ -140,14 +182,14 @@ class Step(NamedTuple):
       loss: what it minimises.
     """
 
-    fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    fn: Callable[[TrainState, Batch | PairBatch], tuple[TrainState, dict[str, jax.Array]]]
     make_state: Callable[[jax.Array, dict[str, Any] | None], TrainState]
     abstract: TrainState
     optimizer: optax.GradientTransformation
     loss: losses.Loss
 
 
-def make_step(config, model: FastVLM, mesh: jax.sharding.Mesh, *, steps: int, num_sources: int = 1) -> Step:
+def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_sources: int = 1) -> Step:
     """Makes the training step of a config on a mesh; call it inside `jax.set_mesh`.
 
     Args:
@@ -210,15 +252,20 @@ def make_rule(config) -> guard.Rule | None:
     return None if mode == "off" else guard.Rule(factor or math.inf, config.clip_norm, skip=mode == "on")
 
 
-def abstract_batch(config, model: FastVLM, mesh: jax.sharding.Mesh) -> Batch:
+def abstract_batch(config, model: Model, mesh: jax.sharding.Mesh) -> Batch | PairBatch:
     """Returns a config's batch at data.image_size as ShapeDtypeStructs with their shardings."""
     data, side = config.data, config.data.image_size
-    model.tokens_per_image(side)
+    fastvlm.make_encoder(**model.vision_args).grid(side, side)
     layout = sharding.batch_sharding(mesh)
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct((data.groups, *shape), dtype, sharding=layout)
 
+    if isinstance(model, CLIP):
+        pairs, width = data.images_per_group, sum(width for width, _ in config.loss.teachers)
+        taught = (array(jnp.float32, pairs, width), array(jnp.float32, pairs, data.texts, width)) if width else ()
+        images = array(jnp.uint8, pairs, side, side, 3)
+        return PairBatch(images, array(jnp.int32, pairs, data.texts, model.text_args["context_length"]), *taught)
     text = (data.rows_per_group, data.row_length)
     names = ("tokens", "image_index", "targets", "segment_ids", "positions", "source")
     return Batch(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from fastvlm_jax.kernels.embedding import embed
 from fastvlm_jax.models.remat import rematted
 from fastvlm_jax.models.vit import Block, layer_norm
-from fastvlm_jax.sharding import batch_shards, gathered, sharded
+from fastvlm_jax.sharding import gathered, sharded
 
 Array = jax.Array
 
@@ -74,11 +74,7 @@ class TextTower(nn.Module):
         init = sharded(normal(0.02), ("vocab", None))
         table_VC = self.param("embedding", init, (self.vocab_size, C), jnp.float32)
         positions_TC = self.param("positions", normal(0.01), (self.context_length, C), jnp.float32)
-        if len(tokens_BT) % batch_shards():  # texts that do not divide, as in `init`: every device computes all
-            x = table_VC.astype(dtype)[tokens_BT]
-        else:
-            x = embed(table_VC, tokens_BT, dtype)
-        x += positions_TC.astype(dtype)
+        x = embed(table_VC, tokens_BT, dtype) + positions_TC.astype(dtype)
         block = dict(num_heads=self.num_heads, mlp_dim=4 * C, activation="gelu", epsilon=self.epsilon)
         block |= dict(inits=initial_weights(C, self.num_layers), fused=True)
         layers = nn.scan(

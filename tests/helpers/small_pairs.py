@@ -5,7 +5,7 @@ import numpy as np
 from fastvlm_jax import config as config_lib
 from fastvlm_jax.batch import PairBatch
 
-VISION = dict(layers=(1,), embed_dims=(8,), mixers=("repmixer",), head_features=12, head_bias=True,
+VISION = dict(layers=(2,), embed_dims=(8,), mixers=("repmixer",), head_features=12, head_bias=True,
               layer_scale_init=0.5, init_std=0.3, mlp_ratio=2.0)  # fmt: skip
 TEXT = dict(features=12, width=32, num_layers=1, num_heads=1, vocab_size=60, context_length=6)
 TEACHERS = ((6, 20.0), (5, 30.0))

@@ -3,10 +3,10 @@
     fastvlm train --config configs/stage0_clip.py:s3 --workdir DIR --config.data.tokenizer=bpe_simple_vocab_16e6.txt.gz
     fastvlm train --config configs/stage1_align.py:0.5b --workdir DIR2 --config.parent=vision=DIR,llm=DIR3
 
-The argument is SIZE or SIZE/DATA. SIZE: s0 to s4 of MobileCLIP2, whose s3 holds FastViTHD; tiny for a CPU; or an encoder
-and a text tower, as in convnext_l,768. DATA: 1b (the default) and 12m distil DataCompDR's teachers; pairs learns from any
-pairs, data/pairs. To begin at a lower resolution, run the stage with --config.data.image_size=128 and fewer steps, then
-again at 256 with the first run as --config.parent. docs/contrastive.md explains it all.
+The argument is SIZE or SIZE/DATA. SIZE: s0 to s4 of MobileCLIP2, whose s3 holds FastViTHD; tiny for a CPU; or an
+encoder and a text tower, as in convnext_l,768. DATA: 1b (the default) and 12m distil DataCompDR's teachers; pairs
+learns from any pairs, data/pairs. To begin at a lower resolution, run the stage with --config.data.image_size=128 and
+fewer steps, then again at 256 with the first run as --config.parent. docs/contrastive.md explains it all.
 """
 
 from fastvlm_jax.config import pairs_of
@@ -36,12 +36,13 @@ def get_config(argument: str = "s3"):
     c.warmup_ratio, c.final_rate = (0.05, 1e-3) if size in ("s0", "s1", "s2") else (0.01, 0.0)
     # open_clip of March 2025, which ml-mobileclip patches: all but biases, norms and the factor of the logits. Layer
     # scales decay; later versions leave out the positions.
-    c.decayed = ("kernel", "embedding", "positions", "projection", "layer_scale_mixer", "layer_scale_ffn", "layer_scale")
+    c.decayed = ("kernel", "embedding", "positions", "projection")
+    c.decayed += ("layer_scale_mixer", "layer_scale_ffn", "layer_scale")
     c.ema = 0.9995  # MobileCLIP's paper; the published scripts keep none
     c.eval_batches = 0
     if size == "tiny":  # easy-VQA's captions on a CPU: see docs/contrastive.md
         c.data.groups, c.data.images_per_group, c.data.image_size = 4, 16, 128
-        c.model.vision.batch_norm_images, c.data.cache_images = 16, True
+        c.model.vision.batch_norm_images, c.data.cache_images = -1, True
         c.steps, c.epochs, c.ema, c.eval_batches, c.eval_every = 0, 4.0, 0.0, 3, 500
         c.log_every = 25
     return c

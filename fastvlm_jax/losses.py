@@ -137,7 +137,8 @@ def pairs(
                 against_pairs += sigmoid_loss.blocked(images, own, scale, params["logit_bias"], block, ring)
                 continue
             teaching = (taught(batch, s), widths, factors) if distilled else (None, (), ())
-            found = contrastive.blocked(images, own, scale, *teaching, block, ring)
+            with jax.named_scope("loss_of_pairs"):  # the name in traces
+                found = contrastive.blocked(images, own, scale, *teaching, block, ring)
             against_pairs += found.hard
             against_teachers += found.soft
             if s == 0:

@@ -13,7 +13,7 @@ from fastvlm_jax.config import course_of, rows_of
 from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.metrics.throughput import memory_scalars, mfu_scalars
 from fastvlm_jax.metrics.writer import MetricsWriter
-from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.kinds import Model
 
 
 class StepRecord(NamedTuple):
@@ -44,7 +44,7 @@ class StepLog:
         self,
         writer: MetricsWriter,
         config: ml_collections.ConfigDict,
-        model: FastVLM,
+        model: Model,
         trainable: Collection[str],
         names: Sequence[str],
         devices: Sequence[jax.Device],

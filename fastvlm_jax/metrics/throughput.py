@@ -6,16 +6,17 @@ import jax
 
 from fastvlm_jax.data.load.loader import Flow
 from fastvlm_jax.models import flops
-from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.kinds import Model
 
 
 def mfu_scalars(
-    model: FastVLM, trainable: Collection[str], flow: Flow, seconds: float, *, row_length: int, peak: float | None
+    model: Model, trainable: Collection[str], flow: Flow, seconds: float, *, row_length: int, peak: float | None
 ) -> dict[str, float]:
     """Returns model FLOPs utilization: the FLOPs that the steps require / the FLOPs that the chips can do in `seconds`.
 
-    "mfu" is the sum over encoder ("mfu/vision"), language model with loss ("mfu/llm") and projector. All are fractions
-    of the whole step's time, not of the time that each part takes.
+    "mfu" is the sum over encoder ("mfu/vision"), language model with loss ("mfu/llm") and projector; in stage 0 over
+    the image tower and the text tower ("mfu/text"). All are fractions of the whole step's time, not of the time that
+    each part takes.
 
     Args:
       trainable: paths of the parameters that learn.
@@ -27,7 +28,8 @@ def mfu_scalars(
         return {}
     work = flops.useful_flops(model, trainable, flow.sizes, flow.tokens, row_length)
     shares = {part: count / (seconds * peak) for part, count in work.items()}
-    return {"mfu": sum(shares.values()), "mfu/vision": shares["vision"], "mfu/llm": shares["llm"] + shares["loss"]}
+    text = {"mfu/llm": shares["llm"] + shares["loss"]} if model.llm_args is not None else {"mfu/text": shares["text"]}
+    return {"mfu": sum(shares.values()), "mfu/vision": shares["vision"], **text}
 
 
 def memory_scalars(devices: Sequence[jax.Device]) -> dict[str, float]:

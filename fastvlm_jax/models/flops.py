@@ -20,13 +20,16 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.convnext import ConvNeXt
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
-from fastvlm_jax.models.fastvlm import FastVLM, make_encoder
+from fastvlm_jax.models.fastvlm import make_encoder
+from fastvlm_jax.models.kinds import Model
+from fastvlm_jax.models.text_tower import TextTower
 from fastvlm_jax.models.vit import ViT
 
-PARTS = ("vision", "projector", "llm", "loss")
+PARTS = ("vision", "projector", "llm", "text", "loss")
 # Policy of models/remat.py -> kinds of products that the backward pass recomputes.
 RECOMPUTED = {
     "none": (),
@@ -46,7 +49,7 @@ class Product(NamedTuple):
       flops: FLOPs of the forward pass.
       kind: "conv", a convolution; "conv7", the 7x7 convolution of a ConvFFN; "dot", a matrix product with a weight;
         "scores" and "mixed" (weights x values), the two products of attention; "last", a dot at the end of a block,
-        whose result no gradient needs; "loss", the product with the vocabulary.
+        whose result no gradient needs; "loss", the product with the vocabulary; "pairs", that of images and texts.
       remat: remat policy of the scanned blocks that the product is in; None outside scanned blocks.
     """
 
@@ -63,16 +66,16 @@ class Product(NamedTuple):
 
 
 def forward_flops(
-    model: FastVLM, images: int, height: int, width: int, rows: int, row_length: int, *, causal: bool = True
+    model: Model, images: int, height: int, width: int, rows: int, row_length: int, *, causal: bool = True
 ) -> dict[str, float]:
-    """Counts the FLOPs of one forward pass by part: {"vision", "projector", "llm", "loss"}.
+    """Counts the FLOPs of one forward pass by part, one of PARTS.
 
-    "loss" is the product with the vocabulary.
+    "loss" is the product with the vocabulary, or in stage 0 that of all images with all texts, without the teachers'.
 
     Args:
       images: number of image slots.
       height, width: size of each image in pixels.
-      rows: number of text rows, full or not.
+      rows: number of text rows, full or not; texts in stage 0.
       row_length: tokens per row.
       causal: False counts the full square of the decoder's attention, which plain attention computes.
 
@@ -83,7 +86,7 @@ def forward_flops(
 
 
 def train_flops(
-    model: FastVLM,
+    model: Model,
     trainable: Collection[str],
     images: int,
     height: int,
@@ -104,7 +107,7 @@ def train_flops(
 
 
 def useful_flops(
-    model: FastVLM, trainable: Collection[str], sizes: Mapping[tuple[int, int], int], tokens: int, row_length: int
+    model: Model, trainable: Collection[str], sizes: Mapping[tuple[int, int], int], tokens: int, row_length: int
 ) -> dict[str, float]:
     """Counts the `train_flops` of the images, tiles and tokens in a batch, without its empty slots and padding.
 
@@ -125,7 +128,7 @@ def useful_flops(
 
 
 def hardware_flops(
-    model: FastVLM,
+    model: Model,
     trainable: Collection[str],
     images: int,
     height: int,
@@ -143,13 +146,13 @@ def hardware_flops(
     """
 
     def recomputed(product: Product) -> bool:
-        return product.kind == "loss" or product.kind in RECOMPUTED[product.remat or "none"]
+        return product.kind in ("loss", "pairs") or product.kind in RECOMPUTED[product.remat or "none"]
 
     counted = _backward(products(model, images, height, width, rows, row_length, causal), trainable)
     return _by_part((p, p.flops * (1 + backward + (recomputed(p) and backward > 0))) for p, backward in counted)
 
 
-def _any_size(model: FastVLM) -> tuple[int, int]:
+def _any_size(model: Model) -> tuple[int, int]:
     """Returns an image size that the encoder accepts, for counts without images."""
     encoder = make_encoder(**(model.vision_args or {}), parent=None)
     return (getattr(encoder, "image_size", None) or encoder.stride,) * 2
@@ -166,15 +169,23 @@ def _backward(counted: Sequence[Product], trainable: Collection[str]) -> Iterato
     """Yields each product with the number of products of the same size that its gradients take.
 
     Gradients flow through everything that follows a trainable parameter in the forward pass. The scan over the equal
-    blocks of a stage is one loop: if one weight of the stage is trained, gradients flow through all its blocks.
+    blocks of a stage is one loop: if one weight of the stage is trained, gradients flow through all its blocks. Nothing
+    of the image tower comes before the text tower.
     """
     trained_units = {"/".join(path.split("/")[:2]) for path in trainable}
-    gradients_flow = False
+    gradients_flow, of_images = False, False
     for unit, group in itertools.groupby(counted, key=lambda product: product.unit):
+        if unit == "text/embedding":
+            gradients_flow, of_images = False, gradients_flow
         for product in group:
+            if product.part == "loss":
+                gradients_flow |= of_images
             input_grad = gradients_flow or (product.remat is not None and unit in trained_units)
             weight_grad = product.path in trainable
-            yield product, 2 * input_grad if product.kind in ("scores", "mixed") else input_grad + weight_grad
+            if product.kind in ("scores", "mixed", "pairs"):
+                yield product, 2 * input_grad
+            else:
+                yield product, input_grad + weight_grad
             if product.remat is None:
                 gradients_flow |= weight_grad
         gradients_flow |= unit in trained_units
@@ -182,7 +193,7 @@ def _backward(counted: Sequence[Product], trainable: Collection[str]) -> Iterato
 
 @functools.lru_cache(maxsize=64)
 def products(
-    model: FastVLM, images: int, height: int, width: int, rows: int, row_length: int, causal: bool = True
+    model: Model, images: int, height: int, width: int, rows: int, row_length: int, causal: bool = True
 ) -> tuple[Product, ...]:
     """Returns all products of the forward pass in the order of execution; for the arguments see forward_flops."""
     counted = []
@@ -191,6 +202,8 @@ def products(
         h, w = encoder.grid(height, width)
         count = {FastViT: _fastvit, ViT: _vit, ConvNeXt: _convnext}[type(encoder)]
         counted += [p._replace(flops=p.flops * images) for p in count(encoder, height, width)]
+        if isinstance(model, CLIP):
+            counted += _clip(model, encoder, images, rows, row_length)
         if model.llm_args is not None:
             counted += _projector(encoder.features, model.llm_args["width"], images * h * w)
     if model.llm_args is not None:
@@ -289,6 +302,21 @@ def _convnext(tower: ConvNeXt, height: int, width: int) -> list[Product]:
         counted.append(_dot(f"{stage}/fc1", C, 4 * C, all_positions, tower.remat))
         counted.append(_dot(f"{stage}/fc2", 4 * C, C, all_positions, tower.remat))
     return counted
+
+
+def _clip(model: CLIP, encoder, images: int, texts: int, length: int) -> list[Product]:
+    """Lists the products behind the image tower of a CLIP: its head, the text tower, and the logits of all pairs."""
+    tower = TextTower(**model.text_args, parent=None)
+    C, path, tokens = tower.width, "text/layers", tower.num_layers * texts * length
+    head = "vision/head" if isinstance(encoder, FastViT) else "image_head"
+    counted = [_dot(head, encoder.features, tower.features, images)._replace(part="vision")]
+    counted.append(Product("text", "text/embedding", 0.0, "dot"))  # a lookup without FLOPs, as in the decoder
+    counted.append(_dot(f"{path}/qkv", C, 3 * C, tokens, tower.remat))
+    counted += _attention(path, tokens * length, C, tower.remat)
+    counted += [_dot(f"{path}/o", C, C, tokens, tower.remat), _dot(f"{path}/fc1", C, 4 * C, tokens, tower.remat)]
+    counted.append(_dot(f"{path}/fc2", 4 * C, C, tokens, tower.remat, "last"))
+    counted.append(Product("text", "text/projection", 2.0 * C * tower.features * texts, "dot"))
+    return [*counted, Product("loss", "logit_scale", 2.0 * tower.features * images * texts, "pairs")]
 
 
 def _projector(features: int, width: int, positions: int) -> list[Product]:

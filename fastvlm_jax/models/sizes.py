@@ -47,8 +47,8 @@ SIGLIP_COLOURS = dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
 # and -S2; of both -S3 and -S4. Trailing figures: millions of parameters.
 TEXT_SIZES = {
     "tiny": dict(features=64, width=64, num_layers=2, num_heads=2, vocab_size=514, context_length=16),
-    "512": dict(features=512, width=512, num_layers=12, num_heads=8),  # 63.4
-    "768": dict(features=768, width=768, num_layers=12, num_heads=12),  # 123.7
+    "512": dict(features=512, width=512, num_layers=12, num_heads=8, vocab_size=49_408, context_length=77),  # 63.4
+    "768": dict(features=768, width=768, num_layers=12, num_heads=12, vocab_size=49_408, context_length=77),  # 123.7
 }
 # Common to the four-stage FastViTs: attention in the last stage, squeeze-excite before the last two, BatchNorm only.
 _FOUR_STAGES = dict(

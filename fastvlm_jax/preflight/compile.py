@@ -28,6 +28,7 @@ from fastvlm_jax.batch import Batch
 from fastvlm_jax.generate import generate_tokens
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.kinds import Model
 from fastvlm_jax.preflight.topology import Slice, compiler
 
 FOLDER = "preflight"
@@ -58,7 +59,7 @@ class Compiled:
     cached: bool
 
 
-def lower_step(config, model: FastVLM, mesh: jax.sharding.Mesh):
+def lower_step(config, model: Model, mesh: jax.sharding.Mesh):
     """Lowers the train step that `fastvlm train` runs on the mesh: (lowered step, abstract state, abstract batch)."""
     sources = 1 if config.data.path else max(1, len(config.data.mixture))  # as from_config.open_sources
     with jax.set_mesh(mesh):

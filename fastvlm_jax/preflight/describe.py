@@ -50,7 +50,7 @@ def train_text(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"estimated rates: {rates['images/s']:,.1f} images/s, {rates['tokens/s']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
-        f" (encoder {rates['mfu_encoder']:.1%}, LLM {rates['mfu_llm']:.1%}, each in its own computing time)",
+        f" (encoder {rates['mfu_encoder']:.1%}, {_reader(rates)}, each in its own computing time)",
     ]
     if stage := report.get("stage"):
         of = f" for {si(stage['records'])} records" if stage["records"] else ""
@@ -65,9 +65,14 @@ def train_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _reader(rates: dict[str, float]) -> str:
+    """Names the model that reads texts, and its MFU."""
+    return f"LLM {rates['mfu_llm']:.1%}" if "mfu_llm" in rates else f"text tower {rates['mfu_text']:.1%}"
+
+
 # Parts of an op_name that JAX adds around the model's layers.
 _WRAPPER = re.compile(
-    r"(jit|jvp|transpose)\(.*|FastVLM.*|.*<lambda>|branch_\d+_fun|closed_call|body|cond|shard_map|checkpoint"
+    r"(jit|jvp|transpose)\(.*|FastVLM.*|CLIP.*|.*<lambda>|branch_\d+_fun|closed_call|body|cond|shard_map|checkpoint"
 )
 
 
@@ -120,8 +125,9 @@ def _memory(report: dict[str, Any]) -> str:
 
 def _flops(report: dict[str, Any]) -> str:
     f = report["flops"]
-    rows = [["FLOPs a step, all devices", *f["model"], "all"]]
-    rows += [[name, *map(si, f[name].values()), si(sum(f[name].values()))] for name in ("model", "hardware")]
+    parts = [part for part, count in f["hardware"].items() if count]
+    rows = [["FLOPs a step, all devices", *parts, "all"]]
+    rows += [[n, *(si(f[n][part]) for part in parts), si(sum(f[n].values()))] for n in ("model", "hardware")]
     return table(rows, "") + (
         f"\n  hardware includes recomputation; the compiled program has {si(f['compiled'])}, "
         f"{f['compiled_over_hardware']:.3f} times that"

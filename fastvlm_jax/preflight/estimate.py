@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from fastvlm_jax import optim
+from fastvlm_jax.config import rows_of
 from fastvlm_jax.models import flops
 from fastvlm_jax.preflight.compile import Compiled, device_bytes, needed
 from fastvlm_jax.preflight.hlo import cost, network
@@ -19,9 +20,10 @@ from fastvlm_jax.preflight.topology import Slice
 RECORDS = {
     "llava_558k": 558_000, "recap_cc3m": 3_000_000, "recap_cc12m": 12_000_000, "llava_665k": 665_000,
     "internvl_1.1m": 1_100_000, "cambrian_5.4m": 5_400_000, "onevision_single_image": 5_400_000,
-    "docmatix_0.6m": 600_000, "mammoth_vl_10.6m": 10_600_000,
+    "docmatix_0.6m": 600_000, "mammoth_vl_10.6m": 10_600_000, "datacompdr_12m": 12_800_000,
+    "datacompdr_1b": 1_280_000_000,
 }  # fmt: skip
-PARTS = ("vision", "projector", "llm", "loss", "optimizer", "other")
+PARTS = ("vision", "projector", "llm", "text", "loss", "optimizer", "other")
 
 
 FETCHES = ("copy-start", "async-start")  # opcodes of copies into on-chip memory beside the computation
@@ -29,6 +31,10 @@ FETCHES = ("copy-start", "async-start")  # opcodes of copies into on-chip memory
 
 def part_of(path: str) -> str:
     """Returns the part of the model, one of PARTS, to which an operation belongs by its op_name."""
+    if "loss_of_pairs" in path:
+        return "loss"
+    if "CLIP" in path:
+        return "vision" if "/vision" in path or "image_head" in path else "text" if "/text" in path else "other"
     if "FastVLM" not in path:
         return "optimizer" if path.startswith(("jit(train_step)/", "state.")) else "other"
     if "/vision" in path:
@@ -78,10 +84,8 @@ def step_flops(model, config, params) -> dict[str, dict[str, float]]:
     "model" is the count that MFU is based on; "hardware" adds recomputation.
     """
     data = config.data
-    sizes = (
-        data.groups * data.images_per_group, data.image_size, data.image_size, data.groups * data.rows_per_group,
-        data.row_length,
-    )  # fmt: skip
+    rows, length = rows_of(config)
+    sizes = (data.groups * data.images_per_group, data.image_size, data.image_size, data.groups * rows, length)
     trainable = optim.split(params, config.groups)[0].keys()
     return {
         "model": flops.train_flops(model, trainable, *sizes),
@@ -221,13 +225,14 @@ def records_of(config, records: int | None) -> float | None:
 def train_report(config, model, slices: Slice, mesh, compiled: Compiled, state, batch, records, top) -> dict[str, Any]:
     """Returns all figures of a compiled train step, JSON-ready; every time is an estimate."""
     data = config.data
-    images, rows = data.groups * data.images_per_group, data.groups * data.rows_per_group
+    rows, length = rows_of(config)
+    images, rows = data.groups * data.images_per_group, data.groups * rows
     counts = parameters(state.params, config.groups)
     report = {
         "parameters": counts,
         "batch": {
             "groups": data.groups, "images": images, "image_size": data.image_size, "rows": rows,
-            "row_length": data.row_length, "tokens": rows * data.row_length, "accumulate": config.accumulate,
+            "row_length": length, "tokens": rows * length, "accumulate": config.accumulate,
         },
         "memory": memory(compiled, slices, state, batch),
         "flops": step_flops(model, config, state.params),
@@ -246,7 +251,7 @@ def train_report(config, model, slices: Slice, mesh, compiled: Compiled, state, 
     }
     report |= {
         "time": {**times, "by_part": by_module},
-        "rates": rates(report["flops"]["model"], times, by_module, slices, images, rows * data.row_length),
+        "rates": rates(report["flops"]["model"], times, by_module, slices, images, rows * length),
         "collectives": transfers(found, slices, mesh),
         "operations": top_operations(found, slices, top),
     }
@@ -261,18 +266,20 @@ def train_report(config, model, slices: Slice, mesh, compiled: Compiled, state, 
 def rates(model_flops, times, by_module, slices: Slice, images: int, tokens: int) -> dict[str, float]:
     """Estimates images/s, tokens/s and MFU.
 
-    MFU is the model FLOPs / the FLOPs that the matrix units can do in the step; for the encoder and the LLM, in the
-    computing time of that part.
+    MFU is the model FLOPs / the FLOPs that the matrix units can do in the step; for the encoder and the LLM, or the
+    text tower, in the computing time of that part.
     """
     peak, step = slices.generation.flops * slices.chips, times["scheduled_s"]
-    llm = model_flops["llm"] + model_flops["loss"]
-    return {
+    found = {
         "images/s": images / step,
         "tokens/s": tokens / step,
         "mfu": sum(model_flops.values()) / step / peak,
         "mfu_encoder": model_flops["vision"] / peak / max(by_module["vision"], 1e-12),
-        "mfu_llm": llm / peak / max(by_module["llm"] + by_module["loss"], 1e-12),
     }
+    if model_flops["text"]:
+        return {**found, "mfu_text": model_flops["text"] / peak / max(by_module["text"], 1e-12)}
+    llm = model_flops["llm"] + model_flops["loss"]
+    return {**found, "mfu_llm": llm / peak / max(by_module["llm"] + by_module["loss"], 1e-12)}
 
 
 def encoder_report(

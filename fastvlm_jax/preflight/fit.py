@@ -22,6 +22,8 @@ def regrouped(config, shards: int, accumulate: int = 1) -> dict[str, int]:
       {"groups", "images_per_group", "row_length"}, or {} if no grouping works or groups have several rows or no images.
     """
     data = config.data
+    if "text" in config.model:
+        return _regrouped_pairs(config, shards * accumulate)
     if data.rows_per_group != 1 or data.images_per_group < 1:
         return {}
     rows, columns = make_encoder(**config.model.vision.to_dict()).grid(data.image_size, data.image_size)
@@ -32,6 +34,17 @@ def regrouped(config, shards: int, accumulate: int = 1) -> dict[str, int]:
             same = images == data.images_per_group
             length = data.row_length if same else -(-images * (per_image + text) // 256) * 256
             return {"groups": samples // images, "images_per_group": images, "row_length": length}
+    return {}
+
+
+def _regrouped_pairs(config, parts: int) -> dict[str, int]:
+    """Regroups the same pairs so that `parts` divides the groups, none of which splits a group of BatchNorm."""
+    data = config.data
+    pairs, together = data.groups * data.images_per_group, max(config.model.vision.get("batch_norm_images", 1), 1)
+    for images in range(data.images_per_group, 0, -1):
+        whole = images % together == 0 or config.accumulate == 1
+        if pairs % images == 0 and pairs // images % parts == 0 and whole:
+            return {"groups": pairs // images, "images_per_group": images}
     return {}
 
 
@@ -52,8 +65,8 @@ def mends(config, slices: Slice, mesh, report: dict[str, Any]) -> list[str]:
         if total <= limit:
             found.append(f"--config.accumulate={config.accumulate * parts}  about {total / GiB:.1f} GiB")
             break
-    for part in ("vision", "llm"):
-        if config.model[part].get("remat", "full") != "full":
+    for part in ("vision", "llm", "text"):
+        if config.model.get(part, {}).get("remat", "full") != "full":
             found.append(f"--config.model.{part}.remat=full  (now {config.model[part].remat})")
     for more in (n for n in range(2, data + 1) if data % n == 0):
         if state / more + rest <= limit:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from fastvlm_jax import config as config_lib
 from fastvlm_jax import config_checks, optim, sharding, stage
 from fastvlm_jax.chips import GB
 from fastvlm_jax.models import kinds
@@ -89,7 +90,7 @@ def preflight(config, name: str) -> dict[str, Any]:
     found, mesh, counts = memory(config, gpus)
     total = sum(found.values())
     fits = MARGIN * total <= usable
-    data = config.data
+    data, (rows, length) = config.data, config_lib.rows_of(config)
     return {
         "mode": "train",
         "stage_name": config.stage,
@@ -99,7 +100,7 @@ def preflight(config, name: str) -> dict[str, Any]:
         "parameters": counts,
         "batch": {
             "groups": data.groups, "images": data.groups * data.images_per_group, "image_size": data.image_size,
-            "rows": data.groups * data.rows_per_group, "row_length": data.row_length, "accumulate": config.accumulate,
+            "rows": data.groups * rows, "row_length": length, "accumulate": config.accumulate,
         },
         "memory": {
             **found, "total": total, "margin": MARGIN, "with_margin": MARGIN * total, "limit": usable,

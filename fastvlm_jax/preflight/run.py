@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from fastvlm_jax import config_checks, sharding, xla_flags
+from fastvlm_jax import config_checks, sharding, stage, xla_flags
 from fastvlm_jax.models import kinds
 from fastvlm_jax.preflight import describe, estimate, fit, topology
 from fastvlm_jax.preflight import search as ranking
@@ -49,6 +49,8 @@ def preflight(config, name: str, options: Options = Options()) -> dict[str, Any]
     model = kinds.build(**config.model.to_dict())
     mesh = sharding.make_mesh(config.mesh, topology.devices(slices))
     train = options.mode == "train"
+    if options.mode == "generate" and "llm" not in config.model:
+        raise ValueError("--mode=generate needs a language model, which stage 0 has none of")
     check(config, mesh, slices, config.data.groups if train else options.rows, "data.groups" if train else "--rows")
     asked = {"rows": options.rows, "prompt_tokens": options.prompt_tokens, "max_tokens": options.max_tokens}
     lower = {
@@ -96,6 +98,8 @@ def search(config, name: str, options: Options = Options(), count: int = 3) -> d
     """
     if options.mode != "train":
         raise ValueError("--search ranks training settings: leave out --mode")
+    if "llm" not in config.model:
+        raise ValueError("--search knows no settings of stage 0: leave it out, and try --config.accumulate or remat")
     slices, rows, best = topology.parse(name), [], None
     config_checks.validate(config)
     own = ranking.given(config, sharding.make_mesh(config.mesh, topology.devices(slices)))
@@ -135,9 +139,10 @@ def check(config, mesh, slices: topology.Slice, groups: int, key: str) -> None:
         )
     if groups % shards:
         raise ValueError(f"{key}={groups} does not divide over {shards} data shards: make it a multiple of {shards}")
-    accumulate = config.accumulate if key == "data.groups" else 1
-    kv_heads = config.model.llm.num_kv_heads
-    sharding.check_mesh(mesh, groups=groups, num_kv_heads=kv_heads, accumulate=accumulate)
+    if key == "data.groups":
+        stage.check_mesh(config, mesh)
+    elif "llm" in config.model:
+        sharding.check_mesh(mesh, groups=groups, num_kv_heads=config.model.llm.num_kv_heads)
 
 
 def text(report: dict[str, Any]) -> str:

@@ -254,6 +254,19 @@ def test_the_loader_counts_what_it_gives_out(folder, processor):
     assert flow.sizes == {(SIDE, SIDE): 48}
 
 
+def test_a_mixture_is_drawn_by_its_shares_in_training_alone(tmp_path, processor):
+    for name, numbers in (("a", range(12)), ("b", range(12, 48))):
+        for split in ("train", "validation"):
+            write_shards(tmp_path / name, split, [record(i, extra={}) for i in numbers])
+    changes = dict(path="", root=str(tmp_path), mixture=(("a", 0.5), ("b", 0.5)), texts=1, augment="none")
+    loader = loader_of("", processor, **changes)
+    take(loader, 2)
+    assert loader.names == ("a", "b") and loader.flow().records == (24, 24)
+    loader = eval_batches(settings("", **changes), processor, "validation", sharding=sharding(1))
+    take(loader, 2)
+    assert loader.flow().records == (12, 36)
+
+
 def test_the_records_of_a_bad_step_are_those_of_its_batch(folder, processor, straight, tokenizer):
     found = list(records_of(make_builder(settings(folder), processor, "train", 3), 2))
     assert [item["key"] for item in found] == [f"train/{number}" for number in records_in(straight[2], tokenizer)]

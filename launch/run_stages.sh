@@ -3,6 +3,7 @@
 #   bash launch/run_stages.sh --size 0.5b --parent vision=DIR,llm=DIR --workdir DIR [--launcher tpu --settings FILE] [--dry_run]
 # --size SIZE         0.5b, 1.5b or 7b, or another size of the configs, with an encoder behind a comma if not FastViTHD
 # --parent MODEL      weights that the first stage starts from: an encoder and a language model, or a model with both
+# --stage0 SIZE       begins with stage 0, the encoder's own pretraining, as s3 or s3/12m; --parent then is llm=DIR alone
 # --workdir DIR       folder with a subfolder for each stage, local or gs://BUCKET/...
 # --launcher NAME     local (the default), tpu, gke or slurm
 # --settings FILE     settings file of the launcher
@@ -15,12 +16,12 @@
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 all="stage1_align stage15_pretrain stage2_instruct stage3_reason"
-size='' parent='' workdir='' launcher=local settings='' stages=$all data_stage2=1.1m dry_run=() overrides=()
+size='' parent='' workdir='' stage0='' launcher=local settings='' stages=$all data_stage2=1.1m dry_run=() overrides=()
 misuse() { echo "run_stages: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --dry_run) dry_run=(--dry_run) ;;
-    --size | --parent | --workdir | --launcher | --settings | --stages | --data_stage2)
+    --size | --parent | --workdir | --stage0 | --launcher | --settings | --stages | --data_stage2)
       [ $# -ge 2 ] || misuse "$1 needs a value"
       printf -v "${1#--}" %s "$2"
       shift ;;
@@ -31,6 +32,8 @@ while [ $# -gt 0 ]; do
 done
 for name in size parent workdir; do [ -n "${!name}" ] || misuse "--$name is missing"; done
 for name in $stages; do case " $all " in *" $name "*) ;; *) misuse "unknown stage $name: choose from $all" ;; esac; done
+case $stage0,$parent in ,* | *,llm=*) ;; *) misuse "--stage0 makes the encoder: --parent must be llm=DIR, not $parent" ;; esac
+case $parent in *vision=*) [ -z "$stage0" ] || misuse "--stage0 makes the encoder: leave vision=DIR out of --parent" ;; esac
 case $launcher in local | tpu | gke | slurm) ;; *) misuse "unknown launcher $launcher: choose local, tpu, gke or slurm" ;; esac
 [ -n "$settings" ] || [ "$launcher" = local ] || misuse "--settings is missing: copy launch/settings/$launcher.env and fill it in"
 
@@ -52,7 +55,7 @@ finish() {
 
 # stage NAME ARGUMENT: trains configs/NAME.py:ARGUMENT from $parent; its workdir becomes the parent of the next stage.
 stage() {
-  case " $stages " in *" $1 "*) ;; *) return 0 ;; esac
+  case " stage0_clip $stages " in *" $1 "*) ;; *) return 0 ;; esac
   echo "== $1"
   if [ ${#dry_run[@]} = 0 ] && finished "$workdir/$1"; then
     echo "finished before: $workdir/$1"
@@ -63,6 +66,15 @@ stage() {
   fi
   parent=$workdir/$1
 }
+
+# Stage 0 trains the encoder beside a text tower, on pairs of an image and its caption, as MobileCLIP does: s3 on
+# DataCompDR-1B for 200,000 steps of 65,536 pairs, or s3/12m on DataCompDR-12M for 30,000 of 8,192. It costs far more
+# than all other stages; most people begin with a published encoder instead.
+if [ -n "$stage0" ]; then
+  llm=$parent parent=''
+  stage stage0_clip "$stage0"
+  parent=vision=$parent,$llm
+fi
 
 # Stage 1 trains only the projector, so that it maps image features to where the language model understands them.
 # 558K captions of LLaVA-1.5 at 256 px, batch size 256: about 2,200 steps at a learning rate of 1e-3, the shortest stage

@@ -43,11 +43,11 @@ def steps(config, batch, count=2, variables=None, mesh=(1, 1, 1, 1)):
 
 
 def assert_same(found, expected, tolerance=1e-5):
-    """States of equal parameters, statistics and averages, each relative to the largest number of its array."""
+    """States of equal parameters, statistics and averages, each relative to the largest number of its array or 1e-4."""
     for name in ("params", "batch_stats", "average"):
         a, b = (flatten_dict(getattr(state, name) or {}, sep="/") for state in (found, expected))
         for path in b:
-            scale = np.abs(b[path]).max() + 1e-6
+            scale = max(np.abs(b[path]).max(), 1e-4)
             np.testing.assert_allclose(a[path], b[path], atol=tolerance * scale, rtol=0, err_msg=f"{name} {path}")
 
 

@@ -232,12 +232,17 @@ def test_run_stages_ends_at_a_stage_that_fails(tmp_path):
     assert status == 1 and out.count("== ") == 1 and "/none/bin/fastvlm" in err
 
 
+WITH_STAGE_0 = ("--size", "0.5b", "--workdir", "/w", "--stage0", "s3")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("--size", "0.5b"), "--parent is missing"),
         (("--stage", "x"), "unexpected --stage"),
         (("--launcher",), "needs a value"),
+        ((*WITH_STAGE_0, "--parent", "vision=/a,llm=/b"), "leave vision=DIR out of --parent"),
+        ((*WITH_STAGE_0, "--parent", "/a"), "--parent must be llm=DIR, not /a"),
     ],
 )
 def test_run_stages_refuses_wrong_usage(arguments, message):

@@ -11,7 +11,7 @@ from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.train_state import state_of
 
 CONFIGS = ROOT / "configs"
-CASES = [(p.stem, size) for p in CONFIGS.glob("stage*.py") for size in ("0.5b", "1.5b", "7b")]
+CASES = [(p.stem, size) for p in CONFIGS.glob("stage[1-9]*.py") for size in ("0.5b", "1.5b", "7b")]
 # The paper's comparisons: the language model of LLaVA-1.5, and other encoders.
 CASES += [("stage1_align", "vicuna-7b,clip_vit_l_336"), ("stage2_instruct", "vicuna-7b,mci2")]
 CASES += [("stage1_align", "0.5b,siglip_so400m_384"), ("stage2_instruct", "smollm2-135m,convnext_l")]
@@ -60,6 +60,80 @@ def test_config_builds_and_its_groups_are_total(name, argument):
     assert abs(count(abstract.opt_state) - 2 * count(trainable)) < 100
     placeholders = config.data.images_per_group * model.tokens_per_image(config.data.image_size)
     assert placeholders <= config.data.rows_per_group * config.data.row_length
+
+
+# Millions of parameters of the folded image tower, with its projection, and of the text tower: MobileCLIP2, Table 1.
+CLIP_MILLIONS = {"s0": (11.4, 63.4), "s1": (21.5, 63.4), "s2": (35.7, 63.4), "s3": (125.1, 123.7), "s4": (321.6, 123.7)}
+
+
+@pytest.mark.parametrize("argument", [*CLIP_MILLIONS, "s3/12m", "s2/pairs", "tiny", "convnext_l,768"])
+def test_stage_0_builds_with_both_towers_and_decays_what_open_clip_does(argument):
+    config = get("stage0_clip", argument)
+    config_checks.validate(config)
+    params = kinds.abstract_variables(kinds.build(**config.model.to_dict()))["params"]
+    if argument in CLIP_MILLIONS:
+        folded = {**config.model.to_dict(), "vision": {**config.model.vision.to_dict(), "form": "folded"}}
+        towers = kinds.abstract_variables(kinds.build(**folded))["params"]
+        assert tuple(round(count(towers[part]) / 1e6, 1) for part in ("vision", "text")) == CLIP_MILLIONS[argument]
+    trainable, frozen = optim.split(params, config.groups)
+    assert not frozen and config.data.groups * config.data.images_per_group == {"tiny": 64, "s3/12m": 8192}.get(
+        argument, 8192 if "pairs" in argument else 65536
+    )
+    kept = {path.split("/")[-1] for path in trainable} - set(config.decayed)
+    assert kept <= {"bias", "scale", "logit_scale"}  # of layers, norms, and the logits
+
+
+def test_stage_0_of_unknown_sizes_or_data_is_refused():
+    with pytest.raises(ValueError, match="unknown size 's9' of both towers: choose one of tiny, s0"):
+        get("stage0_clip", "s9")
+    with pytest.raises(ValueError, match="unknown text tower '9': choose one of tiny, 512"):
+        get("stage0_clip", "mci2,9")
+    with pytest.raises(ValueError, match=r"unknown data '2b': choose 1b, 12m or pairs"):
+        get("stage0_clip", "s3/2b")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("data.images_per_group", 0, "data.images_per_group=0 must be at least 1"),
+        ("data.texts", 3, "data.texts=3 must be 1, the caption, or 2"),
+        ("data.augment", "crop", "data.augment='crop' must be none, random or replay"),
+        ("data.augment", "random", "data.augment='random': loss.teachers saw crops that the records store"),
+        ("data.crop_area", (0.5, 0.1), "data.crop_area=.* must rise from above 0"),
+        ("data.crop_area", (0.5, math.nan), "data.crop_area=.* must be two fractions"),
+        ("data.operations", (2, 31), "data.operations=.* magnitude, 0 to 30"),
+        ("loss.soft", 0.0, "loss.hard and loss.soft are both 0"),
+        ("loss.soft", math.inf, "loss.soft=inf must be at least 0"),
+        ("loss.teachers", (), "loss.soft=1.0 and loss.teachers=.* contradict each other"),
+        ("loss.teachers", ((768,),), "loss.teachers=.* must be pairs of widths and factors"),
+        ("loss.teachers", ((768, -1.0),), "loss.teachers=.* must be pairs of widths and factors"),
+        ("loss.block", -1, "loss.block=-1 must be at least 0"),
+        ("model.sigmoid", True, "model.sigmoid takes loss.hard=1 and no distillation"),
+        ("model.vision.batch_norm_images", 0, "batch_norm_images=0 must be positive, or -1"),
+        ("model.vision.batch_norm_images", 250, "batch_norm_images=250 does not divide the batch of 256 x 256 = 65536"),
+        ("evaluate", (("qa", "", 5),), "evaluate: the two towers of stage 0 answer no questions"),
+        ("warmup", "linear", "warmup='linear' must be transformers or open_clip"),
+        ("final_rate", 2.0, "final_rate=2.0 must be from 0 to 1"),
+        ("optimizer", "sgd", "optimizer='sgd' must be adamw or adafactor"),
+        ("ema", 1.0, "ema=1.0 must be at least 0 and below 1"),
+    ],
+)
+def test_settings_of_stage_0_that_contradict_each_other_are_named(key, value, message):
+    config = get("stage0_clip", "s3")
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        config_checks.validate(config)
+
+
+def test_parts_of_a_batch_keep_the_groups_of_batch_norm_whole():
+    config = get("stage0_clip", "s3")
+    config.accumulate = 2
+    config_checks.validate(config)
+    for images in (512, -1):
+        config.model.vision.batch_norm_images = images
+        with pytest.raises(ValueError, match=r"^accumulate=2 takes the groups of a batch in turn.*multiple of"):
+            config_checks.validate(config)
 
 
 @pytest.mark.parametrize("size", QWEN2)

@@ -18,14 +18,15 @@ from fastvlm_jax import files
 from fastvlm_jax.models.convnext import ConvNeXt
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
-from fastvlm_jax.models.sizes import LLM_SIZES, VISION_SIZES
+from fastvlm_jax.models.sizes import CLIP_SIZES, LLM_SIZES, VISION_SIZES
+from fastvlm_jax.models.text_tower import TextTower
 from fastvlm_jax.models.vit import ViT
 
 OUTPUT = flags.DEFINE_string("output", "docs/config.md", "Markdown file to write")
 PREFIXES = {"c": "", "model": "model.", "data": "data."}  # variables of config.py -> where their keys stand
 ASSIGNMENT = re.compile(r"    +(c|model|data)\.([\w.]+) = (.*)")
 # Sections of the page: title, start of their keys, the size that shows their defaults, module of the arguments, the
-# sizes of that module.
+# sizes of that module. A size of CLIP_SIZES shows what only stage 0 has.
 SECTIONS = (
     ("The run", "", "0.5b", None, ()),
     ("Encoder: the FastViT family", "model.vision.", "0.5b", FastViT, VISION_SIZES),
@@ -33,6 +34,10 @@ SECTIONS = (
     ("Encoder: ConvNeXt", "model.vision.", "0.5b,convnext_l", ConvNeXt, VISION_SIZES),
     ("Language model", "model.llm.", "0.5b", Decoder, LLM_SIZES),
     ("Data", "data.", "0.5b", None, ()),
+    ("Stage 0: the loss", ("loss.", "model.sigmoid"), "s3", None, ()),
+    ("Stage 0: image tower", "model.vision.", "s3", FastViT, ()),
+    ("Stage 0: text tower", "model.text.", "s3", TextTower, ()),
+    ("Stage 0: data", "data.", "s3", None, ()),
 )
 FAMILY = "kind of encoder: `fastvit` (where the key is absent), `vit` or `convnext`"
 HEAD = """# Every key of a training config
@@ -40,7 +45,7 @@ HEAD = """# Every key of a training config
 Made by `python -m fastvlm_jax.report.config_keys` from [config.py](../fastvlm_jax/config.py), not by hand. A key is set
 on the command line (`--config.data.groups=64`) or in a stage file ([configs/](../configs)). The defaults are those of
 the size `0.5b`, followed by the default of the size `tiny` if it differs. The sections of the other encoders show the
-defaults of `siglip_so400m_384` and `convnext_l`.
+defaults of `siglip_so400m_384` and `convnext_l`, those of stage 0 what only stage 0 has, with the defaults of `s3`.
 """
 
 
@@ -84,9 +89,12 @@ def page() -> str:
     """
     known, lines = {"model.vision.family": FAMILY, **meanings()}, [HEAD]
     tiny = dict(keys(config_lib.get_base("tiny").to_dict()))
+    shown = set(dict(keys(config_lib.get_base("0.5b").to_dict())))
     for title, prefix, size, module, sizes in SECTIONS:
         of_module = arguments(module) if module else {}
-        values = dict(keys(config_lib.get_base(size).to_dict()))
+        values = dict(keys((config_lib.pairs_of if size in CLIP_SIZES else config_lib.get_base)(size).to_dict()))
+        if size in CLIP_SIZES:
+            values = {key: value for key, value in values.items() if key not in shown}
         # Keys that only other sizes give; here the module's own default holds.
         for key in {key for given in dict(sizes).values() for key in given} & of_module.keys():
             values.setdefault(prefix + key, module.__dataclass_fields__[key].default)

@@ -97,14 +97,21 @@ def described(folder):
     return json.loads((folder / "open_clip_config.json").read_text())
 
 
+def load_strictly(config, tensors, fold=False):
+    """open_clip's CLIP of a config with these tensors, not one more or less."""
+    with torch.device("meta"):  # initial weights would take longer than the rest
+        model = make(config, fold)
+    model.load_state_dict({name: torch.from_numpy(x) for name, x in tensors.items()}, strict=True, assign=True)
+    return model
+
+
 def check_round_trip(config, tensors, folder, out):
-    """The same tensors and config come back, and open_clip loads the directory without a name to spare."""
+    """The same tensors and config come back, and open_clip takes them."""
     write(folder, out, "openclip")
     assert_same_tensors(tensors, tensors_of(out))
     ours = described(out)
     assert ours["model_cfg"] == config and ours["preprocess_cfg"]["mean"] == [0.0] * 3
-    reloaded = open_clip.create_model(f"local-dir:{out}", require_pretrained=True)
-    assert_same_tensors(tensors, arrays(reloaded))
+    load_strictly(ours["model_cfg"], tensors_of(out))
 
 
 def test_an_open_clip_directory_comes_back_bit_for_bit_and_loads_strictly(small, tmp_path):
@@ -117,6 +124,8 @@ def test_the_full_size_of_s3_comes_back_bit_for_bit_and_loads_strictly(tmp_path)
     config = open_clip.get_model_config("MobileCLIP2-S3")
     tensors = arrays(randomise(make(config), 0))
     check_round_trip(config, tensors, folder_of(tmp_path / "openclip", config, tensors), tmp_path / "out")
+    reloaded = open_clip.create_model(f"local-dir:{tmp_path / 'out'}", require_pretrained=True)
+    assert_same_tensors(tensors, arrays(reloaded))
 
 
 def test_a_loaded_clip_embeds_texts_as_open_clip_does(small):
@@ -134,8 +143,7 @@ def test_a_loaded_clip_embeds_texts_as_open_clip_does(small):
 def test_the_folded_form_loads_strictly_in_open_clips_folded_model(small, tmp_path):
     config, _, tensors, folder = small
     out = write(folder, tmp_path / "out", "openclip", fold=True)
-    folded = make(config, fold=True)
-    folded.load_state_dict({name: torch.from_numpy(x) for name, x in tensors_of(out).items()}, strict=True)
+    load_strictly(config, tensors_of(out), fold=True)
     text = {name: x for name, x in tensors.items() if name.startswith(("text.", "logit_"))}
     assert_same_tensors(text, {name: x for name, x in tensors_of(out).items() if name in text})
     assert_same_tensors(tensors_of(out), tensors_of(write(out, tmp_path / "again", "openclip")))
@@ -161,11 +169,7 @@ def test_a_bias_of_the_logits_makes_the_model_a_sigmoid_one_and_is_written_back(
     folder = folder_of(tmp_path / "sigmoid", config, tensors)
     loaded = model_io.read(folder)
     assert loaded.config["sigmoid"] and np.asarray(loaded.variables["params"]["logit_bias"]) == -9.5
-    out = write(folder, tmp_path / "out", "openclip")
-    assert_same_tensors(tensors, tensors_of(out))
-    assert described(out)["model_cfg"] == config
-    with torch.device("meta"):
-        assert set(make(described(out)["model_cfg"]).state_dict()) == set(tensors)
+    check_round_trip(config, tensors, folder, tmp_path / "out")
 
 
 def test_image_statistics_and_sizes_of_the_text_tower_are_kept(small, tmp_path):
@@ -230,7 +234,6 @@ def test_the_image_tower_of_a_clip_with_another_text_tower_is_read_with_one_warn
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c, t: c["text_cfg"].update(width=48), r"tensor text\.token_embedding\.weight has shape \(64, 32\)"),
         (lambda c, t: c["text_cfg"].update(layers=1), r"tensor text\.transformer\.resblocks\.1\..* is not part"),
         (lambda c, t: c["text_cfg"].update(heads="x"), r"open_clip_config\.json does not describe a CLIP"),
         (lambda c, t: c.update(embed_dim=32), r"does not describe a CLIP: model\.vision\.head_features=512 must be 32"),
@@ -289,8 +292,8 @@ def test_ml_mobileclips_own_file_is_read_as_open_clip_converts_it(small, apples,
     stored = {f"module.{name}": x for name, x in apples.items()}
     ours = model_io.read(mobileclip_folder(tmp_path / "apple", mobileclip_config(), stored))
     converted = convert_state_dict(model, {name: torch.from_numpy(x) for name, x in apples.items()})
-    make(config).load_state_dict(converted, strict=True)
     converted = {name: x.numpy().copy() for name, x in converted.items()}
+    load_strictly(config, converted)
     assert_same_tensors(converted, tensors | {"visual.trunk.head.fc.bias": np.zeros(512, np.float32)})
 
     theirs = model_io.read(folder_of(tmp_path / "openclip", config, converted))

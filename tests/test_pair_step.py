@@ -56,9 +56,8 @@ def whole():
     return steps(distilled(ema=0.9, **LINEAR), random_pairs())
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 2, 1), (2, 1, 1, 1)], ids=str)
-def test_every_mesh_takes_the_same_steps(whole, mesh):
-    state, metrics = steps(distilled(ema=0.9, **LINEAR), random_pairs(), mesh=mesh)
+def test_a_mesh_takes_the_same_steps(whole):
+    state, metrics = steps(distilled(ema=0.9, **LINEAR), random_pairs(), mesh=(2, 1, 2, 1))
     for found, expected in zip(metrics, whole[1], strict=True):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
@@ -96,13 +95,13 @@ def test_both_passes_over_the_parts_drop_the_same_paths():
         return loss.compare(variables["params"], batch, features)[0]
 
     value, grads = jax.jit(jax.value_and_grad(value_of))(trainable)
-    found = jax.jit(lambda t: cached(loss, variables_of, t, batch_stats, batch, rng, lambda g: g, 2))(trainable)
+    in_parts = jax.jit(lambda t, rng: cached(loss, variables_of, t, batch_stats, batch, rng, lambda g: g, 2))
+    found = in_parts(trainable, rng)
     np.testing.assert_allclose(found.value, value, rtol=1e-6)
     largest = max(np.abs(x).max() for x in grads.values())  # some gradients are 0 but for roundings
     for path, expected in grads.items():
         np.testing.assert_allclose(found.grads[path], expected, atol=1e-5 * largest, err_msg=path)
-    other = jax.jit(lambda t: cached(loss, variables_of, t, batch_stats, batch, jax.random.key(4), lambda g: g, 2))
-    assert abs(float(other(trainable).value) - float(value)) > 1e-4
+    assert abs(float(in_parts(trainable, jax.random.key(4)).value) - float(value)) > 1e-4
 
 
 def test_terms_are_those_of_the_distillation_and_the_rest_says_what_happens():
@@ -134,14 +133,14 @@ def test_seldom_terms_are_computed_for_steps_that_are_logged():
 
 
 def test_the_factor_of_the_logits_is_clamped_behind_the_step_and_keeps_its_gradient():
-    for start, sign in ((np.log(100), 1), (0.0, -1)):
-        variables = {**initial(), "params": {**initial()["params"], "logit_scale": np.float32(start)}}
-        config = small_pairs_config(epsilon=1e-8, groups=(("logit_scale", 0.5, 0.0), (".*", 0.0, 0.0)))
-        batch = random_pairs(texts=1, teachers=())
-        _, (found, *_) = steps(config, batch, count=1, variables=variables)
-        assert found["grad_norm"] > 0  # of logit_scale alone
-        state, _ = steps(config, batch, count=3, variables=variables)
-        assert 0 <= float(state.params["logit_scale"]) <= np.float32(np.log(100)), sign
+    config = small_pairs_config(groups=(("logit_scale", 0.5, 0.0), (".*", 0.0, 0.0)))
+    settle = stage.make_loss(config, kinds.build(**config.model.to_dict()), 10).settle
+    for found, kept in ((-0.3, 0.0), (9.0, np.log(100)), (2.0, 2.0)):
+        np.testing.assert_allclose(settle({"logit_scale": np.float32(found)})["logit_scale"], kept, rtol=1e-6)
+    variables = {**initial(), "params": {**initial()["params"], "logit_scale": np.array(np.log(100), np.float32)}}
+    state, metrics = steps(config, random_pairs(texts=1, teachers=()), variables=variables)
+    assert all(found["grad_norm"] > 0 for found in metrics)  # of logit_scale alone, at the bound too
+    assert 0 <= float(state.params["logit_scale"]) <= np.float32(np.log(100))
 
 
 def test_sigmoid_has_a_bias_that_learns():
@@ -164,7 +163,7 @@ def test_averages_follow_parameters_and_statistics_and_a_bad_step_moves_none():
     found = averaged(states[2])["batch_stats"]["vision"]["stem_0"]["conv"]["bn"]["mean"]
     np.testing.assert_allclose(found, 0.75 * 0.25 * stats[1] + 0.25 * stats[2], rtol=1e-5, atol=1e-7)
     config.bad_steps.mode = "on"
-    broken = {**initial(), "params": {**initial()["params"], "logit_scale": np.float32(np.nan)}}
+    broken = {**initial(), "params": {**initial()["params"], "logit_scale": np.array(np.nan, np.float32)}}
     state, metrics = steps(config, batch, count=1, variables=broken)
     assert metrics[0]["verdict"].skipped == 1
     kept = state.average["params"]["vision/stem_0/conv/kernel"]

@@ -1,5 +1,7 @@
+import math
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -59,6 +61,92 @@ def test_every_rate_equals_transformers_cosine_schedule(steps, ratio):
     ours = optim.schedule(2.0, optim.Course(steps, ratio))
     np.testing.assert_allclose([ours(i) for i in range(steps)], [2 * theirs(i) for i in range(steps)], atol=1e-6)
     assert ratio > 0 or float(ours(0)) == 2.0
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 7, 40], ids="{}-steps-of-warm-up".format)
+@pytest.mark.parametrize("final", [0.0, 0.25])
+def test_every_rate_of_open_clip_rises_from_one_part_of_the_peak_to_the_peak_and_falls_to_the_last(warmup, final):
+    """The formula of open_clip's cosine_lr and cosine's part above a last rate, step by step."""
+    rate, steps = optim.schedule(2.0, optim.Course(40, warmup / 40, "open_clip", final)), range(40)
+    expected = [
+        2.0 * (step + 1) / warmup
+        if step < warmup
+        else 2.0 * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (40 - warmup))))
+        for step in steps
+    ]
+    np.testing.assert_allclose([rate(step) for step in steps], expected, rtol=1e-6, atol=1e-7)
+    if warmup < 40:
+        np.testing.assert_allclose([rate(40), rate(60)], 2.0 * final, atol=1e-6)
+
+
+def test_a_last_rate_is_the_end_of_the_cosine_behind_a_warm_up_from_zero_too():
+    rate = optim.schedule(2.0, optim.Course(100, 0.1, "transformers", 0.5))
+    values = [float(rate(step)) for step in (0, 5, 10, 55, 100, 1000)]
+    np.testing.assert_allclose(values, [0.0, 1.0, 2.0, 1.5, 1.0, 1.0], atol=1e-6)
+
+
+def stepped(start, grads, groups=((".*", 1e-2, 0.1),), **settings):
+    """(parameters, slots) behind a step along each of the gradients, with rates of a constant 1e-2."""
+    params = optim.merge({path: jnp.asarray(x) for path, x in start.items()}, {})
+    course = optim.Course(len(grads), 0.0, final_rate=1.0)
+    given = dict(beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1e9)
+    optimizer = optim.make_optimizer(params, groups, course, **given | settings)
+    trainable, _ = optim.split(params, groups)
+    slots = optimizer.init(trainable)
+    for grad in grads:
+        grad = {path: jnp.asarray(x) for path, x in grad.items()}
+        trainable, slots = optim.update(optimizer, grad, slots, trainable)
+    return trainable, slots
+
+
+@pytest.mark.parametrize("beta2", [0.999, 0.5], ids=["rising", "at its limit"])
+def test_four_steps_of_adafactor_equal_the_formulas_in_numpy(beta2):
+    """A matrix with rows and columns of moments, a long and thin one and a vector with all of them."""
+    rng = np.random.default_rng(0)
+    shapes = {"a/kernel": (33, 40), "b/kernel": (31, 64), "c/bias": (50,)}
+    start = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    grads = [{path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()} for _ in range(4)]
+    grads[0]["a/kernel"][3] = grads[0]["c/bias"][:5] = 0.0
+    found, slots = stepped(start, grads, optimizer="adafactor", beta2=beta2)
+    for path, shape in shapes.items():
+        x, momentum = start[path].astype(np.float64), np.zeros(shape)
+        rows, columns, moments = np.zeros(shape[0]), np.zeros(shape[-1]), np.zeros(shape)
+        for t, grad in enumerate(grads, 1):
+            g, decay = grad[path].astype(np.float64), min(beta2, 1 - t**-0.8)
+            square = g**2 + 1e-30
+            if path == "a/kernel":
+                rows = decay * rows + (1 - decay) * square.mean(1)
+                columns = decay * columns + (1 - decay) * square.mean(0)
+                moments = np.outer(rows, columns) / rows.mean()
+            else:
+                moments = decay * moments + (1 - decay) * square
+            momentum = 0.9 * momentum + 0.1 * g / np.sqrt(moments)
+            x = x - 1e-2 * (momentum + (0.1 * x if path.endswith("kernel") else 0))
+        np.testing.assert_allclose(found[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
+    sizes = {x.size for x in jax.tree.leaves(slots) if x.size > 31 * 40}
+    assert sizes == {33 * 40, 31 * 64} and sum(x.size == 33 * 40 for x in jax.tree.leaves(slots)) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_decay_is_of_the_named_parameters_alone_and_without_gradients_nothing_else_moves(optimizer):
+    start = {path: np.full((2, 2), 4.0, np.float32) for path in ("a/kernel", "a/bias", "b/kernel", "positions")}
+    still = {path: np.zeros((2, 2), np.float32) for path in start}
+    groups = (("b/.*", 1e-2, 0.0), (".*", 1e-2, 0.5))
+    found, _ = stepped(start, [still], groups, optimizer=optimizer, decayed=("positions", "kernel"))
+    moved = {path: float(x[0, 0]) for path, x in found.items()}
+    assert moved == pytest.approx({"a/kernel": 3.98, "a/bias": 4.0, "b/kernel": 4.0, "positions": 3.98}, rel=1e-6)
+    found, _ = stepped(start, [still], groups, optimizer=optimizer)
+    assert float(found["positions"][0, 0]) == 4.0 and float(found["a/kernel"][0, 0]) == pytest.approx(3.98, rel=1e-6)
+
+
+def test_a_moving_average_takes_its_part_of_new_values_and_stays_in_float32():
+    average = {"a": jnp.array([1.0, 2.0]), "b": {"c": jnp.array(10.0)}}
+    new = {"a": jnp.array([3.0, 2.0], jnp.bfloat16), "b": {"c": jnp.array(-10.0, jnp.bfloat16)}}
+    once = optim.averaged(average, new, 0.75)
+    twice = optim.averaged(once, new, 0.75)
+    assert {x.dtype for x in jax.tree.leaves(twice)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose([*once["a"], once["b"]["c"]], [1.5, 2.0, 5.0], rtol=1e-6)
+    np.testing.assert_allclose([*twice["a"], twice["b"]["c"]], [1.875, 2.0, 1.25], rtol=1e-6)
 
 
 def test_five_steps_equal_torch_adamw_with_clipping_and_groups():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import digests
 import jax
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from paths import HELPERS, ROOT
 from poison import first_batches, poisoned
 from ports import free_port
 from small import ONE_STAGE, small_config
+from small_pairs import get_config, write_pairs
 
 from fastvlm_jax import checkpoint
 from fastvlm_jax import losses as losses_lib
@@ -30,16 +32,16 @@ DEVICES = 4
 class Run:
     """Runs `fastvlm train` in several processes with DEVICES devices in all."""
 
-    def __init__(self, count, data, workdir, *flags, each=(), program="train_process.py"):
+    def __init__(self, count, data, workdir, *flags, each=(), program="train_process.py", file="small.py", keys=CONFIG):
         self.folder = workdir.parent / f"{workdir.name}-{count}-processes"
         self.folder.mkdir(parents=True)
         address = f"127.0.0.1:{free_port()}"
-        config = [f"--config.{key.replace('__', '.')}={value}" for key, value in CONFIG.items()]
+        config = [f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items()]
         self.processes = [
             subprocess.Popen(
                 [
                     *(sys.executable, HELPERS / program, str(DEVICES // count), "train"),
-                    *("--config", f"{HELPERS / 'small.py'}:{data}", "--workdir", workdir, *config),
+                    *("--config", f"{HELPERS / file}:{data}", "--workdir", workdir, *config),
                     *(f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={process}"),
                     *(*flags, *(each[process] if each else ())),
                 ],
@@ -62,7 +64,8 @@ class Run:
     def errors(self, process):
         """Returns the lines that a process printed, but for those about the run and those of Gloo and loggers."""
         lines = (self.folder / str(process)).read_text().splitlines()
-        return [line for line in lines if not re.match(r"\[Gloo\]|small step|small: |WARNING|[IWE]\d{4} ", line)]
+        told = r"\[Gloo\]|(small|pairs) step|(small|pairs): |WARNING|[IWE]\d{4} "
+        return [line for line in lines if not re.match(told, line)]
 
 
 def wait_for_step(step, workdir, run):
@@ -112,6 +115,41 @@ def test_four_processes_stopped_by_sigterm_of_one_go_on_as_two_and_as_one(easy_v
         last, expected = (read_metrics(folder)[-1] for folder in (tmp_path / workdir, straight))
         np.testing.assert_allclose(last["validation/loss"], expected["validation/loss"], rtol=1e-5)
         assert last["evaluate/qa"] == expected["evaluate/qa"]
+
+
+PAIRS = dict(mesh=(1, 2, 2, 1), steps=10)
+
+
+@pytest.mark.full
+def test_stage_0_goes_on_as_fewer_processes_with_the_same_batches_and_losses(tmp_path, monkeypatch):
+    """Four processes and then two are stopped by SIGTERM of one; the last is this process."""
+    write_pairs(tmp_path / "data")
+    monkeypatch.setenv("DIGESTS", "1")
+    monkeypatch.setattr(losses_lib, "pairs", digests.told)
+    config = get_config(tmp_path / "data")
+    config.update(PAIRS)
+    train(config, tmp_path / "straight", jax.devices()[:DEVICES])
+    for turn, count in enumerate((4, 2)):
+        processes = Run(count, tmp_path / "data", tmp_path / "run", file="small_pairs.py", keys=PAIRS)
+        wait_for_step(2 + 3 * turn, tmp_path / "run", processes)
+        processes.processes[-1].send_signal(signal.SIGTERM)
+        assert processes.statuses() == [75] * count, processes.errors(0)
+        assert 2 + 3 * turn <= saved_steps(tmp_path / "run")[-1] < 10
+        shutil.rmtree(processes.folder)
+    train(config, tmp_path / "run", jax.devices()[:DEVICES])
+    found, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "straight")
+    assert (
+        [row["step"] for row in found]
+        == [row["step"] for row in expected]
+        == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 10]
+    )
+    for name in digests.NAMES:
+        assert len({row[name] for row in expected if name in row}) == 10
+        assert [row.get(name) for row in found] == [row.get(name) for row in expected]
+    for name in ("loss", "validation/loss", "top1_images", "top1_texts", "logit_scale"):
+        for row, other in zip(found, expected, strict=True):
+            assert row.keys() & {name} == other.keys() & {name}
+            np.testing.assert_allclose(row.get(name, 0), other.get(name, 0), rtol=1e-5, err_msg=f"{name} {row['step']}")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,15 @@
-"""A tiny config of stage 0, and a batch of random pairs for it with two teachers."""
+"""A tiny config of stage 0, a batch of random pairs for it with two teachers, and a data set of pairs."""
+
+import io
 
 import numpy as np
+import PIL.Image
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax.batch import PairBatch
+from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.text.tokenizer import train_sentencepiece
 
 VISION = dict(layers=(2,), embed_dims=(8,), mixers=("repmixer",), head_features=12, head_bias=True,
               layer_scale_init=0.5, init_std=0.3, mlp_ratio=2.0)  # fmt: skip
@@ -44,3 +50,29 @@ def random_pairs(groups=4, images=4, texts=2, side=8, teachers=TEACHERS, seed=0)
     pixels = rng.integers(0, 256, (groups, images, side, side, 3), np.uint8)
     taught = (features(groups, images), features(groups, images, texts)) if teachers else (None, None)
     return PairBatch(pixels, tokens.astype(np.int32), *taught)
+
+
+def write_pairs(folder, train=80, validation=40):
+    """Writes pairs of a picture of noise and a caption of its own, and a tokenizer, as a data set of stage 0."""
+    rng, words = np.random.default_rng(0), ("red", "green", "blue", "round", "small", "old", "wet", "far")
+    for split, count in (("train", train), ("validation", validation)):
+        records = []
+        for number in range(count):
+            image = io.BytesIO()
+            PIL.Image.fromarray(rng.integers(0, 256, (10, 13, 3), np.uint8)).save(image, "PNG")
+            caption = " ".join(words[number // 8**place % 8] for place in range(3))
+            turns = (("user", (0, "Describe the image.")), ("assistant", (caption,)))
+            records.append(Record(f"{split}/{number}", (image.getvalue(),), turns))
+        write_shards(folder, split, records)
+    train_sentencepiece([*words, "user Describe the image. assistant"] * 20, folder / "tokenizer.model", 300)
+
+
+def get_config(data):
+    """`--config tests/helpers/small_pairs.py:DATA`, with DATA from `write_pairs`: moving averages, random crops."""
+    config = small_pairs_config(data__path=str(data), data__groups=8, data__augment="random")
+    config.model.text.vocab_size = 320
+    config.model.vision.image_mean, config.model.vision.image_std = (0.5, 0.4, 0.3), (0.3, 0.3, 0.2)
+    config.stage, config.steps, config.ema, config.warmup = "pairs", 6, 0.75, "open_clip"
+    config.bad_steps.mode, config.eval_batches, config.eval_every = "on", 1, 3
+    config.groups = ((".*", 1e-2, 0.1),)
+    return config

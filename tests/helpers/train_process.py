@@ -21,4 +21,11 @@ if "POISON" in os.environ:  # sums of the pixels of batches whose loss is to be 
 
     losses.next_token = poisoned([int(number) for number in os.environ["POISON"].split(",")])
 
+if "DIGESTS" in os.environ:  # the metrics of stage 0 tell digests of the batches
+    from digests import told
+
+    from fastvlm_jax import losses
+
+    losses.pairs = told
+
 program()

@@ -1,0 +1,118 @@
+"""Runs of stage 0: they go on bit for bit, tell what they learn, and are parents of a VLM stage."""
+
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from small import small_config
+from small_pairs import VISION, get_config, write_pairs
+
+import fastvlm_jax
+from fastvlm_jax import checkpoint, model_io
+from fastvlm_jax.metrics.rows import read_metrics
+from fastvlm_jax.models.fold import fold_variables
+from fastvlm_jax.train import Interrupted, train
+
+# Metrics that depend on the clock and not on the run.
+CLOCK = ("seconds", "step_seconds", "images/s", "tokens/s", "input_bound")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pairs(folder)
+    return folder
+
+
+def run(config, workdir):
+    config.mesh = (1, 1, 1, 1)
+    return jax.tree.map(np.asarray, train(config, pathlib.Path(workdir), jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    return workdir, run(get_config(data), workdir)
+
+
+def rows(workdir):
+    return [{key: x for key, x in row.items() if key not in CLOCK} for row in read_metrics(workdir)]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(data, straight, tmp_path):
+    """Parameters, statistics, slots, averages, and all rows of the metrics."""
+
+    def stop_after_the_second_step():
+        while not any(row["step"] == 2 for row in read_metrics(tmp_path / "run")):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_after_the_second_step, daemon=True).start()
+    with pytest.raises(Interrupted):
+        run(get_config(data), tmp_path / "run")
+    (stopped_at,) = (int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
+    assert 2 <= stopped_at < 6
+    state = run(get_config(data), tmp_path / "run")
+    assert jax.tree.structure(state) == jax.tree.structure(straight[1]) and state.average is not None
+    jax.tree.map(np.testing.assert_array_equal, state, straight[1])
+    assert rows(tmp_path / "run") == rows(straight[0])
+
+
+def test_the_metrics_tell_what_stage_0_learns(straight):
+    steps = [row for row in rows(straight[0]) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for row in steps:
+        assert 0 < row["loss"] < 8 and 1 <= row["logit_scale"] <= 100 and row["grad_norm"] > 0
+        assert 0 <= row["top1_images"] <= 1 and 0 <= row["top1_texts"] <= 1 and 0 <= row["equal_captions"] <= 1
+    assert steps[-1]["logit_scale"] != steps[0]["logit_scale"]
+    assert [row["step"] for row in rows(straight[0]) if "validation/loss" in row] == [3, 6]
+
+
+def test_a_run_is_a_model_with_the_averaged_weights(straight, data):
+    workdir, state = straight
+    model, variables, processor = fastvlm_jax.load(workdir)
+    found = flatten_dict(variables["params"], sep="/")
+    assert found.keys() == state.average["params"].keys()
+    for path, x in found.items():
+        np.testing.assert_array_equal(x, state.average["params"][path], err_msg=path)
+    last = flatten_dict(state.params, sep="/")
+    assert any(not np.array_equal(x, last[path]) for path, x in found.items())
+    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], state.average["batch_stats"])
+    assert not np.array_equal(*(flatten_dict(x, sep="/")["vision/stem_0/conv/bn/mean"]
+                                for x in (state.batch_stats, variables["batch_stats"])))  # fmt: skip
+    assert processor.image_mean == (0.5, 0.4, 0.3) and processor.image_std == (0.3, 0.3, 0.2)
+    assert "text" in variables["params"] and model.text_args["context_length"] == processor.context_length == 6
+
+
+def test_the_next_stage_begins_with_the_averaged_encoder_folded_and_without_its_projection(straight, data, tmp_path):
+    """Its encoder is frozen, so that what it begins with is what it ends with."""
+    workdir, state = straight
+    encoder = {key: value for key, value in VISION.items() if not key.startswith("head")}
+    settings = {f"model__vision__{key}": value for key, value in encoder.items()}
+    settings |= dict(model__vision__form="folded", model__vision__batch_norm="frozen", data__image_size=8)
+    settings |= dict(model__vision__image_mean=(0.5, 0.4, 0.3), model__vision__image_std=(0.3, 0.3, 0.2))
+    config = small_config(data, steps=1, parent=f"vision={workdir}", **settings)
+    config.groups = (("vision/.*", 0.0, 0.0), (".*", 1e-3, 0.0))
+    after = run(config, tmp_path / "run")
+    averages = unflatten_dict(state.average["params"], sep="/")
+    given = {"params": {"vision": averages["vision"]}, "batch_stats": state.average["batch_stats"]}
+    expected, found = fold_variables(given)["params"]["vision"], after.params["vision"]
+    expected.pop("head")
+    assert jax.tree.structure(found) == jax.tree.structure(expected) and "folded" in found["stem_0"]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    lineage = json.loads((tmp_path / "run/config.json").read_text())["lineage"]
+    parent = lineage["parent"]["parts"]["vision"]
+    assert (parent["stage"], parent["step"]) == ("pairs", 6)
+    processor = model_io.load(tmp_path / "run")[2]
+    assert processor.image_mean == (0.5, 0.4, 0.3) and processor.image_std == (0.3, 0.3, 0.2)
+
+
+def test_the_last_checkpoint_holds_the_position_of_the_data(straight):
+    assert checkpoint.read_notes(straight[0] / "checkpoints/6")["position"] == 6

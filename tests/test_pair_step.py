@@ -28,18 +28,19 @@ def initial(sigmoid=False):
 
 
 def steps(config, batch, count=2, variables=None, mesh=(1, 1, 1, 1)):
-    """The state after `count` steps on a mesh, and the metrics of all."""
+    """The states after each of `count` steps on a mesh, the initial one first, and the metrics of all steps."""
     config_checks.validate(config)
     model = kinds.build(**config.model.to_dict())
     mesh = sharding.make_mesh(mesh, jax.devices()[: np.prod(mesh)])
     with jax.set_mesh(mesh):
         step, metrics = stage.make_step(config, model, mesh, steps=10), []
         state = step.make_state(jax.random.key(0), variables or initial(config.model.sigmoid))
-        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        placed, states = jax.device_put(batch, sharding.batch_sharding(mesh)), [jax.tree.map(np.array, state)]
         for _ in range(count):
             state, found = step.fn(state, placed)
             metrics.append(jax.tree.map(np.asarray, found))
-        return state, metrics
+            states.append(jax.tree.map(np.array, state))
+        return states, metrics
 
 
 def assert_same(found, expected, tolerance=1e-5):
@@ -57,22 +58,21 @@ def whole():
 
 
 def test_a_mesh_takes_the_same_steps(whole):
-    state, metrics = steps(distilled(ema=0.9, **LINEAR), random_pairs(), mesh=(2, 1, 2, 1))
+    (*_, state), metrics = steps(distilled(ema=0.9, **LINEAR), random_pairs(), mesh=(2, 1, 2, 1))
     for found, expected in zip(metrics, whole[1], strict=True):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
-    assert_same(state, whole[0])
+    assert_same(state, whole[0][-1])
 
 
-@pytest.mark.parametrize("accumulate, mesh", [(4, (1, 1, 1, 1)), (2, (1, 2, 1, 1))], ids=str)
-def test_a_step_in_parts_is_the_step_of_the_whole_batch(whole, accumulate, mesh):
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(whole):
     """Gradients, moved along by LINEAR, and statistics: the groups of BatchNorm lie within the parts."""
-    state, metrics = steps(distilled(ema=0.9, accumulate=accumulate, **LINEAR), random_pairs(), mesh=mesh)
+    (*_, state), metrics = steps(distilled(ema=0.9, accumulate=2, **LINEAR), random_pairs(), mesh=(1, 2, 1, 1))
     for found, expected in zip(metrics, whole[1], strict=True):
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
-    assert_same(state, whole[0])
+    assert_same(state, whole[0][-1])
 
 
 def test_both_passes_over_the_parts_drop_the_same_paths():
@@ -104,10 +104,9 @@ def test_both_passes_over_the_parts_drop_the_same_paths():
     assert abs(float(in_parts(trainable, jax.random.key(4)).value) - float(value)) > 1e-4
 
 
-def test_terms_are_those_of_the_distillation_and_the_rest_says_what_happens():
+def test_terms_are_those_of_the_distillation_and_the_rest_says_what_happens(whole):
     """From the report of the first step: excess over the teachers' entropy, written out in NumPy."""
-    batch = random_pairs()
-    _, (found, *_) = steps(distilled(**LINEAR), batch, count=1)
+    batch, (found, *_) = random_pairs(), whole[1]
     np.testing.assert_allclose(found["loss"], 0.5 * found["loss_hard"] + found["loss_soft"], rtol=1e-6)
     entropy = 0.0
     for s in range(2):
@@ -138,14 +137,14 @@ def test_the_factor_of_the_logits_is_clamped_behind_the_step_and_keeps_its_gradi
     for found, kept in ((-0.3, 0.0), (9.0, np.log(100)), (2.0, 2.0)):
         np.testing.assert_allclose(settle({"logit_scale": np.float32(found)})["logit_scale"], kept, rtol=1e-6)
     variables = {**initial(), "params": {**initial()["params"], "logit_scale": np.array(np.log(100), np.float32)}}
-    state, metrics = steps(config, random_pairs(texts=1, teachers=()), variables=variables)
+    (*_, state), metrics = steps(config, random_pairs(texts=1, teachers=()), variables=variables)
     assert all(found["grad_norm"] > 0 for found in metrics)  # of logit_scale alone, at the bound too
     assert 0 <= float(state.params["logit_scale"]) <= np.float32(np.log(100))
 
 
 def test_sigmoid_has_a_bias_that_learns():
     config = small_pairs_config(model__sigmoid=True, **LINEAR)
-    state, metrics = steps(config, random_pairs(texts=1, teachers=()))
+    (*_, state), metrics = steps(config, random_pairs(texts=1, teachers=()))
     assert set(metrics[0]) == {"loss", "grad_norm", "logit_scale", "equal_captions"}
     assert metrics[1]["loss"] < metrics[0]["loss"] and float(state.params["logit_bias"]) != -10
 
@@ -153,7 +152,7 @@ def test_sigmoid_has_a_bias_that_learns():
 def test_averages_follow_parameters_and_statistics_and_a_bad_step_moves_none():
     config = small_pairs_config(ema=0.75, **LINEAR)
     batch = random_pairs(texts=1, teachers=())
-    states = [steps(config, batch, count=n)[0] for n in (0, 1, 2)]
+    states, _ = steps(config, batch)
     paths = [("params", "logit_scale"), ("params", "vision/stem_0/conv/kernel")]
     for _, path in paths:
         last = [np.asarray(flatten_dict(state.params, sep="/")[path], np.float64) for state in states]
@@ -164,18 +163,17 @@ def test_averages_follow_parameters_and_statistics_and_a_bad_step_moves_none():
     np.testing.assert_allclose(found, 0.75 * 0.25 * stats[1] + 0.25 * stats[2], rtol=1e-5, atol=1e-7)
     config.bad_steps.mode = "on"
     broken = {**initial(), "params": {**initial()["params"], "logit_scale": np.array(np.nan, np.float32)}}
-    state, metrics = steps(config, batch, count=1, variables=broken)
+    (*_, state), metrics = steps(config, batch, count=1, variables=broken)
     assert metrics[0]["verdict"].skipped == 1
     kept = state.average["params"]["vision/stem_0/conv/kernel"]
     np.testing.assert_array_equal(kept, states[0].average["params"]["vision/stem_0/conv/kernel"])
 
 
 def test_a_checkpoint_holds_the_average_as_the_model_and_gives_back_the_state(whole):
-    parts = parts_of(whole[0])
-    for (path, x), y in zip(flatten_dict(parts["model"]["params"], sep="/").items(),
-                            whole[0].average["params"].values(), strict=True):  # fmt: skip
-        np.testing.assert_array_equal(x, whole[0].average["params"][path])
-        assert y.dtype == np.float32
+    state = whole[0][-1]
+    parts = parts_of(state)
+    for path, x in flatten_dict(parts["model"]["params"], sep="/").items():
+        np.testing.assert_array_equal(x, state.average["params"][path])
     again = state_of(parts)
-    assert jax.tree.structure(again) == jax.tree.structure(whole[0])
-    jax.tree.map(np.testing.assert_array_equal, again, whole[0])
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, again, state)

@@ -57,6 +57,7 @@ def _batch(groups: int, images: int, length: int) -> tuple[str, ...]:
 
 
 STAGE2, STAGE1 = "configs/stage2_instruct.py", "configs/stage1_align.py"
+STAGE0 = "configs/stage0_clip.py"
 ENCODER = ("--mode=encoder", "--top=30", "--config.mesh=1,1,1,1")
 BRANCHED = ("--config.model.vision.form=branched", "--config.model.vision.batch_norm=train")
 CASES = (
@@ -82,6 +83,8 @@ CASES = (
     Case("stage1", f"{STAGE1}:1.5b", "v5e:4x4"),
     Case("stage1", f"{STAGE1}:7b", "v5e:4x8"),
     *(Case("images", f"{STAGE2}:0.5b", "v5e:1x1", (*ENCODER, f"--rows={rows}")) for rows in (1, 2, 4, 16)),
+    *(Case("stage0", f"{STAGE0}:s3", slices) for slices in ("v5e:16x16", "v5p:4x4x8", "v6e:8x16")),
+    Case("stage0", f"{STAGE0}:s3/12m", "v5e:4x4", ("--config.accumulate=2",)),
     Case("generate", f"{STAGE2}:0.5b", "v5e:1x1", ("--mode=generate", "--config.mesh=1,1,1,1")),
     Case("generate", f"{STAGE2}:1.5b", "v5e:1x1", ("--mode=generate", "--config.mesh=1,1,1,1")),
     Case("generate", f"{STAGE2}:7b", "v5e:2x2", ("--mode=generate", "--config.mesh=1,1,1,4")),
@@ -139,6 +142,8 @@ def text(found: dict[Case, dict[str, Any]]) -> str:
             parts += [_encoder(report) for report in rows.values()]
         elif table == "generate":
             parts.append(_generation(rows))
+        elif table == "stage0":
+            parts.append(_pairs(rows))
         else:
             parts.append(_steps(rows))
         if table == "scale":
@@ -194,6 +199,7 @@ Limits of the estimates:
 TITLES = {
     "stage2": "Stage 2 at 1024 px, global batch 128",
     "stage1": "Stage 1 at 256 px, global batch 256",
+    "stage0": "Stage 0: contrastive pretraining of both towers",
     "scale": "From 16 to 256 chips at 8 images a chip",
     "generate": "Generation: an image of 1024 px and 64 text tokens, parameters in bfloat16",
     "encoder": "The encoder alone: forward + backward, 1024 px, 8 images on one v5e chip",
@@ -232,6 +238,32 @@ def _steps(found: dict[Case, dict[str, Any]]) -> str:
             row += ["-" if hours is None else f"{hours:,.1f}" if hours < 10 else f"{hours:,.0f}"]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return markdown(rows)
+
+
+def _pairs(found: dict[Case, dict[str, Any]]) -> str:
+    rows = [
+        ["size", "slice", "batch", "accumulate", "state", "activations", "total GiB", "limit", "fits", "step",
+         "loss", "images/s", "MFU (image tower, text tower)", "chip-hours", "largest", "second"],
+    ]  # fmt: skip
+    for case, r in found.items():
+        m, b = r["memory"], r["batch"]
+        row = [
+            case.size, case.topology, f"{b['images']:,}", str(b["accumulate"]), gib(m["state"]), gib(m["activations"]),
+            gib(m["total"]), gib(m["limit"]), "yes" if m["fits"] else "**no**",
+        ]  # fmt: skip
+        if "time" in r:
+            t, rates = r["time"], r["rates"]
+            loss = t["by_part"]["loss"]
+            row += [ms(t["scheduled_s"]), f"{ms(loss)}, {loss / t['scheduled_s']:.1%}", f"{rates['images/s']:,.0f}"]
+            row += [f"{rates['mfu']:.1%} ({rates['mfu_encoder']:.1%}, {rates['mfu_text']:.1%})"]
+            row += [f"{r['stage']['chip_hours']:,.0f}"]
+            row += [f"`{short(o['operation'])}` {o['share']:.1%}" for o in r["operations"][:2]]
+        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+    return (
+        "Both towers of MobileCLIP-S3 at 256 px; DataCompDR-1B for 200,000 steps, -12M (`s3/12m`) for 30,000. "
+        '"loss" is the computing time of the distillation of both captions, and its share of the step.\n\n'
+        + markdown(rows)
+    )
 
 
 def _binds(times: dict[str, Any]) -> str:

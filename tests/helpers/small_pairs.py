@@ -25,7 +25,7 @@ def small_pairs_config(**overrides):
     config.model.text.update(TEXT)
     config.model.vision.batch_norm_images, config.data.image_size = 4, 8
     config.data.groups, config.data.images_per_group = 4, 4
-    config.bad_steps.mode, config.eval_batches, config.log_every = "off", 0, 1
+    config.bad_steps.mode, config.eval_batches, config.log_every, config.warmup_ratio = "off", 0, 1, 0.0
     for key, value in overrides.items():
         config.update_from_flattened_dict({key.replace("__", "."): value})
     return config

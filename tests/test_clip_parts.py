@@ -190,7 +190,7 @@ def test_what_an_encoder_lacks_is_initialized_beside_it(folders):
     model, parent = clip_stage(), model_io.read(folders / "headless")
     mesh, groups = sharding.make_mesh((1, 1, 2, 1), jax.devices()[:2]), ((".*", 1e-3, 0.0),)
     optimizer = optim.make_optimizer(
-        kinds.abstract_variables(model)["params"], groups, steps=4, warmup_ratio=0.5, beta1=0.9, beta2=0.999,
+        kinds.abstract_variables(model)["params"], groups, optim.Course(4, 0.5), beta1=0.9, beta2=0.999,
         epsilon=1e-8, clip_norm=1.0,
     )  # fmt: skip
     with jax.set_mesh(mesh):

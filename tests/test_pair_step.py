@@ -11,11 +11,12 @@ from flax.traverse_util import flatten_dict
 from small_pairs import distilled, random_pairs, small_pairs_config
 
 from fastvlm_jax import config_checks, optim, sharding, stage
+from fastvlm_jax.batch import joined
 from fastvlm_jax.checkpoint.saving import parts_of, state_of
 from fastvlm_jax.losses import equal_share
 from fastvlm_jax.models import kinds
 from fastvlm_jax.train_state import averaged
-from fastvlm_jax.train_step import cached, joined, numbered_parts
+from fastvlm_jax.train_step import cached, numbered_parts
 
 # With so large an epsilon AdamW moves along the gradient itself; with the usual one a rounding may turn a sign.
 LINEAR = dict(epsilon=1.0, groups=((".*", 1.0, 0.0),))
@@ -156,11 +157,12 @@ def test_averages_follow_parameters_and_statistics_and_a_bad_step_moves_none():
     paths = [("params", "logit_scale"), ("params", "vision/stem_0/conv/kernel")]
     for _, path in paths:
         last = [np.asarray(flatten_dict(state.params, sep="/")[path], np.float64) for state in states]
-        expected = 0.75 * (0.75 * last[0] + 0.25 * last[1]) + 0.25 * last[2]
+        first = 0.1 * last[0] + 0.9 * last[1]  # decays of 1/10 and 2/11, below 0.75
+        expected = 2 / 11 * first + 9 / 11 * last[2]
         np.testing.assert_allclose(states[2].average["params"][path], expected, rtol=1e-5, atol=1e-7)
     stats = [np.asarray(state.batch_stats["vision"]["stem_0"]["conv"]["bn"]["mean"], np.float64) for state in states]
     found = averaged(states[2])["batch_stats"]["vision"]["stem_0"]["conv"]["bn"]["mean"]
-    np.testing.assert_allclose(found, 0.75 * 0.25 * stats[1] + 0.25 * stats[2], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found, 2 / 11 * 0.9 * stats[1] + 9 / 11 * stats[2], rtol=1e-5, atol=1e-7)
     config.bad_steps.mode = "on"
     broken = {**initial(), "params": {**initial()["params"], "logit_scale": np.array(np.nan, np.float32)}}
     (*_, state), metrics = steps(config, batch, count=1, variables=broken)

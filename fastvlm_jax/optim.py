@@ -129,10 +129,11 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """Returns big_vision's form of Adafactor (arXiv 2106.04560, section 3.5), but for its weight decay.
 
-    big_vision does not multiply the decay by the peak rate: its 1e-4 is 0.1 at a rate of 1e-3 here. It keeps the first
-    moment in bfloat16, as moment_dtype="bfloat16" does. A matrix of which both sides have at least FACTORED entries
-    keeps a row and a column of second moments. Their decay rises as 1 - t^-0.8, up to `beta2`. The first moment is a plain average of the scaled gradients. There is no
-    clipping of updates, and no step relative to the size of a parameter.
+    A matrix of which both sides have at least FACTORED entries keeps a row and a column of second moments. Their decay
+    rises as 1 - t^-0.8, up to `beta2`. The first moment is a plain average of the scaled gradients, which big_vision
+    keeps in bfloat16, as moment_dtype="bfloat16" does here. There is no clipping of updates, and no step relative to
+    the size of a parameter. big_vision does not multiply weight decay by the peak rate: its 1e-4 is 0.1 here, at a rate
+    of 1e-3.
     """
 
     def rising(step, exponent):

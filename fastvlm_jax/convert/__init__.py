@@ -134,9 +134,8 @@ def _write(folder: pathlib.Path, layout, parts, variables, model_config, process
     elif layout == "timm":
         timm.write(folder, model_config, variables, dtype)
     elif layout == "openclip":
-        openclip.write(
-            folder, model_config, variables, dtype, processor if isinstance(processor, PairProcessor) else None
-        )
+        pairs = processor if isinstance(processor, PairProcessor) else None
+        openclip.write(folder, model_config, variables, dtype, pairs)
     elif parts == {"llm"}:
         causal_lm.write(folder, model_config, variables, processor, dtype)
     elif parts == {"vision"}:

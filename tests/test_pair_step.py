@@ -122,6 +122,25 @@ def test_terms_are_those_of_the_distillation_and_the_rest_says_what_happens(whol
     assert 0 <= found["top1_images"] <= 1 and found["equal_captions"] == 0
 
 
+def test_held_out_pairs_are_compared_whole_when_they_are_embedded_in_parts():
+    """And against each other alone: the loss of pairs without teachers is CLIP's, which NumPy writes out."""
+    batch = random_pairs(teachers=())
+    model = kinds.build(**distilled().model.to_dict())
+    found = []
+    for accumulate in (1, 2):
+        held_out = stage.make_loss(distilled(accumulate=accumulate), model, 10).held_out
+        value, count = jax.jit(held_out)(initial(), batch)
+        found.append(float(value) / int(count))
+    images, texts = (np.asarray(x, np.float64) for x in jax.jit(model.apply)(
+        initial(), batch.images, batch.texts.reshape(32, -1)))  # fmt: skip
+    expected = 0.0
+    for s in range(2):
+        logits = images @ texts[s::2].T / 0.07
+        for axis in (0, 1):
+            expected -= np.mean(np.diag(logits) - np.log(np.exp(logits).sum(axis))) / 2
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_equal_captions_are_counted():
     texts = np.array([[[1, 2, 3], [1, 2, 4]], [[1, 2, 3], [3, 2, 1]], [[1, 2, 4], [1, 2, 3]]], np.int32)
     np.testing.assert_allclose(jax.jit(equal_share)(texts), 5 / 6, rtol=1e-6)

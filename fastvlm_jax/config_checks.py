@@ -45,6 +45,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"optimizer={config.optimizer!r} must be adamw or adafactor")
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema={config.ema} must be at least 0 and below 1, as 0.9995; 0 keeps no average")
+    if not all(isinstance(name, str) for name in config.decayed):
+        raise ValueError(f"decayed={config.decayed} must hold last parts of paths, as ('kernel', 'embedding')")
     data = config.data
     for key in ("image_size", "groups"):
         if data[key] < 1:

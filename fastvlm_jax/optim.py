@@ -106,9 +106,14 @@ def make_optimizer(
       optimizer: "adamw", or "adafactor" (see there).
       decayed: last parts of the paths of the parameters that decay.
       moment_dtype: dtype of the first moment; the second stays in float32, because in bfloat16 it would not move.
+
+    Raises:
+      ValueError: a parameter has no group, a group no parameter (see `assign`), or weight decay no parameter.
     """
     assigned = assign(params, groups)
     trainable, _ = split(params, groups)
+    if decayed and any(decay for *_, decay in groups) and not {path.split("/")[-1] for path in assigned} & {*decayed}:
+        raise ValueError(f"decayed={tuple(decayed)} names no parameter, though groups ask for weight decay: correct it")
 
     def of_group(peak: float, decay: float) -> optax.GradientTransformation:
         def mask(tree):

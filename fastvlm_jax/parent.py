@@ -110,7 +110,7 @@ def adapt(parent: model_io.Loaded, model: Model, source: str = "DIR") -> dict[st
     if not variables["params"]:
         raise ValueError(
             f"the parent {source} holds {', '.join(parent.variables['params'])}, of which this stage has nothing: give "
-            f"one with {' or '.join(sorted(parts))}"
+            f"one with {' or '.join(sorted(part for part in parts if isinstance(expected['params'][part], dict)))}"
         )
     for name, trees in variables.items():
         for part, tree in trees.items():

@@ -273,7 +273,7 @@ def shardings_of(abstract, mesh: Mesh, whole: Callable[[str], bool] = lambda pat
     """Returns NamedShardings for a tree from `jax.eval_shape(init)`; boxed parameters follow their logical axes.
 
     Unboxed leaves of at least MIN_SHARDED_ELEMENTS are sharded along their largest dimension that fsdp divides; others
-    are replicated.
+    are replicated. So are leaves in a parameter's box that have lost its shape, as Adafactor's rows and columns have.
 
     Args:
       whole: predicate on a leaf's path ("params/llm/..."); True keeps the leaf whole along fsdp.
@@ -285,6 +285,8 @@ def shardings_of(abstract, mesh: Mesh, whole: Callable[[str], bool] = lambda pat
     def leaf(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         fsdp = 1 if whole(name) else mesh.shape["fsdp"]
+        if isinstance(x, nn.LogicallyPartitioned) and (len(x.names) != len(x.value.shape) or x.value.shape == (1,)):
+            x = x.value
         if isinstance(x, nn.LogicallyPartitioned):
             used = [tuple(a for a in LOGICAL_AXES.get(axis, ()) if a != "fsdp" or fsdp > 1) for axis in x.names]
             for size, axis, names in zip(x.value.shape, x.names, used, strict=True):

@@ -42,6 +42,23 @@ def test_parameters_follow_their_logical_axes_and_large_kernels_shard_over_fsdp(
     assert found["vision"]["stem_0"]["conv"]["kernel"].spec == P()
 
 
+def test_what_has_lost_a_parameters_shape_does_not_follow_its_axes(monkeypatch):
+    """As the rows, the columns and the placeholders of Adafactor, which a box of the whole parameter holds."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_ELEMENTS", 64)
+    shapes = {"whole": (128, 64), "row": (128,), "small": (6,), "placeholder": (1,), "layers": (3, 64)}
+    boxed = {
+        name: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), ("vocab", None))
+        for name, shape in shapes.items()
+    }
+    boxed["vector"] = nn.LogicallyPartitioned(boxed["placeholder"].value, ("vocab",))
+    boxed["layers"] = boxed["layers"].replace(names=(None, "vocab", None))
+    found = sharding.shardings_of(boxed, sharding.make_mesh((1, 2, 2, 2)))
+    assert {name: found[name].spec for name in found} == {
+        "whole": P(("tensor", "fsdp"), None), "row": P("fsdp"), "small": P(), "placeholder": P(), "vector": P(),
+        "layers": P(None, "fsdp"),
+    }  # fmt: skip
+
+
 def test_a_dimension_that_does_not_divide_names_the_parameter():
     args = small_config("").model.to_dict()
     args["llm"]["vocab_size"] = 511

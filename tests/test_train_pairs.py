@@ -10,12 +10,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from command import fastvlm
 from flax.traverse_util import flatten_dict, unflatten_dict
 from small import small_config
 from small_pairs import VISION, get_config, write_pairs
 
 import fastvlm_jax
-from fastvlm_jax import checkpoint, model_io
+from fastvlm_jax import changes, checkpoint, model_io
+from fastvlm_jax import config as config_lib
 from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.models.fold import fold_variables
 from fastvlm_jax.train import Interrupted, train
@@ -112,6 +114,58 @@ def test_the_next_stage_begins_with_the_averaged_encoder_folded_and_without_its_
     assert (parent["stage"], parent["step"]) == ("pairs", 6)
     processor = model_io.load(tmp_path / "run")[2]
     assert processor.image_mean == (0.5, 0.4, 0.3) and processor.image_std == (0.3, 0.3, 0.2)
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["generate", "--model=RUN", "--prompt=hi"], "no language model or no tokenizer"),
+        (["evaluate", "--model=RUN", "--benchmark=qa", "--data=DATA", "--output=OUT"], "so it answers nothing"),
+        (["bench", "ttft", "--model=RUN"], "this model has no language model, and a first token"),
+        (["report", "RUN", "--model=RUN", "--data=DATA", "--output=OUT/r.html"], "so it answers nothing"),
+        (["convert", "--source=RUN", "--target=OUT", "--layout=hf"], "the hf layout holds no CLIP: use --layout openc"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_commands_that_need_answers_refuse_its_model_in_a_line(
+    monkeypatch, capsys, straight, data, tmp_path, command, words
+):
+    places = {"RUN": straight[0], "DATA": data, "OUT": tmp_path / "out"}
+    for name, place in places.items():
+        command = [word.replace(name, str(place)) for word in command]
+    status, out, err = fastvlm(monkeypatch, capsys, *command)
+    assert (status, out) == (1, "") and words in err and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_change_no_result_are_free_and_others_are_not(straight, data):
+    def claimed(**settings):
+        config = get_config(data)
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in settings.items()})
+        run(config, straight[0])
+
+    claimed(loss__block=8, loss__ring=True)
+    for settings, words in (
+        (dict(ema=0.5), "ema is 0.75 there and 0.5 here; no run can change ema"),
+        (dict(optimizer="adamw"), "optimizer is 'adafactor' there and 'adamw' here; no run can change optimizer"),
+        (dict(decayed=("kernel",)), "--allow_changes=decayed goes on"),
+        (dict(warmup="transformers", final_rate=0.0), "--allow_changes=final_rate,warmup goes on"),
+        (dict(loss__hard=0.5), "--allow_changes=loss.hard goes on"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            claimed(**settings)
+
+
+def test_a_run_of_a_version_before_goes_on_without_questions(tmp_path):
+    """Its config has none of the keys that have come with stage 0."""
+    settings = config_lib.plain(small_config(tmp_path))
+    before = {key: x for key, x in settings.items() if key not in changes.ADDED}
+    assert len(before) == len(settings) - 5
+    assert not changes.compare({"config": before, "lineage": {}}, settings, {})
+    other = changes.compare({"config": before, "lineage": {}}, settings | {"ema": 0.9, "warmup": "open_clip"}, {})
+    assert [(change.key, change.before, change.fixed) for change in other] == [
+        ("ema", 0.0, True), ("warmup", "transformers", False),
+    ]  # fmt: skip
 
 
 def test_the_last_checkpoint_holds_the_position_of_the_data(straight):

@@ -68,10 +68,12 @@ def measure(
       others: (model, batch) -> name -> Other: steps of other implementations, which take turns with these.
 
     Raises:
-      ValueError: the config contradicts itself or has no images, or its mesh does not fit the devices or divide the
-        batch or the heads.
+      ValueError: the config contradicts itself, is of stage 0 or has no images, or its mesh does not fit the devices
+        or divide the batch or the heads.
     """
     config_checks.validate(config)
+    if "llm" not in config.model:
+        raise ValueError("--config is of stage 0, whose parts are not timed here: `fastvlm train` tells step_seconds")
     if not config.data.images_per_group:
         raise ValueError("data.images_per_group=0: the encoder's parts need images, set 1 or more")
     mesh = stage.make_mesh(config)

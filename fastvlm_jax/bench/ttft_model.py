@@ -47,7 +47,8 @@ def of_source(source: str, dtype: str, shapes_only: bool = False) -> Subject:
     """
     loaded = model_io.read(source)
     config, processor = inference(loaded.config), loaded.processor
-    sizes = sizes_of(processor.image_size, processor.grids) if processor and processor.image_size else []
+    answers = isinstance(processor, Processor) and processor.image_size
+    sizes = sizes_of(processor.image_size, processor.grids) if answers else []
     if shapes_only:
         return Subject(kinds.build(**{**config, "dtype": dtype}), None, processor, sizes)
     variables = loaded.variables if config == loaded.config else fold_variables(loaded.variables)
@@ -57,6 +58,8 @@ def of_source(source: str, dtype: str, shapes_only: bool = False) -> Subject:
 
 def of_config(config, dtype: str, shapes_only: bool = False) -> Subject:
     """Makes the model of a config, with random weights; only `model`, and sizes of images in `data`, count."""
+    if "llm" not in config.model:
+        raise ValueError("--config is of stage 0, whose model begins no answer: give the config of another stage")
     described = without_remat(inference(config.model.to_dict()))
     model = kinds.build(**{**described, "dtype": dtype})
     sizes = sizes_of(config.data.image_size, config.data.grids)

@@ -71,7 +71,8 @@ class StepLog:
         """Writes a step's scalars; waits for its outputs."""
         outputs = dict(record.outputs)
         by_source, verdict = outputs.pop("loss_by_source", None), outputs.pop("verdict", None)
-        scalars = {key: float(value) for key, value in outputs.items()}
+        first = {"loss": outputs.pop("loss")}
+        scalars = {key: float(value) for key, value in (first | outputs).items()}
         scalars = {key: value for key, value in scalars.items() if math.isfinite(value)}  # the others are a bad step's
         seconds, steps = max(self._writer.seconds() - self._since, 1e-9), record.step - self._last
         scalars["step_seconds"] = seconds / steps

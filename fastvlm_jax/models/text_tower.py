@@ -51,7 +51,7 @@ class TextTower(nn.Module):
       remat: policy of models/remat.py that says what the backward pass recomputes.
 
     Raises:
-      ValueError: the tokens have another length.
+      ValueError: the tokens have another length, or the heads do not divide the width.
     """
 
     features: int = 768
@@ -70,6 +70,8 @@ class TextTower(nn.Module):
                 f"texts of {tokens_BT.shape[1]} tokens must have {self.context_length}: pad them, because this tower "
                 "reads the padding too"
             )
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} of the text tower must be a multiple of num_heads={self.num_heads}")
         C, normal = self.width, nn.initializers.normal
         init = sharded(normal(0.02), ("vocab", None))
         table_VC = self.param("embedding", init, (self.vocab_size, C), jnp.float32)

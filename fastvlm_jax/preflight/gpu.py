@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import ml_collections
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import config_checks, optim, sharding, stage
@@ -30,6 +29,7 @@ from fastvlm_jax.preflight.liveness import peak
 from fastvlm_jax.preflight.run import check
 
 PARTS = ("parameters", "optimizer", "batch", "gradients", "activations", "workspace")
+OPTIMIZER = ("step", "opt_state", "guard", "average")  # fields of a TrainState that count as the optimizer
 # JAX takes this share of a card's memory when it starts, unless one of SHARE_VARIABLES says another.
 SHARE, SHARE_VARIABLES = 0.75, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 MARGIN = 1.25  # compiled steps on few devices need up to this many times the arithmetic (docs/gpu.md)
@@ -119,7 +119,7 @@ def memory(config, gpus: Gpus) -> tuple[dict[str, int], Any, dict[str, int]]:
     check(config, mesh, gpus, config.data.groups, "data.groups")
     model = kinds.build(**config.model.to_dict())
     shards = math.prod(mesh.shape[axis] for axis in sharding.LOGICAL_AXES["batch"])
-    own = ml_collections.ConfigDict(config)
+    own = config.copy_and_resolve_references()
     own.data.groups = config.data.groups // shards
     live = traced(own, model)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -128,7 +128,7 @@ def memory(config, gpus: Gpus) -> tuple[dict[str, int], Any, dict[str, int]]:
     whole = max(1, sum(math.prod(x.shape) for x in learning.values()))
     found = {
         "parameters": device_bytes((state.params, state.batch_stats)),
-        "optimizer": device_bytes((state.step, state.opt_state, state.guard)),
+        "optimizer": device_bytes([getattr(state, name) for name in OPTIMIZER]),
         "batch": live["batch"],
         "gradients": round(live["gradients"] * device_bytes(learning) / (_itemsize(config) * whole)),
         "activations": live["activations"],
@@ -147,7 +147,7 @@ def traced(config, model) -> collections.Counter:
         jaxpr = jax.make_jaxpr(step.fn)(step.abstract, batch).jaxpr
     state = step.abstract
     labels = jax.tree.map(lambda _: "parameters", state).replace(
-        **jax.tree.map(lambda _: "optimizer", dict(step=state.step, opt_state=state.opt_state, guard=state.guard))
+        **{name: jax.tree.map(lambda _: "optimizer", getattr(state, name)) for name in OPTIMIZER}
     )
     labels = jax.tree.leaves((labels, jax.tree.map(lambda _: "batch", batch)))
     # Attention in float32 has no kernel (kernels/attention.py).
@@ -179,15 +179,15 @@ def _changes(config, gpus: Gpus) -> Iterator[tuple[str, str, Any, Gpus]]:
     """Yields (kind, flags, changed config, GPUs) of what may be tried, the mildest of each kind first."""
 
     def change(kind: str, **values):
-        changed = ml_collections.ConfigDict(config)
+        changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
         flags = " ".join(f"--config.{key.replace('__', '.')}={value}" for key, value in values.items())
         return kind, flags, changed, gpus
 
     for parts in (2, 4, 8, 16):
         yield change("accumulate", accumulate=config.accumulate * parts)
-    for part in ("vision", "llm"):
-        if config.model[part].get("remat", "full") != "full":
+    for part in ("vision", "llm", "text"):
+        if part in config.model and config.model[part].get("remat", "full") != "full":
             yield change(f"remat {part}", **{f"model__{part}__remat": "full"})
     if config.moment_dtype == "float32":
         yield change("moments", moment_dtype="bfloat16")

@@ -45,7 +45,7 @@ class Candidate:
 
     def apply(self, config) -> ml_collections.ConfigDict:
         """Returns a copy of the config with these settings."""
-        changed = ml_collections.ConfigDict(config)
+        changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(self.settings)
         return changed
 

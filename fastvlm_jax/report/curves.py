@@ -18,6 +18,10 @@ ACCURACY = "validation/accuracy"
 MARKERS = "s^Dv<>pP*X"  # of the curves of scores, one a benchmark
 # Metrics that are drawn over the steps, and how their panels are named.
 OVER_STEPS = {
+    "top1_images": "images that find their caption",
+    "top1_texts": "captions that find their image",
+    "logit_scale": "factor of the logits",
+    "loss_soft_excess": "distillation above its least",
     "lr": "highest learning rate",
     "grad_norm": "norm of the gradient",
     "images/s": "images/s",
@@ -150,6 +154,8 @@ def plot_losses(runs: Sequence[Run], path: pathlib.Path) -> None:
 
 def plot_rates(runs: Sequence[Run], path: pathlib.Path) -> bool:
     """Draws learning rate, norm of the gradient, rates, MFU and memory over the steps, a colour for each run.
+
+    Of stage 0 it first draws how well pairs are told apart, which its loss does not say: that depends on the batch.
 
     Returns:
       Whether the runs have any of them; if not, nothing is drawn.

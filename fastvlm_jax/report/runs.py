@@ -32,6 +32,7 @@ RATES = {
     "mfu": ("MFU", statistics.median),
     "mfu/vision": ("MFU vision", statistics.median),
     "mfu/llm": ("MFU LLM", statistics.median),
+    "mfu/text": ("MFU text tower", statistics.median),
     "input_bound": ("share of waiting for input", statistics.median),
     "hbm_peak_gb": ("most memory, GB", max),
 }
@@ -49,15 +50,17 @@ def write_report(
     if (model is None) != (data is None):
         raise ValueError("--model and --data belong together: the sheet of samples needs both")
     runs = read_runs(workdirs)
+    split = "" if data is None else held_out(data)
+    answered = [] if model is None else answer_samples(model, data, split)
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = {name: output.with_name(f"{output.stem}_{name}.png") for name in ("loss", "rates", "samples")}
     plot_losses(runs, beside["loss"])
     pictures = [Picture("Loss", beside["loss"].name)]
     if plot_rates(runs, beside["rates"]):
-        pictures.append(Picture("Rates", beside["rates"].name))
+        told = "Pairs told apart, and rates" if any(run.points("logit_scale") for run in runs) else "Rates"
+        pictures.append(Picture(told, beside["rates"].name))
     if model is not None:
-        split = held_out(data)
-        plot_samples(answer_samples(model, data, split), beside["samples"], split)
+        plot_samples(answered, beside["samples"], split)
         title = f"Images of the split {split}: question, answer, truth"
         pictures.append(Picture(title, beside["samples"].name))
     settings = Texts("All settings", [(run.name, json.dumps(run.config, indent=1)) for run in runs])
@@ -70,6 +73,7 @@ def write_report(
 def results(runs: Sequence[Run]) -> Table:
     """Returns the table of what each run reached; a metric that no run has gets no column."""
     keys = {"loss": "last loss", "validation/loss": "validation loss"}
+    keys |= {"top1_images": "images that find their caption", "logit_scale": "factor of the logits"}
     keys |= {name: named(name) for run in runs for name in run.scores()}
     keys = {key: name for key, name in keys.items() if any(run.last(key) is not None for run in runs)}
     rows = [[run.name, run.rows[-1]["step"], f"{run.last('seconds'):.0f}"] for run in runs]

@@ -106,10 +106,15 @@ def make_plan(sweep: ml_collections.ConfigDict, place: str) -> Plan:
       place: folder, local or gs://, that gets runs/ and points/.
 
     Raises:
-      ValueError, FileNotFoundError: names of points are not unique or no names of folders; a stage's config cannot be
-        read or contradicts itself; an image size is refused by its encoder; a group has no room for an image; there is
-        no such benchmark, or it has no such protocol. The message names the point or the benchmark.
+      ValueError, FileNotFoundError: the config has no points; names of points are not unique or no names of folders; a
+        stage's config cannot be read or contradicts itself; an image size is refused by its encoder; a group has no
+        room for an image; there is no such benchmark, or it has no such protocol. The message names the point or the
+        benchmark.
     """
+    if "points" not in sweep:
+        raise ValueError(
+            "--config holds no points of a sweep: give a grid, as configs/resolution_scaling.py:paper-fig1"
+        )
     _check_names([point.name for point in sweep.points])
     if not sweep.benchmarks:
         raise ValueError("the sweep has no benchmarks to score its points on: set --config.benchmarks=\"('docvqa',)\"")

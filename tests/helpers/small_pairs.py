@@ -68,11 +68,12 @@ def write_pairs(folder, train=80, validation=40):
 
 
 def get_config(data):
-    """`--config tests/helpers/small_pairs.py:DATA`, with DATA from `write_pairs`: moving averages, random crops."""
+    """`--config tests/helpers/small_pairs.py:DATA`, with DATA from `write_pairs`: averages, Adafactor, random crops."""
     config = small_pairs_config(data__path=str(data), data__groups=8, data__augment="random")
     config.model.text.vocab_size = 320
     config.model.vision.image_mean, config.model.vision.image_std = (0.5, 0.4, 0.3), (0.3, 0.3, 0.2)
-    config.stage, config.steps, config.ema, config.warmup = "pairs", 6, 0.75, "open_clip"
+    config.stage, config.steps, config.ema, config.optimizer = "pairs", 6, 0.75, "adafactor"
+    config.warmup, config.warmup_ratio, config.final_rate = "open_clip", 0.3, 0.1
     config.bad_steps.mode, config.eval_batches, config.eval_every = "on", 1, 3
     config.groups = ((".*", 1e-2, 0.1),)
     return config

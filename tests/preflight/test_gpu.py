@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from command import fastvlm
 from paths import ROOT
+from small_pairs import small_pairs_config
 
 from fastvlm_jax import sharding, stage
 from fastvlm_jax.config import get_base
@@ -110,15 +111,16 @@ def config():
 
 @pytest.mark.parametrize("mesh, count", [((1, 1, 1, 1), 1), ((1, 2, 2, 2), 8)])
 def test_the_state_has_the_bytes_of_real_arrays(config, mesh, count):
-    c = config.copy_and_resolve_references()
-    c.mesh = mesh
-    found, abstract, counts = gpu.memory(c, gpu.parse(f"gpu:{count}x80GB"))
+    """Moving averages count as the optimizer's."""
+    config.mesh, config.ema = mesh, 0.5
+    found, abstract, counts = gpu.memory(config, gpu.parse(f"gpu:{count}x80GB"))
+    assert config.data.groups == 8
     devices = jax.devices()[:count]
     real = sharding.make_mesh(mesh, devices)
     assert dict(abstract.shape) == dict(real.shape)
     with jax.set_mesh(real):
-        model = models.build(**c.model.to_dict())
-        state = stage.make_step(c, model, real, steps=10).make_state(jax.random.key(0), None)
+        model = models.build(**config.model.to_dict())
+        state = stage.make_step(config, model, real, steps=10).make_state(jax.random.key(0), None)
 
     def on_first(tree):
         return sum(
@@ -126,7 +128,7 @@ def test_the_state_has_the_bytes_of_real_arrays(config, mesh, count):
         )
 
     assert found["parameters"] == on_first((state.params, state.batch_stats))
-    assert found["optimizer"] == on_first((state.step, state.opt_state, state.guard))
+    assert found["optimizer"] == on_first((state.step, state.opt_state, state.guard, state.average))
     # A group of this batch by hand: 64 x 64 pixels, a mask, 64 tokens in six int32 fields, and a mask of the loss.
     assert found["batch"] == (8 // (count // 2 or 1)) * (64 * 64 * 3 + 1 + 64 * (6 * 4 + 1))
     assert counts["all"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -173,6 +175,16 @@ def test_what_does_not_fit_gets_mends_that_do(config, monkeypatch):
     assert "--config.accumulate=2" in flags and "--config.data.groups=4" in flags
     config.data.groups = 4
     assert gpu.preflight(config, card)["memory"]["fits"]
+
+
+def test_a_run_of_stage_0_that_does_not_fit_gets_mends_for_its_towers():
+    """Each changes the config alone, and none the config that is given."""
+    config = small_pairs_config()
+    before = config.to_json()
+    tried = {kind: changed for kind, _, changed, _ in gpu._changes(config, gpu.parse("gpu:1GB"))}
+    assert list(tried) == ["accumulate", "remat vision", "remat text", "moments", "groups", "gpus"]
+    assert tried["remat text"].model.text.remat == "full" and tried["remat text"].model.vision.remat == "none"
+    assert tried["gpus"].data.groups == 4 and config.to_json() == before
 
 
 def test_a_run_that_does_not_fit_is_told_what_would_the_cheapest_first(config, monkeypatch):

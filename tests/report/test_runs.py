@@ -112,6 +112,21 @@ def test_scores_of_benchmarks_stand_beside_the_losses_and_those_of_old_runs_too(
     ]
 
 
+def test_stage_0_shows_how_well_pairs_are_told_apart(tmp_path):
+    told = [row(s, loss=3 / s, logit_scale=14.0 + s, top1_images=s / 8, top1_texts=s / 4) for s in (1, 2)]
+    page, _, rates = write_report([workdir(tmp_path / "run", told)], tmp_path / "page.html")
+    assert tables(page)["Results"] == [
+        ["run", "steps", "seconds", "last loss", "images that find their caption", "factor of the logits"],
+        ["instruct", "2", "1", "1.5", "0.25", "16"],
+    ]
+    assert "<h2>Pairs told apart, and rates</h2>" in page.read_text() and rates.stat().st_size > 5000
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert plot_rates(read_runs([tmp_path / "run"]), tmp_path / "rates.svg")
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "rates.svg").read_text())
+    titles = {"images that find their caption", "captions that find their image", "factor of the logits"}
+    assert titles <= set(words) and "highest learning rate" not in words
+
+
 def test_the_page_shows_results_rates_and_the_settings_that_differ(tmp_path):
     rates = {"step_seconds": 0.5, "images/s": 32.0, "tokens/s": 1234.5}
     slow = [row(1, loss=9.0, step_seconds=60.0), *(row(s, loss=1 / s, **rates) for s in (2, 3, 4))]

@@ -133,7 +133,7 @@ def make_builder(
 
     Raises:
       FileNotFoundError, ValueError: see `read_shards` and `Schedule`.
-      ValueError: `data.decode` is unknown, or no data set has the split.
+      ValueError: `data.decode` is unknown, no data set has the split, or one of them holds no pairs of stage 0.
     """
     if config.decode not in DECODERS:
         raise ValueError(f"unknown data.decode {config.decode!r}: choose one of {', '.join(DECODERS)}")
@@ -142,7 +142,7 @@ def make_builder(
         raise ValueError(f"no data set of the config has a split {split!r}: choose another --split")
     cache, exact = {} if config.cache_images else None, config.decode == "exact"
     if isinstance(processor, PairProcessor):
-        return PairBuilder(
+        builder = PairBuilder(
             sources,
             make_pair_schedule(config, processor, sources, seed),
             processor,
@@ -153,6 +153,8 @@ def make_builder(
             exact,
             cache,
         )
+        builder.check()
+        return builder
     schedule = make_schedule(config, processor, sources, seed)
     return BatchBuilder(sources, schedule, processor, config.turns, config.overlong, exact, cache)
 

@@ -68,6 +68,16 @@ class PairBuilder:
         """Returns the widths of the features that batches hold: teachers saw no views but those that are replayed."""
         return self.processor.teachers if self.augment == "replay" else ()
 
+    def check(self) -> None:
+        """Raises ValueError if a data set begins with more records that cannot be used than a batch may replace.
+
+        So a data set of another kind is told before a run begins; of others one record is read.
+        """
+        view = np.empty((self.processor.image_size, self.processor.image_size, 3), np.uint8)
+        for number, source in enumerate(self.sources):
+            if len(source):
+                self._pair(PairPlace(number, 0, 0), view, [])
+
     def __call__(self, k: int, groups: Sequence[int]) -> tuple[Arrays, list[Substituted]]:
         """Returns the fields of PairBatch for `groups` of global batch k, and the records that had to be replaced.
 
@@ -118,7 +128,7 @@ class PairBuilder:
                     substituted.append(Substituted(place.source, number, where, key, reason))
         raise ValueError(
             f"{where} cannot be used as a pair of an image and its caption: {reason}. Nor can the {tries - 1} records "
-            "behind it: write the data set again"
+            "behind it: name another data set in data.path or data.mixture, or write this one again"
         )
 
     def _make(self, record: Record, place: PairPlace, view: np.ndarray) -> _Pair:

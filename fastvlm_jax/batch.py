@@ -2,6 +2,7 @@
 
 import flax
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 
@@ -60,3 +61,13 @@ class PairBatch:
     texts: Array
     teacher_images: Array | None = None
     teacher_texts: Array | None = None
+
+
+def parts_of(x: jax.Array, count: int) -> jax.Array:
+    """Splits an array [G, ...] into parts [count, G / count, ...]; part i holds the groups i, i + count, ..."""
+    return jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0)
+
+
+def joined(parts: jax.Array) -> jax.Array:
+    """Joins the parts [count, G / count, ...] that `parts_of` made to [G, ...], in the order of the groups."""
+    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])

@@ -223,7 +223,7 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     # Parameters that weight decay applies to, by the last part of their paths.
     c.decayed = ("kernel", "embedding")
     # Decay of the moving average of parameters and BatchNorm statistics that evaluations, exports and later stages use;
-    # 0 = none, they use the last ones.
+    # lower in the first steps, min(ema, (1 + step) / (10 + step)). 0 = none, they use the last ones.
     c.ema = 0.0
     c.clip_norm = 1.0  # largest global norm of the gradients of all trainable parameters
     # Devices along (replica, data, fsdp, tensor); -1 = the rest. replica: whole copies, one or more a slice, whose

@@ -119,7 +119,12 @@ def _check_pairs(config: ml_collections.ConfigDict) -> None:
             f"model.vision.batch_norm_images={images} does not divide the batch of {data.groups} x "
             f"{data.images_per_group} = {pairs} images"
         )
-    if config.accumulate > 1 and (images < 0 or data.images_per_group % images):
+    if config.accumulate > 1 and images < 0:
+        raise ValueError(
+            f"accumulate={config.accumulate} computes parts of a batch, which model.vision.batch_norm_images=-1 takes "
+            f"whole: set that to a divisor of data.images_per_group={data.images_per_group}"
+        )
+    if config.accumulate > 1 and data.images_per_group % images:
         raise ValueError(
             f"accumulate={config.accumulate} takes the groups of a batch in turn, so that BatchNorm's lie within one: "
             f"make data.images_per_group={data.images_per_group} a multiple of model.vision.batch_norm_images={images}"

@@ -1,12 +1,13 @@
 """Defines what a training step minimises: next-token cross-entropy, or in stage 0 how well pairs are told apart."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax.batch import Batch, PairBatch
+from fastvlm_jax.batch import Batch, PairBatch, joined, parts_of
 from fastvlm_jax.kernels import contrastive, sigmoid_loss
 from fastvlm_jax.kernels.contrastive import Teachers
 from fastvlm_jax.models import clip
@@ -90,6 +91,7 @@ def pairs(
     teachers: Sequence[tuple[int, float]] = (),
     block: int = 0,
     ring: bool = False,
+    accumulate: int = 1,
     logged: Callable[[jax.Array], jax.Array] = lambda step: jnp.bool_(True),
 ) -> Loss:
     """Returns the contrastive loss of a batch of pairs: each image and each text is to find its partner among all.
@@ -108,6 +110,7 @@ def pairs(
       soft: weight of the cross-entropy against the mean of the teachers' probabilities.
       teachers: (width of the features, factor of the logits) of each teacher.
       block, ring: see kernels.contrastive.blocked; they change no result.
+      accumulate: number of parts in which held-out pairs are embedded, one after another.
       logged: number of steps before -> whether the step is logged; "loss_soft_excess" and "equal_captions", which take
         time, are NaN in others.
     """
@@ -134,7 +137,8 @@ def pairs(
         for s in range(texts.shape[2]):
             own = texts[:, :, s].reshape(images.shape)
             if model.sigmoid:
-                against_pairs += sigmoid_loss.blocked(images, own, scale, params["logit_bias"], block, ring)
+                with jax.named_scope("loss_of_pairs"):
+                    against_pairs += sigmoid_loss.blocked(images, own, scale, params["logit_bias"], block, ring)
                 continue
             teaching = (taught(batch, s), widths, factors) if distilled else (None, (), ())
             with jax.named_scope("loss_of_pairs"):  # the name in traces
@@ -165,21 +169,28 @@ def pairs(
             return found
 
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(seldom))
-        return {**outputs, **jax.lax.cond(logged(step), seldom, lambda: nothing)}
+        with jax.named_scope("seldom"):
+            return {**outputs, **jax.lax.cond(logged(step), seldom, lambda: nothing)}
 
     def held_out(variables, batch: PairBatch):
-        count = batch.texts.shape[0] * batch.texts.shape[1]
-        images, texts = model.apply(variables, batch.images, batch.texts.reshape(-1, batch.texts.shape[-1]))
-        features = (images.reshape(*batch.texts.shape[:2], -1), texts.reshape(*batch.texts.shape[:3], -1))
-        return terms(variables["params"], batch, features, False)[0] * count, jnp.int32(count)
+        def embed_part(part: PairBatch):
+            images, texts = model.apply(variables, part.images, part.texts.reshape(-1, part.texts.shape[-1]))
+            return images.reshape(*part.texts.shape[:2], -1), texts.reshape(*part.texts.shape[:3], -1)
+
+        if accumulate == 1:
+            features = embed_part(batch)
+        else:
+            features = jax.lax.map(embed_part, jax.tree.map(partial(parts_of, count=accumulate), batch))
+            features = jax.tree.map(joined, features)
+        return terms(variables["params"], batch, features, False)[0] * size(batch), size(batch)
+
+    def size(batch: PairBatch) -> jax.Array:
+        return jnp.int32(batch.texts.shape[0] * batch.texts.shape[1])
 
     def settle(trainable: dict) -> dict:
         if "logit_scale" not in trainable:
             return trainable
         return {**trainable, "logit_scale": clip.clamped(trainable["logit_scale"])}
-
-    def size(batch: PairBatch) -> jax.Array:
-        return jnp.int32(batch.texts.shape[0] * batch.texts.shape[1])
 
     return Loss(size, value, report, held_out, embed, compare, settle)
 

@@ -4,8 +4,13 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
+import numpy as np
+
+from fastvlm_jax.images.inputs import Image, to_pixels
 from fastvlm_jax.images.modes import TRANSPARENCIES
+from fastvlm_jax.images.resize import fit_into
 from fastvlm_jax.images.settings import (
     OWN,
     SETTINGS,
@@ -55,6 +60,25 @@ class PairProcessor:
     def background(self) -> tuple[int, int, int]:
         """Returns the RGB colour around images, 0 to 255."""
         return tuple(int(mean * 255) for mean in self.image_mean)
+
+    def images(self, images: Sequence[Image]) -> np.ndarray:
+        """Returns images as the image tower reads them, uint8 [1, N, image_size, image_size, 3].
+
+        Args:
+          images: files, bytes, Pillow images or arrays, see `images.inputs.to_pixels`.
+
+        Raises:
+          MissingImage: there is no such file; a FileNotFoundError and a ValueError.
+          ValueError: a file, which the message names, or an array is not an image.
+        """
+        views = np.empty((1, len(images), self.image_size, self.image_size, 3), np.uint8)
+        for number, (image, view) in enumerate(zip(images, views[0], strict=True)):
+            fit_into(to_pixels(image, f"images[{number}]", self.transparency), view, self.fit, self.background, True)
+        return views
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns texts as the text tower reads them, int32 [N, context_length]."""
+        return self.tokenizer(texts, self.context_length)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the tokenizer's files and preprocessor_config.json, which transformers' image processors read too."""

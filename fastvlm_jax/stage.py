@@ -136,7 +136,7 @@ def _pairs(config, model: CLIP, parent: model_io.Loaded | None) -> PairProcessor
 
 def _conversations(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:
     data = config.data
-    if data.tokenizer or parent is None or parent.processor is None:
+    if data.tokenizer or parent is None or not isinstance(parent.processor, Processor):
         tokenizer, generation = load_tokenizer(data.tokenizer or data_sets(data)[0][0]), None
     else:
         tokenizer, generation = parent.processor.tokenizer, parent.processor.generation
@@ -243,7 +243,7 @@ def make_loss(config, model: Model, steps: int, num_sources: int = 1) -> losses.
     def logged(step: jax.Array) -> jax.Array:
         return ((step + 1) % config.log_every == 0) | (step + 1 == steps)
 
-    return losses.pairs(model, **config.loss.to_dict(), logged=logged)
+    return losses.pairs(model, **config.loss.to_dict(), accumulate=config.accumulate, logged=logged)
 
 
 def make_rule(config) -> guard.Rule | None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fastvlm_jax import guard, optim
+from fastvlm_jax.batch import joined, parts_of
 from fastvlm_jax.losses import Loss
 from fastvlm_jax.train_state import TrainState
 
@@ -35,11 +36,12 @@ def train_step(
       batch: a Batch or a PairBatch, as the loss reads it.
       loss: loss to minimise; see losses.py.
       accumulate: number of parts of the groups that are computed one after another. The step equals one on the whole
-        batch, but for the random numbers of drop path, and for BatchNorm in training mode, which sees one part at a
-        time; its statistics move once a step where the loss compares all entries (see `cached`), else once a part.
+        batch, but for the random numbers of drop path, and for a BatchNorm in training mode that takes statistics of
+        the whole batch: it sees one part at a time. Stored statistics move once a step where the loss compares all
+        entries (see `cached`), else once a part.
       shardings: shardings of the trainable parameters, by path; their gradients are reduced to these.
       rule: how the step is judged, see guard.py; None does not judge it.
-      ema: decay of the moving average; 0 keeps none.
+      ema: decay of the moving average, see optim.averaged; 0 keeps none.
 
     Returns:
       The new state, and device scalars: "loss", "grad_norm" (before clipping) and what the loss reports; with a rule,
@@ -69,7 +71,7 @@ def train_step(
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **loss.report(batch, size, outputs, state.step)}
     average = None
     if ema:
-        average = optim.averaged(state.average, {"params": updated, "batch_stats": batch_stats}, ema)
+        average = optim.averaged(state.average, {"params": updated, "batch_stats": batch_stats}, ema, state.step)
     known = state.guard
     if rule is not None:
         known, verdict = guard.judge(rule, known, value, metrics["grad_norm"], batch_stats)
@@ -164,13 +166,3 @@ def zeros_of(trainable, reduced) -> dict[str, jax.Array]:
 def numbered_parts(batch, count: int) -> tuple[jax.Array, Any]:
     """Returns (numbers of the parts, the parts of each array of a batch)."""
     return jnp.arange(count), jax.tree.map(partial(parts_of, count=count), batch)
-
-
-def parts_of(x: jax.Array, count: int) -> jax.Array:
-    """Splits an array [G, ...] into parts [count, G / count, ...]; part i holds the groups i, i + count, ..."""
-    return jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0)
-
-
-def joined(parts: jax.Array) -> jax.Array:
-    """Joins the parts [count, G / count, ...] that `parts_of` made to [G, ...], in the order of the groups."""
-    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])

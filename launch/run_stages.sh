@@ -4,6 +4,7 @@
 # --size SIZE         0.5b, 1.5b or 7b, or another size of the configs, with an encoder behind a comma if not FastViTHD
 # --parent MODEL      weights that the first stage starts from: an encoder and a language model, or a model with both
 # --stage0 SIZE       begins with stage 0, the encoder's own pretraining, as s3 or s3/12m; --parent then is llm=DIR alone
+# --tokenizer0 FILE   tokenizer of stage 0, as CLIP's bpe_simple_vocab_16e6.txt.gz
 # --workdir DIR       folder with a subfolder for each stage, local or gs://BUCKET/...
 # --launcher NAME     local (the default), tpu, gke or slurm
 # --settings FILE     settings file of the launcher
@@ -16,12 +17,12 @@
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 all="stage1_align stage15_pretrain stage2_instruct stage3_reason"
-size='' parent='' workdir='' stage0='' launcher=local settings='' stages=$all data_stage2=1.1m dry_run=() overrides=()
+size='' parent='' workdir='' stage0='' tokenizer0='' launcher=local settings='' stages=$all data_stage2=1.1m dry_run=() overrides=()
 misuse() { echo "run_stages: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --dry_run) dry_run=(--dry_run) ;;
-    --size | --parent | --workdir | --stage0 | --launcher | --settings | --stages | --data_stage2)
+    --size | --parent | --workdir | --stage0 | --tokenizer0 | --launcher | --settings | --stages | --data_stage2)
       [ $# -ge 2 ] || misuse "$1 needs a value"
       printf -v "${1#--}" %s "$2"
       shift ;;
@@ -34,6 +35,14 @@ for name in size parent workdir; do [ -n "${!name}" ] || misuse "--$name is miss
 for name in $stages; do case " $all " in *" $name "*) ;; *) misuse "unknown stage $name: choose from $all" ;; esac; done
 case $stage0,$parent in ,* | *,llm=*) ;; *) misuse "--stage0 makes the encoder: --parent must be llm=DIR, not $parent" ;; esac
 case $parent in *vision=*) [ -z "$stage0" ] || misuse "--stage0 makes the encoder: leave vision=DIR out of --parent" ;; esac
+case ${stage0%%/*} in
+  '' ) encoder= ;;
+  s[0124]) encoder=,mci${stage0:1:1} ;;
+  s3) encoder= ;;
+  *) encoder=,${stage0%%,*} ;;
+esac
+case $size in *,mci3 | *,fastvithd) own= ;; *,*) own=,${size#*,} ;; *) own= ;; esac
+[ -z "$stage0" ] || [ "$own" = "$encoder" ] || misuse "--stage0 $stage0 makes another encoder than --size $size asks for: --size ${size%%,*}$encoder"
 case $launcher in local | tpu | gke | slurm) ;; *) misuse "unknown launcher $launcher: choose local, tpu, gke or slurm" ;; esac
 [ -n "$settings" ] || [ "$launcher" = local ] || misuse "--settings is missing: copy launch/settings/$launcher.env and fill it in"
 
@@ -53,7 +62,8 @@ finish() {
   esac
 }
 
-# stage NAME ARGUMENT: trains configs/NAME.py:ARGUMENT from $parent; its workdir becomes the parent of the next stage.
+# stage NAME ARGUMENT [FLAG]: trains configs/NAME.py:ARGUMENT from $parent; its workdir becomes the parent of the next
+# stage.
 stage() {
   case " stage0_clip $stages " in *" $1 "*) ;; *) return 0 ;; esac
   echo "== $1"
@@ -61,7 +71,7 @@ stage() {
     echo "finished before: $workdir/$1"
   else
     bash "$here/$launcher.sh" --settings "${settings:-$here/settings/local.env}" "${dry_run[@]}" \
-      --config "configs/$1.py:$2" --workdir "$workdir/$1" --config.parent="$parent" "${overrides[@]}"
+      --config "configs/$1.py:$2" --workdir "$workdir/$1" --config.parent="$parent" "${@:3}" "${overrides[@]}"
     [ ${#dry_run[@]} != 0 ] || finish "$workdir/$1"
   fi
   parent=$workdir/$1
@@ -72,7 +82,7 @@ stage() {
 # than all other stages; most people begin with a published encoder instead.
 if [ -n "$stage0" ]; then
   llm=$parent parent=''
-  stage stage0_clip "$stage0"
+  stage stage0_clip "$stage0" ${tokenizer0:+"--config.data.tokenizer=$tokenizer0"}
   parent=vision=$parent,$llm
 fi
 

@@ -18,7 +18,9 @@ from fastvlm_jax.bench.first_token import questions
 from fastvlm_jax.evaluate.run import check_answers
 from fastvlm_jax.generate import generate
 from fastvlm_jax.models import fastvlm, kinds
+from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.parent import adapt, open_base
+from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer
 from fastvlm_jax.train_state import TrainState, state_of
 
 MEAN, STD = [0.5, 0.25, 0.125], [0.5, 0.5, 0.25]
@@ -78,7 +80,7 @@ def test_a_native_clip_is_kept_bit_for_bit_and_embeds(folders, tmp_path):
     np.testing.assert_allclose(*embedded, rtol=0, atol=1e-5)
 
 
-def test_a_workdir_of_a_clip_is_read_with_both_towers(folders, tmp_path):
+def test_a_workdir_of_a_clip_is_read_with_both_towers(folders, json_file, tmp_path):
     expected = arrays(model_io.read(folders / "clip").variables)
     checkpointer = checkpoint.open_checkpointer(tmp_path, checkpoint.Retention(1))
     state = TrainState(np.int32(3), expected["params"], expected["batch_stats"], (), guard.begin())
@@ -87,8 +89,10 @@ def test_a_workdir_of_a_clip_is_read_with_both_towers(folders, tmp_path):
     model = {**CLIP, "text": {**TEXT, "remat": "none"}}
     run = {"format": "fastvlm_jax workdir", "config": {"model": model}, "lineage": {"stage": "stage0_clip"}}
     (tmp_path / "config.json").write_text(json.dumps(run))
+    PairProcessor(load_caption_tokenizer(json_file), 5, 16).save(tmp_path / "processor")
     loaded = model_io.read(tmp_path)
-    assert loaded.config == CLIP and loaded.processor is None and loaded.lineage == {"stage": "stage0_clip", "step": 3}
+    assert (loaded.processor.image_size, loaded.processor.context_length) == (16, 5)
+    assert loaded.config == CLIP and loaded.lineage == {"stage": "stage0_clip", "step": 3}
     assert_same(loaded.variables, expected)
 
 
@@ -190,7 +194,7 @@ def test_what_an_encoder_lacks_is_initialized_beside_it(folders):
     model, parent = clip_stage(), model_io.read(folders / "headless")
     mesh, groups = sharding.make_mesh((1, 1, 2, 1), jax.devices()[:2]), ((".*", 1e-3, 0.0),)
     optimizer = optim.make_optimizer(
-        kinds.abstract_variables(model)["params"], groups, steps=4, warmup_ratio=0.5, beta1=0.9, beta2=0.999,
+        kinds.abstract_variables(model)["params"], groups, optim.Course(4, 0.5), beta1=0.9, beta2=0.999,
         epsilon=1e-8, clip_norm=1.0,
     )  # fmt: skip
     with jax.set_mesh(mesh):
@@ -218,7 +222,7 @@ def test_a_clip_of_another_size_is_refused_with_all_differences(folders):
     folded = dataclasses.replace(parent, config={**CLIP, "vision": {**VISION, "form": "folded"}})
     with refused("^the parent's encoder is folded and cannot be unfolded: set --config.model.vision.form=folded"):
         adapt(folded, clip_stage())
-    with refused("^the parent runs/lm holds llm, of which this stage has nothing: give one with logit_scale or text"):
+    with refused("^the parent runs/lm holds llm, of which this stage has nothing: give one with text or vision"):
         adapt(model_io.read(folders / "lm"), clip_stage(), "runs/lm")
     with refused("^model.vision.head_features=0 must be 12, the width of the text tower's embeddings: set it so"):
         adapt(parent, clip_stage(head_features=0, head_bias=False))

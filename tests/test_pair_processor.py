@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from fastvlm_jax.pair_processor import PairProcessor, load_pair_processor
@@ -28,6 +29,20 @@ def test_a_saved_processor_is_read_back(processor, tmp_path, changes):
     texts = ["is it red?", ""]
     np.testing.assert_array_equal(again.tokenizer(texts, 77), saved.tokenizer(texts, 77))
     assert again.background == (122, 116, 104)
+
+
+def test_images_and_texts_are_what_the_towers_read(processor, tmp_path):
+    """A picture of 64 x 48, left half red: the crop of its centre keeps the border in the middle."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:, :32, 0] = 255
+    PIL.Image.fromarray(picture).save(tmp_path / "a.png")
+    found = processor.images([tmp_path / "a.png", picture])
+    assert found.shape == (1, 2, 32, 32, 3) and found.dtype == np.uint8
+    assert (found[0, 0, :, :14, 0] > 250).all() and (found[0, 0, :, 18:] < 5).all()
+    np.testing.assert_array_equal(found[0, 0], found[0, 1])
+    assert processor.texts(["is it red?"]).shape == (1, 77)
+    with pytest.raises(FileNotFoundError):
+        processor.images([tmp_path / "none.png"])
 
 
 @pytest.mark.parametrize(

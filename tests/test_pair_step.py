@@ -11,11 +11,12 @@ from flax.traverse_util import flatten_dict
 from small_pairs import distilled, random_pairs, small_pairs_config
 
 from fastvlm_jax import config_checks, optim, sharding, stage
+from fastvlm_jax.batch import joined
 from fastvlm_jax.checkpoint.saving import parts_of, state_of
 from fastvlm_jax.losses import equal_share
 from fastvlm_jax.models import kinds
 from fastvlm_jax.train_state import averaged
-from fastvlm_jax.train_step import cached, joined, numbered_parts
+from fastvlm_jax.train_step import cached, numbered_parts
 
 # With so large an epsilon AdamW moves along the gradient itself; with the usual one a rounding may turn a sign.
 LINEAR = dict(epsilon=1.0, groups=((".*", 1.0, 0.0),))
@@ -121,6 +122,25 @@ def test_terms_are_those_of_the_distillation_and_the_rest_says_what_happens(whol
     assert 0 <= found["top1_images"] <= 1 and found["equal_captions"] == 0
 
 
+def test_held_out_pairs_are_compared_whole_when_they_are_embedded_in_parts():
+    """And against each other alone: the loss of pairs without teachers is CLIP's, which NumPy writes out."""
+    batch = random_pairs(teachers=())
+    model = kinds.build(**distilled().model.to_dict())
+    found = []
+    for accumulate in (1, 2):
+        held_out = stage.make_loss(distilled(accumulate=accumulate), model, 10).held_out
+        value, count = jax.jit(held_out)(initial(), batch)
+        found.append(float(value) / int(count))
+    images, texts = (np.asarray(x, np.float64) for x in jax.jit(model.apply)(
+        initial(), batch.images, batch.texts.reshape(32, -1)))  # fmt: skip
+    expected = 0.0
+    for s in range(2):
+        logits = images @ texts[s::2].T / 0.07
+        for axis in (0, 1):
+            expected -= np.mean(np.diag(logits) - np.log(np.exp(logits).sum(axis))) / 2
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_equal_captions_are_counted():
     texts = np.array([[[1, 2, 3], [1, 2, 4]], [[1, 2, 3], [3, 2, 1]], [[1, 2, 4], [1, 2, 3]]], np.int32)
     np.testing.assert_allclose(jax.jit(equal_share)(texts), 5 / 6, rtol=1e-6)
@@ -156,11 +176,12 @@ def test_averages_follow_parameters_and_statistics_and_a_bad_step_moves_none():
     paths = [("params", "logit_scale"), ("params", "vision/stem_0/conv/kernel")]
     for _, path in paths:
         last = [np.asarray(flatten_dict(state.params, sep="/")[path], np.float64) for state in states]
-        expected = 0.75 * (0.75 * last[0] + 0.25 * last[1]) + 0.25 * last[2]
+        first = 0.1 * last[0] + 0.9 * last[1]  # decays of 1/10 and 2/11, below 0.75
+        expected = 2 / 11 * first + 9 / 11 * last[2]
         np.testing.assert_allclose(states[2].average["params"][path], expected, rtol=1e-5, atol=1e-7)
     stats = [np.asarray(state.batch_stats["vision"]["stem_0"]["conv"]["bn"]["mean"], np.float64) for state in states]
     found = averaged(states[2])["batch_stats"]["vision"]["stem_0"]["conv"]["bn"]["mean"]
-    np.testing.assert_allclose(found, 0.75 * 0.25 * stats[1] + 0.25 * stats[2], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found, 2 / 11 * 0.9 * stats[1] + 9 / 11 * stats[2], rtol=1e-5, atol=1e-7)
     config.bad_steps.mode = "on"
     broken = {**initial(), "params": {**initial()["params"], "logit_scale": np.array(np.nan, np.float32)}}
     (*_, state), metrics = steps(config, batch, count=1, variables=broken)

@@ -16,6 +16,7 @@ from fastvlm_jax.convert.new_folder import new_folder
 from fastvlm_jax.convert.recognise import recognise
 from fastvlm_jax.convert.weight_files import DTYPES
 from fastvlm_jax.models.fold import fold_variables
+from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.processor import Processor
 
 __all__ = ["LAYOUTS", "load_weights", "read_lineage", "recognise", "write"]
@@ -49,7 +50,7 @@ def write(
     layout: str,
     variables: dict,
     model_config: Mapping[str, Any],
-    processor: Processor | None,
+    processor: Processor | PairProcessor | None,
     lineage: Mapping[str, Any],
     *,
     dtype: str | None = None,
@@ -64,7 +65,7 @@ def write(
         writes the encoder of any model, and "openclip" too, but for a CLIP both towers.
       variables: variables of `kinds.build(**model_config)`: arrays, boxed or not, or Leaves.
       model_config: {"vision": ..., "llm": ..., "dtype": ...}, or that of a CLIP; an absent part is None or left out.
-      processor: tokenizer, template and image settings; None for an encoder alone or a CLIP.
+      processor: tokenizer, template and image settings; a PairProcessor or None for a CLIP, None for an encoder alone.
       lineage: JSON values that say where the weights come from; only the native layout stores them.
       dtype: dtype of the stored weights, "float32", "bfloat16" or "float16"; None keeps each tensor's own.
       fold: whether to fold a branched encoder; "hf" and "llava" always fold whole models.
@@ -133,7 +134,8 @@ def _write(folder: pathlib.Path, layout, parts, variables, model_config, process
     elif layout == "timm":
         timm.write(folder, model_config, variables, dtype)
     elif layout == "openclip":
-        openclip.write(folder, model_config, variables, dtype)
+        pairs = processor if isinstance(processor, PairProcessor) else None
+        openclip.write(folder, model_config, variables, dtype, pairs)
     elif parts == {"llm"}:
         causal_lm.write(folder, model_config, variables, processor, dtype)
     elif parts == {"vision"}:

@@ -173,6 +173,15 @@ def read_params(entry: Any) -> tuple[Crop | None, tuple[Op, ...]]:
         raise ValueError(f"param_aug must be [[top, left, height, width], [[op, magnitude], ...]]: {shown}") from error
 
 
+def at_side(ops: Sequence[Op], side: int, drawn_for: int = 224) -> tuple[Op, ...]:
+    """Returns operations as they change a smaller view: translations, in pixels of `drawn_for`, become those of `side`.
+
+    On a larger view they stay as they are, as in MobileCLIP's training at 256 px with operations drawn for 224.
+    """
+    factor = min(side / drawn_for, 1.0)
+    return tuple((name, value * factor if name.startswith("Translate") else value) for name, value in ops)
+
+
 def augment_into(
     image: np.ndarray, out: np.ndarray, crop: Crop | None, ops: Sequence[Op] = (), exact: bool = False
 ) -> None:

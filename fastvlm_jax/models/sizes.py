@@ -134,8 +134,9 @@ VISION_SIZES = {
         **CLIP_COLOURS,
     ),
 }
-# Encoder and text tower of a CLIP: the sizes of MobileCLIP2 (arXiv 2508.20691, Table 1), whose s1 to s4 are those of
-# MobileCLIP (arXiv 2311.17049) too. MobileCLIP-S0 has another text tower.
+# Encoder and text tower of a CLIP: the S sizes of MobileCLIP2 (arXiv 2508.20691: s0, s2, s3, s4) and MobileCLIP (arXiv
+# 2311.17049: s1 and s2; s3 and s4 were published later). MobileCLIP-S0 has another text tower. Like FastVLM's own, s3
+# takes colours from 0 to 1; the published S3, as s4, takes those of OpenAI's CLIP.
 CLIP_SIZES = {
     "tiny": ("tiny", "tiny"),
     "s0": ("mci0", "512"),  # 11.4 + 63.4

@@ -62,7 +62,7 @@ def mends(config, slices: Slice, mesh, report: dict[str, Any]) -> list[str]:
     found = []
     for parts in (n for n in range(2, own_groups + 1) if own_groups % n == 0):
         total = state + gradients + rest / parts
-        if total <= limit:
+        if total <= limit and not _split_by(config):
             found.append(f"--config.accumulate={config.accumulate * parts}  about {total / GiB:.1f} GiB")
             break
     for part in ("vision", "llm", "text"):
@@ -77,6 +77,13 @@ def mends(config, slices: Slice, mesh, report: dict[str, Any]) -> list[str]:
     if config.moment_dtype == "float32" and m["total"] - saved <= limit:
         found.append(f"--config.moment_dtype=bfloat16  about {(m['total'] - saved) / GiB:.1f} GiB")
     return found + _slices(config, slices, devices, shards, state, rest)
+
+
+def _split_by(config) -> bool:
+    """Returns whether parts of the batch would split groups of stage 0's BatchNorm, which config_checks refuses."""
+    images = config.model.vision.get("batch_norm_images", 0)
+    moves = "text" in config.model and config.model.vision.get("batch_norm") == "train"
+    return moves and (images < 0 or config.data.images_per_group % images > 0)
 
 
 def _slices(config, slices: Slice, devices: int, shards: int, state: float, rest: float) -> list[str]:

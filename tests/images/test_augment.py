@@ -10,7 +10,17 @@ from pictures import photo
 from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
-from fastvlm_jax.images.augment import OPS, Crop, augment_into, read_params, sample, sample_crop, sample_ops, uniform
+from fastvlm_jax.images.augment import (
+    OPS,
+    Crop,
+    at_side,
+    augment_into,
+    read_params,
+    sample,
+    sample_crop,
+    sample_ops,
+    uniform,
+)
 
 BICUBIC = T.InterpolationMode.BICUBIC
 NEAREST = T.InterpolationMode.NEAREST
@@ -182,3 +192,9 @@ def test_odd_parameters_are_refused(entry):
 def test_a_crop_outside_the_image_is_refused(crop):
     with pytest.raises(ValueError, match="is not inside the image of 40 x 40: was it resized"):
         augment(photo(40, 40), 16, Crop(*crop))
+
+
+def test_shifts_drawn_for_224_px_shrink_with_a_smaller_view_and_do_not_grow():
+    ops = (("TranslateX", 30.0), ("Rotate", 9.0), ("TranslateY", -28.0))
+    assert at_side(ops, 112) == (("TranslateX", 15.0), ("Rotate", 9.0), ("TranslateY", -14.0))
+    assert at_side(ops, 224) == at_side(ops, 256) == ops

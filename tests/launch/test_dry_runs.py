@@ -79,13 +79,15 @@ def test_dry_run_of_all_stages_chains_them(tmp_path):
 
 def test_stage_0_gives_the_encoder_to_the_next_stage(tmp_path):
     status, out, err = launch(
-        "run_stages.sh", "--dry_run", "--size", "0.5b", "--stage0", "s3/12m", "--parent", "llm=/m/qwen",
+        "run_stages.sh", "--dry_run", "--size", "0.5b", "--stage0", "s3/12m", "--tokenizer0", "/m/bpe.txt.gz",
+        "--parent", "llm=/m/qwen",
         "--workdir", "/w", "--stages", "stage1_align", environment=make_fakes(tmp_path, []),
     )  # fmt: skip
     assert (status, err) == (0, "")
     runs = [line.partition("fastvlm train ")[2] for line in out.splitlines() if "fastvlm train" in line]
     assert runs == [
-        "--config=configs/stage0_clip.py:s3/12m --workdir=/w/stage0_clip --config.parent=",
+        "--config=configs/stage0_clip.py:s3/12m --workdir=/w/stage0_clip --config.parent= "
+        "--config.data.tokenizer=/m/bpe.txt.gz",
         "--config=configs/stage1_align.py:0.5b --workdir=/w/stage1_align "
         "--config.parent=vision=/w/stage0_clip,llm=/m/qwen",
     ]

@@ -243,6 +243,8 @@ WITH_STAGE_0 = ("--size", "0.5b", "--workdir", "/w", "--stage0", "s3")
         (("--launcher",), "needs a value"),
         ((*WITH_STAGE_0, "--parent", "vision=/a,llm=/b"), "leave vision=DIR out of --parent"),
         ((*WITH_STAGE_0, "--parent", "/a"), "--parent must be llm=DIR, not /a"),
+        ((*WITH_STAGE_0, "--parent", "llm=/a", "--stage0", "s0/12m"), "than --size 0.5b asks for: --size 0.5b,mci0"),
+        ((*WITH_STAGE_0, "--parent", "llm=/a", "--size", "0.5b,mci2"), "than --size 0.5b,mci2 asks for: --size 0.5b\n"),
     ],
 )
 def test_run_stages_refuses_wrong_usage(arguments, message):

@@ -1,11 +1,13 @@
 """Five steps of stage 0 against two replicas of open_clip's towers, optimizer and schedule in PyTorch."""
 
 import math
+import runpy
 
 import flax
 import jax
 import numpy as np
 import torch
+from paths import ROOT
 from small_pairs import TEACHERS, VISION, distilled, random_pairs
 from torch_reference import stored, timm_tower
 
@@ -99,7 +101,7 @@ def test_five_steps_are_those_of_two_replicas_of_pytorch():
     batch, theirs = random_pairs(groups=2, images=4), Towers()
     config = distilled(
         data__groups=2, data__image_size=8, steps=STEPS, warmup="open_clip", warmup_ratio=WARMUP / STEPS, beta2=0.95,
-        decayed=("kernel", "embedding", "positions", "projection", "layer_scale", "layer_scale_ffn"),
+        decayed=runpy.run_path(ROOT / "configs/stage0_clip.py")["get_config"]("s3").decayed,
         groups=((".*", RATE, DECAY),),
     )  # fmt: skip
     config_checks.validate(config)

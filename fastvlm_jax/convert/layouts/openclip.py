@@ -27,6 +27,7 @@ from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.convnext import ConvNeXt
 from fastvlm_jax.models.sizes import TEXT_SIZES, VISION_SIZES
 from fastvlm_jax.models.text_tower import TextTower
+from fastvlm_jax.pair_processor import PairProcessor
 
 TRUNK = "visual.trunk."
 FIRST_TEXT = "token_embedding.weight"  # a tensor of every text tower of open_clip, without a prefix
@@ -100,13 +101,20 @@ def _rows(model: kinds.Model, prefix: str = text_tower.PREFIX) -> list[Row]:
     return [*rows, *text, *text_tower.logit_rows(model.sigmoid)]
 
 
-def write(folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict, dtype: str | None) -> None:
+def write(
+    folder: pathlib.Path,
+    model_config: Mapping[str, Any],
+    variables: dict,
+    dtype: str | None,
+    processor: PairProcessor | None = None,
+) -> None:
     """Writes an open_clip directory; for an encoder alone it describes a whole CLIP, and holds no weights of texts.
 
     Args:
       folder: an existing folder.
       model_config, variables: a CLIP whose encoder is a FastViT, or an encoder alone.
       dtype: dtype of the stored weights; None keeps each tensor's own.
+      processor: image settings of a CLIP; None for 256 px, as all published ones with a FastViT have.
 
     Raises:
       ValueError: open_clip has no name for the tower, because its sizes are not published ones.
@@ -128,7 +136,7 @@ def write(folder: pathlib.Path, model_config: Mapping[str, Any], variables: dict
         tower |= {"timm_pool": "", "timm_proj": projection, "image_size": size}
         width = vision.projection[-1] if vision.projection else text["width"]
     else:
-        tower |= {"timm_pool": "avg", "timm_proj": None, "image_size": 256}
+        tower |= {"timm_pool": "avg", "timm_proj": None, "image_size": processor.image_size if processor else 256}
         text = text_cfg(TextTower(**model.text_args)) if isinstance(model, CLIP) else TEXT
         width = vision.head_features or text["width"]
     save_weights(folder, to_torch(_rows(model), variables, shapes_of(model)), dtype, "open_clip_model")

@@ -18,7 +18,7 @@ from fastvlm_jax.data.load.pair_record import augmentations_of, captions_of, fea
 from fastvlm_jax.data.load.pair_schedule import PairPlace, PairSchedule
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import RecordSource
-from fastvlm_jax.images.augment import Crop, Op, augment_into, read_params, sample_crop, sample_ops, uniform
+from fastvlm_jax.images.augment import Crop, Op, at_side, augment_into, read_params, sample_crop, sample_ops, uniform
 from fastvlm_jax.images.decode import decode, views_into
 from fastvlm_jax.pair_processor import PairProcessor
 
@@ -153,6 +153,7 @@ class PairBuilder:
             image = self._decoded(record.images[0], place)
             replay = self.augment == "replay"
             crop, changes = read_params(entries[entry]) if replay else self._sampled(numbers, image, view)
+            changes = at_side(changes, len(view)) if replay else changes
             augment_into(image, view, crop, changes, self.exact)
         return _Pair(texts, teacher_image, teacher_texts)
 

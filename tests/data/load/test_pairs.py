@@ -19,7 +19,7 @@ from fastvlm_jax.data.readers import datacompdr
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.faults import records_of
-from fastvlm_jax.images.augment import Crop, augment_into, sample_crop, sample_ops, uniform
+from fastvlm_jax.images.augment import Crop, at_side, augment_into, sample_crop, sample_ops, uniform
 from fastvlm_jax.images.decode import decode, views_into
 from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.text.caption_tokenizer import OwnCaptionTokenizer
@@ -156,7 +156,8 @@ def test_each_pair_has_the_pixels_and_features_of_one_augmentation_and_of_its_ow
             assert texts[pair, 0].tolist() == [-int(number), int(caption), 0, 0, 0]
             assert texts[pair, 1].tolist() == [-int(number), CAPTIONS + synthetic, 0, 0, 0]
             shown = np.empty((SIDE, SIDE, 3), np.uint8)
-            augment_into(decode(picture(int(number))), shown, *READ[augmentation], exact=True)
+            crop, changes = READ[augmentation]
+            augment_into(decode(picture(int(number))), shown, crop, at_side(changes, SIDE), exact=True)
             np.testing.assert_array_equal(pixels[pair], shown)
             seen |= {("a", augmentation), ("c", int(caption)), ("s", synthetic)}
     assert seen == {*(("a", i) for i in range(4)), *(("c", i) for i in range(2)), *(("s", i) for i in range(3))}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fastvlm_jax import config as config_lib
-from fastvlm_jax import config_checks, guard, losses, model_io, optim, sharding
+from fastvlm_jax import config_checks, guard, losses, model_io, optim, pair_loss, sharding
 from fastvlm_jax.batch import Batch, PairBatch
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
@@ -243,7 +243,7 @@ def make_loss(config, model: Model, steps: int, num_sources: int = 1) -> losses.
     def logged(step: jax.Array) -> jax.Array:
         return ((step + 1) % config.log_every == 0) | (step + 1 == steps)
 
-    return losses.pairs(model, **config.loss.to_dict(), accumulate=config.accumulate, logged=logged)
+    return pair_loss.pairs(model, **config.loss.to_dict(), accumulate=config.accumulate, logged=logged)
 
 
 def make_rule(config) -> guard.Rule | None:

@@ -47,6 +47,7 @@ data.sources
 data.record
 data
 train_step
+pair_loss
 losses
 train_state
 guard

@@ -12,9 +12,9 @@ from small_pairs import distilled, random_pairs, small_pairs_config
 
 from fastvlm_jax import config_checks, optim, sharding, stage
 from fastvlm_jax.batch import joined
-from fastvlm_jax.checkpoint.saving import parts_of, state_of
-from fastvlm_jax.losses import equal_share
+from fastvlm_jax.checkpoint.saving import joined_state, parts_of
 from fastvlm_jax.models import kinds
+from fastvlm_jax.pair_loss import equal_share
 from fastvlm_jax.train_state import averaged
 from fastvlm_jax.train_step import cached, numbered_parts
 
@@ -195,6 +195,6 @@ def test_a_checkpoint_holds_the_average_as_the_model_and_gives_back_the_state(wh
     parts = parts_of(state)
     for path, x in flatten_dict(parts["model"]["params"], sep="/").items():
         np.testing.assert_array_equal(x, state.average["params"][path])
-    again = state_of(parts)
+    again = joined_state(parts)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, again, state)

@@ -9,7 +9,7 @@ from fastvlm_jax import disk, distributed, guard
 from fastvlm_jax.checkpoint import digest
 from fastvlm_jax.checkpoint.arrays import differs, load_shards, names_of
 from fastvlm_jax.checkpoint.folder import Damaged, read_notes, set_aside
-from fastvlm_jax.checkpoint.saving import Checkpointer, parts_of, state_of
+from fastvlm_jax.checkpoint.saving import Checkpointer, joined_state, parts_of
 from fastvlm_jax.train_state import TrainState
 
 
@@ -72,7 +72,7 @@ def _try(folder: pathlib.Path, target: TrainState) -> tuple[Restored | None, str
     if "guard" not in parts["training"]:
         layouts = jax.tree.map(lambda x: x.sharding, target.guard)
         parts["training"]["guard"] = jax.jit(guard.begin, out_shardings=layouts)()
-    return Restored(state_of(parts), notes["position"], tuple(notes["passed_over"])), ""
+    return Restored(joined_state(parts), notes["position"], tuple(notes["passed_over"])), ""
 
 
 def _read(folder: pathlib.Path, target: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -138,7 +138,7 @@ def parts_of(state: TrainState) -> dict[str, dict[str, Any]]:
     return {"model": averaged(state), "training": training}
 
 
-def state_of(parts: dict[str, dict[str, Any]]) -> TrainState:
+def joined_state(parts: dict[str, dict[str, Any]]) -> TrainState:
     """Returns the state that `parts_of` took apart."""
     model, training = parts["model"], dict(parts["training"])
     last = training.pop("last", None)

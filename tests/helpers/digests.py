@@ -1,4 +1,4 @@
-"""Tells digests of each batch of stage 0 as metrics: `told` takes the place of losses.pairs.
+"""Tells digests of each batch of stage 0 as metrics: `told` takes the place of pair_loss.pairs.
 
 A digest is a sum of all numbers of an array, each times an odd number of its place: equal ones mean equal arrays.
 """
@@ -6,9 +6,9 @@ A digest is a sum of all numbers of an array, each times an odd number of its pl
 import jax
 import jax.numpy as jnp
 
-from fastvlm_jax import losses
+from fastvlm_jax import pair_loss
 
-REAL = losses.pairs
+REAL = pair_loss.pairs
 NAMES = ("digest_images", "digest_texts")
 
 

@@ -24,8 +24,8 @@ if "POISON" in os.environ:  # sums of the pixels of batches whose loss is to be 
 if "DIGESTS" in os.environ:  # the metrics of stage 0 tell digests of the batches
     from digests import told
 
-    from fastvlm_jax import losses
+    from fastvlm_jax import pair_loss
 
-    losses.pairs = told
+    pair_loss.pairs = told
 
 program()

@@ -11,10 +11,10 @@ from tokenizer_files import json_file, llama_file, sentencepiece_file  # noqa: F
 TORCH = ("import torch", "from torch", "import transformers", "import timm", "quickstart.sh")
 # --quick leaves these files and folders out: they start many processes, or compile and compare many models.
 SLOW = (
-    "parity", "test_quickstart.py", "test_processes.py", "test_train.py", "test_train_step.py", "test_preflight.py",
-    "test_resume.py", "test_metrics.py", "test_faults.py", "test_strange_files.py", "sweep", "test_gpu.py",
-    "test_xla_flags.py", "test_in_training.py", "test_evaluation.py", "test_step.py", "test_step_transformers.py",
-    "test_ttft.py", "test_adapter.py", "test_contrastive.py", "test_gguf.py",
+    "parity", "test_quickstart.py", "test_processes.py", "test_train.py", "test_train_pairs.py", "test_train_step.py",
+    "test_preflight.py", "test_resume.py", "test_metrics.py", "test_faults.py", "test_strange_files.py", "sweep",
+    "test_gpu.py", "test_xla_flags.py", "test_in_training.py", "test_evaluation.py", "test_step.py",
+    "test_step_transformers.py", "test_ttft.py", "test_adapter.py", "test_contrastive.py", "test_gguf.py",
 )  # fmt: skip
 # The longest files come first, so that two workers end together.
 LONGEST = (

@@ -139,14 +139,16 @@ def test_decay_is_of_the_named_parameters_alone_and_without_gradients_nothing_el
     assert float(found["positions"][0, 0]) == 4.0 and float(found["a/kernel"][0, 0]) == pytest.approx(3.98, rel=1e-6)
 
 
-def test_a_moving_average_takes_its_part_of_new_values_and_stays_in_float32():
+def test_a_moving_average_takes_its_part_of_new_values_more_in_the_first_steps_and_stays_in_float32():
+    """The decay is (1 + step) / (10 + step) up to that of the config, which is 0.75 from step 26 on."""
     average = {"a": jnp.array([1.0, 2.0]), "b": {"c": jnp.array(10.0)}}
     new = {"a": jnp.array([3.0, 2.0], jnp.bfloat16), "b": {"c": jnp.array(-10.0, jnp.bfloat16)}}
-    once = optim.averaged(average, new, 0.75)
-    twice = optim.averaged(once, new, 0.75)
-    assert {x.dtype for x in jax.tree.leaves(twice)} == {jnp.dtype("float32")}
-    np.testing.assert_allclose([*once["a"], once["b"]["c"]], [1.5, 2.0, 5.0], rtol=1e-6)
-    np.testing.assert_allclose([*twice["a"], twice["b"]["c"]], [1.875, 2.0, 1.25], rtol=1e-6)
+    for step, first, last in ((0, 2.8, -8.0), (5, 2.2, -2.0), (26, 1.5, 5.0), (10_000, 1.5, 5.0)):
+        found = optim.averaged(average, new, 0.75, jnp.int32(step))
+        assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+        np.testing.assert_allclose([*found["a"], found["b"]["c"]], [first, 2.0, last], rtol=1e-5)
+    twice = optim.averaged(optim.averaged(average, new, 0.75, 26), new, 0.75, 27)
+    np.testing.assert_allclose([*twice["a"], twice["b"]["c"]], [1.875, 2.0, 1.25], rtol=1e-5)
 
 
 def test_five_steps_equal_torch_adamw_with_clipping_and_groups():

@@ -100,6 +100,7 @@ def test_the_next_stage_begins_with_the_averaged_encoder_folded_and_without_its_
     settings = {f"model__vision__{key}": value for key, value in encoder.items()}
     settings |= dict(model__vision__form="folded", model__vision__batch_norm="frozen", data__image_size=8)
     settings |= dict(model__vision__image_mean=(0.5, 0.4, 0.3), model__vision__image_std=(0.3, 0.3, 0.2))
+    settings |= dict(model__llm__num_layers=1, data__groups=1, data__rows_per_group=1)
     config = small_config(data, steps=1, parent=f"vision={workdir}", **settings)
     config.groups = (("vision/.*", 0.0, 0.0), (".*", 1e-3, 0.0))
     after = run(config, tmp_path / "run")

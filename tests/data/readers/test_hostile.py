@@ -407,7 +407,7 @@ def test_members_without_a_name_are_told_each(folder):
 
 
 def test_pickles_are_named_and_not_opened(folder):
-    for extension in ("pth.gz", "pth", "pkl"):
+    for extension in ("pt.gz", "pth", "pkl"):
         (folder / "a.tar").write_bytes(
             tar_of(("0.jpg", PHOTO), (f"0.{extension}", b"cos\nsystem\n."), ("0.txt", b"x" * 2))
         )

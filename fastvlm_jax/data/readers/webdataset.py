@@ -36,7 +36,7 @@ from fastvlm_jax.data.readers.files import (
     looks_like,
 )
 from fastvlm_jax.data.readers.folders import below
-from fastvlm_jax.data.readers.members import IMAGE, Entry
+from fastvlm_jax.data.readers.members import IMAGE, Entry, Held
 from fastvlm_jax.data.readers.rows import row_record
 from fastvlm_jax.data.record import Record, Rejected
 
@@ -146,7 +146,7 @@ def _record(key: str, entry: Entry, path: epath.Path, options: Options) -> Recor
             name = shown(member.name)
             raise ValueError(f"{name} is a Python pickle, which can run code: take the edition of the data with .npz")
     _refuse_unread(entry)
-    about = loads(entry["json"].read(MAX_TEXT)) if "json" in entry else {}
+    about = _json(entry["json"]) if "json" in entry else {}
     if not isinstance(about, dict):
         raise ValueError(f"{shown(entry['json'].name)} holds {shown(about)}, not an object")
     row = {name: value.strip() if isinstance(value, str) else value for name, value in about.items()}
@@ -182,6 +182,14 @@ def _images(entry: Entry) -> list[bytes]:
     return [checked(member.read(MAX_IMAGE_BYTES), member.name) for member in held]
 
 
+def _json(member: Held) -> Any:
+    data = member.read(MAX_TEXT)
+    try:
+        return loads(data)
+    except ValueError as error:
+        raise ValueError(f"{shown(member.name)}: {error}") from error
+
+
 def _text(entry: Entry) -> str:
     try:
         return entry["txt"].read(MAX_TEXT).decode("utf-8-sig").strip()
@@ -191,9 +199,10 @@ def _text(entry: Entry) -> str:
 
 def _extra(entry: Entry, record: Record, options: Options) -> dict[str, Any]:
     """Returns what the members of a reinforced set add to a record."""
-    parsed = {name: loads(entry[name].read(MAX_TEXT)) for name in ("syn.json", "paug.json") if name in entry}
-    if any(value is None for value in parsed.values()):
-        raise ValueError("syn.json or paug.json is null")
+    parsed = {name: _json(entry[name]) for name in ("syn.json", "paug.json") if name in entry}
+    for name, value in parsed.items():
+        if value is None:
+            raise ValueError(f"{shown(entry[name].name)} is null")
     arrays = {}
     if "npz" in entry:
         arrays = datacompdr.embeddings(entry["npz"].read(MAX_ARRAYS))

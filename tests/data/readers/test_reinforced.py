@@ -1,18 +1,14 @@
 """Tests reinforced sets as they are published: DataCompDR-12M, 12M-bf16, 1B and DFNDR become records of pairs."""
 
-import collections
-import gzip
-import io
 import json
 
 import numpy as np
 import pytest
-import torch
 from etils import epath
 from reinforced import AUGMENTATIONS, WIDTH, members, npz, picture, pictured, pth_gz, rows, write_tar
 
 from fastvlm_jax.data.load.pair_record import augmentations_of, captions_of, features_of, synthetic_captions_of
-from fastvlm_jax.data.readers import Options, recognise, torch_file, webdataset
+from fastvlm_jax.data.readers import Options, recognise, webdataset
 from fastvlm_jax.data.record import Record, Rejected, pack, unpack
 
 TWO_LISTS = {"syn_text_coco": ["a", "b"], "coca_captions": ["no"], "syn_text_dfn": ["c", "d", "e"]}
@@ -113,9 +109,10 @@ def arrays(**changes):
         ({"syn.json": b'{"syn_text": "a"}'}, "syn.json has 'a' for 'syn_text', not a list of captions"),
         ({"syn.json": b'{"syn_text": ["a", 1]}'}, "a synthetic caption is 1, not text"),
         ({"syn.json": b"[]"}, "syn.json is list, not an object of lists of captions"),
-        ({"syn.json": b"null"}, "syn.json or paug.json is null"),
+        ({"syn.json": b"null"}, "'k.syn.json' is null"),
         ({"syn.json": b'{"syn_text": ["a"]}'}, "text_emb has 4 rows for 1 captions and 1 synthetic ones"),
         ({"syn.json": b'{"syn_text_a": ["a"], "syn_text_b": ["b", "c"]}'}, "choose it by --synthetic_keys"),
+        ({"paug.json": b'{"param_aug": '}, "'k.paug.json': it is not JSON (Expecting value: line 1 column 15"),
         ({"paug.json": b'{"param_aug": []}'}, "no augmentation (param_aug)"),
         ({"paug.json": b'{"param_aug": "[[1"}'}, "its augmentation is text that is not JSON: '[[1'"),
         ({"paug.json": json.dumps({"param_aug": AUGMENTATIONS[:3]}).encode()}, "image_emb has 4 rows for 3 augm"),
@@ -208,57 +205,3 @@ def test_folders_and_options_that_do_not_fit_are_told_at_once(tmp_path):
         read_all(source, synthetic_keys="(")
     with pytest.raises(ValueError, match=r"--keep_captions is for tars of pairs .*, and this source is parquet"):
         recognise.check_options("parquet", Options(keep_captions=1))
-
-
-# Torch files
-
-
-def saved(value, **options) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, **options)
-    return gzip.compress(buffer.getvalue(), 1)
-
-
-NUMBERS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-DICTS = {
-    "one": {"a": NUMBERS.bfloat16()},
-    "types": {"a": NUMBERS.bfloat16(), "b_emb": NUMBERS.half(), "c": NUMBERS},
-    "views": {"a": NUMBERS.bfloat16().t(), "b": NUMBERS.bfloat16()[1:3, ::2], "c": NUMBERS[:, 2]},
-    "shared": {"a": NUMBERS[:2], "b": NUMBERS[2:], "c": NUMBERS.reshape(2, 3, 4).permute(2, 0, 1)},
-    "column": {"a": NUMBERS.bfloat16()[:1], "b": NUMBERS.bfloat16()[:, :1]},
-    "ordered": collections.OrderedDict(b=NUMBERS.bfloat16(), a=NUMBERS.bfloat16()),
-    "many": {f"{i}": torch.full((300,), float(i)).bfloat16() for i in range(16)},
-    "gradient": {"a": NUMBERS.bfloat16().requires_grad_()},
-}
-
-
-@pytest.mark.parametrize("name", DICTS)
-def test_tensors_are_those_that_torch_reads(name):
-    data = saved(DICTS[name])
-    expected = torch.load(io.BytesIO(gzip.decompress(data)))
-    found = torch_file.embeddings(data)
-    assert list(found) == [key.removesuffix("_emb") for key in expected]
-    for stored, tensor in zip(found.values(), expected.values(), strict=True):
-        assert stored["shape"] == list(tensor.shape) and stored["dtype"] == str(tensor.dtype).removeprefix("torch.")
-        bits = torch.int16 if tensor.element_size() == 2 else torch.int32
-        assert stored["data"] == tensor.detach().contiguous().view(bits).numpy().tobytes()
-
-
-class Runs:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_nothing_in_a_torch_file_is_executed(tmp_path):
-    with pytest.raises(ValueError, match=r"its pickle names 'io\.open', which is no tensor: it is not read"):
-        torch_file.embeddings(saved({"a": NUMBERS, "b": Runs(tmp_path / "ran")}))
-    found = read_one(tmp_path, members(7) | pictured(7) | {"pth.gz": saved([Runs(tmp_path / "ran")])})
-    assert isinstance(found, Record)  # its .npz is read
-    entry = without(members(7) | pictured(7), "npz") | {"pth.gz": saved([Runs(tmp_path / "ran")])}
-    assert "the .pth.gz cannot be read: its pickle has the opcode EMPTY_LIST" in read_one(tmp_path, entry).reason
-    assert not (tmp_path / "ran").exists()

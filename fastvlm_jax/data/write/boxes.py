@@ -6,6 +6,7 @@ from typing import Any
 from fastvlm_jax.data.readers.datacompdr import augmentations
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.images.augment import check_crop, read_params, scale_crop
+from fastvlm_jax.images.header import read_header
 
 
 def fitted(record: Record, size: tuple[int, int], new_size: tuple[int, int]) -> Record:
@@ -20,11 +21,17 @@ def fitted(record: Record, size: tuple[int, int], new_size: tuple[int, int]) -> 
       new_size: (width, height) that it is shrunk to; `size` if it is not.
 
     Raises:
-      ValueError: an augmentation cannot be read, or its box is not inside the picture; the message is a short line.
+      ValueError: an augmentation cannot be read, its box is not inside the picture, or EXIF turns the picture, which
+        nobody heeds who draws boxes for a published set; the message is a short line.
     """
     stored = record.extra.get("augmentation")
     if not isinstance(stored, dict) or stored.get("param_aug") is None:
         return record
+    if (turned := read_header(record.images[0]).orientation) != 1:
+        raise ValueError(
+            f"its EXIF orientation {turned} turns it, the boxes of its augmentations are those of the picture before: "
+            "store it without EXIF"
+        )
     entries: list[Any] = augmentations(stored)
     for number, entry in enumerate(entries):
         crop, _ = read_params(entry)

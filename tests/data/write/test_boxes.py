@@ -1,5 +1,6 @@
 """Tests how reinforced pairs are written: boxes follow the picture that is shrunk, and stage 0 reads the records."""
 
+import dataclasses
 import io
 import json
 
@@ -70,6 +71,18 @@ def test_boxes_outside_of_the_picture_and_unknown_operations_are_refused():
     with pytest.raises(ValueError, match="no augmentation"):
         fitted(record_of([]), (40, 30), (20, 15))
     plain = Record("k", (), (), {"augmentation": {"other": [1]}})
+    assert fitted(plain, (40, 30), (20, 15)) is plain
+
+
+def test_pictures_that_exif_turns_are_refused_if_they_have_boxes():
+    buffer, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.new("RGB", (30, 40)).save(buffer, "JPEG", exif=exif)
+    record = dataclasses.replace(record_of(AUGMENTATIONS), images=(buffer.getvalue(),))
+    assert size_of(record.images[0]) == (40, 30)
+    with pytest.raises(ValueError, match="its EXIF orientation 6 turns it, the boxes of its augmentations are those"):
+        fitted(record, (40, 30), (40, 30))
+    plain = dataclasses.replace(record, extra={})
     assert fitted(plain, (40, 30), (20, 15)) is plain
 
 

@@ -19,6 +19,7 @@ OPS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast"),
     *("Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
 )
+MAX_OPS = 100  # of one entry of param_aug; published ones have two
 _STEPS = 30  # highest magnitude; 0 is the weakest
 _SIGNED = {  # values at the highest magnitude; half of the samples get the opposite sign
     "ShearX": 0.3,
@@ -160,6 +161,8 @@ def read_params(entry: Any) -> tuple[Crop | None, tuple[Op, ...]]:
     """
     try:
         crop, ops = entry
+        if ops and len(ops) > MAX_OPS:
+            raise ValueError("too many operations")
         crop = None if crop is None else Crop(*crop)
         ops = tuple((OPS[number] if number >= 0 else "", float(value)) for number, value in ops or ())
         whole = crop is None or all(type(side) is int for side in crop)

@@ -9,6 +9,7 @@
 Source: github.com/apple/ml-mobileclip, training/, and github.com/apple/ml-mobileclip-dr.
 """
 
+import collections
 import io
 import json
 import math
@@ -27,6 +28,7 @@ from fastvlm_jax.data.readers.files import whole_number
 MAX_ARRAYS = 16
 MAX_ARRAY_BYTES = 16 << 20  # bytes of one array, unpacked
 MAX_MEMBERS = 100  # of a zip: the arrays, and the small members that torch adds
+MAX_AUGMENTATIONS = 10_000  # of a picture; published sets have up to 30
 TYPES = ("bfloat16", "float16", "float32")  # of embeddings
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _MEMBER = b"PK\1\2"  # begins the description of each member of a zip
@@ -53,7 +55,8 @@ def extra_of(synthetic: Any, augmented: Any, arrays: dict[str, Any], captions: i
     places = places[: options.keep_captions or None]
     if synthetic is not None:
         extra["synthetic_captions"] = [lists[key][row] for key, row in places]
-        extra["synthetic_keys"] = [[key, sum(name == key for name, _ in places)] for key in lists]
+        counts = collections.Counter(key for key, _ in places)
+        extra["synthetic_keys"] = [[key, counts[key]] for key in lists]
     if augmented is not None:
         extra["augmentation"] = _kept_augmentation(augmented, options.keep_augmentations)
     if arrays:
@@ -103,12 +106,14 @@ def augmentations(value: Any) -> list[Any]:
     They are a list, or the JSON of one; an entry may be JSON again.
 
     Raises:
-      ValueError: there are none.
+      ValueError: there are none, or more than MAX_AUGMENTATIONS.
     """
     stored = _parsed(value)
     entries = _parsed(stored.get("param_aug")) if isinstance(stored, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError("no augmentation (param_aug)")
+    if len(entries) > MAX_AUGMENTATIONS:
+        raise ValueError(f"{len(entries):,} augmentations are more than {MAX_AUGMENTATIONS:,}")
     return [_parsed(entry) for entry in entries]
 
 

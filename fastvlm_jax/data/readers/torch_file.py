@@ -121,10 +121,7 @@ def _array(archive: zipfile.ZipFile, entries: dict, folder: str, tensor: _Tensor
     if len(raw) != storage.count * storage.numbers.itemsize:
         raise ValueError(f"{shown(name)} holds {len(raw)} bytes for {storage.count} numbers")
     numbers = np.frombuffer(raw, storage.numbers)[tensor.offset :]
-    # A stride along a side of one is never used, and may be any number.
-    strides = [
-        stride * numbers.itemsize * (side > 1) for side, stride in zip(tensor.shape, tensor.strides, strict=True)
-    ]
+    strides = [stride * numbers.itemsize for stride in tensor.strides]
     view = np.lib.stride_tricks.as_strided(numbers, tensor.shape, strides, writeable=False)
     return array_of(storage.dtype, view)
 

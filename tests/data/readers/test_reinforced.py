@@ -1,6 +1,7 @@
 """Tests reinforced sets as they are published: DataCompDR-12M, 12M-bf16, 1B and DFNDR become records of pairs."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -114,6 +115,7 @@ def arrays(**changes):
         ({"syn.json": b'{"syn_text_a": ["a"], "syn_text_b": ["b", "c"]}'}, "choose it by --synthetic_keys"),
         ({"paug.json": b'{"param_aug": '}, "'k.paug.json': it is not JSON (Expecting value: line 1 column 15"),
         ({"paug.json": b'{"param_aug": []}'}, "no augmentation (param_aug)"),
+        ({"paug.json": b'{"param_aug": [%s0]}' % (b"0," * 10_000)}, "10,001 augmentations are more than 10,000"),
         ({"paug.json": b'{"param_aug": "[[1"}'}, "its augmentation is text that is not JSON: '[[1'"),
         ({"paug.json": json.dumps({"param_aug": AUGMENTATIONS[:3]}).encode()}, "image_emb has 4 rows for 3 augm"),
         (arrays(text_emb=rows(0, 0, 3)), "text_emb has 3 rows for 1 captions and 3 synthetic ones"),
@@ -129,6 +131,13 @@ def arrays(**changes):
 def test_what_does_not_fit_is_refused_with_the_reason(tmp_path, changes, reason):
     found = read_one(tmp_path, members(7) | pictured(7) | changes)
     assert isinstance(found, Rejected) and reason in found.reason and found.reason.isprintable(), found
+
+
+def test_many_lists_of_captions_take_little_time(tmp_path):
+    lists = json.dumps({f"syn_text{i}": ["a"] for i in range(30_000)}).encode()
+    start = time.perf_counter()
+    record = read_one(tmp_path, without(members(7), "npz") | pictured(7) | {"syn.json": lists})
+    assert len(record.extra["synthetic_keys"]) == 30_000 and time.perf_counter() - start < 5
 
 
 # Pictures in other tars

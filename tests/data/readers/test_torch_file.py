@@ -76,6 +76,12 @@ def test_tensors_are_those_that_torch_reads(name):
         assert stored["data"] == tensor.detach().contiguous().view(bits).numpy().tobytes()
 
 
+def test_a_stride_along_a_side_of_one_may_be_any_number():
+    value = {"a": NUMBERS[:1]}
+    found = torch_file.embeddings(with_pickle((b"K\6K\1\x86", number(2**31 - 1) + b"K\1\x86"), value=value))
+    assert found == torch_file.embeddings(saved(value)) and found["a"]["data"] == NUMBERS[:1].numpy().tobytes()
+
+
 class Runs:
     """Writes a file when it is unpickled."""
 

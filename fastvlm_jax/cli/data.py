@@ -37,6 +37,17 @@ def write_data(argv: list[str]) -> None:
     )  # fmt: skip
     flags.DEFINE_bool("follow_links", False, "follow links that lead out of the folders of images", flag_values=fv)
     flags.DEFINE_string(
+        "pictures", "", "folder of tars with the pictures that the source's tars of the same names lack", flag_values=fv
+    )
+    flags.DEFINE_string(
+        "synthetic_keys", "^syn_text.*$", "regular expression of the keys in syn.json whose captions are taken",
+        flag_values=fv,
+    )  # fmt: skip
+    for name, what in (("augmentations", "augmentations"), ("captions", "synthetic captions")):
+        flags.DEFINE_integer(
+            f"keep_{name}", 0, f"{what} that each record keeps, the first ones; 0 = all", lower_bound=0, flag_values=fv
+        )
+    flags.DEFINE_string(
         "questions", None, "text file with a question a line; one is asked about each caption", flag_values=fv
     )
     flags.DEFINE_string("split", "train", "split that the records are written to", flag_values=fv)
@@ -71,7 +82,10 @@ def write_data(argv: list[str]) -> None:
         turns=fv.turns, exclude=fv.exclude,
     )  # fmt: skip
     questions = write.read_questions(fv.questions) if fv.questions else ()
-    options = Options(tuple(fv.images), questions, fv.source_split or fv.split, fv.follow_links)
+    options = Options(
+        tuple(fv.images), questions, fv.source_split or fv.split, fv.follow_links, fv.pictures, fv.synthetic_keys,
+        fv.keep_augmentations, fv.keep_captions,
+    )  # fmt: skip
     with progress_bar.shown() as show:
         summary = write.write(
             fv.source, fv.output, format=fv.format, options=options, settings=settings, workers=fv.workers,

@@ -19,6 +19,7 @@ OPS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast"),
     *("Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
 )
+MAX_OPS = 100  # of one entry of param_aug; published ones have two
 _STEPS = 30  # highest magnitude; 0 is the weakest
 _SIGNED = {  # values at the highest magnitude; half of the samples get the opposite sign
     "ShearX": 0.3,
@@ -160,6 +161,8 @@ def read_params(entry: Any) -> tuple[Crop | None, tuple[Op, ...]]:
     """
     try:
         crop, ops = entry
+        if ops and len(ops) > MAX_OPS:
+            raise ValueError("too many operations")
         crop = None if crop is None else Crop(*crop)
         ops = tuple((OPS[number] if number >= 0 else "", float(value)) for number, value in ops or ())
         whole = crop is None or all(type(side) is int for side in crop)
@@ -182,6 +185,37 @@ def at_side(ops: Sequence[Op], side: int, drawn_for: int = 224) -> tuple[Op, ...
     return tuple((name, value * factor if name.startswith("Translate") else value) for name, value in ops)
 
 
+def scale_crop(crop: Crop, size: tuple[int, int], new_size: tuple[int, int]) -> Crop:
+    """Returns the part of a resized image that shows what `crop` does of the image: the nearest whole pixels.
+
+    Args:
+      crop: part of the image.
+      size: (height, width) of the image, pixels.
+      new_size: (height, width) of the resized image, pixels.
+
+    Raises:
+      ValueError: the crop is not inside the image.
+    """
+    check_crop(crop, size)
+
+    def scaled(start: int, length: int, old: int, new: int) -> tuple[int, int]:
+        # A half is rounded up on both sides, so that a part that ends where another begins still does.
+        first, last = ((2 * side * new + old) // (2 * old) for side in (start, start + length))
+        first = min(first, new - 1)
+        return first, max(1, last - first)
+
+    top, height = scaled(crop.top, crop.height, size[0], new_size[0])
+    left, width = scaled(crop.left, crop.width, size[1], new_size[1])
+    return Crop(top, left, height, width)
+
+
+def check_crop(crop: Crop, size: tuple[int, int]) -> None:
+    """Raises ValueError if `crop` is not inside an image of `size` = (height, width) pixels."""
+    height, width = size
+    if not (0 <= crop.top < crop.top + crop.height <= height and 0 <= crop.left < crop.left + crop.width <= width):
+        raise ValueError(f"{crop} is not inside the image of {width} x {height}: was it resized since?")
+
+
 def augment_into(
     image: np.ndarray, out: np.ndarray, crop: Crop | None, ops: Sequence[Op] = (), exact: bool = False
 ) -> None:
@@ -198,10 +232,9 @@ def augment_into(
     Raises:
       ValueError: the crop is not inside the image.
     """
-    height, width = image.shape[:2]
-    top, left, rows, columns = crop or (0, 0, height, width)
-    if not (0 <= top < top + rows <= height and 0 <= left < left + columns <= width):
-        raise ValueError(f"{crop} is not inside the image of {width} x {height}: was it resized since?")
+    size = image.shape[:2]
+    top, left, rows, columns = crop = crop or Crop(0, 0, *size)
+    check_crop(crop, size)
     fit_into(image[top : top + rows, left : left + columns], out, "stretch", exact=exact)
     if ops:
         changed = PIL.Image.fromarray(out)

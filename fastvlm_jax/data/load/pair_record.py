@@ -1,6 +1,5 @@
 """Reads what a record holds for a pair of stage 0: captions, synthetic captions, augmentations, teachers' features."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fastvlm_jax.data.readers.datacompdr import augmentations
 from fastvlm_jax.data.record import Record, check
 from fastvlm_jax.text.conversation import split_system
 
@@ -46,27 +46,15 @@ def _texts(record: Record, key: str) -> list[str]:
 
 
 def augmentations_of(record: Record) -> list[Any]:
-    """Returns the entries of a record's `param_aug`, for `images.augment.read_params`.
-
-    DataCompDR stores a list, or the JSON of one; an entry may be JSON again.
+    """Returns the entries of a record's `param_aug`, for `images.augment.read_params`; see datacompdr.augmentations.
 
     Raises:
       ValueError: the record has none.
     """
-    stored = _parsed(record.extra.get("augmentation"))
-    entries = _parsed(stored.get("param_aug")) if isinstance(stored, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise ValueError("no augmentation (param_aug), which data.augment='replay' asks for")
-    return [_parsed(entry) for entry in entries]
-
-
-def _parsed(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its augmentation is text that is not JSON: {value[:80]!r}") from error
+        return augmentations(record.extra.get("augmentation"))
+    except ValueError as error:
+        raise ValueError(f"{error}, which data.augment='replay' asks for") from error
 
 
 def features_of(record: Record, name: str, rows: Sequence[int], count: int, widths: Sequence[int]) -> np.ndarray:

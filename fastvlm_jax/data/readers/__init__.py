@@ -32,12 +32,21 @@ class Options:
         turn is the image alone.
       split: split to read, in a source that has several.
       follow_links: whether links in a folder of images may lead out of all of these folders.
+      pictures: folder of tars with the pictures that the source's tars of the same names lack, see joined.py; "" if
+        there are none.
+      synthetic_keys: regular expression of the keys of a tar's syn.json whose captions are taken.
+      keep_augmentations: augmentations of an entry that are kept, the first ones; 0 for all.
+      keep_captions: synthetic captions of an entry that are kept, the first ones; 0 for all.
     """
 
     images: str | tuple[str, ...] = ""
     questions: tuple[str, ...] = ()
     split: str = "train"
     follow_links: bool = False
+    pictures: str = ""
+    synthetic_keys: str = "^syn_text.*$"
+    keep_augmentations: int = 0
+    keep_captions: int = 0
 
     @property
     def roots(self) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ import types
 
 from etils import epath
 
+from fastvlm_jax.data.readers import Options
+
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")  # of a folder of images alone, which is often given as the source
 # Format -> what it reads. Formats are tried in this order, the most reliably recognised first.
 READERS = {
@@ -23,6 +25,13 @@ def reader(name: str) -> types.ModuleType:
     if name not in READERS:
         raise ValueError(f"unknown format {name!r}: choose one of {', '.join(READERS)}")
     return importlib.import_module(f"fastvlm_jax.data.readers.{name}")
+
+
+def check_options(name: str, options: Options) -> None:
+    """Raises ValueError if options that concern the members of tars are given for another format."""
+    for option in ("pictures", "synthetic_keys", "keep_augmentations", "keep_captions"):
+        if name != "webdataset" and getattr(options, option) != getattr(Options(), option):
+            raise ValueError(f"--{option} is for tars of pairs (--format webdataset), and this source is {name}")
 
 
 def recognise(path: epath.Path) -> str:

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from etils import epath
 
 from fastvlm_jax.data.readers import Options, Part, apart
-from fastvlm_jax.data.readers.recognise import recognise
+from fastvlm_jax.data.readers.joined import path_of
+from fastvlm_jax.data.readers.recognise import check_options, recognise
 from fastvlm_jax.data.record import Record, pack
 from fastvlm_jax.data.sources import MANIFEST, incomplete_shards, read_manifest
 from fastvlm_jax.data.write.duplicates import drop_duplicates
@@ -99,6 +100,7 @@ def write(
     source, output = epath.Path(source).expanduser(), _local(output)
     _check(settings)
     format = recognise(source) if format == "auto" else format
+    check_options(format, options)
     parts = apart.parts(format, source, options)
     local = "://" not in os.fspath(source) and source.exists() and output.exists()
     if format == "shards" and not overwrite and local and output.samefile(os.fspath(source)):
@@ -262,8 +264,13 @@ def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Opt
         kept["excluded"] = json_digest(read_excluded(settings.exclude))
     told = dataclasses.asdict(options)
     told["images"] = options.roots if len(options.roots) > 1 else "".join(options.roots)
-    if not options.follow_links:  # data sets written before there was this option keep their fingerprint
-        del told["follow_links"]
+    new = ("follow_links", "pictures", "synthetic_keys", "keep_augmentations", "keep_captions")
+    for name in new:  # data sets written before there were these options keep their fingerprint
+        if getattr(options, name) == getattr(Options(), name):
+            del told[name]
+    if options.pictures:
+        there = [path for part in parts if (path := path_of(part, options))]
+        told["pictures"] = list(_sizes([Part(str(path)) for path in there]).items())
     return json_digest([format, files, told, kept])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from fastvlm_jax.data.index import Counter
 from fastvlm_jax.data.readers import Options, Part, apart
 from fastvlm_jax.data.record import Record, Rejected, check, pack
+from fastvlm_jax.data.write.boxes import fitted
 from fastvlm_jax.data.write.excluded import read_excluded
 from fastvlm_jax.data.write.held_out import lead_of, limit_of, picture_hashes
 from fastvlm_jax.data.write.shard import Shard, hash_of, load_keys, load_pictures, save_keys, save_pictures
@@ -219,7 +220,10 @@ def _entries(job: Job, firsts: list[tuple[str, int]]) -> Iterator[tuple[int, Any
 
 
 def _prepare(record: Record, file: str, settings: Settings) -> Rejected | tuple[Record, bytes, list[tuple[int, int]]]:
-    """Checks a record and shrinks its images; returns it with its packed bytes and its images' (width, height)."""
+    """Checks a record and shrinks its images; returns it with its packed bytes and its images' (width, height).
+
+    The boxes of its augmentations are scaled as its picture is.
+    """
     if settings.exclude and (reason := read_excluded(settings.exclude).get(record.key)):
         return Rejected(file, record.key, reason)
     if reason := check(record):
@@ -227,12 +231,14 @@ def _prepare(record: Record, file: str, settings: Settings) -> Rejected | tuple[
     images, sizes = [], []
     for number, image in enumerate(record.images):
         try:
-            size = size_of(image)
+            size = whole = size_of(image)
             if settings.verify:
                 decode(image)
             if settings.max_side and max(size) > settings.max_side:
                 image = shrink(image, settings.max_side, settings.quality)
                 size = size_of(image)
+            if len(record.images) == 1:
+                record = fitted(record, whole, size)
         except ValueError as error:
             which = f"image {number}: " if len(record.images) > 1 else ""
             return Rejected(file, record.key, f"{which}{error}")

@@ -68,9 +68,7 @@ def features(number):
 def extra_of(number):
     return {
         "captions": [f"{number} real {i}" for i in range(CAPTIONS)],
-        "synthetic_captions": datacompdr.synthetic_captions(
-            {"syn_text": [f"{number} made {i}" for i in range(SYNTHETIC)]}
-        ),
+        "synthetic_captions": [f"{number} made {i}" for i in range(SYNTHETIC)],
         "augmentation": {"param_aug": json.dumps(PARAMETERS) if number % 2 else PARAMETERS},
         "teacher": datacompdr.embeddings(npz(**features(number))),
     }

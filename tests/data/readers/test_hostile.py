@@ -407,7 +407,7 @@ def test_members_without_a_name_are_told_each(folder):
 
 
 def test_pickles_are_named_and_not_opened(folder):
-    for extension in ("pth.gz", "pth", "pkl"):
+    for extension in ("pt.gz", "pth", "pkl"):
         (folder / "a.tar").write_bytes(
             tar_of(("0.jpg", PHOTO), (f"0.{extension}", b"cos\nsystem\n."), ("0.txt", b"x" * 2))
         )
@@ -420,9 +420,9 @@ def npy(array) -> bytes:
     return file.getvalue()
 
 
-def npz(**arrays: bytes) -> bytes:
+def npz(method: int = zipfile.ZIP_DEFLATED, **arrays: bytes) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", method) as archive:
         for name, data in arrays.items():
             archive.writestr(f"{name}.npy", data)
     return file.getvalue()
@@ -441,6 +441,8 @@ def npz(**arrays: bytes) -> bytes:
         (lambda: npz(a=npy(np.zeros(3)).replace(b"False", b"F('')")), "the .npz cannot be read"),
         (lambda: npz(a=npy(np.zeros(3))[:40]), "the .npz cannot be read"),
         (lambda: npz(**{f"a{i}": npy(np.zeros(1)) for i in range(17)}), "17 arrays are more than 16"),
+        (lambda: npz(**{f"a{i}": b"" for i in range(101)}), "101 members are more than 100"),
+        (lambda: npz(zipfile.ZIP_LZMA, a=npy(np.zeros(1))), "'a.npy' is packed by another method than deflate"),
     ],
 )
 def test_teacher_embeddings_are_numbers_of_the_claimed_size_or_rejected(folder, data, expected):
@@ -461,7 +463,7 @@ def sources() -> dict[str, bytes]:
     members = [(f"{i}.{ext}", data) for i in range(3) for ext, data in (("jpg", PHOTO), ("txt", b"a dog"))]
     members += [("x" * 150 + ".jpg", PHOTO), ("x" * 150 + ".json", json.dumps({"conversations": TALK}).encode())]
     members += [("r.jpg", PHOTO), ("r.json", b'{"caption": "a"}'), ("r.npz", npz(image_emb=npy(np.ones((2, 3), "f4"))))]
-    members += [("r.syn.json", b'{"syn_text": ["a", "b"]}'), ("r.paug.json", b'{"param_aug": [[1, {"a": 0.5}]]}')]
+    members += [("r.syn.json", b'{"syn_text": ["a", "b"]}'), ("r.paug.json", b'{"param_aug": [[1, {"a": 0.5}], null]}')]
     return {
         "list.json": json.dumps(entries).encode(),
         "pretty.json": json.dumps(entries, indent=1, ensure_ascii=False).encode(),

@@ -405,7 +405,7 @@ def test_datacompdr_members_become_extra(folder):
     (folder / "a.tar").write_bytes(tar_of(members))
     (record,) = read_all(folder / "a.tar")
     assert record.turns == (("user", (0,)), ("assistant", ("original",)))
-    assert sorted(record.extra) == ["augmentation", "synthetic_captions", "teacher"]
+    assert sorted(record.extra) == ["augmentation", "synthetic_captions", "synthetic_keys", "teacher"]
     assert record.extra["synthetic_captions"] == ["a dog", "un \u00e9l\u00e9phant"]
     assert record.extra["augmentation"] == views | {"seed": str(10**30)}  # msgpack has no room for the number
     teacher = unpack(pack(record)).extra["teacher"]

@@ -29,7 +29,7 @@ def main(_):
     from transformers import FastVlmForConditionalGeneration
 
     import fastvlm_jax
-    from fastvlm_jax.train_step import inputs
+    from fastvlm_jax.losses import inputs
 
     theirs, info = FastVlmForConditionalGeneration.from_pretrained(EXPORT.value, output_loading_info=True)
     unexpected = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}

@@ -21,12 +21,12 @@ from fastvlm_jax.generate import (
     stream,
     until,
 )
+from fastvlm_jax.losses import inputs
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.decoder import unstacked
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.text.unfinished import certain
-from fastvlm_jax.losses import inputs
 
 QUESTIONS = ["what color is the shape?", "is there a red triangle in the image or is it a blue circle?", "why?"]
 

@@ -61,8 +61,9 @@ def is_free(key: str) -> bool:
 
 def compare(run: dict[str, Any], config: dict[str, Any], lineage: dict[str, Any]) -> list[Change]:
     """Returns all that changed since a run, the content of its config.json, was last at work."""
-    there = run["lineage"]
-    changes = [Change(*found) for found in differences(ADDED | run["config"], config) if not _moved(*found)]
+    there, added = run["lineage"], {key: value for key, value in ADDED.items() if key in config}
+    before = added | run["config"]
+    changes = [Change(*found) for found in differences(before, config) if not _moved(*found)]
     found = [Change(key, latest(there, key), lineage.get(key)) for key in ("parent_step", *CODE_KEYS)]
     # Versions before recorded less about their code.
     changes += [c for c in found if c.before != c.now and not (c.free and None in (c.before, c.now))]

@@ -94,11 +94,11 @@ def lists() -> list[Files]:
 
 def tars() -> list[Files]:
     array = io.BytesIO()
-    np.savez(array, image_emb=np.ones((2, 3), np.float32), text_emb=np.ones((1, 3), np.float16))
+    np.savez(array, image_emb=np.ones((1, 3), np.float32), text_emb=np.ones((3, 3), np.float16))
     members = {
         "0.png": PNG, "0.txt": b"a picture", "0.json": b'{"caption": "a picture"}', "1.jpg": FORMATS["jpeg"],
         "1.json": json.dumps({"conversations": TALK}).encode(), "2.png": PNG, "2.txt": b"b", "2.npz": array.getvalue(),
-        "2.syn.json": b'{"syn_text": ["a", "b"]}', "2.paug.json": b'{"param_aug": [[1, 2.5]]}',
+        "2.syn.json": b'{"syn_text": ["a", "b"]}', "2.paug.json": b'{"param_aug": [[[0, 0, 2, 2], [[1, 2.5]]]]}',
     }  # fmt: skip
     found = []
     for layout in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):

@@ -12,6 +12,23 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for key in REPLACED:
         if key in config:
             raise ValueError(f"there is no key {key!r} any more: {REPLACED[key]}")
+    _check_run(config)
+    _check_training(config)
+    data = config.data
+    for key in ("image_size", "groups"):
+        if data[key] < 1:
+            raise ValueError(f"data.{key}={data[key]} must be at least 1")
+    for key in ("images_per_group", "num_threads", "prefetch", "max_substituted"):
+        if not data[key] >= 0:
+            raise ValueError(f"data.{key}={data[key]} must be at least 0")
+    if "text" in config.model:
+        _check_pairs(config)
+    else:
+        _check_conversations(data)
+    _check_evaluation(config)
+
+
+def _check_run(config: ml_collections.ConfigDict) -> None:
     for key in ("log_every", "checkpoint_every", "eval_every", "keep_checkpoints"):
         if config[key] < 1:
             raise ValueError(f"{key}={config[key]} must be at least 1")
@@ -33,6 +50,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"bad_steps.{key}={bad_steps[key]} must be at least {least}")
     if config.accumulate < 1 or config.data.groups % config.accumulate:
         raise ValueError(f"accumulate={config.accumulate} must divide data.groups={config.data.groups}")
+
+
+def _check_training(config: ml_collections.ConfigDict) -> None:
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
     if not 0 <= config.warmup_ratio <= 1:
@@ -47,18 +67,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"ema={config.ema} must be at least 0 and below 1, as 0.9995; 0 keeps no average")
     if not all(isinstance(name, str) for name in config.decayed):
         raise ValueError(f"decayed={config.decayed} must hold last parts of paths, as ('kernel', 'embedding')")
-    data = config.data
-    for key in ("image_size", "groups"):
-        if data[key] < 1:
-            raise ValueError(f"data.{key}={data[key]} must be at least 1")
-    for key in ("images_per_group", "num_threads", "prefetch", "max_substituted"):
-        if not data[key] >= 0:
-            raise ValueError(f"data.{key}={data[key]} must be at least 0")
-    if "text" in config.model:
-        _check_pairs(config)
-    else:
-        _check_conversations(data)
-    _check_evaluation(config)
 
 
 def _check_conversations(data: ml_collections.ConfigDict) -> None:

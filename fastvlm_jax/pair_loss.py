@@ -47,13 +47,15 @@ def pairs(
     """
     widths, factors = tuple(w for w, _ in teachers), tuple(float(c) for _, c in teachers)
 
+    def shaped(part: PairBatch, images, texts):
+        """Returns embeddings of all images and texts of a part as [G, N, F] and [G, N, S, F]."""
+        return images.reshape(*part.texts.shape[:2], -1), texts.reshape(*part.texts.shape[:3], -1)
+
     def embed(variables, part: PairBatch, rng):
-        G, N, S, T = part.texts.shape
         rngs = {"drop_path": rng} if model.vision_args.get("drop_path") else None
-        (images, texts), updated = model.apply(
-            variables, part.images, part.texts.reshape(-1, T), train=True, mutable=["batch_stats"], rngs=rngs
-        )
-        return (images.reshape(G, N, -1), texts.reshape(G, N, S, -1)), updated.get("batch_stats", {})
+        texts = part.texts.reshape(-1, part.texts.shape[-1])
+        found, updated = model.apply(variables, part.images, texts, train=True, mutable=["batch_stats"], rngs=rngs)
+        return shaped(part, *found), updated.get("batch_stats", {})
 
     def taught(batch: PairBatch, text: int) -> Teachers:
         images, texts = batch.teacher_images, batch.teacher_texts[:, :, text]
@@ -105,14 +107,10 @@ def pairs(
 
     def held_out(variables, batch: PairBatch):
         def embed_part(part: PairBatch):
-            images, texts = model.apply(variables, part.images, part.texts.reshape(-1, part.texts.shape[-1]))
-            return images.reshape(*part.texts.shape[:2], -1), texts.reshape(*part.texts.shape[:3], -1)
+            return shaped(part, *model.apply(variables, part.images, part.texts.reshape(-1, part.texts.shape[-1])))
 
-        if accumulate == 1:
-            features = embed_part(batch)
-        else:
-            features = jax.lax.map(embed_part, jax.tree.map(partial(parts_of, count=accumulate), batch))
-            features = jax.tree.map(joined, features)
+        features = jax.lax.map(embed_part, jax.tree.map(partial(parts_of, count=accumulate), batch))
+        features = jax.tree.map(joined, features)
         return terms(variables["params"], batch, features, False)[0] * size(batch), size(batch)
 
     def size(batch: PairBatch) -> jax.Array:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastvlm_jax.images.inputs import Image, to_pixels
-from fastvlm_jax.images.modes import TRANSPARENCIES
 from fastvlm_jax.images.resize import fit_into
 from fastvlm_jax.images.settings import (
     OWN,
@@ -19,7 +18,7 @@ from fastvlm_jax.images.settings import (
     read_image_files,
     read_image_settings,
 )
-from fastvlm_jax.processor import FITS
+from fastvlm_jax.processor import check_choices, colour_of
 from fastvlm_jax.text.caption_tokenizer import CaptionTokenizer, load_caption_tokenizer
 
 
@@ -48,18 +47,14 @@ class PairProcessor:
     teachers: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.fit not in FITS:
-            raise ValueError(f"unknown data.fit {self.fit!r}: choose one of {', '.join(FITS)}")
-        if self.transparency not in TRANSPARENCIES:
-            options = ", ".join(TRANSPARENCIES)
-            raise ValueError(f"unknown data.transparency {self.transparency!r}: choose one of {options}")
+        check_choices(self.fit, self.transparency)
         if self.context_length < 2:
             raise ValueError(f"model.text.context_length={self.context_length} must hold a start and an end: 2 or more")
 
     @property
     def background(self) -> tuple[int, int, int]:
         """Returns the RGB colour around images, 0 to 255."""
-        return tuple(int(mean * 255) for mean in self.image_mean)
+        return colour_of(self.image_mean)
 
     def images(self, images: Sequence[Image]) -> np.ndarray:
         """Returns images as the image tower reads them, uint8 [1, N, image_size, image_size, 3].

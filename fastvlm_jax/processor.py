@@ -66,11 +66,7 @@ class Processor:
     def __post_init__(self):
         if self.template not in TEMPLATES:
             raise ValueError(f"unknown data.template {self.template!r}: choose one of {', '.join(TEMPLATES)}")
-        if self.fit not in FITS:
-            raise ValueError(f"unknown data.fit {self.fit!r}: choose one of {', '.join(FITS)}")
-        if self.transparency not in TRANSPARENCIES:
-            options = ", ".join(TRANSPARENCIES)
-            raise ValueError(f"unknown data.transparency {self.transparency!r}: choose one of {options}")
+        check_choices(self.fit, self.transparency)
         if not all(len(grid) == 2 and min(grid) >= 1 for grid in self.grids):
             raise ValueError(f"data.grids: {self.grids} must be pairs of rows and columns, such as ((2, 2),)")
         check_room((self.size, *self.sizes), self.grids)
@@ -106,7 +102,7 @@ class Processor:
     @property
     def background(self) -> tuple[int, int, int]:
         """Returns the RGB colour around images, 0 to 255."""
-        return tuple(int(mean * 255) for mean in self.image_mean)
+        return colour_of(self.image_mean)
 
     def segment(
         self,
@@ -269,6 +265,19 @@ class Processor:
             contents |= image_files(settings, own, self.published, export, padded_before)
         for name, value in contents.items():
             (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+
+
+def check_choices(fit: str, transparency: str) -> None:
+    """Raises ValueError unless `fit` and `transparency` are known; see Processor."""
+    if fit not in FITS:
+        raise ValueError(f"unknown data.fit {fit!r}: choose one of {', '.join(FITS)}")
+    if transparency not in TRANSPARENCIES:
+        raise ValueError(f"unknown data.transparency {transparency!r}: choose one of {', '.join(TRANSPARENCIES)}")
+
+
+def colour_of(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """Returns the RGB colour, 0 to 255, that an encoder's normalisation with this mean makes 0."""
+    return tuple(int(value * 255) for value in mean)
 
 
 def load_processor(

@@ -174,7 +174,7 @@ def test_a_planted_step_is_made_where_the_config_says_so(batch, mode):
 
 
 def test_parts_of_a_batch_are_groups_of_every_device():
-    from fastvlm_jax.train_step import parts_of
+    from fastvlm_jax.batch import parts_of
 
     np.testing.assert_array_equal(parts_of(np.arange(8), 2), [[0, 2, 4, 6], [1, 3, 5, 7]])
 

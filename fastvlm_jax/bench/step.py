@@ -24,14 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastvlm_jax import config_checks, optim, stage
-from fastvlm_jax.batch import Batch
+from fastvlm_jax.batch import Batch, parts_of
 from fastvlm_jax.bench import clock
 from fastvlm_jax.chips import peak_flops
 from fastvlm_jax.kernels.cross_entropy import cross_entropy
 from fastvlm_jax.models import fastvlm, flops, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.train_state import TrainState
-from fastvlm_jax.train_step import parts_of
 
 STEPS = 10_000  # steps of the schedule: no program depends on it
 PARTS = ("encoder forward", "encoder backward", "language model", "loss", "optimizer")

@@ -77,3 +77,9 @@ def get_config(data):
     config.bad_steps.mode, config.eval_batches, config.eval_every = "on", 1, 3
     config.groups = ((".*", 1e-2, 0.1),)
     return config
+
+
+def draws_of(schedule, epoch):
+    batches = range(epoch * schedule.batches_per_epoch, (epoch + 1) * schedule.batches_per_epoch)
+    plans = [schedule.batch(k) for k in batches]
+    return [place for plan in plans for g in range(schedule.groups) for place in schedule.group(plan, g)]

@@ -7,17 +7,16 @@ import json
 import math
 from functools import partial
 
-import jax
 import numpy as np
 import pytest
 import torch
 from absl import logging
+from round_trip import assert_same_tensors, assert_same_variables, write
 from safetensors.numpy import load_file, save_file
 from torch_reference import jit, randomise, relative, timm
 
 import fastvlm_jax
-from fastvlm_jax import convert, model_io
-from fastvlm_jax.convert.mapping import read_tree
+from fastvlm_jax import model_io
 from fastvlm_jax.convert.tables import apple, text_tower
 from fastvlm_jax.convert.tables import timm as timm_table
 from fastvlm_jax.models import fastvlm, kinds
@@ -70,27 +69,8 @@ def small(tmp_path_factory):
     return config, model, tensors, folder_of(tmp_path_factory.mktemp("clip") / "openclip", config, tensors)
 
 
-def write(source, target, layout, **options):
-    loaded = model_io.read(source)
-    convert.write(target, layout, loaded.variables, loaded.config, loaded.processor, loaded.lineage, **options)
-    return target
-
-
 def tensors_of(folder):
     return load_file(folder / "open_clip_model.safetensors")
-
-
-def assert_same_tensors(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
-        assert a[name].tobytes() == b[name].tobytes(), name
-
-
-def assert_same_variables(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(read_tree(a, None)), jax.tree.leaves(read_tree(b, None)), strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
 def described(folder):

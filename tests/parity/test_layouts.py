@@ -10,12 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from round_trip import assert_same_tensors, assert_same_variables, write
 from safetensors.numpy import load_file, save_file
 from torch_reference import jit, randomise, relative, timm, to_nchw, transformers
 
 import fastvlm_jax
 from fastvlm_jax import convert, model_io
-from fastvlm_jax.convert.mapping import read_tree
 from fastvlm_jax.generate import generate_tokens
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
@@ -84,25 +84,6 @@ def published(tokenizer_file, tmp_path_factory):
 
 def tensors_of(folder):
     return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
-
-
-def write(source, target, layout, **options):
-    loaded = model_io.read(source)
-    convert.write(target, layout, loaded.variables, loaded.config, loaded.processor, loaded.lineage, **options)
-    return target
-
-
-def assert_same_tensors(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
-        assert a[name].tobytes() == b[name].tobytes(), name
-
-
-def assert_same_variables(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(read_tree(a, None)), jax.tree.leaves(read_tree(b, None)), strict=True):
-        assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
 
 
 def test_fastvlm_of_transformers_comes_back_bit_for_bit_and_answers_the_same(published, tmp_path):

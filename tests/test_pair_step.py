@@ -156,10 +156,11 @@ def test_the_factor_of_the_logits_is_clamped_behind_the_step_and_keeps_its_gradi
     settle = stage.make_loss(config, kinds.build(**config.model.to_dict()), 10).settle
     for found, kept in ((-0.3, 0.0), (9.0, np.log(100)), (2.0, 2.0)):
         np.testing.assert_allclose(settle({"logit_scale": np.float32(found)})["logit_scale"], kept, rtol=1e-6)
-    variables = {**initial(), "params": {**initial()["params"], "logit_scale": np.array(np.log(100), np.float32)}}
+    # Random towers lose less, the smaller the factor: the step would take it below the bound.
+    variables = {**initial(), "params": {**initial()["params"], "logit_scale": np.array(0.0, np.float32)}}
     (*_, state), metrics = steps(config, random_pairs(texts=1, teachers=()), variables=variables)
     assert all(found["grad_norm"] > 0 for found in metrics)  # of logit_scale alone, at the bound too
-    assert 0 <= float(state.params["logit_scale"]) <= np.float32(np.log(100))
+    assert state.params["logit_scale"] == 0
 
 
 def test_sigmoid_has_a_bias_that_learns():

@@ -34,7 +34,7 @@ class Towers(torch.nn.Module):
         self.text = TextTransformer(
             context_length=6, vocab_size=60, width=32, heads=1, layers=1, output_dim=12, no_causal_mask=True
         )
-        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(100) - 0.005))  # the clamp has work to do
+        self.logit_scale = torch.nn.Parameter(torch.tensor(0.005))
 
     def features(self, pixels, tokens):
         """Of both halves of a batch, each with BatchNorm statistics of its own, as two replicas have them."""
@@ -72,7 +72,7 @@ def torch_losses(model, batch):
     tokens = torch.tensor(batch.texts.reshape(-1, *batch.texts.shape[2:]).astype(np.int64))
     taught_images = torch.tensor(batch.teacher_images.reshape(len(pixels), -1))
     taught_texts = torch.tensor(batch.teacher_texts.reshape(len(pixels), 2, -1))
-    losses = []
+    losses, clamped = [], 0
     for step in range(STEPS):
         if step < WARMUP:
             rate = RATE * (step + 1) / WARMUP
@@ -90,8 +90,10 @@ def torch_losses(model, batch):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
+            clamped += float(model.logit_scale) < 0
             model.logit_scale.clamp_(0, math.log(100))
         losses.append(float(loss))
+    assert clamped, "the clamp has nothing to do"
     return losses
 
 
@@ -124,5 +126,5 @@ def test_five_steps_are_those_of_two_replicas_of_pytorch():
             state, metrics = step.fn(state, placed)
             losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    assert expected[-1] < 0.8 * expected[0]
+    assert expected[-1] < 0.9 * expected[0]
     assert abs(float(state.params["logit_scale"]) - float(theirs.logit_scale.detach())) < 1e-4

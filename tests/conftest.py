@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--full"):
         return
     for item in items:
-        if "full" in item.keywords:
+        if item.get_closest_marker("full"):
             item.add_marker(pytest.mark.skip(reason="full-size model: run with --full"))
 
 

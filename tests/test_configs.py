@@ -88,6 +88,12 @@ def test_stage_0_builds_with_both_towers_and_decays_what_open_clip_does(argument
     assert kept <= {"bias", "scale", "cls_token", "logit_scale"} | one_dimension
 
 
+def test_every_text_of_stage_0_has_a_row():
+    assert config_lib.rows_of(get("stage0_clip", "s3")) == (2 * 256, 77)
+    assert config_lib.rows_of(get("stage0_clip", "s3/pairs")) == (256, 77)
+    assert config_lib.rows_of(get("stage1_align", "0.5b"))[0] == 1
+
+
 def test_stage_0_of_unknown_sizes_or_data_is_refused():
     with pytest.raises(ValueError, match="unknown size 's9' of both towers: choose one of tiny, s0"):
         get("stage0_clip", "s9")

@@ -171,3 +171,49 @@ def test_the_encoder_costs_what_the_paper_and_timm_tell():
 
 def test_policies_of_remat_are_all_known_here():
     assert set(flops.RECOMPUTED) == {"none", *remat.POLICIES}
+
+
+def test_both_towers_of_a_clip_count_and_each_has_gradients_of_its_own():
+    """Worked by hand: 4 texts of 5 tokens, 2 layers of 16 channels; 3 images, whose head maps 16 channels to 12."""
+    vision = dict(layers=(1,), embed_dims=(8,), mixers=("repmixer",))
+    text = dict(features=12, width=16, num_layers=2, num_heads=2, vocab_size=50, context_length=5)
+    model, sizes = kinds.build(vision={**vision, "head_features": 12}, text=text), (3, 8, 8, 4, 5)
+    tower = flops.forward_flops(fastvlm.build(vision), *sizes)["vision"]
+    forward = flops.forward_flops(model, *sizes)
+    layer = 2 * 5 * (3 * 16 * 16 + 16 * 16 + 2 * 4 * 16 * 16) + 2 * 2 * 5 * 5 * 16
+    texts = 4 * (2 * layer + 2 * 16 * 12)
+    images = tower + 3 * 2 * 16 * 12
+    expected = {"vision": images, "text": texts, "loss": 2 * 12 * 3 * 4, "projector": 0, "llm": 0}
+    assert forward == expected and texts == 260_096
+    paths = flatten_dict(kinds.abstract_variables(model)["params"], sep="/")
+
+    def trained(*towers):
+        return flops.train_flops(model, [path for path in paths if path.startswith(towers)], *sizes)
+
+    both = trained("vision/", "text/", "logit_scale")
+    assert (both["text"], both["loss"]) == (3 * texts, 3 * 288)
+    alone = trained("vision/")
+    assert (alone["vision"], alone["text"], alone["loss"]) == (both["vision"], texts, 3 * 288)
+    alone = trained("text/")
+    assert (alone["vision"], alone["text"], alone["loss"]) == (images, 3 * texts, 3 * 288)
+    assert trained("logit_scale")["loss"] < 3 * 288
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_clip_is_what_jax_traces_forward_and_in_a_step(policy):
+    """With all logits in one matrix, whose gradients take two products; recomputed logits are counted, not traced."""
+    text = dict(features=12, width=16, num_layers=2, num_heads=2, vocab_size=50, context_length=5, remat=policy)
+    model, sizes = kinds.build(vision={**VIT, "remat": policy, "select_layer": -1}, text=text), (3, 28, 28, 3, 5)
+    variables = kinds.abstract_variables(model)
+    images, tokens = jnp.zeros((1, 3, 28, 28, 3), jnp.uint8), jnp.zeros((3, 5), jnp.int32)
+
+    def loss(params):
+        embedded = model.apply({"params": params}, images, tokens, train=True)
+        return jnp.sum(jnp.square(embedded[0] @ embedded[1].T))
+
+    forward, logits = flops.forward_flops(model, *sizes), 2 * 12 * 3 * 3
+    assert sum(forward.values()) == traced_flops(jax.make_jaxpr(loss)(variables["params"]).jaxpr)
+    step = jax.make_jaxpr(jax.grad(loss))(variables["params"]).jaxpr
+    step, _ = partial_eval.dce_jaxpr(step, [True] * len(step.outvars))
+    counted = flops.hardware_flops(model, flatten_dict(variables["params"], sep="/"), *sizes)
+    assert sum(counted.values()) - logits == traced_flops(step)

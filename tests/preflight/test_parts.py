@@ -380,6 +380,11 @@ def test_parts_of_the_model_by_the_names_of_operations():
         step + "FastVLM.encode/projector/fc1/dot": "projector",
         step + "FastVLM.decode/llm/while/body/closed_call/layers/q/dot": "llm",
         step + "FastVLM.decode/llm/shard_map/while/body/nd,cd->nc/dot": "loss",
+        "jit(train_step)/jvp(CLIP)/CLIP.embed_images/vision/stage_1/ffn/fc1/dot_general": "vision",
+        "jit(train_step)/transpose(jvp(CLIP))/CLIP.embed_texts/text/layers/fc2/dot_general": "text",
+        "jit(train_step)/jvp(CLIP)/CLIP.embed_images/div": "other",
+        "jit(train_step)/transpose(jvp(loss_of_pairs))/rc,cd->rd/dot_general": "loss",
+        "jit(train_step)/seldom/cond/branch_1_fun/rd,cd->rc/dot_general": "other",
         "jit(train_step)/mul": "optimizer",
         "": "other",
     }

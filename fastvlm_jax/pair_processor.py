@@ -14,11 +14,12 @@ from fastvlm_jax.images.settings import (
     OWN,
     SETTINGS,
     ImageSettings,
+    check_choices,
+    colour_of,
     image_settings,
     read_image_files,
     read_image_settings,
 )
-from fastvlm_jax.processor import check_choices, colour_of
 from fastvlm_jax.text.caption_tokenizer import CaptionTokenizer, load_caption_tokenizer
 
 

@@ -15,9 +15,15 @@ from fastvlm_jax.batch import Batch
 from fastvlm_jax.files import read_small
 from fastvlm_jax.images import decode as image_lib
 from fastvlm_jax.images.inputs import Image, share_images, to_pixels
-from fastvlm_jax.images.modes import TRANSPARENCIES
 from fastvlm_jax.images.resize import fit_into, tiles_into
-from fastvlm_jax.images.settings import ImageSettings, image_files, read_image_files, read_image_settings
+from fastvlm_jax.images.settings import (
+    ImageSettings,
+    check_choices,
+    colour_of,
+    image_files,
+    read_image_files,
+    read_image_settings,
+)
 from fastvlm_jax.images.sizes import Grid, Size, best_grid, check_room, nearest, slots_of
 from fastvlm_jax.text.conversation import TEMPLATES, Segment, Turn, chat_template, end_mark, render, template_of
 from fastvlm_jax.text.generation_config import FILE as GENERATION
@@ -26,7 +32,6 @@ from fastvlm_jax.text.prompt import place_images, read_prompts
 from fastvlm_jax.text.tokenizer import PAD, Tokenizer, load_tokenizer
 
 CHAT_TEMPLATE = "chat_template.jinja"
-FITS = ("pad", "crop", "stretch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,19 +270,6 @@ class Processor:
             contents |= image_files(settings, own, self.published, export, padded_before)
         for name, value in contents.items():
             (folder / name).write_text(json.dumps(value, indent=2) + "\n")
-
-
-def check_choices(fit: str, transparency: str) -> None:
-    """Raises ValueError unless `fit` and `transparency` are known; see Processor."""
-    if fit not in FITS:
-        raise ValueError(f"unknown data.fit {fit!r}: choose one of {', '.join(FITS)}")
-    if transparency not in TRANSPARENCIES:
-        raise ValueError(f"unknown data.transparency {transparency!r}: choose one of {', '.join(TRANSPARENCIES)}")
-
-
-def colour_of(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """Returns the RGB colour, 0 to 255, that an encoder's normalisation with this mean makes 0."""
-    return tuple(int(value * 255) for value in mean)
 
 
 def load_processor(

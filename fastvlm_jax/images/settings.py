@@ -8,6 +8,7 @@ from typing import Any
 
 from fastvlm_jax.files import read_object
 from fastvlm_jax.images.decode import MAX_SIDE
+from fastvlm_jax.images.modes import TRANSPARENCIES
 
 SETTINGS = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"  # settings of transformers' processor, which joins tokenizer and image settings
@@ -15,6 +16,7 @@ NESTED = "image_processor"  # key of the image settings in processor_config.json
 OWN = "fastvlm_jax"  # key of the settings that transformers does not have
 REPLACED = ("crop_size", "do_normalize", "image_mean", "image_std")  # keys of ours that hold in place of transformers'
 BICUBIC = 3  # Pillow's number
+FITS = ("pad", "crop", "stretch")  # modes of images/resize.py's fit_into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,19 @@ class ImageSettings:
     std: tuple[float, float, float]
     fit: str
     unused: tuple[str, ...] = ()
+
+
+def check_choices(fit: str, transparency: str) -> None:
+    """Raises ValueError unless `fit` and `transparency` are known; see Processor."""
+    if fit not in FITS:
+        raise ValueError(f"unknown data.fit {fit!r}: choose one of {', '.join(FITS)}")
+    if transparency not in TRANSPARENCIES:
+        raise ValueError(f"unknown data.transparency {transparency!r}: choose one of {', '.join(TRANSPARENCIES)}")
+
+
+def colour_of(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """Returns the RGB colour, 0 to 255, that an encoder's normalisation with this mean makes 0."""
+    return tuple(int(value * 255) for value in mean)
 
 
 def read_image_settings(settings: Mapping[str, Any]) -> ImageSettings:

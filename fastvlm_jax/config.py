@@ -254,7 +254,8 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.eval_every = 1000  # steps between evaluations: of the validation loss and of `evaluate`; the last step has one
     c.eval_batches = 16  # batches of the validation loss; 0 = no validation loss
     # Benchmarks to answer and score, as (("docvqa", "data/docvqa", 500), ...): name, folder of its files, and number of
-    # questions, 0 = all. ("qa", "", 50) asks about the held-out split, ("qa", DIR, 50) about another data set.
+    # questions, 0 = all. ("qa", "", 50) asks about the held-out split, ("qa", DIR, 50) about another data set. Stage 0
+    # has ("zero-shot", DIR, 0) and ("retrieval", DIR, 500), with a number of pictures, and "" for the held-out split.
     c.evaluate = ()
     # Score whose best checkpoint is kept beside the latest: "validation/loss" (the lowest) or, of a benchmark above,
     # "evaluate/docvqa" (the highest); "" = none.

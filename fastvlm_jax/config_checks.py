@@ -114,8 +114,6 @@ def _check_pairs(config: ml_collections.ConfigDict) -> None:
         )
     if config.model.sigmoid and (loss.soft or loss.hard != 1):
         raise ValueError("model.sigmoid takes loss.hard=1 and no distillation: set loss.soft=0 and loss.teachers=()")
-    if config.evaluate:
-        raise ValueError("evaluate: the two towers of stage 0 answer no questions; set it to ()")
     images = config.model.vision.get("batch_norm_images", -1)
     if images == 0 or images < -1:
         raise ValueError(f"model.vision.batch_norm_images={images} must be positive, or -1 for the whole batch")
@@ -141,7 +139,7 @@ def _check_pairs(config: ml_collections.ConfigDict) -> None:
 
 def _check_evaluation(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError unless `evaluate` has its form, and keep_best and stop_after follow what is evaluated."""
-    names = []
+    towers, names = "text" in config.model, []
     for entry in config.evaluate:
         fine = isinstance(entry, list | tuple) and list(map(type, entry)) == [str, str, int] and entry[2] >= 0
         if not fine:
@@ -149,7 +147,10 @@ def _check_evaluation(config: ml_collections.ConfigDict) -> None:
                 f"evaluate={config.evaluate!r} must hold a name, a folder and a number of questions each, as in "
                 '(("docvqa", "data/docvqa", 500),), with 0 for all questions'
             )
-        if not entry[1] and entry[0] != "qa":
+        if towers != (entry[0] in ("zero-shot", "retrieval")):
+            fitting = "the two towers of stage 0 take zero-shot and retrieval" if towers else "it is for stage 0"
+            raise ValueError(f"evaluate names {entry[0]}, which does not fit the model: {fitting}")
+        if not entry[1] and entry[0] != "qa" and not towers:
             raise ValueError(f"evaluate names no folder for {entry[0]}: only qa asks about the run's own data")
         names.append(entry[0])
     if twice := [name for name in names if names.count(name) > 1]:

@@ -68,9 +68,15 @@ class PairProcessor:
           ValueError: a file, which the message names, or an array is not an image.
         """
         views = np.empty((1, len(images), self.image_size, self.image_size, 3), np.uint8)
-        for number, (image, view) in enumerate(zip(images, views[0], strict=True)):
-            fit_into(to_pixels(image, f"images[{number}]", self.transparency), view, self.fit, self.background, True)
+        for number, image in enumerate(images):
+            views[0, number] = self.view(image, f"images[{number}]")
         return views
+
+    def view(self, image: Image, name: str = "the image") -> np.ndarray:
+        """Returns one image as the image tower reads it, uint8 [image_size, image_size, 3]; see `images` for errors."""
+        view = np.empty((self.image_size, self.image_size, 3), np.uint8)
+        fit_into(to_pixels(image, name, self.transparency), view, self.fit, self.background, True)
+        return view
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Returns texts as the text tower reads them, int32 [N, context_length]."""

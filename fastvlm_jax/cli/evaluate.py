@@ -11,6 +11,7 @@ from fastvlm_jax import xla_flags
 from fastvlm_jax.cli.arguments import define_processes, parse, processes, to_json
 
 OWN = ("split", "turns", "metric")  # flags of the benchmark qa
+TOWERS = ("zero-shot", "retrieval")  # benchmarks of a model of stage 0, which have --split too
 METRICS = ("exact", "anls", "vqa", "relaxed", "f1", "choice")  # those of evaluate/benchmarks/qa.py
 # What else the command does, which asks no model -> the flags that may stand beside it.
 WITHOUT_MODEL = {
@@ -41,8 +42,13 @@ def evaluate(argv: list[str]) -> None:
         print(answer_without_model(fv, mode, names, paths))
         return
     own = {name: fv[name].value for name in OWN if fv[name].value is not None}
-    if own and names != ["qa"]:
-        raise flags.Error(f"--{next(iter(own))} is for --benchmark=qa: {fv.benchmark} has settings of its own")
+    allowed = {"qa"} if own.keys() - {"split"} else {"qa", *TOWERS}
+    if own and not {*names} <= allowed:
+        name = next(iter(own.keys() - {"split"}), "split")
+        benchmarks = " or ".join(sorted(allowed))
+        raise flags.Error(f"--{name} is for --benchmark={benchmarks}: {fv.benchmark} has settings of its own")
+    if fv.max_tokens and {*names} & {*TOWERS}:
+        raise flags.Error(f"--max_tokens has no meaning for {fv.benchmark}, which asks for no answer")
     folder = output_folder(fv.output, fv.model)
     from fastvlm_jax import distributed
 
@@ -111,7 +117,10 @@ def define(fv: flags.FlagValues) -> None:
         "llava-w, mm-vet: file of a judge's replies to score, with --benchmark and --data",
         flag_values=fv,
     )
-    flags.DEFINE_string("split", None, "qa: split to score; default: validation", flag_values=fv)
+    flags.DEFINE_string(
+        "split", None, "qa, zero-shot, retrieval: split to score; default: validation of shards, test of other files",
+        flag_values=fv,
+    )  # fmt: skip
     flags.DEFINE_enum(
         "turns", None, ["conversation", "separate"],
         "qa: ask with the earlier turns of a record, or each question alone; default: conversation", flag_values=fv,
@@ -148,14 +157,16 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
 
     from fastvlm_jax import files, model_io
     from fastvlm_jax.evaluate import paper, score_table, suite
-    from fastvlm_jax.evaluate.benchmarks import BENCHMARKS, qa
+    from fastvlm_jax.evaluate.benchmarks import BENCHMARKS, clip_benchmark, qa
     from fastvlm_jax.report import predictions
 
     def tell(line: str) -> None:
         if jax.process_index() == 0:
             print(f"evaluate: {line}", file=sys.stderr, flush=True)
 
-    known = {**BENCHMARKS, "qa": qa.benchmark(**own, limit=None if fv.samples else fv.limit)}
+    limit = None if fv.samples else fv.limit
+    known = {**BENCHMARKS, "zero-shot": clip_benchmark.zero_shot(fv.split, limit)}
+    known |= {"retrieval": clip_benchmark.retrieval(fv.split, limit), "qa": qa.benchmark(**own, limit=limit)}
     entries = suite.choose(
         names, fv.data, known, protocol=fv.protocol, limit=fv.limit, samples=read_ids(fv.samples), told=tell
     )
@@ -171,7 +182,7 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
     )  # fmt: skip
     if jax.process_index() == 0:
         config, seen = loaded.config, loaded.processor
-        rows = paper.rows_of(config.get("vision"), config.get("llm"), seen.image_size, seen.grids)
+        rows = paper.rows_of(config.get("vision"), config.get("llm"), seen.image_size, getattr(seen, "grids", ()))
         in_domain = [entry.benchmark.name for entry in entries if entry.benchmark.in_domain]
         table = score_table.make_table([summary for summary, _ in done], rows, in_domain)
         files.write_whole(folder / "table.md", f"{table.markdown()}\n".encode())

@@ -6,7 +6,6 @@ its own devices; where several processes hold one group, the first of them reads
 
 import collections
 import concurrent.futures
-import contextlib
 import functools
 import itertools
 import os
@@ -20,6 +19,7 @@ from fastvlm_jax import distributed, sharding
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.evaluate import groups as groups_lib
 from fastvlm_jax.evaluate.groups import Built, Group
+from fastvlm_jax.evaluate.placing import inside, one_ahead, placed, places_here
 from fastvlm_jax.evaluate.questions import Question
 from fastvlm_jax.generate import generate_tokens, until
 from fastvlm_jax.models.decoder import Decoder
@@ -97,10 +97,10 @@ def answer_batches(
     Raises:
       ValueError: an image cannot be read; the message names its row.
     """
-    with _inside(mesh):
+    with inside(mesh):
         shards = sharding.batch_shards()
     layout = None if mesh is None else sharding.batch_sharding(mesh)
-    mine, owned = _places_here(layout, shards)
+    mine, owned = places_here(layout, shards)
     planned = groups_lib.plan(questions, Decoder(**model.llm_args), shards=shards, batch_size=batch_size)
     batches = list(_batches(planned, known, shards))
     untold = collections.Counter(batch[0].group.shape for batch in batches)
@@ -114,14 +114,14 @@ def answer_batches(
             )
             return {place: build_group(min(place, len(batch) - 1)) for place in mine}
 
-        builds = _one_ahead(ahead, build, batches)
+        builds = one_ahead(ahead, build, batches)
         for batch, built in zip(batches, builds, strict=True):
             shape = batch[0].group.shape
             if told and (count := untold.pop(shape, 0)):
                 told(f"{count} {'batch' if count == 1 else 'batches'} of {shards} x {shape}")
-            with _inside(mesh):
+            with inside(mesh):
                 tokens = generate_tokens(
-                    model, variables, _placed(built, shards, layout), jax.random.key(0), max_tokens=max_tokens,
+                    model, variables, _batch_of(built, shards, layout), jax.random.key(0), max_tokens=max_tokens,
                     end=processor.end_ids,
                 )  # fmt: skip
             rows = np.asarray(tokens).reshape(shards, shape.rows, max_tokens)
@@ -152,23 +152,6 @@ class _Asked(NamedTuple):
     numbers: list[int]
 
 
-def _inside(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def _places_here(layout: jax.sharding.NamedSharding | None, shards: int) -> tuple[list[int], list[int]]:
-    """Returns the places of the groups on this process's devices, and those of them whose answers it reads."""
-    if layout is None:
-        return [0], [0]
-    here, first = set(), {}
-    for device, (index, *_) in layout.devices_indices_map((shards,)).items():
-        for place in range(*index.indices(shards)):
-            first[place] = min(first.get(place, device.process_index), device.process_index)
-            if device.process_index == jax.process_index():
-                here.add(place)
-    return sorted(here), [place for place in sorted(here) if first[place] == jax.process_index()]
-
-
 def _batches(planned: Sequence[Group], known: Container[int], shards: int) -> Iterator[list[_Asked]]:
     """Yields up to `shards` groups of one shape, each with the numbers to ask; what is known whole is left out."""
     groups = [_Asked(group, [number for number in group.members if number not in known]) for group in planned]
@@ -180,31 +163,12 @@ def _batches(planned: Sequence[Group], known: Container[int], shards: int) -> It
             yield alike[start : start + shards]
 
 
-def _one_ahead(pool: concurrent.futures.Executor, function: Callable, items: Sequence) -> Iterator:
-    """Yields function(item) of each item, while the pool already computes the next."""
-    coming = [pool.submit(function, item) for item in items[:1]]
-    for item in items[1:]:
-        done = coming.pop().result()
-        coming.append(pool.submit(function, item))
-        yield done
-    for last in coming:
-        yield last.result()
-
-
-def _placed(built: dict[int, Built], shards: int, layout: jax.sharding.NamedSharding | None) -> Batch:
+def _batch_of(built: dict[int, Built], shards: int, layout: jax.sharding.NamedSharding | None) -> Batch:
     """Returns the batch, fields [shards, ...], on the devices."""
-    if layout is None:
-        return jax.tree.map(lambda field: field[None], built[0].batch)
-
-    def put(*fields: np.ndarray) -> jax.Array:
-        at = dict(zip(built, fields, strict=True))
-
-        def take(index) -> np.ndarray:
-            return np.stack([at[place] for place in range(*index[0].indices(shards))])
-
-        return jax.make_array_from_callback((shards, *fields[0].shape), layout, take)
-
-    return jax.tree.map(put, *(group.batch for group in built.values()))
+    return jax.tree.map(
+        lambda *fields: placed(dict(zip(built, fields, strict=True)), shards, layout),
+        *(group.batch for group in built.values()),
+    )
 
 
 def _read(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from fastvlm_jax.text.conversation import Turn
@@ -90,6 +91,20 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
+class Matching:
+    """Says what two towers compare, where nothing is asked and answered.
+
+    Attributes:
+      texts: returns the texts, from rows of one picture each.
+      results: returns the results, from the rows, the embeddings of their pictures, float32 [rows, F], and of the
+        texts, float32 [texts, F], all of length 1, and the digest of each row's picture.
+    """
+
+    texts: Callable[[Sequence[Row]], list[str]]
+    results: Callable[[Sequence[Row], np.ndarray, np.ndarray, Sequence[str]], list[Result]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Protocol:
     """Says how a row is asked and scored.
 
@@ -109,6 +124,7 @@ class Protocol:
       judge: returns the lines of the file that says what to ask a judge; None if rules score it.
       review: returns the scores of a file of a judge's replies, from its lines and the benchmark's rows; None if rules
         score it.
+      matching: what the two towers of stage 0 compare; None if a language model answers. With it, `score` is None.
     """
 
     name: str
@@ -121,6 +137,7 @@ class Protocol:
     figures: Callable[[Sequence[Result]], dict[str, Any]] | None = None
     judge: Callable[[Sequence[Result]], list[dict[str, Any]]] | None = None
     review: Callable[[Sequence[Mapping[str, Any]], Sequence[Row]], dict[str, Any]] | None = None
+    matching: Matching | None = None
 
 
 @dataclasses.dataclass(frozen=True)

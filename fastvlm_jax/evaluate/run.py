@@ -189,7 +189,12 @@ def count_long(questions: Sequence[Question], processor: Processor, max_tokens: 
 
 def check_same(questions: Sequence[Question]) -> None:
     """Raises ValueError if the processes have different questions."""
-    own = json_digest([[question.row.id, question.turns, question.length] for question in questions])
+    check_same_rows([[question.row.id, question.turns, question.length] for question in questions])
+
+
+def check_same_rows(rows: Sequence[Any]) -> None:
+    """Raises ValueError if the processes have different rows, given as JSON values."""
+    own = json_digest(rows)
     digests = distributed.exchange(exchange_name("questions"), own)
     for process, digest in enumerate(digests):
         if digest != digests[0]:

@@ -18,12 +18,13 @@ import jax
 from etils import epath
 
 from fastvlm_jax import distributed, files
-from fastvlm_jax.evaluate import fingerprint, progress_bar, published, results
+from fastvlm_jax.evaluate import fingerprint, progress_bar, published, results, towers
 from fastvlm_jax.evaluate.benchmark import PROTOCOLS, Benchmark, Protocol, Result, Row
 from fastvlm_jax.evaluate.benchmarks import family_of, folder_of, known
 from fastvlm_jax.evaluate.journal import Journal
 from fastvlm_jax.evaluate.run import Progress, Scored, check_answers, score
-from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.kinds import Model
+from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.processor import Processor
 
 SPEED = ("seconds", "questions_per_second")  # keys of a summary that differ from start to start
@@ -136,9 +137,9 @@ def select(rows: Sequence[Row], name: str, limit: int | None, samples: Sequence[
 
 def evaluate(
     entries: Sequence[Entry],
-    model: FastVLM,
+    model: Model,
     variables: Any,
-    processor: Processor,
+    processor: Processor | PairProcessor,
     folder: os.PathLike | str,
     *,
     source: Mapping[str, Any],
@@ -153,7 +154,7 @@ def evaluate(
     Process 0 writes the files; every process writes its own journals.
 
     Args:
-      folder: folder of the files; answers that its journals hold are not asked again.
+      folder: folder of the files; answers that its journals hold are not asked again. Two towers keep no journal.
       source: JSON values that say where the model comes from.
       max_tokens, mesh, batch_size: see run.score.
       stopped: function that all processes call between batches, and that says whether to stop.
@@ -161,8 +162,12 @@ def evaluate(
 
     Raises:
       Interrupted: `stopped` said so; the journals are whole.
+      ValueError: a benchmark is not for such a model, or see run.score and towers.score.
     """
-    check_answers(model, processor)
+    for entry in entries:
+        towers.check_kind(model, processor, entry.benchmark)
+        if entry.protocol.matching is None:
+            check_answers(model, processor)
     folder, first = pathlib.Path(folder), jax.process_index() == 0
     told = told if first else lambda line: None
     folder.mkdir(parents=True, exist_ok=True)  # a mistake in its name shows before the first question
@@ -177,17 +182,21 @@ def evaluate(
             def look(state: Progress, entry=entry, show=show) -> None:
                 show(state)
                 if stopped() and state.done < state.total:
-                    raise distributed.Interrupted(
-                        f"stopped at {state.done:,} of {state.total:,} questions of {entry.name}, whose answers are in "
-                        f"{folder}; the same command goes on from there"
-                    )
+                    raise distributed.Interrupted(_stopped(entry, state, folder))
 
             try:
-                scored = score(
-                    model, variables, processor, entry.benchmark, entry.protocol, entry.rows, max_tokens=max_tokens,
-                    mesh=mesh, batch_size=batch_size, journal=journal, progress=look,
-                    told=lambda line, name=entry.name: told(f"{name}: {line}"),
-                )  # fmt: skip
+                if entry.protocol.matching:
+                    prepared = towers.prepare(entry.rows, entry.protocol, processor)
+                    scored = towers.score(
+                        model, variables, processor, entry.protocol, prepared, mesh=mesh, batch_size=batch_size,
+                        progress=look,
+                    )  # fmt: skip
+                else:
+                    scored = score(
+                        model, variables, processor, entry.benchmark, entry.protocol, entry.rows,
+                        max_tokens=max_tokens, mesh=mesh, batch_size=batch_size, journal=journal, progress=look,
+                        told=lambda line, name=entry.name: told(f"{name}: {line}"),
+                    )  # fmt: skip
             except ValueError as error:
                 raise ValueError(f"{entry.benchmark.name}: {error}") from error
             finally:
@@ -195,6 +204,13 @@ def evaluate(
         summary = write(folder, entry, scored, max_tokens, {**source, "fingerprint": key}, first)
         done.append((summary, scored.results))
     return done
+
+
+def _stopped(entry: Entry, state: Progress, folder: pathlib.Path) -> str:
+    what = f"stopped at {state.done:,} of {state.total:,}"
+    if entry.protocol.matching:
+        return f"{what} pictures and texts of {entry.name}; the same command begins it again"
+    return f"{what} questions of {entry.name}, whose answers are in {folder}; the same command goes on from there"
 
 
 def _other_model(summary: pathlib.Path, key: str) -> bool:

@@ -15,9 +15,9 @@ from etils import epath
 from fastvlm_jax import sharding
 from fastvlm_jax.data.load.from_config import open_sources
 from fastvlm_jax.data.sources import RecordSource
-from fastvlm_jax.evaluate import run
+from fastvlm_jax.evaluate import embed, run, towers
 from fastvlm_jax.evaluate.benchmark import Benchmark, Picture, Protocol, Row
-from fastvlm_jax.evaluate.benchmarks import folder_of, known, qa
+from fastvlm_jax.evaluate.benchmarks import clip_benchmark, folder_of, known, named_pictures, qa
 from fastvlm_jax.evaluate.groups import padded, rows_that_fit
 from fastvlm_jax.evaluate.held_out_loss import make_loss
 from fastvlm_jax.evaluate.questions import Prepared, prepare
@@ -26,8 +26,8 @@ from fastvlm_jax.evaluate.results import summarise
 from fastvlm_jax.generate import answer_limit
 from fastvlm_jax.losses import Loss
 from fastvlm_jax.models.decoder import Decoder
-from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.kinds import Model
+from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.train_state import TrainState, averaged
 
@@ -42,7 +42,7 @@ class Entry:
 
     benchmark: Benchmark
     protocol: Protocol
-    prepared: Prepared
+    prepared: Prepared | towers.Prepared
 
 
 class _Stopped(Exception):
@@ -50,7 +50,7 @@ class _Stopped(Exception):
 
 
 def make_evaluation(
-    config, model: Model, loss: Loss, processor: Processor, batches: jax.sharding.Sharding
+    config, model: Model, loss: Loss, processor: Processor | PairProcessor, batches: jax.sharding.Sharding
 ) -> Evaluate | None:
     """Looks at all that evaluation needs, and returns the function that evaluates; None if there is nothing to do.
 
@@ -68,7 +68,7 @@ def make_evaluation(
         the key.
     """
     wanted = [tuple(entry) for entry in config.evaluate]
-    own = [entry for entry in wanted if entry[:2] == ("qa", "")]
+    own = [entry for entry in wanted if not entry[1]]
     held_out = open_sources(config.data, "validation") if config.eval_batches or own else []
     if (config.eval_batches or own) and not held_out:
         wanted = [entry for entry in wanted if entry not in own]
@@ -77,7 +77,10 @@ def make_evaluation(
             "--validation_share 0.05` sets some aside"
         )
     held_out_loss = make_loss(config, loss, processor, batches) if config.eval_batches and held_out else None
-    entries = [_open(*entry, config.data.turns, model, processor, held_out) for entry in wanted]
+    if isinstance(processor, PairProcessor):
+        entries = [_open_towers(*entry, processor, held_out) for entry in wanted]
+    else:
+        entries = [_open(*entry, config.data.turns, model, processor, held_out) for entry in wanted]
     scores = ["validation/loss"] * bool(held_out_loss) + [f"evaluate/{entry.benchmark.name}" for entry in entries]
     if config.keep_best and config.keep_best not in scores:
         raise ValueError(f"keep_best={config.keep_best!r}: no data set has records in a split 'validation'")
@@ -103,18 +106,26 @@ def make_evaluation(
 def score(
     entry: Entry,
     config,
-    model: FastVLM,
+    model: Model,
     variables: dict,
-    processor: Processor,
+    processor: Processor | PairProcessor,
     mesh: jax.sharding.Mesh,
     go_on: Callable,
 ) -> dict[str, float]:
     """Returns the score of a benchmark and its standard error; calls `go_on`, whose errors end it, between batches."""
     protocol, name = entry.protocol, f"evaluate/{entry.benchmark.name}"
-    scored = run.score_prepared(
-        model, variables, processor, protocol, entry.prepared, max_tokens=protocol.max_tokens, mesh=mesh,
-        batch_size=most_rows(entry, config), progress=go_on,
-    )  # fmt: skip
+    if protocol.matching:
+        # No more pictures at once than the shard trains on, beside the state that stays in its memory.
+        pictures = config.data.images_per_group * _groups_at_once(config)
+        scored = towers.score(
+            model, variables, processor, protocol, entry.prepared, mesh=mesh,
+            batch_size=min(pictures, embed.BATCH), progress=go_on,
+        )  # fmt: skip
+    else:
+        scored = run.score_prepared(
+            model, variables, processor, protocol, entry.prepared, max_tokens=protocol.max_tokens, mesh=mesh,
+            batch_size=most_rows(entry, config), progress=go_on,
+        )  # fmt: skip
     summary = summarise(entry.benchmark, protocol, scored.results)
     found = {name: summary["score"], f"{name}_stderr": summary["standard_error"]}
     return {key: value for key, value in found.items() if value is not None}
@@ -126,10 +137,15 @@ def most_rows(entry: Entry, config) -> int:
     With their answers they have no more tokens than the groups that the shard trains on at once, so that what fits in
     training fits here; and they are no more than `fastvlm evaluate` would ask together.
     """
-    groups = max(1, config.data.groups // (sharding.batch_shards() * config.accumulate))
     longest = max(question.length for question in entry.prepared.questions)
-    trained = groups * config.data.rows_per_group * config.data.row_length // (longest + entry.protocol.max_tokens)
+    tokens = _groups_at_once(config) * config.data.rows_per_group * config.data.row_length
+    trained = tokens // (longest + entry.protocol.max_tokens)
     return max(1, min(trained, rows_that_fit(padded(longest), Decoder(**config.model.llm.to_dict()))))
+
+
+def _groups_at_once(config) -> int:
+    """Returns the number of groups that a data shard trains on at once."""
+    return max(1, config.data.groups // (sharding.batch_shards() * config.accumulate))
 
 
 def _open(
@@ -137,7 +153,7 @@ def _open(
     folder: str,
     limit: int,
     turns: str,
-    model: FastVLM,
+    model: Model,
     processor: Processor,
     held_out: Sequence[RecordSource],
 ) -> Entry:
@@ -167,7 +183,7 @@ def _open(
         if protocol.score is None or all(question.row.references is None for question in prepared.questions):
             raise ValueError("it has no public answers, or only a judge can score them: leave it out")
         if benchmark.strict:  # of others, each was read once above
-            _check_images(prepared, processor)
+            _check_images([question.row for question in prepared.questions], processor.decode)
     except (OSError, ValueError) as error:
         raise ValueError(f"evaluate, {name} of {folder or 'the validation split'}: {error}") from error
     run.check_same(prepared.questions)
@@ -186,7 +202,27 @@ def _own_questions(
     return prepared
 
 
-def _check_images(prepared: Prepared, processor: Processor) -> None:
+def _open_towers(
+    name: str, folder: str, limit: int, processor: PairProcessor, held_out: Sequence[RecordSource]
+) -> Entry:
+    """Reads the pictures and texts of an entry of stage 0; see `_open`."""
+    benchmark = {"zero-shot": clip_benchmark.zero_shot, "retrieval": clip_benchmark.retrieval}[name](
+        limit=limit or None
+    )
+    try:
+        if folder:
+            rows = benchmark.read(folder_of(benchmark, epath.Path(folder).expanduser(), single=True))
+        elif name == "zero-shot":
+            rows = clip_benchmark.class_rows(named_pictures.classes_of(held_out[0]), limit or None)
+        else:
+            rows = clip_benchmark.caption_rows(named_pictures.captioned(held_out[0]), limit or None)
+        _check_images(rows, processor.view)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"evaluate, {name} of {folder or 'the validation split'}: {error}") from error
+    return Entry(benchmark, benchmark.protocols[0], towers.prepare(rows, benchmark.protocols[0], processor))
+
+
+def _check_images(rows: Sequence[Row], decode: Callable[[bytes, str], object]) -> None:
     """Decodes each image once, so that a damaged one shows before the first step and does not end a long run.
 
     Raises:
@@ -195,11 +231,11 @@ def _check_images(prepared: Prepared, processor: Processor) -> None:
 
     def look(picture: Picture) -> None:
         try:
-            processor.decode(picture.read(), picture.name)
+            decode(picture.read(), picture.name)
         except ValueError as error:
             raise ValueError(str(error) if picture.name in str(error) else f"{picture.name}: {error}") from error
 
-    pictures = {picture.name: picture for question in prepared.questions for picture in question.pictures}
+    pictures = {picture.name: picture for row in rows for picture in row.pictures}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(look, pictures.values()))
 

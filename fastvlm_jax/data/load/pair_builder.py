@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fastvlm_jax.batch import PairBatch
+from fastvlm_jax.data.captions import captions_of, synthetic_captions_of
 from fastvlm_jax.data.load.batch_builder import MAX_TRIES, Arrays, Substituted
 from fastvlm_jax.data.load.buffer_pool import BufferPool
-from fastvlm_jax.data.load.pair_record import augmentations_of, captions_of, features_of, synthetic_captions_of
+from fastvlm_jax.data.load.pair_record import augmentations_of, features_of
 from fastvlm_jax.data.load.pair_schedule import PairPlace, PairSchedule
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import RecordSource

@@ -1,4 +1,4 @@
-"""Reads what a record holds for a pair of stage 0: captions, synthetic captions, augmentations, teachers' features."""
+"""Reads what a record holds for the distillation of stage 0: augmentations and teachers' features."""
 
 import math
 from collections.abc import Sequence
@@ -8,41 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from fastvlm_jax.data.readers.datacompdr import augmentations
-from fastvlm_jax.data.record import Record, check
-from fastvlm_jax.text.conversation import split_system
+from fastvlm_jax.data.record import Record
 
 _DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-
-
-def captions_of(record: Record) -> list[str]:
-    """Returns the captions of a record: those of `extra["captions"]`, or its one answer.
-
-    Raises:
-      ValueError: the record is not one image and its caption; the message says why.
-    """
-    if wrong := check(record):
-        raise ValueError(wrong)
-    if len(record.images) != 1:
-        raise ValueError(f"{len(record.images)} images, a pair has one")
-    _, talk = split_system(record.turns)
-    if len(talk) != 2:
-        raise ValueError(f"{len(talk) // 2} questions are no caption")
-    (_, answer) = talk[1]
-    if not all(isinstance(part, str) for part in answer):
-        raise ValueError("an image in the answer, a caption is text")
-    return _texts(record, "captions") or ["".join(answer)]
-
-
-def synthetic_captions_of(record: Record) -> list[str]:
-    """Returns the synthetic captions of a record, perhaps none; raises ValueError if they are not texts."""
-    return _texts(record, "synthetic_captions")
-
-
-def _texts(record: Record, key: str) -> list[str]:
-    texts = record.extra.get(key, [])
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"{key} is not a list of texts")
-    return texts
 
 
 def augmentations_of(record: Record) -> list[Any]:

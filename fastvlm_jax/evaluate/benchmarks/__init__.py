@@ -9,6 +9,7 @@ from fastvlm_jax.evaluate.benchmark import Benchmark
 from fastvlm_jax.evaluate.benchmarks import (
     ai2d,
     chartqa,
+    clip_benchmark,
     cvbench,
     documents,
     docvqa,
@@ -51,6 +52,7 @@ FAMILIES = (
     mm_vet,
     easy_vqa,
     documents,
+    clip_benchmark,
     qa,
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for family in FAMILIES for benchmark in family.BENCHMARKS}

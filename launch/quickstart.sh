@@ -1,23 +1,28 @@
 #!/usr/bin/env bash
 # The quickstart: trains, evaluates, uses and exports a tiny FastVLM on an ordinary two-core machine. docs/quickstart.md
 # shows and explains its results.
-#   bash launch/quickstart.sh [--steps N] [--questions N] [--output DIR]
+#   bash launch/quickstart.sh [--steps N] [--questions N] [--output DIR] [--stage0]
 # --steps N        trains each stage for N steps, without validation (default: the full stages)
 # --questions N    evaluates on at most N test questions (default: all 9,673)
 # --output DIR     folder for all results (default: runs/quickstart)
+# --stage0         first pretrains the encoder beside a text tower, as docs/contrastive.md explains (4 minutes more)
 # After an interruption, the same command resumes the run. A finished run is kept: it is renamed, and a new one starts.
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-steps=0 questions=0 output=runs/quickstart
+steps=0 questions=0 output=runs/quickstart stages=(stage1_align stage15_pretrain stage2_instruct)
 while [ $# -gt 0 ]; do
   case "$1" in
+    --stage0)
+      stages=(stage0_clip "${stages[@]}")
+      shift
+      continue ;;
     --steps | --questions | --output)
       [ $# -ge 2 ] || { echo "quickstart: $1 needs a value" >&2; exit 2; } ;;&
     --steps) steps=$2 ;;
     --questions) questions=$2 ;;
     --output) case "$2" in /*) output=$2 ;; *) output=$here/$2 ;; esac ;;
-    *) echo "quickstart: unknown option $1 (--steps N, --questions N, --output DIR)" >&2; exit 2 ;;
+    *) echo "quickstart: unknown option $1 (--steps N, --questions N, --output DIR, --stage0)" >&2; exit 2 ;;
   esac
   shift 2
 done
@@ -44,11 +49,16 @@ fastvlm data easy-vqa --output data/easy_vqa
 
 parent='' short=()
 [ "$steps" = 0 ] || short=(--config.steps="$steps" --config.eval_batches=0 '--config.evaluate=()')
-for stage in stage1_align stage15_pretrain stage2_instruct; do
+for stage in "${stages[@]}"; do
   echo "== train $stage"
-  fastvlm train --config "configs/quickstart.py:$stage" --workdir "$output/$stage" \
-    ${parent:+--config.parent="$parent"} "${short[@]}"
+  config=(configs/quickstart.py:"$stage")
+  if [ "$stage" = stage0_clip ]; then
+    config=(configs/stage0_clip.py:tiny --config.data.path=data/easy_vqa/captions --config.data.tokenizer=data/easy_vqa
+      '--config.evaluate=(("zero-shot","",0),)')
+  fi
+  fastvlm train --config "${config[@]}" --workdir "$output/$stage" ${parent:+--config.parent="$parent"} "${short[@]}"
   parent=$output/$stage
+  [ "$stage" != stage0_clip ] || parent=vision=$parent
 done
 
 echo "== evaluate"
@@ -66,7 +76,7 @@ python launch/check_export.py --model "$parent" --export "$output/export_hf" --i
   --predictions "$output/evaluation/easy-vqa-own.predictions.jsonl" --output "$output/export.json"
 
 echo "== pictures"
-fastvlm report "$output/stage1_align" "$output/stage15_pretrain" "$output/stage2_instruct" \
+fastvlm report "${stages[@]/#/$output/}" \
   --output "$output/report.html" --model "$parent" --data data/easy_vqa
 
 python launch/summarize.py --run "$output" --seconds "$SECONDS"

@@ -14,7 +14,8 @@ TOTAL = flags.DEFINE_integer("seconds", None, "wall time of the whole run, secon
 def main(_):
     run = pathlib.Path(RUN.value)
     evaluation = json.loads((run / "evaluation" / "easy-vqa-own.json").read_text())
-    stages = [run / name for name in ("stage1_align", "stage15_pretrain", "stage2_instruct")]
+    names = ("stage0_clip", "stage1_align", "stage15_pretrain", "stage2_instruct")
+    stages = [run / name for name in names if (run / name).is_dir()]  # stage 0 is left out by default
     summary = {
         "accuracy": evaluation["score"] / 100,
         "standard_error": (evaluation["standard_error"] or 0) / 100,

@@ -122,7 +122,11 @@ def test_stage_0_of_unknown_sizes_or_data_is_refused():
         ("model.sigmoid", True, "model.sigmoid takes loss.hard=1 and no distillation"),
         ("model.vision.batch_norm_images", 0, "batch_norm_images=0 must be positive, or -1"),
         ("model.vision.batch_norm_images", 250, "batch_norm_images=250 does not divide the batch of 256 x 256 = 65536"),
-        ("evaluate", (("qa", "", 5),), "evaluate: the two towers of stage 0 answer no questions"),
+        (
+            "evaluate",
+            (("qa", "", 5),),
+            "evaluate names qa, which does not fit the model: the two towers of stage 0 take",
+        ),
         ("warmup", "linear", "warmup='linear' must be transformers or open_clip"),
         ("final_rate", 2.0, "final_rate=2.0 must be from 0 to 1"),
         ("optimizer", "sgd", "optimizer='sgd' must be adamw or adafactor"),

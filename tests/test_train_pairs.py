@@ -18,7 +18,11 @@ from small_pairs import VISION, get_config, write_pairs
 import fastvlm_jax
 from fastvlm_jax import changes, checkpoint, model_io
 from fastvlm_jax import config as config_lib
+from fastvlm_jax.data.sources import read_shards
+from fastvlm_jax.evaluate import towers
+from fastvlm_jax.evaluate.benchmarks import clip_benchmark, known
 from fastvlm_jax.metrics.rows import read_metrics
+from fastvlm_jax.models import kinds
 from fastvlm_jax.models.fold import fold_variables
 from fastvlm_jax.train import Interrupted, train
 
@@ -77,6 +81,42 @@ def test_the_metrics_tell_what_stage_0_learns(straight):
     assert [row["step"] for row in rows(straight[0]) if "validation/loss" in row] == [3, 6]
 
 
+def test_it_is_evaluated_as_the_command_evaluates_it(monkeypatch, capsys, straight, data, tmp_path):
+    """The scores of the averaged weights, also over eight devices, which the pictures do not fill."""
+    workdir, _ = straight
+    (row,) = [row for row in rows(workdir) if row["step"] == 6 and "evaluate/zero-shot" in row]
+    command = ["evaluate", f"--model={workdir}", "--benchmark=zero-shot,retrieval", f"--data={data}", "--limit=30"]
+    status, out, err = fastvlm(monkeypatch, capsys, *command, f"--output={tmp_path}", "--batch_size=3")
+    assert status == 0 and "zero-shot classification" in out, err
+    found = {
+        name: json.loads((tmp_path / f"{name}-clip-benchmark.json").read_text()) for name in ("zero-shot", "retrieval")
+    }
+    assert row["evaluate/retrieval"] == pytest.approx(found["retrieval"]["score"])
+    assert row["evaluate/retrieval_stderr"] == pytest.approx(found["retrieval"]["standard_error"])
+    assert (found["retrieval"]["n"], found["zero-shot"]["n"]) == (60, 30)
+    assert (tmp_path / "predictions.html").is_file()
+    model, variables, processor = fastvlm_jax.load(workdir)
+    source = read_shards(data, "validation")
+    captions = [source[i].turns[1][1][0] for i in range(len(source))]
+    images = model.apply(variables, processor.images([source[i].images[0] for i in range(40)]), method="embed_images")
+    texts = model.apply(variables, processor.texts(sorted(captions)), method="embed_texts")
+    best = np.asarray(images @ texts.T).argmax(axis=1)
+    right = np.mean([sorted(captions)[k] == caption for k, caption in zip(best, captions, strict=True)])
+    assert row["evaluate/zero-shot"] == pytest.approx(100 * right)
+
+
+def test_a_model_that_answers_is_not_asked_for_embeddings(straight):
+    model, _, processor = fastvlm_jax.load(straight[0])
+    (zero_shot, retrieval), (qa, *_) = clip_benchmark.BENCHMARKS, known(["easy-vqa"])
+    towers.check_kind(model, processor, retrieval)
+    answering = kinds.build(**small_config(pathlib.Path()).model.to_dict())
+    towers.check_kind(answering, None, qa)
+    with pytest.raises(ValueError, match="zero-shot is for the two towers of stage 0, and this model has no text"):
+        towers.check_kind(answering, None, zero_shot)
+    with pytest.raises(ValueError, match="this model has no tokenizer, so it reads no texts"):
+        towers.check_kind(model, None, zero_shot)
+
+
 def test_a_run_is_a_model_with_the_averaged_weights(straight, data):
     workdir, state = straight
     model, variables, processor = fastvlm_jax.load(workdir)
@@ -121,7 +161,10 @@ def test_the_next_stage_begins_with_the_averaged_encoder_folded_and_without_its_
     "command, words",
     [
         (["generate", "--model=RUN", "--prompt=hi"], "no language model or no tokenizer"),
-        (["evaluate", "--model=RUN", "--benchmark=qa", "--data=DATA", "--output=OUT"], "so it answers nothing"),
+        (
+            ["evaluate", "--model=RUN", "--benchmark=qa", "--data=DATA", "--output=OUT"],
+            "qa: the two towers of stage 0 answer n",
+        ),
         (["bench", "ttft", "--model=RUN"], "this model has no language model, and a first token"),
         (["report", "RUN", "--model=RUN", "--data=DATA", "--output=OUT/r.html"], "so it answers nothing"),
         (["convert", "--source=RUN", "--target=OUT", "--layout=hf"], "the hf layout holds no CLIP: use --layout openc"),

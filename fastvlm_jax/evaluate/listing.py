@@ -28,7 +28,8 @@ def details(benchmark: Benchmark) -> str:
         lines += ["", f"protocol {protocol.name}"]
         lines += _named("rules of", [protocol.version])
         lines += _named("rule", [protocol.rule])
-        lines += _named("answer", [f"at most {protocol.max_tokens:,} tokens, greedy"])
+        if protocol.matching is None:
+            lines += _named("answer", [f"at most {protocol.max_tokens:,} tokens, greedy"])
     for name, why in benchmark.refused.items():
         lines += ["", f"no protocol {name}", *_named("because", [why])]
     if rows := [row for row in PAPER if benchmark.name in row.figures]:

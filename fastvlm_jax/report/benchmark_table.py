@@ -77,7 +77,7 @@ def _files(benchmark: Benchmark) -> str:
 
 def _rules(benchmark: Benchmark) -> list[list[str]]:
     """Returns protocol, version, tokens and rule; protocols that differ in their names alone are one."""
-    rows = [(f"`{own.name}`", own.version, str(own.max_tokens), own.rule) for own in benchmark.protocols]
+    rows = [(f"`{own.name}`", own.version, str(own.max_tokens or ""), own.rule) for own in benchmark.protocols]
     return _merged(rows)
 
 

@@ -133,7 +133,6 @@ def _benchmark(summary: dict[str, Any], results: Sequence[Result], shown: int) -
         for name, group in names.items()
     ]
     score, error = _score(summary)
-    figures = {name: value for name, value in summary["figures"].items() if isinstance(value, int | float)}
     return {
         "name": summary["benchmark"],
         "title": summary["title"],
@@ -143,13 +142,21 @@ def _benchmark(summary: dict[str, Any], results: Sequence[Result], shown: int) -
         "score": score,
         "error": error,
         "why": summary["not_scored"],
-        "figures": ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in figures.items()),
+        "figures": _figures(summary["figures"]),
         "groups": groups,
         "left_out": summary["left_out"]["questions"],
         "n": len(results),
         "shown": shown,
         "unparsed": f"{100 * share:.1f} %" if share else "",
     }
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    """Returns the numbers among the figures of a summary as text, each with its standard error "NAME_stderr"."""
+    numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
+    errors = {name: f" ± {numbers[f'{name}_stderr']:.2g}" for name in numbers if f"{name}_stderr" in numbers}
+    shown = [name for name in numbers if not name.endswith("_stderr")]
+    return ", ".join(f"{name.replace('_', ' ')} {numbers[name]:,.4g}{errors.get(name, '')}" for name in shown)
 
 
 def _score(part: dict[str, Any]) -> tuple[str, str]:

@@ -75,6 +75,7 @@ def get_config(data):
     config.stage, config.steps, config.ema, config.optimizer = "pairs", 6, 0.75, "adafactor"
     config.warmup, config.warmup_ratio, config.final_rate = "open_clip", 0.3, 0.1
     config.bad_steps.mode, config.eval_batches, config.eval_every = "on", 1, 3
+    config.evaluate = (("zero-shot", "", 0), ("retrieval", "", 30))
     config.groups = ((".*", 1e-2, 0.1),)
     return config
 

@@ -125,7 +125,7 @@ def class_figures(results: Sequence[Result]) -> dict[str, Any]:
     found["mean_per_class_recall"] = math.fsum(np.mean(scores) for scores in by_class.values()) / len(by_class)
     variances = [np.var(scores, ddof=1) / len(scores) for scores in by_class.values() if len(scores) > 1]
     if len(variances) == len(by_class):
-        found["mean_per_class_recall_standard_error"] = math.sqrt(math.fsum(variances)) / len(by_class)
+        found["mean_per_class_recall_stderr"] = math.sqrt(math.fsum(variances)) / len(by_class)
     return found
 
 
@@ -148,7 +148,7 @@ def _recall(results: Sequence[Result], k: int, name: str) -> dict[str, float | N
     """Returns the share of results whose rank is below k, in percent, and its standard error."""
     scores = [100.0 * (result.row.fields["rank"] < k) for result in results]
     error = standard_error.of_mean(scores, standard_error.clusters_of([result.images for result in results]))
-    return {name: math.fsum(scores) / len(scores), f"{name}_standard_error": error.value}
+    return {name: math.fsum(scores) / len(scores), f"{name}_stderr": error.value}
 
 
 def zero_shot(split: str | None = None, limit: int | None = None) -> Benchmark:

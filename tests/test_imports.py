@@ -42,7 +42,7 @@ data.load data.write
 data.readers.apart
 data.readers.recognise
 data.readers
-data.index data.rejected
+data.index data.rejected data.captions
 data.sources
 data.record
 data

@@ -40,7 +40,8 @@ def summary(name, score, n, **changes):
     return {
         "benchmark": name, "title": f"{name}, test", "metric": "accuracy, %", "score": score, "standard_error": 2.5,
         "protocol": {"name": "paper", "version": "lmms-eval 0.2.2", "rule": "equal"}, "n": n, "not_scored": None,
-        "unparsed": 0.25, "figures": {"perception_score": 1234.25, "parts": {}}, "left_out": {"questions": 3},
+        "unparsed": 0.25, "left_out": {"questions": 3},
+        "figures": {"perception_score": 1234.25, "perception_score_stderr": 12.5, "parts": {}},
         "groups": {"color": {"red": {"score": 50.0, "standard_error": 1.25, "n": 2}}},
     } | changes  # fmt: skip
 
@@ -165,7 +166,7 @@ def test_the_page_shows_and_filters_its_rows_in_a_browser(tmp_path):
             and "accuracy, %" in heads[0]
             and "6 questions, protocol paper (lmms-eval 0.2.2)" in heads[0]
         )
-        assert "3 could not be asked" in heads[0] and "perception score 1,234" in heads[0]
+        assert "3 could not be asked" in heads[0] and "perception score 1,234 ± 12" in heads[0]
         assert "25.0 % of the answers could not be parsed" in heads[0] and "30 on this page, 30 of them" in heads[1]
 
         press(browser, "[data-verdict=wrong]")

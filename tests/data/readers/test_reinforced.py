@@ -8,7 +8,8 @@ import pytest
 from etils import epath
 from reinforced import AUGMENTATIONS, WIDTH, members, npz, picture, pictured, pth_gz, rows, write_tar
 
-from fastvlm_jax.data.load.pair_record import augmentations_of, captions_of, features_of, synthetic_captions_of
+from fastvlm_jax.data.captions import captions_of, synthetic_captions_of
+from fastvlm_jax.data.load.pair_record import augmentations_of, features_of
 from fastvlm_jax.data.readers import Options, recognise, webdataset
 from fastvlm_jax.data.record import Record, Rejected, pack, unpack
 

@@ -125,6 +125,9 @@ def test_captions_that_several_pictures_share_are_told_and_have_ids_of_their_own
     assert [result.mark.score for result in results] == [1, 1, 1, 1, 0, 1]
     assert [result.images for result in results] == [("0",), ("1",), ("0",), ("0",), ("1",), ("1",)]
     assert recall_figures(results)["shared_captions"] == 75
+    rows = caption_rows([*pictures, Named("c", Picture("c", bytes), ("blue", "green", "green", "grey"))], None)
+    results = caption_results(rows, np.eye(3, dtype=np.float32), np.ones((8, 3), np.float32), ["0", "1", "2"])
+    assert recall_figures(results)["shared_captions"] == 100 * 5 / 8  # green stands with one picture, though twice
 
 
 def test_an_ensemble_is_the_mean_direction():

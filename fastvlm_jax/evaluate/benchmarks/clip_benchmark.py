@@ -134,9 +134,10 @@ def recall_figures(results: Sequence[Result]) -> dict[str, Any]:
 
     "shared_captions" is the percentage of captions that stand with several pictures, of which each finds one at most.
     """
-    texts = collections.Counter(r.row.question for r in results if r.row.groups["query"] == "caption")
-    shared = sum(count for count in texts.values() if count > 1)
-    found: dict[str, Any] = {"shared_captions": 100 * shared / max(texts.total(), 1)}
+    pairs = [(r.row.question, r.row.references[0]) for r in results if r.row.groups["query"] == "caption"]
+    pictures = collections.Counter(caption for caption, _ in set(pairs))
+    shared = sum(pictures[caption] > 1 for caption, _ in pairs)
+    found: dict[str, Any] = {"shared_captions": 100 * shared / max(len(pairs), 1)}
     for kind, name in (("caption", "image_retrieval"), ("picture", "text_retrieval")):
         queries = [result for result in results if result.row.groups["query"] == kind]
         for k in RECALLS:

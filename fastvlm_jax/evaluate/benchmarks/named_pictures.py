@@ -229,8 +229,7 @@ def _in_tables(paths: Sequence[epath.Path], names: Sequence[str], read: Callable
     """Returns the pictures of tables, with what `read` makes of the first of the columns `names`."""
     with paths[0].open("rb") as file, pq.ParquetFile(file) as table:
         columns = table.schema_arrow.names
-    image = next((name for name in IMAGES if name in columns), IMAGES[0])
-    column = next((name for name in names if name in columns), names[0])
+    image, column = _first(IMAGES, columns), _first(names, columns)
     found = []
     for number, row in enumerate(published.read_parquet(paths, (column,), (image,))):
         where = f"{paths[0].parent} row {number}"
@@ -238,6 +237,11 @@ def _in_tables(paths: Sequence[epath.Path], names: Sequence[str], read: Callable
             raise ValueError(f"{where}: {image} holds no picture, or several")
         found.append(Named(str(number), row[image], read(row, column, where)))
     return _some(found, str(paths[0].parent))
+
+
+def _first(names: Sequence[str], columns: Sequence[str]) -> str:
+    """Returns the first of the names that a column has; the first of all if none has one."""
+    return next((name for name in names if name in columns), names[0])
 
 
 def _text_or_texts(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
@@ -249,11 +253,10 @@ def _text_or_texts(row: dict[str, Any], column: str, where: str) -> tuple[str, .
 def _names_in(path: epath.Path) -> tuple[str, ...]:
     """Returns the names of the classes that the table of a hub holds; () if it holds none."""
     with path.open("rb") as file, pq.ParquetFile(file) as table:
-        about = (table.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+        columns, about = table.schema_arrow.names, (table.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     try:
-        features = json.loads(about)["info"]["features"]
-        names = next(features[label]["names"] for label in LABELS if "names" in features.get(label, ()))
-    except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        names = json.loads(about)["info"]["features"][_first(LABELS, columns)]["names"]
+    except (ValueError, LookupError, TypeError):
         return ()
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 

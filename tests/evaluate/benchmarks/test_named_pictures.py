@@ -65,10 +65,10 @@ def test_exported_tars_have_captions_a_line_each(tmp_path):
 
 
 def test_tables_bring_the_names_of_their_classes(tmp_path):
-    features = {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}
+    features = {"fine_label": {"names": ["tabby", "husky"]}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
     images = [{"bytes": png(i), "path": None} for i in range(3)]
     table = pa.table({"image": images, "label": [1, 0, 1]})
-    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": features})})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     (tmp_path / "data").mkdir()
     pq.write_table(table, tmp_path / "data/test-00000-of-00001.parquet")
     assert classes(tmp_path) == ([("0", png(0), 1), ("1", png(1), 0), ("2", png(2), 1)], ("cat", "dog"), ("{c}",))
@@ -80,12 +80,15 @@ def test_tables_bring_the_names_of_their_classes(tmp_path):
 
 
 def test_folders_are_classes_by_their_names(tmp_path):
-    for number, name in enumerate(("n2/b.png", "n1/deep/a.JPG", "n1/c.jpg", "n1/notes.txt")):
+    names = ("n2/b.png", "n1/deep/a.JPG", "n1/c.jpg", "n1/notes.txt", "n1/z/a.png", "n1/b/a.png", "n1/a/a.png")
+    for number, name in enumerate(names):
         (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "val" / name).write_bytes(png(number))
     (tmp_path / "classnames.txt").write_text("cat\ndog")
     pictures, names, _ = classes(tmp_path, "val")
-    assert pictures == [("n1/c.jpg", png(2), 0), ("n1/deep/a.JPG", png(1), 0), ("n2/b.png", png(0), 1)]
+    order = ("n1/c.jpg", "n1/a/a.png", "n1/b/a.png", "n1/deep/a.JPG", "n1/z/a.png", "n2/b.png")
+    assert [name for name, _, _ in pictures] == list(order)
+    assert pictures[0] == ("n1/c.jpg", png(2), 0) and pictures[-1] == ("n2/b.png", png(0), 1)
     assert names == ("cat", "dog")
 
 

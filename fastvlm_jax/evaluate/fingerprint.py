@@ -20,7 +20,9 @@ import numpy as np
 from fastvlm_jax import sharding
 from fastvlm_jax.evaluate.benchmark import Picture, Row
 from fastvlm_jax.files import json_digest, sha256
-from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.clip import CLIP
+from fastvlm_jax.models.kinds import Model
+from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.processor import Processor
 
 _LARGE = 2**18  # elements
@@ -28,7 +30,9 @@ _LARGE = 2**18  # elements
 _TRAINING_ONLY = ("remat", "drop_path", "batch_norm_images", "init_std", "layer_scale_init")
 
 
-def of_model(model: FastVLM, variables: Any, processor: Processor, mesh: jax.sharding.Mesh | None = None) -> str:
+def of_model(
+    model: Model, variables: Any, processor: Processor | PairProcessor, mesh: jax.sharding.Mesh | None = None
+) -> str:
     """Returns the fingerprint of a model: its variables, architecture, dtype and processor; hexadecimal.
 
     Args:
@@ -42,7 +46,7 @@ def of_model(model: FastVLM, variables: Any, processor: Processor, mesh: jax.sha
     }
     parts = [
         {key: value for key, value in (args or {}).items() if key not in _TRAINING_ONLY}
-        for args in (model.vision_args, model.llm_args)
+        for args in (model.vision_args, model.llm_args, *([model.text_args] if isinstance(model, CLIP) else []))
     ]
     return json_digest([leaves, parts, model.dtype, _of_processor(processor)])
 
@@ -54,9 +58,9 @@ def _sums(leaf: jax.Array) -> jax.Array | np.ndarray:
     """
     if leaf.size >= _LARGE or not leaf.is_fully_replicated:
         return _sums_on_device(leaf)
-    whole = np.asarray(leaf)
+    whole = np.asarray(leaf).reshape(-1)
     bits = whole.view(f"u{whole.dtype.itemsize}").astype(np.uint32)
-    return np.stack(_hashes(bits, np.arange(whole.size, dtype=np.uint32).reshape(whole.shape)))
+    return np.stack(_hashes(bits, np.arange(whole.size, dtype=np.uint32)))
 
 
 @jax.jit

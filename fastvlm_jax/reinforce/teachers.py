@@ -57,6 +57,8 @@ def open_teachers(sources: Sequence[str], mesh: jax.sharding.Mesh | None) -> lis
     Raises:
       FileNotFoundError, ValueError: there is no such model, it has no text tower or no tokenizer, or is named twice.
     """
+    if not all(sources):
+        raise ValueError(f"--teacher {','.join(sources)} has an empty name: write MODEL or MODEL,MODEL")
     places = [pathlib.Path(source).expanduser().resolve() for source in sources]
     if twice := [source for number, source in enumerate(sources) if places[number] in places[:number]]:
         raise ValueError(f"--teacher names {twice[0]} twice: its features would count twice")
@@ -71,7 +73,14 @@ def _open(source: str, mesh: jax.sharding.Mesh | None) -> Teacher:
     if not isinstance(loaded.processor, PairProcessor):
         raise ValueError(
             f"--teacher {source} has no tokenizer: put CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz or merges.txt, "
-            "beside its weights"
+            "into the directory of open_clip or ml-mobileclip that it was read from"
+        )
+    tower, processor = TextTower(**loaded.config["text"]), loaded.processor
+    if processor.tokenizer.vocab_size > tower.vocab_size or processor.context_length != tower.context_length:
+        raise ValueError(
+            f"--teacher {source}: its tokenizer has {processor.tokenizer.vocab_size} ids and texts of "
+            f"{processor.context_length} tokens, its text tower {tower.vocab_size} and {tower.context_length}: put the "
+            "files of its own tokenizer there"
         )
     model, variables = model_io.put(loaded, mesh=mesh)
     digest = fingerprint.of_model(model, variables, loaded.processor, mesh)

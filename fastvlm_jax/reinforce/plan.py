@@ -98,7 +98,7 @@ def begin(output: pathlib.Path, plan: dict[str, Any], overwrite: bool) -> None:
             raise ValueError(f"{strange} was not written by this command: choose another --output")
     elif read_object(output / PLAN).get("fingerprint") == plan["fingerprint"]:
         return
-    elif not overwrite:
+    elif tars and not overwrite:
         raise ValueError(
             f"{output} holds pairs of another source, by other teachers or with other settings (see {PLAN} there): "
             "choose another --output, or pass --overwrite"

@@ -1,0 +1,157 @@
+"""Tests the command `fastvlm data reinforce`: what it prints, and one clear line for what it cannot do."""
+
+import json
+import shlex
+
+import pytest
+from absl import flags
+from command import fastvlm
+from paths import ROOT
+from pictures import PHOTO, encode
+from random_model import random_variables
+from small_pairs import TEXT, VISION, write_pairs
+from small_teacher import write_teacher
+
+from fastvlm_jax import config_checks, convert
+from fastvlm_jax.cli.arguments import define_config
+from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.sources import read_shards
+from fastvlm_jax.data.write import write_shards
+from fastvlm_jax.pair_processor import PairProcessor
+from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer
+
+COUNT = 9
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Pairs, data of other kinds, teachers, and models that are none."""
+    root = tmp_path_factory.mktemp("command")
+    write_pairs(root / "pairs", train=COUNT, validation=4)
+    talk = (("user", (0, "What is it?")), ("assistant", ("A car.",)))
+    image = encode(PHOTO, format="PNG")
+    write_shards(root / "talks", "train", [Record(f"{i}", (image,), talk * 2) for i in range(4)])
+    write_shards(root / "empty", "train", [])
+    write_shards(root / "blank", "train", [Record("k", (image,), (talk[0], ("assistant", (" ",))))])
+    write_shards(root / "both", "train", [Record("k", (image,), talk, {"synthetic_captions": ["a", "b"]})])
+    write_teacher(root / "a", root / "pairs")
+    write_teacher(root / "b", root / "pairs", features=5, size=24)
+    text = {**TEXT, "vocab_size": 50}
+    llm = dict(vocab_size=320, width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=8)
+    clip = {"vision": VISION, "text": text, "sigmoid": False}
+    captions = load_caption_tokenizer(root / "pairs")
+    models = {
+        "lm": ({"llm": llm}, None),
+        "encoder": ({"vision": VISION}, None),
+        "silent": (clip, None),
+        "mixed": (clip, PairProcessor(captions, TEXT["context_length"], 16)),
+        "longer": ({**clip, "text": {**TEXT, "vocab_size": 400}}, PairProcessor(captions, 9, 16)),
+        "nan": ({**clip, "text": {**TEXT, "vocab_size": 400}}, PairProcessor(captions, TEXT["context_length"], 16)),
+    }
+    for name, (config, processor) in models.items():
+        variables = random_variables(config)[1]
+        if name == "nan":
+            variables["params"]["text"]["projection"][0, 0] = float("nan")
+        convert.write(root / name, "native", variables, config, processor, {})
+    (root / "file").write_text("x")
+    (root / "damaged").mkdir()
+    (root / "damaged" / "reinforced.json").write_text("{")
+    return root
+
+
+def reinforce(monkeypatch, capsys, root, *argv):
+    """The status and the two outputs of the command; the last of equal flags holds."""
+    given = [f"--source={root / 'pairs'}", f"--teacher={root / 'a'}", f"--output={root / 'out'}"]
+    return fastvlm(monkeypatch, capsys, "data", "reinforce", *given, "--image_size=16", "--augmentations=2", *argv)
+
+
+def config_of(argv):
+    """The config that `fastvlm train` would read from a command line."""
+    fv = flags.FlagValues()
+    define_config(fv, argv)
+    flags.DEFINE_string("workdir", None, "", flag_values=fv)
+    fv(argv)
+    return fv.config
+
+
+def test_the_printed_commands_write_shards_and_train_on_them(monkeypatch, capsys, root, tmp_path):
+    """Two teachers on eight devices; the config of the printed command is a valid one with their widths."""
+    output = tmp_path / "my pairs"
+    status, out, err = reinforce(
+        monkeypatch, capsys, root, f"--output={output}", f"--teacher={root / 'a'},{root / 'b'}", "--tar_records=4"
+    )
+    lines = out.splitlines()
+    assert (status, err) == (0, "")
+    assert lines[0].startswith(f"{output}: 9 pairs in 3 tars, 0 rejected; 9 in ") and lines[0].endswith(" views/s")
+    assert lines[1] == "next:" and len(lines) == 4
+    argv = shlex.split(lines[2].replace("DATA", str(tmp_path / "data")))
+    assert argv[:3] == ["fastvlm", "data", "write"] and argv[4] == str(output)
+    assert fastvlm(monkeypatch, capsys, *argv[1:], "--workers=1")[0] == 0
+    assert len(read_shards(tmp_path / "data", "train")) == COUNT
+    argv = shlex.split(lines[3].replace("SIZE", "s0").replace("DATA", str(tmp_path / "data")))
+    monkeypatch.chdir(ROOT)
+    config = config_of(argv[1:])
+    config_checks.validate(config)
+    factors = [round(factor, 3) for _, factor in config.loss.teachers]
+    assert [width for width, _ in config.loss.teachers] == [12, 5] and len(set(factors)) == 1
+    told = json.loads((output / "reinforced.json").read_text())
+    assert factors == [round(teacher["factor"], 3) for teacher in told["teachers"]]
+    assert (config.data.augment, config.data.texts, config.loss.soft) == ("replay", 1, 1.0)
+    assert config.data.path == str(tmp_path / "data")
+
+
+def test_pairs_that_all_have_synthetic_captions_are_trained_with_both(monkeypatch, capsys, root, tmp_path):
+    status, out, _ = reinforce(monkeypatch, capsys, root, f"--source={root / 'both'}", f"--output={tmp_path / 'out'}")
+    assert status == 0 and "--config.data.texts=2" in out
+    status, out, _ = reinforce(monkeypatch, capsys, root, f"--source={root / 'both'}", f"--output={tmp_path / 'out'}")
+    assert (status, out.splitlines()[0]) == (0, f"nothing to do: {tmp_path / 'out'} is complete")
+
+
+@pytest.mark.parametrize(
+    "argv, status, words",
+    [
+        (["--teacher="], 2, "--teacher is missing"),
+        (["--teacher={a},"], 1, "--teacher {a}, has an empty name: write MODEL or MODEL,MODEL"),
+        (["--teacher={a},{b},{root}/b/../a"], 1, "--teacher names {root}/b/../a twice"),
+        (["--teacher=nowhere"], 1, "there is no model at nowhere; give a training workdir or a model directory"),
+        (["--teacher={lm}"], 1, "--teacher {lm} holds llm alone: a teacher is a CLIP, with an image and a text tower"),
+        (["--teacher={a},{encoder}"], 1, "--teacher {encoder} holds vision alone: a teacher is a CLIP"),
+        (["--teacher={silent}"], 1, "--teacher {silent} has no tokenizer: put CLIP's vocabulary"),
+        (["--teacher={mixed}"], 1, "{mixed}: its tokenizer has 302 ids and texts of 6 tokens, its text tower 50 and 6"),
+        (["--teacher={longer}"], 1, "ids and texts of 9 tokens, its text tower 400 and 6: put the files of its own"),
+        (["--teacher={nan}"], 1, "a teacher gives embeddings that are not finite, from record 0 on"),
+        (["--source=nowhere"], 1, "there is no dataset folder nowhere: write one with `fastvlm data write"),
+        (["--source={empty}"], 1, "{empty}: its split 'train' is empty"),
+        (["--split=test"], 1, "{pairs} has no split 'test': it has train, validation"),
+        (["--source={talks}"], 1, "none of the first 4 records is a pair of a picture and its caption, as in {talks}"),
+        (["--source={talks}"], 1, "record 0: 2 questions are no caption"),
+        (["--source={blank}"], 1, "record 0: an answer is empty"),
+        (["--output={pairs}"], 1, "--output {pairs} is the source: name another folder"),
+        (["--output={file}"], 1, "{file} is a file: choose a folder"),
+        (["--output={file}/out"], 1, "{file}/out cannot be written to: Not a directory"),
+        (["--output=gs://bucket/out"], 1, "gs://bucket/out is not local: write to a local folder, then"),
+        (["--output={damaged}"], 1, "reinforced.json is not readable JSON"),
+        (["--augmentations=0"], 1, "--augmentations 0 must be 1 to 10000"),
+        (["--image_size=0"], 1, "--image_size 0 must be 1 to 32768"),
+        (["--seed=-1"], 1, "--seed -1 must be 0 to"),
+        (["--batch_size=0"], 1, "--batch_size 0 must be 1 to"),
+        (["--tar_records=0"], 1, "--tar_records 0 must be 1 to"),
+        (["--workers=-1"], 1, "--workers -1 must be 0 to"),
+        (["--dtype=float16"], 1, "--dtype 'float16' must be one of float32, bfloat16"),
+        (["--teachers={a}"], 2, "unknown flag --teachers (did you mean --teacher?)"),
+        (["out"], 2, "unexpected argument 'out'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_told_in_one_line(monkeypatch, capsys, root, argv, status, words):
+    places = {path.name: path for path in root.iterdir()} | {"root": root}
+    found, out, err = reinforce(monkeypatch, capsys, root, *(word.format(**places) for word in argv))
+    assert (found, out) == (status, "") and words.format(**places) in err and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert not list(root.glob("out/*.tar*")) and not list(root.glob("out/index/*"))
+
+
+def test_one_process_of_several_is_refused(monkeypatch, capsys, root):
+    for name, value in (("COORDINATOR_ADDRESS", "10.0.0.1:8476"), ("NUM_PROCESSES", "4"), ("PROCESS_ID", "1")):
+        monkeypatch.setenv(f"FASTVLM_{name}", value)
+    status, _, err = reinforce(monkeypatch, capsys, root)
+    assert status == 1 and "this is process 1 of 4, and data reinforce runs as one: give each host a --source" in err

@@ -256,7 +256,7 @@ def reinforce_data(argv: list[str]) -> None:
     flags.DEFINE_integer("augmentations", 10, "augmented views of each picture", flag_values=fv)
     flags.DEFINE_integer("image_size", 224, "side of the augmented views, pixels", flag_values=fv)
     flags.DEFINE_integer("seed", 0, "seed of the augmentations", flag_values=fv)
-    flags.DEFINE_string("dtype", "float32", "dtype of the stored embeddings, float32 or bfloat16", flag_values=fv)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the stored embeddings", flag_values=fv)
     flags.DEFINE_integer("batch_size", 64, "views, and texts, that a teacher sees at once", flag_values=fv)
     flags.DEFINE_integer("tar_records", 1024, "records of the source in a tar", flag_values=fv)
     flags.DEFINE_integer("workers", 0, "threads that decode and augment; 0 = one a core", flag_values=fv)

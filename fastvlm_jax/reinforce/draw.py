@@ -12,7 +12,7 @@ import numpy as np
 
 from fastvlm_jax.data.load.pair_record import captions_of, synthetic_captions_of
 from fastvlm_jax.data.readers import pictures
-from fastvlm_jax.data.readers.conversations import about_image, shown, text_of
+from fastvlm_jax.data.readers.conversations import MAX_NAME, about_image, shown, text_of
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write.reinforced import Sample
 from fastvlm_jax.images import augment
@@ -90,6 +90,8 @@ def _synthetic_lists(record: Record) -> dict[str, list[str]]:
         raise ValueError(f"synthetic_keys {shown(str(counts))} do not count its {len(texts)} synthetic captions")
     if len(lists) > MAX_LISTS or (len(lists) > 1 and lists.keys() & {"image", "text"}):
         raise ValueError(f"{len(lists)} lists of synthetic captions: up to {MAX_LISTS}, none called image or text")
+    if wrong := [key for key in lists if not key.isprintable() or len(key) > MAX_NAME]:
+        raise ValueError(f"a list of synthetic captions is called {shown(wrong[0])}, which names no array")
     return lists
 
 

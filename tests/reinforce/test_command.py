@@ -1,5 +1,6 @@
 """Tests the command `fastvlm data reinforce`: what it prints, and one clear line for what it cannot do."""
 
+import io
 import json
 import shlex
 
@@ -18,6 +19,7 @@ from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.pair_processor import PairProcessor
+from fastvlm_jax.reinforce import Progress, progress_bar
 from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer
 
 COUNT = 9
@@ -100,6 +102,30 @@ def test_the_printed_commands_write_shards_and_train_on_them(monkeypatch, capsys
     assert config.data.path == str(tmp_path / "data")
 
 
+class Stream(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(monkeypatch):
+    states = [Progress(500 + i, 1000, i - 3 if i > 3 else 0, min(i, 3), 10.0 * i) for i in (1, 5, 100)]
+    shown = {}
+    monkeypatch.setattr(progress_bar, "_EVERY", 0)
+    for terminal in (False, True):
+        stream = Stream(terminal)
+        with progress_bar.shown(stream) as show:
+            for state in states:
+                show(state)
+        shown[terminal] = stream.getvalue()
+    assert shown[False].splitlines() == [
+        "reinforce: 501 of 1,000 records, 1 rejected, 1:23:10 left",
+        "reinforce: 505 of 1,000 records, 3 rejected, 1:22:30 left",
+        "reinforce: 600 of 1,000 records, 3 rejected, 1:06:40 left",
+    ]
+    assert "600/1000" in shown[True] and "3 rejected" in shown[True] and "left" not in shown[True]
+
+
 def test_pairs_that_all_have_synthetic_captions_are_trained_with_both(monkeypatch, capsys, root, tmp_path):
     status, out, _ = reinforce(monkeypatch, capsys, root, f"--source={root / 'both'}", f"--output={tmp_path / 'out'}")
     assert status == 0 and "--config.data.texts=2" in out
@@ -137,7 +163,7 @@ def test_pairs_that_all_have_synthetic_captions_are_trained_with_both(monkeypatc
         (["--batch_size=0"], 1, "--batch_size 0 must be 1 to"),
         (["--tar_records=0"], 1, "--tar_records 0 must be 1 to"),
         (["--workers=-1"], 1, "--workers -1 must be 0 to"),
-        (["--dtype=float16"], 1, "--dtype 'float16' must be one of float32, bfloat16"),
+        (["--dtype=float16"], 2, "--dtype=float16: value should be one of <float32|bfloat16>"),
         (["--teachers={a}"], 2, "unknown flag --teachers (did you mean --teacher?)"),
         (["out"], 2, "unexpected argument 'out'"),
     ],

@@ -109,6 +109,8 @@ def test_what_json_cannot_hold_or_a_reader_would_take_for_a_picture_is_left_out(
         ({"synthetic_captions": ["a"], "synthetic_keys": [[["x"], 1]]}, "do not count its 1"),
         ({"synthetic_captions": ["a", "b"], "synthetic_keys": [["k", 1], ["text", 1]]}, "none called image or text"),
         ({"synthetic_captions": ["a"] * 15, "synthetic_keys": [[f"{i}", 1] for i in range(15)]}, "15 lists of synth"),
+        ({"synthetic_captions": ["a"], "synthetic_keys": [["k\0", 1]]}, "is called 'k\\x00', which names no array"),
+        ({"synthetic_captions": ["a"], "synthetic_keys": [["k" * 81, 1]]}, "kkk..., which names no array"),
         ({"picture": PICTURE[:500]}, "the image cannot be read"),
         ({"picture": b""}, "the image is empty"),
     ],

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fastvlm_jax import sharding
 from fastvlm_jax.data.record import Rejected
@@ -87,7 +88,7 @@ def reinforce(
     if "://" not in os.fspath(source) and output.exists() and output.samefile(os.fspath(records.folder)):
         raise ValueError(f"--output {output} is the source: name another folder")
     devices = jax.local_devices() if devices is None else devices
-    mesh = sharding.make_mesh(devices=devices) if len(devices) > 1 else None
+    mesh = sharding.make_mesh(devices=devices)
     settings = dataclasses.replace(settings, batch_size=-(-settings.batch_size // len(devices)) * len(devices))
     opened = open_teachers(teachers, mesh)
     plan = plans.make_plan(records, opened, settings)
@@ -107,7 +108,7 @@ def reinforce(
 
 def _write(
     to_do: Sequence[tuple[int, pathlib.Path]], records: RecordSource, teachers: Sequence[Teacher], settings: Settings,
-    mesh: jax.sharding.Mesh | None, progress: Callable[[Progress], None],
+    mesh: Mesh, progress: Callable[[Progress], None],
 ) -> None:  # fmt: skip
     """Writes the tars with these numbers."""
     count, size = len(records), settings.tar_records
@@ -160,7 +161,7 @@ def _draw(records: RecordSource, number: int, settings: Settings, sizes: Sequenc
 
 def _write_tar(
     path: pathlib.Path, drawn: Iterator[Drawn | Rejected], teachers: Sequence[Teacher], settings: Settings,
-    mesh: jax.sharding.Mesh | None, show: Callable[[int, int], None], may_be_empty: bool,
+    mesh: Mesh, show: Callable[[int, int], None], may_be_empty: bool,
 ) -> None:  # fmt: skip
     """Writes a tar of the pairs among `drawn`, and records that it is complete.
 
@@ -192,7 +193,7 @@ def _write_tar(
 
 
 def _embedded(
-    drawn: Iterator[Drawn], teachers: Sequence[Teacher], batch_size: int, mesh: jax.sharding.Mesh | None
+    drawn: Iterator[Drawn], teachers: Sequence[Teacher], batch_size: int, mesh: Mesh
 ) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
     """Yields pairs with the embeddings of their views and of their texts, while the devices embed the next ones."""
     before: Any = None

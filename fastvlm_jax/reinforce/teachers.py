@@ -4,7 +4,6 @@ rows    0 1 2 3 4 5 6          a batch is as large for the first rows as for the
 batch   0 0 0 0 1 1 1 .        compiled; "." is a row of zeros, whose embedding is left out
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fastvlm_jax import model_io, sharding
 from fastvlm_jax.evaluate import fingerprint
@@ -51,8 +51,8 @@ class Teacher:
         return math.exp(float(clamped(self.variables["params"]["logit_scale"])))
 
 
-def open_teachers(sources: Sequence[str], mesh: jax.sharding.Mesh | None) -> list[Teacher]:
-    """Reads teachers, and lays each out on the mesh, or on the default device without one.
+def open_teachers(sources: Sequence[str], mesh: Mesh) -> list[Teacher]:
+    """Reads teachers, and lays each out on the mesh.
 
     Raises:
       FileNotFoundError, ValueError: there is no such model, it has no text tower or no tokenizer, or is named twice.
@@ -65,7 +65,7 @@ def open_teachers(sources: Sequence[str], mesh: jax.sharding.Mesh | None) -> lis
     return [_open(source, mesh) for source in sources]
 
 
-def _open(source: str, mesh: jax.sharding.Mesh | None) -> Teacher:
+def _open(source: str, mesh: Mesh) -> Teacher:
     loaded = model_io.read(source)
     if not loaded.config.get("text"):
         held = " and ".join(part for part in model_io.PARTS if loaded.config.get(part))
@@ -87,19 +87,19 @@ def _open(source: str, mesh: jax.sharding.Mesh | None) -> Teacher:
     return Teacher(source, model, variables, loaded.processor, digest)
 
 
-def embed_views(teachers: Sequence[Teacher], views: dict[int, np.ndarray], batch_size: int, mesh) -> Coming:
+def embed_views(teachers: Sequence[Teacher], views: dict[int, np.ndarray], batch_size: int, mesh: Mesh) -> Coming:
     """Starts to embed views.
 
     Args:
       views: views at the size of each teacher, uint8 [N, size, size, 3].
       batch_size: views that a teacher sees at once.
-      mesh: mesh of the teachers, whose data shards divide `batch_size`; None for a single device.
+      mesh: mesh of the teachers, whose data shards divide `batch_size`.
     """
     inputs = [views[teacher.processor.image_size][:, None] for teacher in teachers]
     return _embed(teachers, inputs, batch_size, mesh, "embed_images")
 
 
-def embed_texts(teachers: Sequence[Teacher], texts: Sequence[str], batch_size: int, mesh) -> Coming:
+def embed_texts(teachers: Sequence[Teacher], texts: Sequence[str], batch_size: int, mesh: Mesh) -> Coming:
     """Starts to embed texts; as `embed_views` does."""
     inputs = [teacher.processor.texts(texts) for teacher in teachers]
     return _embed(teachers, inputs, batch_size, mesh, "embed_texts")
@@ -110,13 +110,15 @@ def wait_for(coming: Coming, count: int) -> np.ndarray:
     return np.concatenate([np.concatenate([np.asarray(x) for x in own])[:count] for own in coming], axis=1)
 
 
-def _embed(teachers: Sequence[Teacher], inputs: Sequence[np.ndarray], batch_size: int, mesh, method: str) -> Coming:
-    layout = None if mesh is None else sharding.batch_sharding(mesh)
+def _embed(
+    teachers: Sequence[Teacher], inputs: Sequence[np.ndarray], batch_size: int, mesh: Mesh, method: str
+) -> Coming:
+    layout = sharding.batch_sharding(mesh)
 
     def embed(teacher: Teacher, rows: np.ndarray) -> jax.Array:
         return _apply(teacher.model, teacher.variables, jax.device_put(_padded(rows, batch_size), layout), method)
 
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):
         return [
             [embed(teacher, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
             for teacher, rows in zip(teachers, inputs, strict=True)

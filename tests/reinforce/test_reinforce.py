@@ -231,50 +231,53 @@ def chain(straight, tmp_path_factory):
     return folder
 
 
-def test_a_batch_of_stage_0_has_the_views_that_the_teachers_saw_and_their_features(
-    straight, chain, teachers, sentencepiece_file
-):
-    """All 13 pairs, several times: pixels by torchvision, rows of features by the tar."""
-    tokenizer = load_caption_tokenizer(sentencepiece_file)
+def batches(data, tokenizer, count, texts=1):
+    """Pairs of the batches of stage 0: (tokens of the texts, pixels, features of the view, features of the texts)."""
+    settings = {"texts": texts, "augment": "replay", "crop_area": (0.08, 1.0), "operations": (2, 9), "decode": "exact"}
     processor = PairProcessor(tokenizer, LENGTH, SIDE, teachers=WIDTHS)
-    settings = {"texts": 1, "augment": "replay", "crop_area": (0.08, 1.0), "operations": (2, 9), "decode": "exact"}
-    build = make_builder(config(chain, groups=1, images_per_group=13, **settings), processor, "train", 0)
-    entries, seen = members_of(straight[0]), set()
-    by_tokens = {}
-    for number, entry in entries.items():
-        for row, text in enumerate(captions_in(entry)[0]):
-            by_tokens[tokenizer([text], LENGTH).tobytes()] = number, row
+    build = make_builder(config(data, groups=1, images_per_group=13, **settings), processor, "train", 0)
+    for k in range(count):
+        batch, _ = build(k, [0])
+        names = ("texts", "images", "teacher_images", "teacher_texts")
+        yield from zip(*(batch[name][0] for name in names), strict=True)
+
+
+def test_a_batch_of_stage_0_has_the_views_that_the_teachers_saw_and_their_features(straight, chain, sentencepiece_file):
+    """All 13 pairs, several times: pixels by torchvision, rows of features by the tar."""
+    tokenizer, entries, seen = load_caption_tokenizer(sentencepiece_file), members_of(straight[0]), set()
+    by_tokens = {
+        tokenizer([text], LENGTH).tobytes(): (number, row)
+        for number, entry in entries.items()
+        for row, text in enumerate(captions_in(entry)[0])
+    }
     views = {number: views_of(entry) for number, entry in entries.items()}
     stored = {number: np.load(io.BytesIO(entry["npz"])) for number, entry in entries.items()}
-    for k in range(12):
-        batch, substituted = build(k, [0])
-        assert not substituted
-        for pair in range(13):
-            number, row = by_tokens[batch["texts"][0, pair].tobytes()]
-            np.testing.assert_array_equal(batch["teacher_texts"][0, pair, 0], stored[number]["text_emb"][row])
-            rows = np.flatnonzero((stored[number]["image_emb"] == batch["teacher_images"][0, pair]).all(1))
-            assert len(rows) >= 1
-            np.testing.assert_array_equal(batch["images"][0, pair], views[number][rows[0]])
-            seen.add((number, rows[0]))
-    assert len(seen) > 30
+    for tokens, pixels, image, texts in batches(chain, tokenizer, 12):
+        number, row = by_tokens[tokens.tobytes()]
+        np.testing.assert_array_equal(texts[0], stored[number]["text_emb"][row])
+        rows = np.flatnonzero((stored[number]["image_emb"] == image).all(1))
+        np.testing.assert_array_equal(pixels, views[number][rows[0]])
+        seen.add((number, rows[0]))
+    assert len(seen) > 30 and {number for number, _ in seen} == entries.keys()
 
 
-def test_synthetic_captions_reach_the_records_with_their_features(straight, chain, order):
-    entries = {order[number]: (f"{number:09d}", entry) for number, entry in members_of(straight[0]).items()}
-    shards = read_shards(chain, "train")
-    found = {record.key.rpartition("/")[2]: record for record in (shards[i] for i in range(len(shards)))}
-    for name, lists in (("webp", [["syn_text", 2]]), ("gif", [["syn_text_b", 1], ["syn_text_a", 2]])):
-        key, entry = entries[name]
-        record, stored = found[key], np.load(io.BytesIO(entry["npz"]))
-        assert record.extra["synthetic_captions"] == EXTRA[name]["synthetic_captions"]
-        assert record.extra["synthetic_keys"] == lists
-        several = ["syn_text_b_emb", "syn_text_a_emb"] if name == "gif" else []
-        rows = np.concatenate([stored[array] for array in ("text_emb", *several)])
-        assert record.extra["teacher"]["text"]["data"] == rows.tobytes()
-        assert record.extra["teacher"]["image"]["data"] == stored["image_emb"].tobytes()
+def test_synthetic_captions_reach_a_batch_with_their_features(straight, chain, order, sentencepiece_file):
+    """Of the pairs with synthetic captions; pairs without any are replaced by them."""
+    tokenizer, rows = load_caption_tokenizer(sentencepiece_file), {}
+    for number, entry in members_of(straight[0]).items():
+        stored, (_, lists) = np.load(io.BytesIO(entry["npz"])), captions_in(entry)
+        synthetic = [text for _, texts in lists for text in texts]
+        several = ["syn_text_b_emb", "syn_text_a_emb"] if order[number] == "gif" else []
+        found = np.concatenate([stored[name] for name in ("text_emb", *several)])
+        rows |= {tokenizer([text], LENGTH).tobytes(): row for text, row in zip(synthetic, found[1:], strict=False)}
+    seen = set()
+    for tokens, _, _, texts in batches(chain, tokenizer, 6, texts=2):
+        np.testing.assert_array_equal(texts[1], rows[tokens[1].tobytes()])
+        seen.add(tokens[1].tobytes())
+    assert seen == rows.keys() and len(seen) == 5
 
 
-def test_bfloat16_is_what_torch_rounds_to_and_torch_loads(source, teachers, straight, tmp_path):
+def test_bfloat16_is_what_torch_rounds_to_and_torch_loads(source, teachers, straight, tmp_path, sentencepiece_file):
     run(source, teachers, tmp_path / "out", Settings(**{**vars(SETTINGS), "dtype": "bfloat16"}))
     exact = members_of(straight[0])
     for number, entry in members_of(tmp_path / "out").items():
@@ -285,8 +288,16 @@ def test_bfloat16_is_what_torch_rounds_to_and_torch_loads(source, teachers, stra
         for name, tensor in found.items():
             assert torch.equal(tensor, torch.tensor(stored[name]).bfloat16())
     write(tmp_path / "out", tmp_path / "data", workers=1)
-    record = read_shards(tmp_path / "data", "train")[0]
-    assert record.extra["teacher"]["image"]["dtype"] == "bfloat16"
+    tokenizer = load_caption_tokenizer(sentencepiece_file)
+    rounded = {row.tobytes() for entry in exact.values() for row in rows_of(entry)}
+    for _, _, image, texts in batches(tmp_path / "data", tokenizer, 1):
+        assert image.tobytes() in rounded and texts[0].tobytes() in rounded
+
+
+def rows_of(entry):
+    """The embeddings of a pair, as torch rounds them to bfloat16, in float32."""
+    stored = np.load(io.BytesIO(entry["npz"]))
+    return np.concatenate([torch.tensor(array).bfloat16().float().numpy() for array in stored.values()])
 
 
 def test_devices_and_batches_change_no_more_than_rounding(source, teachers, straight, tmp_path):

@@ -3,14 +3,17 @@
 import io
 import json
 import shlex
+import shutil
 
+import numpy as np
 import pytest
 from absl import flags
 from command import fastvlm
 from paths import ROOT
 from pictures import PHOTO, encode
 from random_model import random_variables
-from small_pairs import TEXT, VISION, write_pairs
+from safetensors.numpy import load_file, save_file
+from small_pairs import VISION, write_pairs
 from small_teacher import write_teacher
 
 from fastvlm_jax import config_checks, convert
@@ -18,9 +21,8 @@ from fastvlm_jax.cli.arguments import define_config
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write_shards
-from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.reinforce import Progress, progress_bar
-from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer
+from fastvlm_jax.text.tokenizer import train_sentencepiece
 
 COUNT = 9
 
@@ -38,23 +40,24 @@ def root(tmp_path_factory):
     write_shards(root / "both", "train", [Record("k", (image,), talk, {"synthetic_captions": ["a", "b"]})])
     write_teacher(root / "a", root / "pairs")
     write_teacher(root / "b", root / "pairs", features=5, size=24)
-    text = {**TEXT, "vocab_size": 50}
-    llm = dict(vocab_size=320, width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=8)
-    clip = {"vision": VISION, "text": text, "sigmoid": False}
-    captions = load_caption_tokenizer(root / "pairs")
-    models = {
-        "lm": ({"llm": llm}, None),
-        "encoder": ({"vision": VISION}, None),
-        "silent": (clip, None),
-        "mixed": (clip, PairProcessor(captions, TEXT["context_length"], 16)),
-        "longer": ({**clip, "text": {**TEXT, "vocab_size": 400}}, PairProcessor(captions, 9, 16)),
-        "nan": ({**clip, "text": {**TEXT, "vocab_size": 400}}, PairProcessor(captions, TEXT["context_length"], 16)),
-    }
-    for name, (config, processor) in models.items():
-        variables = random_variables(config)[1]
-        if name == "nan":
-            variables["params"]["text"]["projection"][0, 0] = float("nan")
-        convert.write(root / name, "native", variables, config, processor, {})
+    convert.write(root / "encoder", "native", random_variables({"vision": VISION})[1], {"vision": VISION}, None, {})
+    llm = {"llm": dict(vocab_size=320, width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=8)}
+    convert.write(root / "lm", "native", random_variables(llm)[1], llm, None, {})
+    for name in ("silent", "mixed", "longer", "nan"):
+        shutil.copytree(root / "a", root / name)
+    (root / "silent" / "preprocessor_config.json").unlink()
+    train_sentencepiece([f"word{i} other{i}" for i in range(99)], root / "mixed" / "tokenizer.model", 350)
+    settings = json.loads((root / "longer" / "preprocessor_config.json").read_text())
+    settings["fastvlm_jax"]["context_length"] = 9
+    (root / "longer" / "preprocessor_config.json").write_text(json.dumps(settings))
+    for name, tensor, value in (
+        ("nan", "text/projection", np.nan),
+        ("a", "logit_scale", 2.0),
+        ("b", "logit_scale", 5.0),
+    ):
+        weights = load_file(root / name / "model.safetensors")
+        weights[f"params/{tensor}"].flat[0] = value
+        save_file(weights, root / name / "model.safetensors")
     (root / "file").write_text("x")
     (root / "damaged").mkdir()
     (root / "damaged" / "reinforced.json").write_text("{")
@@ -77,7 +80,7 @@ def config_of(argv):
 
 
 def test_the_printed_commands_write_shards_and_train_on_them(monkeypatch, capsys, root, tmp_path):
-    """Two teachers on eight devices; the config of the printed command is a valid one with their widths."""
+    """Two teachers on eight devices; their widths and factors, e^2 and at most 100, are in a valid config."""
     output = tmp_path / "my pairs"
     status, out, err = reinforce(
         monkeypatch, capsys, root, f"--output={output}", f"--teacher={root / 'a'},{root / 'b'}", "--tar_records=4"
@@ -94,10 +97,7 @@ def test_the_printed_commands_write_shards_and_train_on_them(monkeypatch, capsys
     monkeypatch.chdir(ROOT)
     config = config_of(argv[1:])
     config_checks.validate(config)
-    factors = [round(factor, 3) for _, factor in config.loss.teachers]
-    assert [width for width, _ in config.loss.teachers] == [12, 5] and len(set(factors)) == 1
-    told = json.loads((output / "reinforced.json").read_text())
-    assert factors == [round(teacher["factor"], 3) for teacher in told["teachers"]]
+    assert config.loss.teachers == ((12, 7.389), (5, 100))
     assert (config.data.augment, config.data.texts, config.loss.soft) == ("replay", 1, 1.0)
     assert config.data.path == str(tmp_path / "data")
 
@@ -143,8 +143,8 @@ def test_pairs_that_all_have_synthetic_captions_are_trained_with_both(monkeypatc
         (["--teacher={lm}"], 1, "--teacher {lm} holds llm alone: a teacher is a CLIP, with an image and a text tower"),
         (["--teacher={a},{encoder}"], 1, "--teacher {encoder} holds vision alone: a teacher is a CLIP"),
         (["--teacher={silent}"], 1, "--teacher {silent} has no tokenizer: put CLIP's vocabulary"),
-        (["--teacher={mixed}"], 1, "{mixed}: its tokenizer has 302 ids and texts of 6 tokens, its text tower 50 and 6"),
-        (["--teacher={longer}"], 1, "ids and texts of 9 tokens, its text tower 400 and 6: put the files of its own"),
+        (["--teacher={mixed}"], 1, "{mixed}: its tokenizer has 352 ids and texts of 6 tokens, its text tower "),
+        (["--teacher={longer}"], 1, "302 ids and texts of 9 tokens, its text tower 302 and 6: put the files of its"),
         (["--teacher={nan}"], 1, "a teacher gives embeddings that are not finite, from record 0 on"),
         (["--source=nowhere"], 1, "there is no dataset folder nowhere: write one with `fastvlm data write"),
         (["--source={empty}"], 1, "{empty}: its split 'train' is empty"),

@@ -17,7 +17,7 @@ _EVERY = 30  # seconds between lines
 def shown(stream: TextIO | None = None) -> Iterator[Callable[[Progress], None]]:
     """Yields a function that shows the progress on `stream`, by default on stderr."""
     stream = stream or sys.stderr
-    last = time.monotonic()
+    last = 0.0
     with tqdm.tqdm(desc="reinforce", unit="record", file=stream, disable=not stream.isatty()) as bar:
 
         def show(state: Progress) -> None:
@@ -26,7 +26,8 @@ def shown(stream: TextIO | None = None) -> Iterator[Callable[[Progress], None]]:
             bar.total, bar.initial = state.records, state.done - now
             bar.set_postfix_str(f"{state.rejected:,} rejected", refresh=False)
             bar.update(state.done - bar.n)
-            if bar.disable and time.monotonic() - last > _EVERY:
+            last = last or time.monotonic()  # behind the first pair, and so behind all compiling
+            if bar.disable and time.monotonic() - last >= _EVERY:
                 left = tqdm.tqdm.format_interval((state.records - state.done) * state.seconds / now)
                 line = f"{state.done:,} of {state.records:,} records, {state.rejected:,} rejected, {left} left"
                 print(f"reinforce: {line}", file=stream, flush=True)

@@ -86,7 +86,7 @@ def test_the_printed_commands_write_shards_and_train_on_them(monkeypatch, capsys
         monkeypatch, capsys, root, f"--output={output}", f"--teacher={root / 'a'},{root / 'b'}", "--tar_records=4"
     )
     lines = out.splitlines()
-    assert (status, err) == (0, "")
+    assert status == 0 and all(line.startswith("reinforce: ") for line in err.splitlines())
     assert lines[0].startswith(f"{output}: 9 pairs in 3 tars, 0 rejected; 9 in ") and lines[0].endswith(" views/s")
     assert lines[1] == "next:" and len(lines) == 4
     argv = shlex.split(lines[2].replace("DATA", str(tmp_path / "data")))
@@ -118,6 +118,10 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(monke
             for state in states:
                 show(state)
         shown[terminal] = stream.getvalue()
+    with progress_bar.shown(stream := Stream(False)) as show:
+        monkeypatch.setattr(progress_bar, "_EVERY", 30)
+        show(states[0])
+    assert stream.getvalue() == ""  # 30 s after the first pair
     assert shown[False].splitlines() == [
         "reinforce: 501 of 1,000 records, 1 rejected, 1:23:10 left",
         "reinforce: 505 of 1,000 records, 3 rejected, 1:22:30 left",

@@ -13,7 +13,7 @@ import numpy as np
 from fastvlm_jax import checkpoint, convert, sharding
 from fastvlm_jax.convert.heads import require_projection
 from fastvlm_jax.convert.layer import layer_of
-from fastvlm_jax.convert.layouts import llava
+from fastvlm_jax.convert.layouts import llava, mobileclip, openclip
 from fastvlm_jax.convert.layouts.native import without_remat
 from fastvlm_jax.convert.mapping import COUNTERS, described, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
@@ -22,8 +22,11 @@ from fastvlm_jax.metrics import best
 from fastvlm_jax.models import clip, fastvlm, kinds
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.kinds import Model
+from fastvlm_jax.models.text_tower import TextTower
 from fastvlm_jax.pair_processor import PairProcessor, holds_pair_processor, load_pair_processor
 from fastvlm_jax.processor import Processor, load_processor
+from fastvlm_jax.text.caption_tokenizer import clip_file
+from fastvlm_jax.text.clip_tokenizer import load_clip_tokenizer
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.workdir import lineage_at, read_run
@@ -145,8 +148,8 @@ def _read_one(source: str | os.PathLike) -> Loaded:
 
 def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Processor | PairProcessor | None:
     """Reads the processor of a model directory; FastVLM's settings fill what its files omit. None if no tokenizer."""
-    if config.get("text") and holds_pair_processor(path):
-        return load_pair_processor(path)
+    if config.get("text"):
+        return load_pair_processor(path) if holds_pair_processor(path) else _clip_processor(path, layout, config)
     if not config.get("llm"):
         return None
     folder = gguf_file(path).parent if layout == "gguf" else path
@@ -171,6 +174,22 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
             "put the files of this model's own tokenizer there"
         )
     return processor
+
+
+def _clip_processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> PairProcessor | None:
+    """Returns the processor of a CLIP of open_clip or ml-mobileclip; None without CLIP's vocabulary in its folder."""
+    vocabulary, layouts = clip_file(path), {"openclip": openclip, "mobileclip": mobileclip}
+    if vocabulary is None or layout not in layouts:
+        return None
+    tokenizer, text = load_clip_tokenizer(vocabulary), TextTower(**config["text"])
+    if tokenizer.vocab_size != text.vocab_size:
+        raise ValueError(
+            f"{vocabulary} has {tokenizer.vocab_size:,} ids and the model {text.vocab_size:,}: its text tower was "
+            "trained with another vocabulary; remove the file to read it without one"
+        )
+    side, fit = layouts[layout].image_settings(path)
+    mean, std = (tuple(config["vision"][name]) for name in ("image_mean", "image_std"))
+    return PairProcessor(tokenizer, text.context_length, side, mean, std, fit)
 
 
 def load(

@@ -21,6 +21,7 @@ preflight.topology
 report lmms_eval
 train
 bench
+reinforce
 stage
 faults
 parent

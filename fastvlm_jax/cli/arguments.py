@@ -35,6 +35,7 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
             easy-vqa --output DIR
             documents --output DIR [--pages N] [--parts PART,...] [--seed S] [--workers N]
             tokenizer --data DIR [--vocab_size N]
+            reinforce --source DIR --teacher MODEL[,MODEL] --output DIR [--augmentations N] [--dtype bfloat16]
   preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]
             --config FILE.py[:ARG] --topology gpu:80GB|gpu:8x80GB [--output FILE.json]
   bench     input --config FILE.py[:ARG] --config.data.path=DIR [--seconds N] [--output FILE.json]

@@ -6,6 +6,7 @@ import sys
 
 from absl import flags
 
+from fastvlm_jax import xla_flags
 from fastvlm_jax.cli import help
 from fastvlm_jax.cli.arguments import define_config, parse, to_json
 
@@ -14,7 +15,7 @@ def data(argv: list[str]) -> None:
     """Runs the command behind `fastvlm data`."""
     commands = {
         "write": write_data, "inspect": inspect_data, "easy-vqa": easy_vqa_data, "documents": documents_data,
-        "tokenizer": train_tokenizer,
+        "tokenizer": train_tokenizer, "reinforce": reinforce_data,
     }  # fmt: skip
     name = help.choose("fastvlm data", argv[1:], commands, help.group("data"))
     commands[name]([f"data {name}", *argv[2:]])
@@ -239,6 +240,41 @@ def train_tokenizer(argv: list[str]) -> None:
     from fastvlm_jax.data.write.tokenizer import write_tokenizer
 
     print(f"wrote {write_tokenizer(fv.data, fv.vocab_size, fv.split)}")
+
+
+def reinforce_data(argv: list[str]) -> None:
+    """Writes pairs with augmentations and the embeddings of teachers, and prints the commands that come next."""
+    xla_flags.apply()
+    fv = flags.FlagValues()
+    flags.DEFINE_string("source", None, "folder of shards with pairs of a picture and its caption", flag_values=fv)
+    flags.DEFINE_list(
+        "teacher", None, "models with an image and a text tower, separated by commas: directories of open_clip or "
+        "ml-mobileclip with CLIP's vocabulary in them, or workdirs of stage 0", flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_string("output", None, "folder for the tars", flag_values=fv)
+    flags.DEFINE_string("split", "train", "split of the source", flag_values=fv)
+    flags.DEFINE_integer("augmentations", 10, "augmented views of each picture", flag_values=fv)
+    flags.DEFINE_integer("image_size", 224, "side of the augmented views, pixels", flag_values=fv)
+    flags.DEFINE_integer("seed", 0, "seed of the augmentations", flag_values=fv)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the stored embeddings", flag_values=fv)
+    flags.DEFINE_integer("batch_size", 64, "views, and texts, that a teacher sees at once", flag_values=fv)
+    flags.DEFINE_integer("tar_records", 1024, "records of the source in a tar", flag_values=fv)
+    flags.DEFINE_integer("workers", 0, "threads that decode and augment; 0 = one a core", flag_values=fv)
+    flags.DEFINE_bool("overwrite", False, "replace pairs of another source, teachers or settings", flag_values=fv)
+    parse(fv, argv, required=("source", "teacher", "output"))
+    from fastvlm_jax import distributed
+    from fastvlm_jax.reinforce import Settings, progress_bar, reinforce
+
+    if job := distributed.find_settings():
+        raise ValueError(
+            f"this is process {job.process_id} of {job.num_processes}, and data reinforce runs as one: give each host "
+            "a --source and an --output of its own, and set FASTVLM_NUM_PROCESSES=1"
+        )
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: fv[name].value for name in names})
+    with progress_bar.shown() as show:
+        summary = reinforce(fv.source, fv.teacher, fv.output, settings, overwrite=fv.overwrite, progress=show)
+    print(summary.describe())
 
 
 def define_tokenizer(fv: flags.FlagValues) -> None:

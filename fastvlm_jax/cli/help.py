@@ -43,6 +43,11 @@ ABOUT = {
         "Draws pages of real numbers and texts with transcriptions and questions, and writes them as shards.",
         "fastvlm data documents --output data/documents",
     ),
+    "data reinforce": (
+        "Adds augmentations and the embeddings of teachers to pairs, as tars in DataCompDR's layout; the same command "
+        "goes on with what was stopped.",
+        "fastvlm data reinforce --source data/pairs --teacher MODEL --output data/reinforced",
+    ),
     "data tokenizer": (
         "Trains a tokenizer on the texts of a data set, for a small model that is trained from scratch.",
         "fastvlm data tokenizer --data data/mine",

@@ -12,7 +12,7 @@ from fastvlm_jax.images.header import MAX_SIDE, Header, chunk, open_with_pillow,
 from fastvlm_jax.images.modes import shrink_with_alpha, to_array, to_rgb
 from fastvlm_jax.images.resize import crop_scaled, fit_into, pad_scaled, resize, room_for, tiled_scaled, tiles_into
 
-__all__ = ["MAX_SIDE", "decode", "decode_with_alpha", "fit_into", "shrink", "size_of", "views_into"]
+__all__ = ["MAX_SIDE", "decode", "decode_with_alpha", "fit_into", "shrink", "size_of", "upright", "views_into"]
 
 # Decoding a scan of a progressive JPEG visits every pixel, even if the scan is an empty one of 10 bytes. Encoders write
 # about 10 scans.
@@ -133,15 +133,33 @@ def shrink(data: bytes, max_side: int, quality: int = 92) -> bytes:
     height, width = (max(1, round(side * max_side / max(size))) for side in size)
     pixels = decode_with_alpha(data, (height, width))
     if pixels.shape[2] == 4:
-        return _as_png(shrink_with_alpha(pixels, height, width))
+        return _encoded(shrink_with_alpha(pixels, height, width), data, header, quality)
     small = np.empty((height, width, 3), np.uint8)
     resize(pixels, small)
-    if header.kind in ("JPEG", "AVIF") or (header.kind == "WEBP" and not chunk(data, 12, "<4sI", b"VP8L")):
-        if header.color == "Gray":
-            grey = np.ascontiguousarray(small[..., :1])
-            return simplejpeg.encode_jpeg(grey, quality, "GRAY", "Gray", fastdct=False)
-        return simplejpeg.encode_jpeg(small, quality, "RGB", "444", fastdct=False)
-    return _as_png(small)
+    return _encoded(small, data, header, quality)
+
+
+def upright(data: bytes, quality: int = 95) -> bytes:
+    """Returns an image as an upright JPEG, PNG or WebP: `data` itself if it is one, else encoded anew as by `shrink`.
+
+    Raises:
+      ValueError: as for `decode`.
+    """
+    header = read_header(data)
+    if header.kind in ("JPEG", "PNG", "WEBP") and header.orientation == 1:
+        return data
+    return _encoded(decode_with_alpha(data), data, header, quality)
+
+
+def _encoded(pixels: np.ndarray, data: bytes, header: Header, quality: int) -> bytes:
+    """Returns pixels that were decoded from `data` as JPEG if that was lossy, as PNG if not or if they show through."""
+    lossy = header.kind in ("JPEG", "AVIF") or (header.kind == "WEBP" and not chunk(data, 12, "<4sI", b"VP8L"))
+    if pixels.shape[2] == 4 or not lossy:
+        return _as_png(pixels)
+    if header.color == "Gray":
+        grey = np.ascontiguousarray(pixels[..., :1])
+        return simplejpeg.encode_jpeg(grey, quality, "GRAY", "Gray", fastdct=False)
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444", fastdct=False)
 
 
 def _as_png(pixels: np.ndarray) -> bytes:

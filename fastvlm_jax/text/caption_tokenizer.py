@@ -72,7 +72,7 @@ def load_caption_tokenizer(path: str | os.PathLike) -> CaptionTokenizer:
     if path.is_file() and path.suffix in (".gz", ".txt"):
         return load_clip_tokenizer(path)
     for folder in (path, path / "processor"):  # the second in a training workdir
-        if file := _clip_file(folder):
+        if file := clip_file(folder):
             return load_clip_tokenizer(file)
     try:
         return OwnCaptionTokenizer(load_tokenizer(path))
@@ -80,7 +80,7 @@ def load_caption_tokenizer(path: str | os.PathLike) -> CaptionTokenizer:
         raise FileNotFoundError(f"{error}; or {VOCABULARY} or a merges.txt, for CLIP's vocabulary") from error
 
 
-def _clip_file(folder: pathlib.Path) -> pathlib.Path | None:
+def clip_file(folder: pathlib.Path) -> pathlib.Path | None:
     """Returns the file of a folder with CLIP's vocabulary; None if there is none. Qwen2 has a merges.txt too."""
     if (folder / VOCABULARY).is_file():
         return folder / VOCABULARY

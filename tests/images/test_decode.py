@@ -15,7 +15,7 @@ import simplejpeg
 from paths import HELPERS, ROOT
 from pictures import FORMATS, PHOTO, chunk, encode, exif, photo, png
 
-from fastvlm_jax.images.decode import MAX_SCANS, decode, enough, fit_into, shrink, size_of, views_into
+from fastvlm_jax.images.decode import MAX_SCANS, decode, enough, fit_into, shrink, size_of, upright, views_into
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
@@ -53,9 +53,9 @@ def test_exif_orientations_equal_pillow(orientation, mode):
 def test_a_rotated_image_is_turned_clockwise_by_orientation_6():
     image = np.zeros((16, 32, 3), np.uint8)
     image[:, :16] = 255  # white on the left: left becomes top
-    upright = decode(encode(PIL.Image.fromarray(image), format="JPEG", exif=exif(6)))
-    assert upright.shape == (32, 16, 3)
-    assert upright[:14].min() > 250 and upright[18:].max() < 5
+    turned = decode(encode(PIL.Image.fromarray(image), format="JPEG", exif=exif(6)))
+    assert turned.shape == (32, 16, 3)
+    assert turned[:14].min() > 250 and turned[18:].max() < 5
 
 
 def test_orientation_of_a_webp_is_found_behind_an_odd_chunk_and_a_prefix():
@@ -358,6 +358,23 @@ def test_shrink_returns_what_is_small_enough_as_it_is():
     assert size_of(shrink(encode(PIL.Image.new("RGB", (2_000, 1)), format="PNG"), 100)) == (100, 1)
     with pytest.raises(ValueError, match="known format"):
         shrink(b"text", 9)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_upright_keeps_every_picture_that_is_one_and_encodes_others_anew(name):
+    data, stored = FORMATS[name], upright(FORMATS[name])
+    before, after = PIL.Image.open(io.BytesIO(data)), PIL.Image.open(io.BytesIO(stored))
+    turned = before.getexif().get(0x0112, 1) != 1
+    assert (stored is data) == (before.format in ("JPEG", "MPO", "PNG", "WEBP") and not turned)
+    assert upright(stored) is stored and after.getexif().get(0x0112, 1) == 1
+    if stored is not data:
+        lossy = before.format in ("JPEG", "AVIF") or name == "webp"
+        assert after.format == ("JPEG" if lossy else "PNG")
+        difference = np.abs(by_pillow(data).astype(int) - by_pillow(stored))
+        assert difference.mean() < 3 if lossy else difference.max() == 0
+    if name == "jpeg":
+        assert simplejpeg.decode_jpeg_header(stored)[3] == "444"
+        assert simplejpeg.decode_jpeg(stored).shape == (60, 40, 3)
 
 
 @pytest.mark.parametrize("width, height", [(64, 48), (128, 96), (127, 95), (64, 64), (48, 64), (60, 40), (300, 200)])

@@ -3,20 +3,24 @@
 The image tower is MobileCLIP2-S0's at its size, which open_clip's names fix; the text tower is small.
 """
 
+import dataclasses
 import json
 import math
+import pathlib
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from absl import logging
+from clip_vocabulary import open_clip_tokenizer
 from round_trip import assert_same_tensors, assert_same_variables, write
 from safetensors.numpy import load_file, save_file
 from torch_reference import jit, randomise, relative, timm
 
 import fastvlm_jax
 from fastvlm_jax import model_io
+from fastvlm_jax.convert.layouts import mobileclip
 from fastvlm_jax.convert.tables import apple, text_tower
 from fastvlm_jax.convert.tables import timm as timm_table
 from fastvlm_jax.models import fastvlm, kinds
@@ -230,6 +234,77 @@ def test_what_contradicts_the_config_is_named_in_one_line(small, change, message
     assert str(tmp_path / "wrong") in str(error.value) and "\n" not in str(error.value)
 
 
+# Tokenizers and image settings beside the weights.
+
+
+@pytest.fixture(scope="module")
+def worded(small, tmp_path_factory):
+    """An open_clip directory like `small` with CLIP's vocabulary of 49,408 tokens beside the weights."""
+    config, tensors = json.loads(json.dumps(small[0])), dict(small[2])
+    config["text_cfg"]["vocab_size"] = 49_408
+    tensors["text.token_embedding.weight"] = np.random.default_rng(0).normal(size=(49_408, 32)).astype(np.float32)
+    colours = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
+    folder = folder_of(tmp_path_factory.mktemp("worded") / "openclip", config, tensors, **colours)
+    vocabulary = pathlib.Path(open_clip_tokenizer().default_bpe())
+    (folder / vocabulary.name).write_bytes(vocabulary.read_bytes())
+    return folder
+
+
+def test_an_open_clip_directory_with_clips_vocabulary_has_a_processor(worded, tmp_path):
+    """It is kept by the native layout and, but for the way to fit images, by open_clip's own again."""
+    processor = model_io.read(worded).processor
+    texts = ["a photo of a dog", "Two red boxes! on a table"]
+    np.testing.assert_array_equal(processor.texts(texts), open_clip_tokenizer().tokenize(texts))
+    assert (processor.image_size, processor.context_length, processor.fit) == (256, 77, "crop")
+    assert (processor.image_mean, processor.image_std) == ((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+    for layout in ("native", "openclip"):
+        write(worded, tmp_path / layout, layout)
+        again = model_io.read(tmp_path / layout).processor
+        assert dataclasses.replace(again, tokenizer=processor.tokenizer) == processor
+        np.testing.assert_array_equal(again.texts(texts), processor.texts(texts))
+
+
+@pytest.mark.parametrize(
+    "tower, images, expected",
+    [
+        ({"image_size": 64}, {}, (64, "crop")),
+        ({"image_size": [96, 96]}, {"resize_mode": "squash"}, (96, "stretch")),
+        ({"image_size": None}, {"resize_mode": "longest"}, (224, "pad")),
+        ({"image_size": [96, 64]}, {}, r"config.json: model_cfg.vision_cfg.image_size is \[96, 64\], it must be"),
+        ({"image_size": 0}, {}, "model_cfg.vision_cfg.image_size is 0, it must be the side of a square"),
+        ({}, {"resize_mode": "wide"}, "resize_mode is 'wide', it must be one of shortest, longest, squash"),
+    ],
+)  # fmt: skip
+def test_size_and_fit_are_open_clips(worded, tower, images, expected, tmp_path):
+    """Without a size open_clip takes 224 pixels."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for path in worded.iterdir():
+        (folder / path.name).symlink_to(path)
+    settings = described(worded)
+    settings["model_cfg"]["vision_cfg"] |= tower
+    if settings["model_cfg"]["vision_cfg"]["image_size"] is None:
+        del settings["model_cfg"]["vision_cfg"]["image_size"]
+    settings["preprocess_cfg"] |= images
+    (folder / "open_clip_config.json").unlink()
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            model_io.read(folder)
+    else:
+        processor = model_io.read(folder).processor
+        assert (processor.image_size, processor.fit) == expected
+
+
+def test_another_vocabulary_than_the_text_towers_is_refused(small, worded, tmp_path):
+    config, _, tensors, _ = small
+    folder = folder_of(tmp_path / "small", config, tensors)
+    (vocabulary,) = worded.glob("*.gz")
+    (folder / vocabulary.name).symlink_to(vocabulary)
+    with pytest.raises(ValueError, match=r"bpe_simple_vocab_16e6.txt.gz has 49,408 ids and the model 64: its text"):
+        model_io.read(folder)
+
+
 # ml-mobileclip's own files.
 
 
@@ -280,6 +355,7 @@ def test_ml_mobileclips_own_file_is_read_as_open_clip_converts_it(small, apples,
     assert ours.config["text"] == theirs.config["text"] and ours.config["sigmoid"] is False
     vision = {key: tuple(x) if isinstance(x, list) else x for key, x in ours.config["vision"].items()}
     assert vision["image_std"] == (1.0, 1.0, 1.0) and vision["head_bias"] is False
+    assert ours.processor is None and mobileclip.image_settings(tmp_path / "apple") == (256, "crop")
     assert_same_tensors(tensors_of(write(tmp_path / "apple", tmp_path / "out", "openclip")), converted)
 
 

@@ -15,6 +15,7 @@ from fastvlm_jax.convert.prefixes import with_usual_prefix
 from fastvlm_jax.convert.squeezed import squeezed
 from fastvlm_jax.convert.tables import apple, text_tower
 from fastvlm_jax.convert.weight_files import MOBILECLIP_CONFIG, open_weights, read_json
+from fastvlm_jax.images.decode import MAX_SIDE
 from fastvlm_jax.models import fastvlm
 from fastvlm_jax.models.text_tower import TextTower
 
@@ -70,6 +71,19 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
     ]
     tensors = squeezed(squeezed(tensors, 2, TEXT + apple.POSITIONS), 0, *text_tower.LOGITS)
     return model_config, to_jax(rows, tensors, shapes, source)
+
+
+def image_settings(source: pathlib.Path) -> tuple[int, str]:
+    """Returns (side of the square that the image tower sees, pixels; "crop": how images are fitted into it).
+
+    Raises:
+      ValueError: the config gives no side.
+    """
+    (file,) = source.glob(MOBILECLIP_CONFIG)
+    side = read_json(file)["image_cfg"].get("image_size")
+    if type(side) is not int or not 0 < side <= MAX_SIDE:
+        raise ValueError(f"{file}: image_cfg.image_size is {side!r}, it must be the side of a square")
+    return side, "crop"
 
 
 def _text(file: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:

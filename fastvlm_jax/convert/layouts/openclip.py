@@ -22,12 +22,14 @@ from fastvlm_jax.convert.squeezed import squeezed
 from fastvlm_jax.convert.tables import convnext, text_tower, timm
 from fastvlm_jax.convert.tables.timm import FIRST_MLP
 from fastvlm_jax.convert.weight_files import OPEN_CLIP_CONFIG, open_weights, read_json, save_weights, write_json
+from fastvlm_jax.images.decode import MAX_SIDE
 from fastvlm_jax.models import clip, fastvlm, kinds
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.convnext import ConvNeXt
 from fastvlm_jax.models.sizes import TEXT_SIZES, VISION_SIZES
 from fastvlm_jax.models.text_tower import TextTower
 from fastvlm_jax.pair_processor import PairProcessor
+from fastvlm_jax.text.clip_tokenizer import ClipTokenizer
 
 TRUNK = "visual.trunk."
 FIRST_TEXT = "token_embedding.weight"  # a tensor of every text tower of open_clip, without a prefix
@@ -35,6 +37,7 @@ FIRST_TEXT = "token_embedding.weight"  # a tensor of every text tower of open_cl
 L_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 16}
 XXL_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24}
 TEXT = text_cfg(TextTower(**TEXT_SIZES["768"]))
+FITS = {"shortest": "crop", "longest": "pad", "squash": "stretch"}  # open_clip's resize_mode -> our name
 
 
 def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
@@ -73,6 +76,24 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
         tensors = squeezed(tensors, 0, *text_tower.LOGITS)
     model, shapes = described(model_config, file)
     return model_config, to_jax(_rows(model, prefix or ""), tensors, shapes, source)
+
+
+def image_settings(source: pathlib.Path) -> tuple[int, str]:
+    """Returns (side of the square that the image tower sees, pixels; how images are fitted into it, see `fit_into`).
+
+    Raises:
+      ValueError: open_clip_config.json gives another shape or way.
+    """
+    file, config = source / OPEN_CLIP_CONFIG, read_json(source / OPEN_CLIP_CONFIG)
+    side, images = config["model_cfg"]["vision_cfg"].get("image_size", 224), config.get("preprocess_cfg")
+    if isinstance(side, list) and len(set(map(str, side))) == 1:
+        side = side[0]
+    mode = images.get("resize_mode", "shortest") if isinstance(images, dict) else "shortest"
+    if type(side) is not int or not 0 < side <= MAX_SIDE:
+        raise ValueError(f"{file}: model_cfg.vision_cfg.image_size is {side!r}, it must be the side of a square")
+    if mode not in FITS:
+        raise ValueError(f"{file}: preprocess_cfg.resize_mode is {mode!r}, it must be one of {', '.join(FITS)}")
+    return side, FITS[mode]
 
 
 def _text_prefix(tensors: Mapping[str, Tensor]) -> str | None:
@@ -114,7 +135,8 @@ def write(
       folder: an existing folder.
       model_config, variables: a CLIP whose encoder is a FastViT, or an encoder alone.
       dtype: dtype of the stored weights; None keeps each tensor's own.
-      processor: image settings of a CLIP; None for 256 px, as all published ones with a FastViT have.
+      processor: image settings of a CLIP, and its tokenizer, which is written if it is CLIP's own; None for 256 px, as
+        all published ones with a FastViT have.
 
     Raises:
       ValueError: open_clip has no name for the tower, because its sizes are not published ones.
@@ -148,3 +170,5 @@ def write(
     if isinstance(model, CLIP):  # as of every published MobileCLIP with a FastViT
         images |= {"interpolation": "bilinear", "resize_mode": "shortest"}
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": config, "preprocess_cfg": images})
+    if processor is not None and isinstance(processor.tokenizer, ClipTokenizer):
+        processor.tokenizer.save(folder)

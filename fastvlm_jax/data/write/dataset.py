@@ -11,9 +11,7 @@ earlier run was stopped. A split exists only when it has its entry in the manife
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import re
@@ -30,6 +28,7 @@ from fastvlm_jax.data.sources import MANIFEST, incomplete_shards, read_manifest
 from fastvlm_jax.data.write.duplicates import drop_duplicates
 from fastvlm_jax.data.write.excluded import read_excluded
 from fastvlm_jax.data.write.finalize import finalize, save_manifest
+from fastvlm_jax.data.write.folder import local_folder, locked
 from fastvlm_jax.data.write.held_out import RULE
 from fastvlm_jax.data.write.job import VALIDATION, Job, Settings, finished, read_result
 from fastvlm_jax.data.write.job import run as run_job
@@ -97,7 +96,7 @@ def write(
       OSError: the output cannot be written, for example because the disk is full.
     """
     options, settings = options or Options(), settings or Settings()
-    source, output = epath.Path(source).expanduser(), _local(output)
+    source, output = epath.Path(source).expanduser(), local_folder(output)
     _check(settings)
     format = recognise(source) if format == "auto" else format
     check_options(format, options)
@@ -110,7 +109,8 @@ def write(
     described["fingerprint"] = _fingerprint(source, format, parts, sizes, options, settings)
     if settings.exclude:
         described["exclude"] = {"list": settings.exclude, "records": len(read_excluded(settings.exclude))}
-    with _locked(output, settings.split) as folder:
+    with locked(output):
+        folder = output / f".{settings.split}.writing"
         for stale in output.glob(PARTIALS):  # of a run that was killed while it finished
             stale.unlink()
         splits = [settings.split, *([VALIDATION] if settings.validation_share else [])]
@@ -141,7 +141,7 @@ def write_shards(folder: str | os.PathLike, split: str, records: Iterable[Record
     Returns:
       True if the split was written, False if it was there already.
     """
-    folder = _local(folder)
+    folder = local_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(folder)
     if split in manifest["splits"] and not incomplete_shards(folder, manifest, split):
@@ -203,17 +203,6 @@ def _check(settings: Settings) -> None:
     _ = settings.counter  # an unreadable tokenizer is an error now, not later in every process
 
 
-def _local(output: str | os.PathLike) -> pathlib.Path:
-    if "://" in os.fspath(output):
-        raise ValueError(
-            f"{output} is not local: write to a local folder, then `gcloud storage cp --recursive FOLDER {output}`"
-        )
-    output = pathlib.Path(output).expanduser()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: choose a folder")
-    return output
-
-
 def _sizes(parts: Sequence[Part]) -> dict[str, int]:
     """Returns the size in bytes of each file that has parts."""
     files = list(dict.fromkeys(part.path for part in parts))
@@ -272,24 +261,6 @@ def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Opt
         there = [path for part in parts if (path := path_of(part, options))]
         told["pictures"] = list(_sizes([Part(str(path)) for path in there]).items())
     return json_digest([format, files, told, kept])
-
-
-@contextlib.contextmanager
-def _locked(output: pathlib.Path, split: str) -> Iterator[pathlib.Path]:
-    """Yields the folder that `split` is written in, while no other process writes to `output`."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output, os.O_RDONLY)
-    except OSError as error:
-        raise OSError(f"{output} cannot be written to: {error.strerror or error}") from error
-    try:
-        with contextlib.suppress(PermissionError):  # some network file systems cannot lock folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield output / f".{split}.writing"
-    except BlockingIOError as error:
-        raise ValueError(f"another process is writing to {output}: wait for it") from error
-    finally:
-        os.close(descriptor)
 
 
 def _is_there(output, manifest, splits: list[str], described: dict[str, str], overwrite: bool) -> bool:

@@ -66,7 +66,18 @@ def write_data(argv: list[str]) -> None:
     )
     flags.DEFINE_integer("quality", 92, "JPEG quality of images that are shrunk", flag_values=fv)
     flags.DEFINE_integer("shard_mb", 256, "size at which a shard ends, MB", lower_bound=1, flag_values=fv)
-    flags.DEFINE_integer("workers", 0, "worker processes; 0 = one a core", lower_bound=0, flag_values=fv)
+    flags.DEFINE_integer(
+        "workers", 0, "worker processes, or jobs at once with Ray; 0 = one a core", lower_bound=0, flag_values=fv
+    )
+    flags.DEFINE_enum(
+        "runner", "processes", ["processes", "ray"],
+        "who does the work: processes of this machine, or tasks of a Ray cluster whose nodes all see the source and "
+        "the output under the same paths", flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "address", None, "HOST:PORT of the Ray cluster; default: RAY_ADDRESS, or a cluster on this machine",
+        flag_values=fv,
+    )  # fmt: skip
     define_tokenizer(fv)
     flags.DEFINE_string(
         "exclude", "", "list of records to leave out, as `data inspect --against` writes it", flag_values=fv
@@ -90,7 +101,7 @@ def write_data(argv: list[str]) -> None:
     with progress_bar.shown() as show:
         summary = write.write(
             fv.source, fv.output, format=fv.format, options=options, settings=settings, workers=fv.workers,
-            overwrite=fv.overwrite, progress=show,
+            runner=fv.runner, address=fv.address, overwrite=fv.overwrite, progress=show,
         )  # fmt: skip
     print(summary.describe(fv.output))
 

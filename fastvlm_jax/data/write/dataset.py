@@ -11,7 +11,9 @@ earlier run was stopped. A split exists only when it has its entry in the manife
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -25,13 +27,14 @@ from fastvlm_jax.data.readers.joined import path_of
 from fastvlm_jax.data.readers.recognise import check_options, recognise
 from fastvlm_jax.data.record import Record, pack
 from fastvlm_jax.data.sources import MANIFEST, incomplete_shards, read_manifest
+from fastvlm_jax.data.write import ray_runner
 from fastvlm_jax.data.write.duplicates import drop_duplicates
 from fastvlm_jax.data.write.excluded import read_excluded
 from fastvlm_jax.data.write.finalize import finalize, save_manifest
-from fastvlm_jax.data.write.folder import local_folder, locked
+from fastvlm_jax.data.write.folder import local_folder, locked, locked_for_hosts
 from fastvlm_jax.data.write.held_out import RULE
-from fastvlm_jax.data.write.job import VALIDATION, Job, Settings, finished, read_result
-from fastvlm_jax.data.write.job import run as run_job
+from fastvlm_jax.data.write.job import VALIDATION, Job, Settings, read_result
+from fastvlm_jax.data.write.progress import Progress, run_jobs
 from fastvlm_jax.data.write.settle import settle
 from fastvlm_jax.data.write.shard import Shard
 from fastvlm_jax.data.write.summary import Summary, summarise
@@ -42,25 +45,6 @@ _MAX_QUESTIONS = 1 << 20  # bytes of the file
 _SMALL_FILES = 64 << 20  # bytes; whole files share a job until they reach this size together
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Describes how far a write is.
-
-    Attributes:
-      done: number of finished jobs, those of earlier runs included.
-      jobs: number of all jobs.
-      records: number of records that this run wrote.
-      bytes: size of these records.
-      rejected: number of entries that this run rejected.
-    """
-
-    done: int = 0
-    jobs: int = 0
-    records: int = 0
-    bytes: int = 0
-    rejected: int = 0
-
-
 def write(
     source: str | os.PathLike,
     output: str | os.PathLike,
@@ -69,6 +53,8 @@ def write(
     options: Options | None = None,
     settings: Settings | None = None,
     workers: int = 0,
+    runner: str = "processes",
+    address: str | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
@@ -78,11 +64,13 @@ def write(
 
     Args:
       source: file or folder, local or gs://.
-      output: local folder.
+      output: local folder; with Ray all nodes see it under this path.
       format: name in READERS of readers/recognise.py, or "auto" to recognise it.
       options: what the reader must know and cannot find in the source.
       settings: what is done to the records.
-      workers: number of processes; 0 for one a core.
+      workers: number of processes, or of Ray's tasks at once; 0 for one a core of the machine or the cluster.
+      runner: who runs the jobs: "processes" of this machine, or "ray", a cluster's tasks.
+      address: HOST:PORT of the Ray cluster; None for RAY_ADDRESS, or without it a cluster on this machine.
       overwrite: whether to replace a split of another source or other settings, or an unfinished write of one.
       progress: function that is called with the progress a few times a second.
 
@@ -92,12 +80,13 @@ def write(
     Raises:
       FileNotFoundError: the source does not exist.
       ValueError: the format is unknown, the output is occupied, no record can be used, `settings.exclude`
-        is no list of records, or a worker process failed.
+        is no list of records, a worker process failed, or a node of the cluster cannot do its part.
       OSError: the output cannot be written, for example because the disk is full.
     """
     options, settings = options or Options(), settings or Settings()
     source, output = epath.Path(source).expanduser(), local_folder(output)
     _check(settings)
+    _check_runner(runner, address)
     format = recognise(source) if format == "auto" else format
     check_options(format, options)
     parts = apart.parts(format, source, options)
@@ -109,7 +98,8 @@ def write(
     described["fingerprint"] = _fingerprint(source, format, parts, sizes, options, settings)
     if settings.exclude:
         described["exclude"] = {"list": settings.exclude, "records": len(read_excluded(settings.exclude))}
-    with locked(output):
+    hosts = locked_for_hosts(output) if runner == "ray" else contextlib.nullcontext(lambda: None)
+    with locked(output), hosts as check:
         folder = output / f".{settings.split}.writing"
         for stale in output.glob(PARTIALS):  # of a run that was killed while it finished
             stale.unlink()
@@ -123,7 +113,15 @@ def write(
             Job(number, format, tuple(group), options, settings, os.fspath(folder))
             for number, group in enumerate(_grouped(parts, sizes))
         ]
-        _run(jobs, workers, progress)
+        if runner == "ray":
+            share = functools.partial(
+                ray_runner.share_out, workers=workers, address=address, folder=folder,
+                sees=[os.fspath(source), *options.roots, options.pictures, settings.tokenizer, settings.exclude],
+            )  # fmt: skip
+        else:
+            share = functools.partial(share_out, workers=workers or len(os.sched_getaffinity(0)))
+        run_jobs(jobs, share, progress)
+        check()
         done = [read_result(job) for job in jobs]
         drop_duplicates(jobs, done)
         if settings.validation_share:
@@ -201,6 +199,15 @@ def _check(settings: Settings) -> None:
     if settings.exclude:
         read_excluded(settings.exclude)
     _ = settings.counter  # an unreadable tokenizer is an error now, not later in every process
+
+
+def _check_runner(runner: str, address: str | None) -> None:
+    if runner not in ("processes", "ray"):
+        raise ValueError(f"--runner {runner!r} is neither processes nor ray")
+    if address and runner != "ray":
+        raise ValueError(f"--address {address} names a Ray cluster: add --runner=ray")
+    if runner == "ray":
+        ray_runner.load()  # a missing package is an error now, not after the source is listed
 
 
 def _sizes(parts: Sequence[Part]) -> dict[str, int]:
@@ -291,28 +298,6 @@ def _start(folder: pathlib.Path, fingerprint: str, overwrite: bool, output: path
         shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
     for stale in folder.rglob("*.partial"):
-        stale.unlink()
+        stale.unlink(missing_ok=True)  # its writer may live for a moment, on another host
     if not plan.is_file():
         write_whole(plan, fingerprint.encode())
-
-
-def _run(jobs: list[Job], workers: int, progress: Callable[[Progress], None] | None) -> None:
-    to_do = [job for job in jobs if finished(job) is None]
-    state = Progress(len(jobs) - len(to_do), len(jobs))
-
-    def on_report(job: Job, *counts: int) -> None:
-        nonlocal state
-        records, size, rejected = counts or (0, 0, 0)
-        state = Progress(
-            state.done + (not counts), state.jobs, state.records + records, state.bytes + size,
-            state.rejected + rejected,
-        )  # fmt: skip
-        if progress:
-            progress(state)
-
-    if progress:
-        progress(state)
-    try:
-        share_out(run_job, to_do, workers or len(os.sched_getaffinity(0)), on_report)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; the same command goes on from here") from None

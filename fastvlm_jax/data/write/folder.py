@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from fastvlm_jax import lock
 
 
 def local_folder(output: str | os.PathLike) -> pathlib.Path:
@@ -40,3 +42,12 @@ def locked(output: pathlib.Path) -> Iterator[None]:
         raise ValueError(f"another process is writing to {output}: wait for it") from error
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked_for_hosts(output: pathlib.Path) -> Iterator[Callable[[], None]]:
+    """Keeps processes of other hosts from a folder that they share; yields a check that this process still has it."""
+    with lock.locked(output, "another process is writing") as held:
+        yield held.check
+        held.check()
+        (output / lock.LOCK).unlink()

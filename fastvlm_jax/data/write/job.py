@@ -149,6 +149,12 @@ class JobShards:
             save_pictures(shard.path, pictures)
 
 
+def complete(job: Job, report: Callable[[int, int, int], None]) -> None:
+    """Runs a job that no earlier run finished, or whose files are no longer intact; see `run`."""
+    if finished(job) is None:
+        run(job, report)
+
+
 def run(job: Job, report: Callable[[int, int, int], None]) -> None:
     """Writes the shards of a job; calls `report(records, bytes, rejected)` with what was added since the last call.
 

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import tqdm
 
-from fastvlm_jax.data.write.dataset import Progress
+from fastvlm_jax.data.write.progress import Progress
 
 _EVERY = 30  # seconds between lines
 

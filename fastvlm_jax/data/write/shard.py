@@ -8,8 +8,8 @@ index/job-00003-train-00000.array_record.*   sizes and token counts
 
 import contextlib
 import hashlib
-import os
 import pathlib
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +31,8 @@ class Shard:
 
     def __init__(self, path: pathlib.Path, counter: Counter | None = None):
         self.path, self.bytes = path, 0
-        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        # By chance: process numbers repeat, on other hosts that share the folder or in other containers.
+        self._partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         self._records = self._images = 0
         self._index = ShardIndex(counter)
         # One record a group, so that random access reads no other record.

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from fastvlm_jax import disk
 
-def share_out(work: Callable[[Any, Callable], None], jobs: Sequence[Any], workers: int, on_report: Callable) -> None:
+
+def share_out(work: Callable[[Any, Callable], None], jobs: Sequence[Any], on_report: Callable, workers: int) -> None:
     """Calls `work(job, report)` for every job, started in order; `report(*args)` calls `on_report(job, *args)` here.
 
     `on_report(job)` without more arguments means that the job is done. With one worker, or one job, everything happens
@@ -67,13 +69,18 @@ def _serve(connection: Connection, work: Callable) -> None:
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         while True:
             job = connection.recv()
-            try:
-                work(job, lambda *args: connection.send(("report", args)))
-            except ConnectionError:
-                raise
-            except (ValueError, OSError) as error:
-                connection.send(("failed", str(error)))
-            except Exception as error:
-                connection.send(("failed", f"{type(error).__name__}: {error}"))
-            else:
-                connection.send(("done", ()))
+            wrong = attempt(work, job, lambda *args: connection.send(("report", args)))
+            connection.send(("failed", wrong) if wrong else ("done", ()))
+
+
+def attempt(work: Callable[[Any, Callable], None], job: Any, report: Callable) -> str:
+    """Calls `work(job, report)`; returns what went wrong in a line, "" if nothing did."""
+    try:
+        work(job, report)
+    except OSError as error:
+        return disk.describe(error) or type(error).__name__
+    except ValueError as error:
+        return str(error) or type(error).__name__
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

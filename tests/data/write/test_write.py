@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -326,6 +327,17 @@ def test_of_two_records_with_one_key_the_second_is_rejected(shard_bytes, tmp_pat
     for shard in shards:
         with np.load(tmp_path / "out" / "index" / f"{shard.name}.sizes.npz") as index:
             assert len(index["num_images"]) == ArrayRecordReader(str(shard)).num_records() > 0
+
+
+def test_two_attempts_at_one_shard_do_not_write_to_one_file(tmp_path):
+    shards = [Shard(tmp_path / "0.array_record") for _ in range(2)]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == 2 and all(re.fullmatch(r"0\.array_record\.\w{8}\.partial", name) for name in names)
+    for shard in shards:
+        record = Record("a", (), (("user", ("?",)), ("assistant", ("!",))))
+        shard.add(record, pack(record))
+    assert shards[0].close() == shards[1].close()
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["0.array_record"]
 
 
 def test_equal_hashes_of_different_keys_are_no_duplicates(tmp_path):

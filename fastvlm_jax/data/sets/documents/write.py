@@ -181,7 +181,7 @@ def _run(jobs: Sequence[_Job], workers: int, progress: Callable[[int, int], Any]
         if progress:
             progress(len(job.numbers), count)
 
-    share_out(_draw, left, workers, on_report)
+    share_out(_draw, left, on_report, workers)
 
 
 def _draw(job: _Job, report: Callable) -> None:

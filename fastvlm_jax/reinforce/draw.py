@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_jax.data.load.pair_record import captions_of, synthetic_captions_of
+from fastvlm_jax.data.captions import captions_of, synthetic_captions_of
 from fastvlm_jax.data.readers import pictures
 from fastvlm_jax.data.readers.conversations import MAX_NAME, about_image, shown, text_of
 from fastvlm_jax.data.record import Record

@@ -43,6 +43,10 @@ ABOUT = {
         "Draws pages of real numbers and texts with transcriptions and questions, and writes them as shards.",
         "fastvlm data documents --output data/documents",
     ),
+    "data icons": (
+        "Draws icons of npm packages in several styles, and writes them with their names as pairs for stage 0.",
+        "fastvlm data icons --output data/icons",
+    ),
     "data tokenizer": (
         "Trains a tokenizer on the texts of a data set, for a small model that is trained from scratch.",
         "fastvlm data tokenizer --data data/mine",

@@ -1,4 +1,4 @@
-"""Reads and writes JSON and files, complete or not at all; appends; checksums; the user's cache folder."""
+"""Reads and writes JSON and files, complete or not at all; appends; gzip; checksums; the user's cache folder."""
 
 import contextlib
 import hashlib
@@ -7,6 +7,7 @@ import os
 import pathlib
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
@@ -54,6 +55,27 @@ def read_small(path: os.PathLike, limit: int = MAX_SMALL) -> bytes:
     if len(data) > limit:
         raise ValueError(f"{path} is over {limit >> 20} MB, far more than such a file holds: copy or export it again")
     return data
+
+
+def gunzip(data: bytes, limit: int) -> bytes:
+    """Returns what one member of gzip holds.
+
+    Args:
+      limit: most bytes that it may unpack to.
+
+    Raises:
+      ValueError: the gzip is damaged, cut, followed by more, or unpacks to more; the message does not name the file.
+    """
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        unpacked = stream.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"its gzip is damaged ({error})") from error
+    if len(unpacked) > limit:
+        raise ValueError(f"it is over {limit >> 20} MB")
+    if not stream.eof or stream.unused_data:
+        raise ValueError("the gzip is cut" if not stream.eof else "bytes follow the gzip")
+    return unpacked
 
 
 def refuse_pointer(path: os.PathLike) -> None:

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, JSON, checksums, the cache folder."""
 
 import errno
+import gzip
 import json
 import os
 import pathlib
@@ -29,6 +30,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         assert path.read_bytes() == b"old"
         raise RuntimeError("disk")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_gzip_is_unpacked_up_to_a_limit():
+    packed = gzip.compress(b"ab" * 9)
+    assert files.gunzip(packed, 18) == b"ab" * 9
+    with pytest.raises(ValueError, match="it is over 0 MB"):
+        files.gunzip(packed, 17)
+    for data, words in ((packed[:-1], "cut"), (packed + b"x", "follow"), (b"ab", "damaged"), (b"", "cut")):
+        with pytest.raises(ValueError, match=words):
+            files.gunzip(data, 18)
 
 
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):

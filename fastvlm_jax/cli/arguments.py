@@ -34,6 +34,7 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
                     --data DIR --against DIR [--benchmark NAME] [--kinds KIND,...] [--output LIST]
             easy-vqa --output DIR
             documents --output DIR [--pages N] [--parts PART,...] [--seed S] [--workers N]
+            icons --output DIR [--size N] [--packages DIR]
             tokenizer --data DIR [--vocab_size N]
             reinforce --source DIR --teacher MODEL[,MODEL] --output DIR [--augmentations N] [--dtype bfloat16]
   preflight --config FILE.py[:ARG] --topology v5e:4x4 [--mode train|encoder|generate] [--search] [--output FILE.json]

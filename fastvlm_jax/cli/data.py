@@ -15,7 +15,7 @@ def data(argv: list[str]) -> None:
     """Runs the command behind `fastvlm data`."""
     commands = {
         "write": write_data, "inspect": inspect_data, "easy-vqa": easy_vqa_data, "documents": documents_data,
-        "tokenizer": train_tokenizer, "reinforce": reinforce_data,
+        "icons": icons_data, "tokenizer": train_tokenizer, "reinforce": reinforce_data,
     }  # fmt: skip
     name = help.choose("fastvlm data", argv[1:], commands, help.group("data"))
     commands[name]([f"data {name}", *argv[2:]])
@@ -239,6 +239,30 @@ def documents_data(argv: list[str]) -> None:
         counts = write_documents(fv.output, fv.pages, fv.seed, parts=fv.parts, workers=fv.workers, progress=show)
     for name in fv.parts:
         print(f"{pathlib.Path(fv.output, PARTS[name].folder)}: {counts}")
+
+
+def icons_data(argv: list[str]) -> None:
+    """Draws icons of things in several styles, and writes them with their names as shards."""
+    fv = flags.FlagValues()
+    flags.DEFINE_string("output", None, "folder for the shards", flag_values=fv)
+    flags.DEFINE_integer("size", 128, "side of the pictures, pixels", flag_values=fv)
+    flags.DEFINE_string(
+        "packages", None, "folder that holds the packages, as `npm pack` writes them or unpacked as in node_modules; "
+        "default: npm fetches them", flag_values=fv,
+    )  # fmt: skip
+    parse(fv, argv, required=("output",))
+    from fastvlm_jax.data.sets.icons.write import write_icons
+
+    with tqdm_bar("read", None, "icon") as bar:
+
+        def show(what: str, done: int, count: int) -> None:
+            if done == 0:
+                bar.reset(count)
+            bar.set_description(what, refresh=False)
+            bar.update(done - bar.n)
+
+        counts = write_icons(fv.output, fv.size, fv.packages, progress=show)
+    print(f"{fv.output}: {counts}")
 
 
 def train_tokenizer(argv: list[str]) -> None:

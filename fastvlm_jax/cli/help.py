@@ -48,6 +48,10 @@ ABOUT = {
         "goes on with what was stopped.",
         "fastvlm data reinforce --source data/pairs --teacher MODEL --output data/reinforced",
     ),
+    "data icons": (
+        "Draws icons of npm packages in several styles, and writes them with their names as pairs for stage 0.",
+        "fastvlm data icons --output data/icons",
+    ),
     "data tokenizer": (
         "Trains a tokenizer on the texts of a data set, for a small model that is trained from scratch.",
         "fastvlm data tokenizer --data data/mine",

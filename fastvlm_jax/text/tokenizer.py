@@ -130,11 +130,17 @@ def _load_folder(folder: pathlib.Path, found: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def train_sentencepiece(lines: Iterable[str], path: str | os.PathLike, vocab_size: int) -> None:
+def train_sentencepiece(
+    lines: Iterable[str], path: str | os.PathLike, vocab_size: int, *, word_start: bool = False
+) -> None:
     """Trains a lossless byte-fallback BPE tokenizer on `lines` and writes it to `path`, the same bytes each time.
 
     `decode(encode(x)) == x` for any text: no normalisation, no added or removed space, unknown characters as bytes.
     Texts too few to fill `vocab_size` give a smaller vocabulary. Special ids: PAD 0, START 2, END 3, IMAGE 4.
+
+    Args:
+      word_start: whether a text begins with a space of its own, as Llama's do: "cat" and the end of "a cat" are then
+        the same token. For captions, which are not continued.
 
     Raises:
       ValueError: `lines` holds no text, or `vocab_size` has no room for the 256 bytes, the characters and the special
@@ -156,7 +162,7 @@ def train_sentencepiece(lines: Iterable[str], path: str | os.PathLike, vocab_siz
         character_coverage=1.0,
         byte_fallback=True,
         normalization_rule_name="identity",
-        add_dummy_prefix=False,
+        add_dummy_prefix=word_start,
         remove_extra_whitespaces=False,
         max_sentence_length=1 << 20,  # bytes; longer lines are dropped without a warning
         pad_id=0,

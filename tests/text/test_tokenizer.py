@@ -96,6 +96,15 @@ def test_training_gives_the_same_bytes_twice(tmp_path, sentencepiece_file):
     assert (tmp_path / "again.model").read_bytes() == sentencepiece_file.read_bytes()
 
 
+def test_a_word_has_the_same_tokens_at_the_start_of_a_text_and_behind_a_space_if_asked(tmp_path):
+    for word_start in (True, False):
+        train_sentencepiece(["cat", "a cat", "cat on a mat"] * 9, tmp_path / "t.model", 300, word_start=word_start)
+        tokenizer = load_tokenizer(tmp_path / "t.model")
+        alone, behind = tokenizer.encode("cat"), tokenizer.encode("a cat")
+        assert (alone == behind[1:]) == word_start
+        assert [tokenizer.decode(tokenizer.encode(text)) for text in ("cat", "a cat")] == ["cat", "a cat"]
+
+
 def test_vocabulary_that_cannot_be_filled_shrinks(tmp_path):
     train_sentencepiece(["ab ab"], tmp_path / "tokenizer.model", 5000)
     tokenizer = load_tokenizer(tmp_path)

@@ -15,13 +15,13 @@ import dataclasses
 import math
 import pickletools
 import zipfile
-import zlib
 from typing import Any
 
 import numpy as np
 
 from fastvlm_jax.data.readers.conversations import shown, text_of
 from fastvlm_jax.data.readers.datacompdr import MAX_ARRAY_BYTES, MAX_ARRAYS, array_of, base_name, opened_zip, unread
+from fastvlm_jax.files import gunzip
 
 MAX_UNPACKED = 64 << 20  # bytes behind gzip
 MAX_PICKLE = 64 << 10  # bytes
@@ -73,7 +73,7 @@ def embeddings(data: bytes) -> dict[str, dict[str, Any]]:
         or 32 bits; the message is a short line.
     """
     try:
-        with opened_zip(_unzipped(data)) as archive:
+        with opened_zip(gunzip(data, MAX_UNPACKED)) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             found = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
             if len(found) != 1:
@@ -85,20 +85,6 @@ def embeddings(data: bytes) -> dict[str, dict[str, Any]]:
             return {base_name(name): _array(archive, entries, folder, tensor) for name, tensor in tensors.items()}
     except Exception as error:  # zipfile and pickletools raise a dozen kinds of exception for bad bytes
         raise ValueError(unread(".pth.gz", error)) from error
-
-
-def _unzipped(data: bytes) -> bytes:
-    """Returns what one member of gzip holds."""
-    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    try:
-        unpacked = stream.decompress(data, MAX_UNPACKED + 1)
-    except zlib.error as error:
-        raise ValueError(f"its gzip is damaged ({error})") from error
-    if len(unpacked) > MAX_UNPACKED:
-        raise ValueError(f"it is over {MAX_UNPACKED >> 20} MB")
-    if not stream.eof or stream.unused_data:
-        raise ValueError("the gzip is cut" if not stream.eof else "bytes follow the gzip")
-    return unpacked
 
 
 def _stored(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: int) -> bytes:

@@ -372,7 +372,7 @@ def test_other_data_and_a_damaged_description_are_left_alone(easy_vqa, tmp_path)
     with pytest.raises(ValueError, match="already holds another data set: choose another folder"):
         write_documents(easy_vqa, pages=2)
     (tmp_path / "documents.json").write_text("{")
-    with pytest.raises(ValueError, match=r"documents.json is damaged: delete .* and write the pages again"):
+    with pytest.raises(ValueError, match=r"documents.json is damaged: delete .* and write the data set again"):
         write_documents(tmp_path, pages=2)
 
 

@@ -11,7 +11,6 @@ import fcntl
 import functools
 import importlib.metadata
 import itertools
-import json
 import os
 import pathlib
 import platform
@@ -22,11 +21,11 @@ from typing import Any, NamedTuple
 import msgpack
 
 from fastvlm_jax.data.record import Record, pack, unpack
+from fastvlm_jax.data.sets.described import describe, is_there
 from fastvlm_jax.data.sets.documents import numbers, pages
 from fastvlm_jax.data.sets.documents.data_sets import read_data_sets
 from fastvlm_jax.data.sets.documents.page import Page
 from fastvlm_jax.data.sets.documents.texts import read_texts
-from fastvlm_jax.data.sources import incomplete_shards, read_manifest
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.data.write.tokenizer import FILE, write_tokenizer
 from fastvlm_jax.data.write.workers import share_out
@@ -105,12 +104,13 @@ def write_documents(
     output = pathlib.Path(output).expanduser()
     counts = {split: max(1, pages // share) for split, share in SPLITS.items()}
     chosen = [PARTS[name] for name in dict.fromkeys(parts)]
-    to_do = [(part, split) for part in chosen for split in counts if not _is_there(output / part.folder, split)]
+    to_do = [(part, split) for part in chosen for split in counts if not is_there(output / part.folder, split)]
     if to_do:  # what is missing is told before anything is written
         read_data_sets("test")
         if "pages" in parts:
             read_texts("test")
-    _describe(output, {"seed": seed, "pages": pages}, finished=not to_do)
+    versions = {"versions": _versions()} if to_do else {}  # a finished set is one, whatever is installed
+    describe(output / DESCRIBED, {"seed": seed, "pages": pages, **versions})
     with _alone(output):
         jobs = {(part, split): list(_jobs(output, part, seed, split, counts[split])) for part, split in to_do}
         few = sum(counts[split] for _, split in to_do) <= _FEW
@@ -195,37 +195,6 @@ def _read(job: _Job) -> Iterator[Record]:
     yield from map(unpack, msgpack.unpackb(job.file.read_bytes()))
 
 
-def _is_there(folder: pathlib.Path, split: str) -> bool:
-    manifest = read_manifest(folder)
-    return split in manifest["splits"] and not incomplete_shards(folder, manifest, split)
-
-
 def _versions() -> dict[str, str]:
     """Returns what the pages depend on besides the seed: the packages, and Python, whose documentation they show."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
-
-
-def _describe(output: pathlib.Path, described: dict[str, Any], finished: bool) -> None:
-    """Writes what a set is drawn from, or compares it with what the folder says.
-
-    Raises:
-      ValueError: the folder holds another set, or the beginning of one by other versions.
-    """
-    described |= {} if finished else {"versions": _versions()}
-    path = output / DESCRIBED
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: choose a folder")
-    if not path.is_file():
-        if read_manifest(output)["splits"]:
-            raise ValueError(f"{output} already holds another data set: choose another folder")
-        write_whole(path, json.dumps(described, indent=1).encode())
-        return
-    try:
-        known = json.loads(path.read_bytes())
-        before = {key: known[key] for key in described}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: delete {output} and write the pages again") from error
-    for key in described:
-        if before[key] != described[key]:
-            changed = f"{key}={before[key]}, not {described[key]}"
-            raise ValueError(f"{output} already holds a set with {changed}: choose another folder")

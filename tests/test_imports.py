@@ -44,6 +44,7 @@ data.readers.recognise
 data.readers
 data.index data.rejected
 data.sources
+data.features
 data.record
 data
 train_step

@@ -100,7 +100,9 @@ def inspect_data(argv: list[str]) -> None:
     flags.DEFINE_string("data", None, "folder of shards; with --config it replaces the config's data", flag_values=fv)
     define_config(fv, argv, "config of a run, FILE.py or FILE.py:ARG: its batches are measured too")
     flags.DEFINE_string("split", "train", "split to look at", flag_values=fv)
-    flags.DEFINE_bool("verify", False, "compare the checksums of all shards", flag_values=fv)
+    flags.DEFINE_bool(
+        "verify", False, "compare the checksums of all shards, and of what lies beside them", flag_values=fv
+    )
     flags.DEFINE_string(
         "output", "", "HTML file with samples as the model sees them; with --against the list of matches, JSON lines",
         flag_values=fv,

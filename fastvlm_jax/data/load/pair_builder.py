@@ -145,8 +145,10 @@ class PairBuilder:
         entry = _choice(numbers[2], entries)
         teacher_image = teacher_texts = None
         if self.teachers:
-            (teacher_image,) = features_of(record, "image", [entry], len(entries), self.teachers)
-            teacher_texts = features_of(record, "text", rows, len(captions) + len(synthetic), self.teachers)
+            counts = {"image": len(entries), "text": len(captions) + len(synthetic)}
+            path = self.sources[place.source].features_file(place.record)
+            found = features_of(record, {"image": [entry], "text": rows}, counts, self.teachers, path)
+            (teacher_image,), teacher_texts = found["image"], found["text"]
         if self.augment == "none":
             self._show_whole(record.images[0], place, view)
         else:

@@ -3,19 +3,21 @@
 import io
 import json
 import re
+import shutil
 
 import jax
 import ml_dtypes
 import numpy as np
 import PIL.Image
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from loading import config, sharding, take
 from small_pairs import draws_of
 
 from fastvlm_jax.batch import PairBatch
 from fastvlm_jax.data.load.from_config import eval_batches, make_builder, make_loader
 from fastvlm_jax.data.readers import datacompdr
-from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.record import Record, pack
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.faults import records_of
 from fastvlm_jax.images.augment import Crop, at_side, augment_into, sample_crop, sample_ops, uniform
@@ -360,6 +362,36 @@ def test_training_stops_with_the_reason_if_the_teachers_are_others(folder, token
     ) as caught:
         take(loader_of(folder, processor), 1)
     assert "\n" not in str(caught.value)
+
+
+def test_the_features_of_a_visit_alone_are_read(tmp_path, folder, processor, straight):
+    """Of the file beside the shard, rows that batch 3 does not show are overwritten."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    build = make_builder(settings(tmp_path), processor, "train", 3)
+    (shard,) = tmp_path.glob("train-*.features")
+    held = np.fromfile(shard, np.float32).reshape(-1, 5)
+    assert len(held) == COUNT * (len(PARAMETERS) + CAPTIONS + SYNTHETIC)
+    batch = straight[3]
+    shown = {tuple(row) for array in (batch.teacher_images, batch.teacher_texts) for row in array.reshape(-1, 5)}
+    held[[tuple(row) not in shown for row in held]] = np.nan
+    assert 60 <= np.isfinite(held[:, 0]).sum() <= 73
+    held.tofile(shard)
+    arrays, substituted = build(3, range(8))
+    assert not substituted
+    assert_same(arrays, vars(straight[3]))
+
+
+def test_data_sets_of_earlier_versions_have_their_features_in_their_records(tmp_path, processor, straight):
+    write_shards(tmp_path, "train", [record(i, extra=extra_of(i) | {"teacher": {}}) for i in range(COUNT)])
+    (shard,) = tmp_path.glob("train-*.array_record")
+    writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
+    for i in range(COUNT):
+        writer.write(pack(record(i)))
+    writer.close()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][shard.name]["bytes"] = shard.stat().st_size
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert_same(take(loader_of(tmp_path, processor), 6), straight)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

@@ -48,6 +48,10 @@ def write_data(argv: list[str]) -> None:
             f"keep_{name}", 0, f"{what} that each record keeps, the first ones; 0 = all", lower_bound=0, flag_values=fv
         )
     flags.DEFINE_string(
+        "boxes", "", "picture whose pixels the boxes of augmentations count: original, as the .json beside the picture "
+        "tells its size, or N, the picture shrunk to a longer side of N; default: the picture", flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_string(
         "questions", None, "text file with a question a line; one is asked about each caption", flag_values=fv
     )
     flags.DEFINE_string("split", "train", "split that the records are written to", flag_values=fv)
@@ -84,7 +88,7 @@ def write_data(argv: list[str]) -> None:
     questions = write.read_questions(fv.questions) if fv.questions else ()
     options = Options(
         tuple(fv.images), questions, fv.source_split or fv.split, fv.follow_links, fv.pictures, fv.synthetic_keys,
-        fv.keep_augmentations, fv.keep_captions,
+        fv.keep_augmentations, fv.keep_captions, fv.boxes,
     )  # fmt: skip
     with progress_bar.shown() as show:
         summary = write.write(

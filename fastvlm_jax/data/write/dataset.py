@@ -264,7 +264,7 @@ def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Opt
         kept["excluded"] = json_digest(read_excluded(settings.exclude))
     told = dataclasses.asdict(options)
     told["images"] = options.roots if len(options.roots) > 1 else "".join(options.roots)
-    new = ("follow_links", "pictures", "synthetic_keys", "keep_augmentations", "keep_captions")
+    new = ("follow_links", "pictures", "synthetic_keys", "keep_augmentations", "keep_captions", "boxes")
     for name in new:  # data sets written before there were these options keep their fingerprint
         if getattr(options, name) == getattr(Options(), name):
             del told[name]

@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import PIL.Image
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from command import fastvlm
 
 from fastvlm_jax.data.features import whole
-from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.record import Record, pack
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import Settings, write, write_shards
 
@@ -263,6 +264,20 @@ def test_a_source_without_its_features_is_told_and_damaged_rows_are_rejected(tmp
     beside.unlink()
     status, _, err = fastvlm(monkeypatch, capsys, *argv, "--overwrite")
     assert status == 1 and f"{beside} is missing: write the data set again" in err and err.count("\n") == 1
+
+
+def test_data_sets_of_earlier_versions_are_moved_out_of_their_records_when_written_again(tmp_path):
+    records = [record(n) for n in range(5)]
+    write_shards(tmp_path / "in", "train", [record(n, extra={}) for n in range(5)])
+    (shard,) = (tmp_path / "in").glob("*.array_record")
+    writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
+    for one in records:
+        writer.write(pack(one))
+    writer.close()
+    write(tmp_path / "in", tmp_path / "out", workers=1)
+    found, kept = read(tmp_path / "out")
+    assert found == records and all("data" not in one.extra["teacher"]["text"] for one in kept)
+    assert check_files(tmp_path / "out", {one.key: one for one in records}) == 1
 
 
 def test_records_whose_features_lie_elsewhere_are_refused(tmp_path):

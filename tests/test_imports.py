@@ -45,6 +45,7 @@ data.readers.recognise
 data.readers
 data.index data.rejected data.captions
 data.sources
+data.features
 data.record
 data
 train_step

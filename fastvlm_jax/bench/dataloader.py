@@ -1,4 +1,4 @@
-"""Starts the PyTorch contestants of input.py: dataloader_torch.py, in separate processes."""
+"""Starts the PyTorch contestants of input.py and pairs.py in separate processes."""
 
 import contextlib
 import importlib.util
@@ -8,7 +8,8 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.record import Record
@@ -75,19 +76,30 @@ def _write_llava(folder: pathlib.Path, records: Sequence[Record], processor: Pro
 
 
 def _start(stack, folder: pathlib.Path, backend: str, processor: Processor, workers: int) -> Callable[[float], float]:
-    """Starts the process of one contestant; returns the function that runs it for some seconds."""
-    log = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
     flags = {
         "folder": folder, "backend": backend, "size": processor.image_size, "fit": processor.fit,
         "batch": _BATCH, "workers": workers,
     }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "fastvlm_jax.bench.dataloader_torch",
-        *(f"--{key}={value}" for key, value in flags.items()),
-    ]
-    command += ["--mean", *map(str, processor.image_mean), "--std", *map(str, processor.image_std)]
+    lists = {"mean": processor.image_mean, "std": processor.image_std}
+    return start_process(stack, "fastvlm_jax.bench.dataloader_torch", flags, lists)
+
+
+def start_process(
+    stack: contextlib.ExitStack, module: str, flags: Mapping[str, Any], lists: Mapping[str, Sequence[float]]
+) -> Callable[[float], float]:
+    """Starts the process of one contestant; returns the function that runs it for some seconds.
+
+    Args:
+      stack: exit stack that ends the process.
+      module: module that is run; it answers each number of seconds on stdin with a line of JSON, see
+        dataloader_torch.py.
+      flags: its flags.
+      lists: its flags of several numbers.
+    """
+    log = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+    command = [sys.executable, "-m", module, *(f"--{key}={value}" for key, value in flags.items())]
+    for key, values in lists.items():
+        command += [f"--{key}", *map(str, values)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},

@@ -98,13 +98,13 @@ def collate(items: list[dict]) -> dict:
     }
 
 
-def run(dataset: Conversations, batch: int, workers: int, seconds: float) -> dict[str, float]:
-    """Runs the DataLoader for `seconds` or a little more, after two batches per worker; returns images and seconds."""
+def run(dataset, batch: int, workers: int, seconds: float, join=None) -> dict[str, float]:
+    """Runs a DataLoader for `seconds` or a little more, after two batches per worker; returns images and seconds."""
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
     sampler = RandomSampler(dataset, replacement=True, num_samples=1 << 30)
     sampler = BatchSampler(sampler, batch, drop_last=True)
-    loader = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
+    loader = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=join))
     for _ in range(2 * workers):
         next(loader)
     images, start = 0, time.perf_counter()
@@ -133,6 +133,14 @@ def register_missing_operators():
         return library
 
 
+def serve(dataset, batch: int, workers: int, join=None) -> None:
+    """Answers each number of seconds on stdin with a line of JSON, see `run`; `join` makes a batch of items."""
+    dataset[0]
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(dataset, batch, workers, float(line), join)), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=pathlib.Path, required=True)
@@ -154,11 +162,7 @@ def main() -> None:
         image_mean=args.mean,
         image_std=args.std,
     )
-    dataset = Conversations(args.folder, processor, args.fit)
-    dataset[0]
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(run(dataset, args.batch, args.workers, float(line))), flush=True)
+    serve(Conversations(args.folder, processor, args.fit), args.batch, args.workers, collate)
 
 
 if __name__ == "__main__":

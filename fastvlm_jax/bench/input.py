@@ -8,6 +8,7 @@ The contestants take turns, round after round, so that other work on the machine
     dataloader_pillow        a PyTorch DataLoader that processes the same files as LLaVA does, with Pillow
     dataloader_torchvision   the same, with torchvision
 
+The pairs of stage 0 have another contestant, see pairs.py.
 All of them use as many threads, or worker processes, as the Loader has threads.
 """
 
@@ -19,7 +20,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from fastvlm_jax import processor as processor_lib
 from fastvlm_jax.bench.dataloader import start_dataloaders
 from fastvlm_jax.data.load.batch_builder import BatchBuilder
 from fastvlm_jax.data.load.from_config import make_builder
-from fastvlm_jax.data.load.loader import Loader
+from fastvlm_jax.data.load.loader import Builder, Loader
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.images import decode as image_lib
@@ -47,6 +48,7 @@ NAMES = {
     "raw": "decode and resize alone, bare threads",
     "dataloader_pillow": "PyTorch DataLoader, Pillow processor",
     "dataloader_torchvision": "PyTorch DataLoader, torchvision processor",
+    "dataloader_crops": "PyTorch DataLoader, crops by torchvision",
 }
 _RAW_BYTES = 512 << 20  # bytes of encoded images held in memory for the other contestants
 _JOIN_SECONDS = 60  # timeout for a thread to end
@@ -86,46 +88,77 @@ def bench_input(
     build = dataclasses.replace(build, cache=None)  # a cache would skip the decoding, which is timed here
     if not any(build.schedule.counts(build.schedule.batch(k))["images"] for k in range(threads)):
         raise ValueError("the first batches hold no image: there is no input to time")
-    first, took = _AHEAD + threads, _run_pipeline(build, config, sharding, _AHEAD + threads, threads)
-    blocks = max(1, round(seconds / ROUNDS / (took[2] or 1e-9)))
-    count = blocks * threads  # threads finish at about the same time: count batches of all of them
+    first, count = batches_to_time(build, config, sharding, seconds)
     images, records = _gather(build, range(first, first + count))
-    rates: dict[str, list[float]] = {"pipeline": [], "raw_files": [], "raw": []}
-    tokens = []
     with contextlib.ExitStack() as stack:
         stack.callback(logging.set_verbosity, logging.get_verbosity())
         logging.set_verbosity(logging.ERROR)  # unusable records were named once, by the first Loader
         files = _as_files(images, pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())))
         theirs, left_out = start_dataloaders(stack, build, records, threads)
-        for _ in range(ROUNDS):
-            seen, words, took = _run_pipeline(build, config, sharding, first, count)
-            rates["pipeline"].append(seen / took)
-            tokens.append(words / took)
-            rates["raw_files"].append(_run_raw(build, files, threads))
-            rates["raw"].append(_run_raw(build, images, threads))
-            for name, ask in list(theirs.items()):
-                try:
-                    rates.setdefault(name, []).append(ask(seconds / ROUNDS))
-                except ValueError as error:
-                    left_out[name] = str(error)
-                    theirs.pop(name), rates.pop(name)
-        parts = time_parts(build, config, sharding, range(first, first + threads * max(1, blocks // 2)))
+        raw = {
+            "raw_files": lambda _: _run_raw(build, files, threads),
+            "raw": lambda _: _run_raw(build, images, threads),
+        }
+        flows, rates = compete(build, config, sharding, first, count, seconds, raw | theirs, left_out)
+        parts = time_parts(build, config, sharding, range(first, first + max(threads, count // 2)))
+    return summary(config, processor, seconds, flows, rates, parts, left_out)
+
+
+def batches_to_time(build: Builder, config, sharding: jax.sharding.Sharding, seconds: float) -> tuple[int, int]:
+    """Returns the number of the first batch to time, and how many take a round's share of the seconds."""
+    threads = max(config.data.num_threads, 1)
+    first = _AHEAD + threads
+    *_, took = run_pipeline(build, config, sharding, first, threads)
+    # Threads finish at about the same time: batches of all of them are counted.
+    return first, threads * max(1, round(seconds / ROUNDS / (took or 1e-9)))
+
+
+def compete(
+    build: Builder, config, sharding, first: int, count: int, seconds: float,
+    others: dict[str, Callable[[float], float]], left_out: dict[str, str],
+) -> tuple[list[tuple[int, int, float]], dict[str, list[float]]]:  # fmt: skip
+    """Runs the pipeline and the other contestants in turns.
+
+    Args:
+      first, count: batches of the pipeline.
+      seconds: time of a contestant over all rounds.
+      others: functions that run a contestant for some seconds and return its images/s, or raise ValueError.
+      left_out: gets the reason why a contestant failed.
+
+    Returns:
+      What `run_pipeline` returned in each round; and the images/s of each contestant in each round, by name.
+    """
+    flows, rates, running = [], {"pipeline": []}, dict(others)
+    for _ in range(ROUNDS):
+        flows.append(run_pipeline(build, config, sharding, first, count))
+        rates["pipeline"].append(flows[-1][0] / flows[-1][2])
+        for name, run in list(running.items()):
+            try:
+                rates.setdefault(name, []).append(run(seconds / ROUNDS))
+            except ValueError as error:
+                left_out[name] = str(error)
+                running.pop(name), rates.pop(name)
+    return flows, rates
+
+
+def summary(config, processor, seconds: float, flows, rates, parts, left_out) -> dict[str, Any]:
+    """Returns the result of `bench_input`."""
     ours = rates["pipeline"]
     return {
         "data": config.data.path or [list(pair) for pair in config.data.mixture],
         "image_size": processor.image_size,
         "groups": config.data.groups,
-        "threads": threads,
+        "threads": max(config.data.num_threads, 1),
         "cores": len(os.sched_getaffinity(0)),
         "rounds": ROUNDS,
         "seconds": seconds,
         "ratios": {
-            name: _spread([a / b for a, b in zip(ours, other, strict=True)])
+            name: spread([a / b for a, b in zip(ours, other, strict=True)])
             for name, other in rates.items()
             if name != "pipeline"
         },
-        "rates": {name: _spread(values) for name, values in rates.items()},
-        "tokens_per_second": _spread(tokens),
+        "rates": {name: spread(values) for name, values in rates.items()},
+        "tokens_per_second": spread([tokens / took for _, tokens, took in flows]),
         "parts": parts,
         "left_out": left_out,
     }
@@ -134,8 +167,8 @@ def bench_input(
 def describe(found: dict[str, Any]) -> str:
     """Formats the result as a table, ratios first."""
 
-    def numbers(spread: dict[str, float], digits: int) -> str:
-        median, low, high = (f"{spread[key]:.{digits}f}" for key in ("median", "min", "max"))
+    def numbers(values: dict[str, float], digits: int) -> str:
+        median, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "min", "max"))
         return f"{median} ({low} to {high})"
 
     lines = [
@@ -148,7 +181,7 @@ def describe(found: dict[str, Any]) -> str:
         ratio = numbers(found["ratios"][name], 2) if name in found["ratios"] else "1"
         lines.append(f"{NAMES[name]:42}{ratio:24}{numbers(rate, 1)}")
     lines += [f"{NAMES[name]:42}left out: {reason}" for name, reason in found["left_out"].items()]
-    parts = ", ".join(f"{name} {found['parts'][name]:.2f}" for name in PARTS)
+    parts = ", ".join(f"{name} {took:.2f}" for name, took in found["parts"].items() if name != "total")
     return "\n".join(
         [
             *lines,
@@ -165,7 +198,7 @@ def time_parts(
     """Times the builder's own code in one thread; returns the ms per image for each of PARTS, and their "total"."""
     spent = dict.fromkeys(PARTS, 0.0)
     groups, images = list(range(config.data.groups)), 0
-    loader = _open_loader(build, config, sharding, stop=0)
+    loader = open_loader(build, config, sharding, stop=0)
     processor_lib._segment.cache_clear()
     with contextlib.ExitStack() as stack:
         for owner, attribute, part in (
@@ -176,7 +209,7 @@ def time_parts(
             (image_lib, "fit_into", "resize"),
             (image_lib, "tiles_into", "resize"),
         ):
-            stack.enter_context(_timed(owner, attribute, spent, part))
+            stack.enter_context(timed(owner, attribute, spent, part))
         for k in batches:
             start, other = time.perf_counter(), sum(spent.values())
             arrays, _ = build(k, groups)
@@ -191,7 +224,7 @@ def time_parts(
 
 
 @contextlib.contextmanager
-def _timed(owner: Any, attribute: str, spent: dict[str, float], part: str) -> Iterator[None]:
+def timed(owner: Any, attribute: str, spent: dict[str, float], part: str) -> Iterator[None]:
     """Adds the time of a function's calls to `spent[part]`, by replacing it with a timed version within the block."""
     function = getattr(owner, attribute)
 
@@ -209,11 +242,11 @@ def _timed(owner: Any, attribute: str, spent: dict[str, float], part: str) -> It
         setattr(owner, attribute, function)
 
 
-def _run_pipeline(build: BatchBuilder, config, sharding, first: int, count: int) -> tuple[int, int, float]:
+def run_pipeline(build: Builder, config, sharding, first: int, count: int) -> tuple[int, int, float]:
     """Skips `first` batches; returns the images and tokens of the next `count`, and the seconds they took to arrive."""
     processor_lib._segment.cache_clear()  # in training a text is tokenized once an epoch
     before = set(threading.enumerate())
-    loader = _open_loader(build, config, sharding)
+    loader = open_loader(build, config, sharding)
     try:
         for _ in range(first):
             jax.block_until_ready(next(loader))
@@ -230,7 +263,7 @@ def _run_pipeline(build: BatchBuilder, config, sharding, first: int, count: int)
     return flow.images, flow.tokens, seconds
 
 
-def _open_loader(build: BatchBuilder, config, sharding, stop: int | None = None) -> Loader:
+def open_loader(build: Builder, config, sharding, stop: int | None = None) -> Loader:
     data = config.data
     return Loader(
         build, data.groups, sharding, stop=stop, num_threads=data.num_threads, prefetch=data.prefetch,
@@ -292,5 +325,5 @@ def _run_raw(build: BatchBuilder, images: Sequence[_Image], count: int) -> float
     return sum(seen) / (time.perf_counter() - start)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -25,14 +25,14 @@ def bench_input(argv: list[str]) -> None:
     parse(fv, argv, required=("config",))
     from fastvlm_jax import sharding
     from fastvlm_jax.bench.input import bench_input, describe
+    from fastvlm_jax.bench.pairs import bench_pairs
     from fastvlm_jax.stage import open_processor
 
     config = fv.config
-    if "text" in config.model:
-        raise ValueError("--config is of stage 0, whose pairs are not timed here: give the config of another stage")
     processor = open_processor(config)
     batches = sharding.batch_sharding(sharding.make_mesh(config.mesh))
-    found = bench_input(config, processor, batches, fv.seconds)
+    time = bench_pairs if "text" in config.model else bench_input
+    found = time(config, processor, batches, fv.seconds)
     to_json(found, fv.output)
     print(describe(found))
 

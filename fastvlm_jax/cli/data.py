@@ -49,6 +49,10 @@ def write_data(argv: list[str]) -> None:
             f"keep_{name}", 0, f"{what} that each record keeps, the first ones; 0 = all", lower_bound=0, flag_values=fv
         )
     flags.DEFINE_string(
+        "boxes", "", "picture whose pixels the boxes of augmentations count: original, as the .json beside the picture "
+        "tells its size, or N, the picture shrunk to a longer side of N; default: the picture", flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_string(
         "questions", None, "text file with a question a line; one is asked about each caption", flag_values=fv
     )
     flags.DEFINE_string("split", "train", "split that the records are written to", flag_values=fv)
@@ -96,7 +100,7 @@ def write_data(argv: list[str]) -> None:
     questions = write.read_questions(fv.questions) if fv.questions else ()
     options = Options(
         tuple(fv.images), questions, fv.source_split or fv.split, fv.follow_links, fv.pictures, fv.synthetic_keys,
-        fv.keep_augmentations, fv.keep_captions,
+        fv.keep_augmentations, fv.keep_captions, fv.boxes,
     )  # fmt: skip
     with progress_bar.shown() as show:
         summary = write.write(
@@ -112,7 +116,9 @@ def inspect_data(argv: list[str]) -> None:
     flags.DEFINE_string("data", None, "folder of shards; with --config it replaces the config's data", flag_values=fv)
     define_config(fv, argv, "config of a run, FILE.py or FILE.py:ARG: its batches are measured too")
     flags.DEFINE_string("split", "train", "split to look at", flag_values=fv)
-    flags.DEFINE_bool("verify", False, "compare the checksums of all shards", flag_values=fv)
+    flags.DEFINE_bool(
+        "verify", False, "compare the checksums of all shards, and of what lies beside them", flag_values=fv
+    )
     flags.DEFINE_string(
         "output", "", "HTML file with samples as the model sees them; with --against the list of matches, JSON lines",
         flag_values=fv,

@@ -28,6 +28,24 @@ def synthetic_captions_of(record: Record) -> list[str]:
     return _texts(record, "synthetic_captions")
 
 
+def synthetic_lists_of(record: Record) -> list[int]:
+    """Returns how many synthetic captions of a record are from each list of its source, in their order.
+
+    Raises:
+      ValueError: the numbers of `extra["synthetic_keys"]` do not add up to the captions.
+    """
+    total, stored = len(synthetic_captions_of(record)), record.extra.get("synthetic_keys")
+    if stored is None:
+        return [total]
+    try:
+        counts = [count for _, count in stored]
+        if sum(counts) == total and all(type(count) is int and count >= 0 for count in counts):
+            return counts
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"synthetic_keys does not tell of which lists its {total} synthetic captions are")
+
+
 def _texts(record: Record, key: str) -> list[str]:
     texts = record.extra.get(key, [])
     if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):

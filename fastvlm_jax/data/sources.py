@@ -1,7 +1,7 @@
 """Opens the shards of a data set and reads their records in any order.
 
-A data set is a folder, local or gs://: shards `SPLIT-00000-of-00004.array_record`, a `manifest.json` and a folder
-`index`, all written by data/write/.
+A data set is a folder, local or gs://: shards `SPLIT-00000-of-00004.array_record`, perhaps with features of teachers
+beside them (features.py), a `manifest.json` and a folder `index`, all written by data/write/.
 """
 
 import concurrent.futures
@@ -15,6 +15,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
+from fastvlm_jax.data.features import beside
 from fastvlm_jax.data.record import Record, unpack
 from fastvlm_jax.files import read_small
 
@@ -42,7 +43,7 @@ class RecordSource:
 
     def __init__(self, folder: epath.Path, split: str, shards: dict[epath.Path, int], fingerprint: str):
         self.folder, self.split, self.shards, self.fingerprint = folder, split, shards, fingerprint
-        self._ends = np.cumsum(list(shards.values()))
+        self._ends, self._paths = np.cumsum(list(shards.values())), list(shards)
         parts = [_Shard(os.fspath(path), 0, count, count) for path, count in shards.items() if count]
         self._raw = ArrayRecordDataSource(parts) if parts else ()
 
@@ -50,7 +51,7 @@ class RecordSource:
         return len(self._raw)
 
     def __getitem__(self, index: int) -> Record:
-        """Returns record `index`.
+        """Returns record `index`; its features of teachers may lie beside its shard, see `features_file`.
 
         Raises:
           IndexError: there is no such record.
@@ -67,9 +68,16 @@ class RecordSource:
 
     def where(self, index: int) -> str:
         """Returns where record `index` is stored, for messages: "FOLDER/train-00000-of-00002.array_record record 7"."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        number = index - int(self._ends[shard] - list(self.shards.values())[shard])
-        return f"{list(self.shards)[shard]} record {number}"
+        shard = self._shard(index)
+        number = index - int(self._ends[shard] - self.shards[self._paths[shard]])
+        return f"{self._paths[shard]} record {number}"
+
+    def features_file(self, index: int) -> str:
+        """Returns the path of the file with the features of record `index`, if they are not in the record itself."""
+        return beside(self._paths[self._shard(index)])
+
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
 
 
 def _first_line(error: Exception) -> str:
@@ -91,6 +99,8 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
             for name, shard in split["shards"].items():
                 if name != epath.Path(name).name or not 0 <= int(shard["records"]) <= int(shard["bytes"]):
                     raise ValueError(f"shard {name!r}")
+                if "features" in shard and int(shard["features"]["bytes"]) < 1:
+                    raise ValueError(f"features of {name!r}")
         if not isinstance(manifest["fingerprint"], str):
             raise ValueError("fingerprint")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
@@ -98,9 +108,19 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     return manifest
 
 
+def files_of(manifest: dict[str, Any], split: str) -> dict[str, dict[str, Any]]:
+    """Returns what the manifest tells of each file of a split, by name: its "bytes" and its "sha256"."""
+    files = {}
+    for name, shard in manifest["splits"][split]["shards"].items():
+        files[name] = shard
+        if "features" in shard:
+            files[beside(name)] = shard["features"]
+    return files
+
+
 def incomplete_shards(folder: str | os.PathLike, manifest: dict[str, Any], split: str) -> list[str]:
-    """Returns the names of the shards of `split` that are missing or whose size differs from the manifest's."""
-    sizes = {name: shard["bytes"] for name, shard in manifest["splits"][split]["shards"].items()}
+    """Returns the names of the files of `split` that are missing or whose size differs from the manifest's."""
+    sizes = {name: file["bytes"] for name, file in files_of(manifest, split).items()}
 
     def whole(name: str) -> bool:
         try:
@@ -108,7 +128,7 @@ def incomplete_shards(folder: str | os.PathLike, manifest: dict[str, Any], split
         except OSError:
             return False
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each shard is a round trip to a bucket
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # each file is a round trip to a bucket
         return [name for name, fine in zip(sizes, pool.map(whole, sizes), strict=True) if not fine]
 
 

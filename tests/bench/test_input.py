@@ -119,7 +119,7 @@ def test_the_clocks_are_taken_off_again(opened):
 def test_raw_and_pipeline_see_the_same_images(opened):
     config, build, sharding = opened
     images, records = bench._gather(build, range(1, 3))
-    seen, _, _ = bench._run_pipeline(build, config, sharding, 1, 2)
+    seen, _, _ = bench.run_pipeline(build, config, sharding, 1, 2)
     assert len(images) == len(records) == seen
     expected = []
     for k in range(1, 3):
@@ -197,6 +197,6 @@ def test_the_dataloaders_take_part(folder, tmp_path, monkeypatch, capsys):
     status, out, err = run(monkeypatch, capsys, folder, f"--output={tmp_path / 'bench.json'}")
     assert status == 0, err
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["left_out"] == {} and list(found["rates"]) == list(bench.NAMES)
+    assert found["left_out"] == {} and list(found["rates"]) == list(bench.NAMES)[:5]
     assert min(found["ratios"][name]["min"] for name in found["ratios"]) > 0
     assert sum("PyTorch DataLoader" in line for line in out.splitlines()) == 2

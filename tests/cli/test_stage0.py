@@ -84,7 +84,6 @@ def language_model(tmp_path_factory, sentencepiece_file):
     [
         (["bench", "ttft"], 1, "of stage 0, whose model begins no answer"),
         (["bench", "step"], 1, "of stage 0, whose parts are not timed here"),
-        (["bench", "input"], 1, "of stage 0, whose pairs are not timed here"),
         (["data", "inspect", "--output=OUT"], 1, "of stage 0, whose pairs this page does not show"),
         (["sweep", "--workdir=OUT"], 1, "holds no points of a sweep: give a grid"),
         (["preflight", "--topology=gpu:80GB", "--mode=generate"], 2, "--mode needs a compiler"),

@@ -16,7 +16,7 @@ from etils import epath
 
 from fastvlm_jax.data.index import FOLDER, ShardIndex
 from fastvlm_jax.data.rejected import Reasons, read_reasons
-from fastvlm_jax.data.sources import RecordSource, incomplete_shards, read_manifest, read_shards
+from fastvlm_jax.data.sources import RecordSource, files_of, incomplete_shards, read_manifest, read_shards
 from fastvlm_jax.files import cache_folder, load_arrays, sha256
 from fastvlm_jax.images.header import read_header
 
@@ -37,8 +37,8 @@ class Contents:
       folder: folder of the data set.
       split: name of the split.
       records, images, shards: number of each.
-      bytes: size of all shards, bytes.
-      verified: True if the checksums of all shards were compared and match.
+      bytes: size of all shards and of the features beside them, bytes.
+      verified: True if the checksums of all files were compared and match.
       rejected: number of source entries that became no record.
       reasons: most frequent reasons for that.
       longer_side: number of images by longer side, pixels.
@@ -97,7 +97,7 @@ def look_at(source: RecordSource, sizes: Sizes, verified: bool) -> Contents:
     """
     if not len(source):
         raise ValueError(f"split {source.split!r} of {source.folder} holds no records: write the data set again")
-    manifest = read_manifest(source.folder)["splits"][source.split]
+    manifest = read_manifest(source.folder)
     width, height = np.maximum(sizes.width, 1), np.maximum(sizes.height, 1)
     area = width.astype(np.int64) * height
 
@@ -113,7 +113,7 @@ def look_at(source: RecordSource, sizes: Sizes, verified: bool) -> Contents:
         records=len(source),
         images=len(width),
         shards=len(source.shards),
-        bytes=sum(shard["bytes"] for shard in manifest["shards"].values()),
+        bytes=sum(file["bytes"] for file in files_of(manifest, source.split).values()),
         verified=verified,
         rejected=rejected,
         reasons=reasons,
@@ -130,28 +130,28 @@ def look_at(source: RecordSource, sizes: Sizes, verified: bool) -> Contents:
 
 
 def check_shards(folder: str | os.PathLike, split: str) -> None:
-    """Raises ValueError if shards of a split are missing or have another size than written; the message names them."""
+    """Raises ValueError if files of a split are missing or have another size than written; the message names them."""
     folder = epath.Path(folder).expanduser()
     manifest = read_manifest(folder)
     broken = incomplete_shards(folder, manifest, split) if split in manifest["splits"] else []
     if broken:
         raise ValueError(
-            f"{folder}: {len(broken)} of {len(manifest['splits'][split]['shards'])} shards are missing or not as they "
-            f"were written ({shortened(broken)}): write the data set again"
+            f"{folder}: {len(broken)} of {len(files_of(manifest, split))} files are missing or not as they were "
+            f"written ({shortened(broken)}): write the data set again"
         )
 
 
 def verify(source: RecordSource) -> None:
-    """Compares the checksum of every shard with the manifest's.
+    """Compares the checksum of every shard, and of the features beside it, with the manifest's.
 
     Raises:
-      ValueError: a checksum differs; the message names the damaged shards.
+      ValueError: a checksum differs; the message names the damaged files.
     """
-    written = read_manifest(source.folder)["splits"][source.split]["shards"]
-    bar = tqdm.tqdm(source.shards, desc="verify", unit="shard", disable=not sys.stderr.isatty())
-    if wrong := [path.name for path in bar if sha256(path) != written[path.name].get("sha256")]:
+    written = files_of(read_manifest(source.folder), source.split)
+    bar = tqdm.tqdm(written.items(), desc="verify", unit="file", disable=not sys.stderr.isatty())
+    if wrong := [name for name, file in bar if sha256(source.folder / name) != file.get("sha256")]:
         raise ValueError(
-            f"{source.folder}: {len(wrong)} of {len(source.shards)} shards are damaged, their checksums differ "
+            f"{source.folder}: {len(wrong)} of {len(written)} files are damaged, their checksums differ "
             f"({shortened(wrong)}): write the data set again"
         )
 

@@ -3,6 +3,11 @@
 What is drawn of a record depends on (seed, number of the pass over its data set, its number over all data sets) alone:
 
     numbers of images.augment.uniform    0 caption   1 synthetic caption   2 augmentation   3-42 crop   43- changes
+
+If a record has synthetic captions of several lists (DFNDR), number 1 chooses a list first and then a caption of it, as
+DataCompDR's code does; with one list it chooses among all captions alike:
+
+    lists of 2 and 3 captions            a0 a0 a0 a1 a1 a1 b0 b0 b1 b1 b2 b2          number 1 = 0 to 1
 """
 
 import dataclasses
@@ -12,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastvlm_jax.batch import PairBatch
-from fastvlm_jax.data.captions import captions_of, synthetic_captions_of
+from fastvlm_jax.data.captions import captions_of, synthetic_captions_of, synthetic_lists_of
 from fastvlm_jax.data.load.batch_builder import MAX_TRIES, Arrays, Substituted
 from fastvlm_jax.data.load.buffer_pool import BufferPool
 from fastvlm_jax.data.load.pair_record import augmentations_of, features_of
@@ -140,14 +145,16 @@ class PairBuilder:
         if self.texts == 2:
             if not synthetic:
                 raise ValueError("no synthetic captions, which data.texts=2 asks for")
-            rows.append(len(captions) + _choice(numbers[1], synthetic))
+            rows.append(len(captions) + _choice_of_lists(numbers[1], synthetic_lists_of(record)))
         texts = [(captions + synthetic)[row] for row in rows]
         entries = augmentations_of(record) if self.augment == "replay" else []
         entry = _choice(numbers[2], entries)
         teacher_image = teacher_texts = None
         if self.teachers:
-            (teacher_image,) = features_of(record, "image", [entry], len(entries), self.teachers)
-            teacher_texts = features_of(record, "text", rows, len(captions) + len(synthetic), self.teachers)
+            counts = {"image": len(entries), "text": len(captions) + len(synthetic)}
+            path = self.sources[place.source].features_file(place.record)
+            found = features_of(record, {"image": [entry], "text": rows}, counts, self.teachers, path)
+            (teacher_image,), teacher_texts = found["image"], found["text"]
         if self.augment == "none":
             self._show_whole(record.images[0], place, view)
         else:
@@ -190,6 +197,14 @@ class PairBuilder:
         if self.cache is not None:
             self.cache[at] = image
         return image
+
+
+def _choice_of_lists(number: float, lengths: Sequence[int]) -> int:
+    """Returns which item of lists, one behind the other, a random number chooses: first a list, then an item of it."""
+    lengths = [length for length in lengths if length]
+    place = number * len(lengths)
+    chosen = int(place)
+    return sum(lengths[:chosen]) + int((place - chosen) * lengths[chosen])
 
 
 def _choice(number: float, items: Sequence) -> int:

@@ -37,6 +37,7 @@ class Options:
       synthetic_keys: regular expression of the keys of a tar's syn.json whose captions are taken.
       keep_augmentations: augmentations of an entry that are kept, the first ones; 0 for all.
       keep_captions: synthetic captions of an entry that are kept, the first ones; 0 for all.
+      boxes: picture whose pixels the boxes of augmentations count, see boxes.py; "" for the one that is stored.
     """
 
     images: str | tuple[str, ...] = ""
@@ -47,6 +48,7 @@ class Options:
     synthetic_keys: str = "^syn_text.*$"
     keep_augmentations: int = 0
     keep_captions: int = 0
+    boxes: str = ""
 
     @property
     def roots(self) -> tuple[str, ...]:

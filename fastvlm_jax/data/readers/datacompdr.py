@@ -21,6 +21,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from fastvlm_jax.data.features import DTYPES
 from fastvlm_jax.data.readers import Options
 from fastvlm_jax.data.readers.conversations import shown, text_of
 from fastvlm_jax.data.readers.files import whole_number
@@ -29,7 +30,6 @@ MAX_ARRAYS = 16
 MAX_ARRAY_BYTES = 16 << 20  # bytes of one array, unpacked
 MAX_MEMBERS = 100  # of a zip: the arrays, and the small members that torch adds
 MAX_AUGMENTATIONS = 10_000  # of a picture; published sets have up to 30
-TYPES = ("bfloat16", "float16", "float32")  # of embeddings
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _MEMBER = b"PK\1\2"  # begins the description of each member of a zip
 
@@ -165,9 +165,9 @@ def _text_rows(text, own: dict[str, Any], lists: dict[str, list[str]], places, c
 
 
 def _check_rows(array: dict[str, Any], name: str) -> None:
-    if array["dtype"] not in TYPES or len(array["shape"]) != 2 or not all(array["shape"]):
+    if array["dtype"] not in DTYPES or len(array["shape"]) != 2 or not all(array["shape"]):
         shape = shown(str(array["shape"]))
-        raise ValueError(f"{shown(name)} is {array['dtype']} of the shape {shape}, not rows of {' or '.join(TYPES)}")
+        raise ValueError(f"{shown(name)} is {array['dtype']} of the shape {shape}, not rows of {' or '.join(DTYPES)}")
 
 
 def _rows(array: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:

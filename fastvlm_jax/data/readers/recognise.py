@@ -29,7 +29,7 @@ def reader(name: str) -> types.ModuleType:
 
 def check_options(name: str, options: Options) -> None:
     """Raises ValueError if options that concern the members of tars are given for another format."""
-    for option in ("pictures", "synthetic_keys", "keep_augmentations", "keep_captions"):
+    for option in ("pictures", "synthetic_keys", "keep_augmentations", "keep_captions", "boxes"):
         if name != "webdataset" and getattr(options, option) != getattr(Options(), option):
             raise ValueError(f"--{option} is for tars of pairs (--format webdataset), and this source is {name}")
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from fastvlm_jax.data.readers import Options, Part, datacompdr, joined, members, pictures, tar, torch_file
+from fastvlm_jax.data.readers import Options, Part, boxes, datacompdr, joined, members, pictures, tar, torch_file
 from fastvlm_jax.data.readers.columns import CAPTIONS, kind_of
 from fastvlm_jax.data.readers.conversations import shown
 from fastvlm_jax.data.readers.files import (
@@ -64,6 +64,7 @@ def parts(path: epath.Path, options: Options) -> list[Part]:
       ValueError: the keys of synthetic captions are told by no regular expression.
     """
     check_images_folder(options)
+    boxes.check(options.boxes)
     try:
         re.compile(options.synthetic_keys)
     except re.error as error:
@@ -159,7 +160,7 @@ def _record(key: str, entry: Entry, path: epath.Path, options: Options) -> Recor
     if not row.keys() - {"jpg"}:
         raise ValueError(f"no caption and no conversation among its members {shown(', '.join(entry))}")
     record = row_record(key, row, images_folder(path, options), options)
-    return dataclasses.replace(record, extra=record.extra | _extra(entry, record, options))
+    return dataclasses.replace(record, extra=record.extra | _extra(entry, record, about, options))
 
 
 def _refuse_unread(entry: Entry) -> None:
@@ -197,12 +198,14 @@ def _text(entry: Entry) -> str:
         raise ValueError(f"{shown(entry['txt'].name)} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def _extra(entry: Entry, record: Record, options: Options) -> dict[str, Any]:
-    """Returns what the members of a reinforced set add to a record."""
+def _extra(entry: Entry, record: Record, about: dict[str, Any], options: Options) -> dict[str, Any]:
+    """Returns what the members of a reinforced set add to a record; `about` is its parsed .json."""
     parsed = {name: _json(entry[name]) for name in ("syn.json", "paug.json") if name in entry}
     for name, value in parsed.items():
         if value is None:
             raise ValueError(f"{shown(entry[name].name)} is null")
+    if options.boxes and "paug.json" in parsed and len(record.images) == 1:
+        parsed["paug.json"] = boxes.of_picture(parsed["paug.json"], options.boxes, about, record.images[0])
     arrays = {}
     if "npz" in entry:
         arrays = datacompdr.embeddings(entry["npz"].read(MAX_ARRAYS))

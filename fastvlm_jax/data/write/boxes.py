@@ -1,11 +1,9 @@
 """Keeps the boxes of a record's augmentations in step with its picture, whose pixels they count."""
 
 import dataclasses
-from typing import Any
 
-from fastvlm_jax.data.readers.datacompdr import augmentations
+from fastvlm_jax.data.readers.boxes import scaled
 from fastvlm_jax.data.record import Record
-from fastvlm_jax.images.augment import check_crop, read_params, scale_crop
 from fastvlm_jax.images.header import read_header
 
 
@@ -17,7 +15,7 @@ def fitted(record: Record, size: tuple[int, int], new_size: tuple[int, int]) -> 
 
     Args:
       record: record of one picture.
-      size: (width, height) of the picture for which the boxes were drawn.
+      size: (width, height) of the picture whose pixels the boxes count.
       new_size: (width, height) that it is shrunk to; `size` if it is not.
 
     Raises:
@@ -32,16 +30,5 @@ def fitted(record: Record, size: tuple[int, int], new_size: tuple[int, int]) -> 
             f"its EXIF orientation {turned} turns it, the boxes of its augmentations are those of the picture before: "
             "store it without EXIF"
         )
-    entries: list[Any] = augmentations(stored)
-    for number, entry in enumerate(entries):
-        crop, _ = read_params(entry)
-        if crop is None:
-            continue
-        try:
-            check_crop(crop, size[::-1])
-        except ValueError as error:
-            raise ValueError(f"the box of augmentation {number} was drawn for another picture: {error}") from error
-        entries[number] = [list(scale_crop(crop, size[::-1], new_size[::-1])), entry[1]]
-    if size == new_size:
-        return record
-    return dataclasses.replace(record, extra=record.extra | {"augmentation": stored | {"param_aug": entries}})
+    kept = scaled(stored, size, new_size)
+    return record if kept is stored else dataclasses.replace(record, extra=record.extra | {"augmentation": kept})

@@ -2,7 +2,7 @@
 
     parts ──grouped──> jobs ──processes──> OUTPUT/.train.writing/job-*      finished jobs are kept for the next run
                                              └─> drop repeated keys, settle what is validation
-                                                   └─> OUTPUT/train-00000-of-00004.array_record
+                                                   └─> OUTPUT/train-00000-of-00004.array_record, perhaps with .features
                                                        OUTPUT/index/train-00000-of-00004.array_record.*
                                                        OUTPUT/rejected.jsonl, then OUTPUT/manifest.json
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from etils import epath
 
-from fastvlm_jax.data.readers import Options, Part, apart
+from fastvlm_jax.data.readers import Options, Part, apart, shards
 from fastvlm_jax.data.readers.joined import path_of
 from fastvlm_jax.data.readers.recognise import check_options, recognise
 from fastvlm_jax.data.record import Record, pack
@@ -260,13 +260,15 @@ def _fingerprint(source, format: str, parts, sizes: dict[str, int], options: Opt
         kept["excluded"] = json_digest(read_excluded(settings.exclude))
     told = dataclasses.asdict(options)
     told["images"] = options.roots if len(options.roots) > 1 else "".join(options.roots)
-    new = ("follow_links", "pictures", "synthetic_keys", "keep_augmentations", "keep_captions")
+    new = ("follow_links", "pictures", "synthetic_keys", "keep_augmentations", "keep_captions", "boxes")
     for name in new:  # data sets written before there were these options keep their fingerprint
         if getattr(options, name) == getattr(Options(), name):
             del told[name]
     if options.pictures:
         there = [path for part in parts if (path := path_of(part, options))]
         told["pictures"] = list(_sizes([Part(str(path)) for path in there]).items())
+    if format == "shards" and (features := shards.features(source, options)):
+        told["features"] = features
     return json_digest([format, files, told, kept])
 
 

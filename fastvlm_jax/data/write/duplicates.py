@@ -1,15 +1,15 @@
 """Drops records with repeated keys: the first record with a key is kept, later ones are rejected."""
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from fastvlm_jax.data.record import unpack
+from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write.job import Job, save_result
-from fastvlm_jax.data.write.shard import Shard, load_keys, load_pictures, save_keys, save_pictures
+from fastvlm_jax.data.write.shard import Shard, load_keys, load_pictures, read_record, save_keys, save_pictures
 
 
 def drop_duplicates(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None:
@@ -49,20 +49,19 @@ def _later_ones(hashes: np.ndarray, place: np.ndarray, first: np.ndarray, paths:
         seen = set()
         for row in order[start : end + 1]:
             shard = int(np.searchsorted(first, row, side="right")) - 1
-            ((_, key),) = _records(paths[shard], [int(row - first[shard])])
-            if key in seen:
+            ((record, _),) = _records(paths[shard], [int(row - first[shard])])
+            if record.key in seen:
                 late.append(row)
-            seen.add(key)
+            seen.add(record.key)
     return np.array(sorted(late), np.int64)
 
 
-def _records(path: pathlib.Path, rows: Iterable[int]):
-    """Yields (packed record, its key) for some rows of a shard."""
+def _records(path: pathlib.Path, rows: Iterable[int]) -> Iterator[tuple[Record, bytes]]:
+    """Yields what `read_record` returns for some rows of a shard."""
     reader = ArrayRecordReader(str(path))
     try:
         for row in rows:
-            (data,) = reader.read([row])
-            yield data, unpack(data).key
+            yield read_record(reader, path, row)
     finally:
         reader.close()
 
@@ -71,14 +70,15 @@ def _rewrite(path: pathlib.Path, job: Job, result: dict, shard: dict, late: set[
     """Writes a shard again without the rows in `late`, and adds these to the duplicates in `result`."""
     keys, kept = load_keys(path), Shard(path, job.settings.counter)
     try:
-        for row, (data, key) in enumerate(_records(path, range(len(keys)))):
+        for row, (record, data) in enumerate(_records(path, range(len(keys)))):
             if row in late:
                 number = int(keys[row, 1])
                 file = [name for name, start in result["firsts"] if start <= number][-1]
                 reason = "an earlier record has the same key"
-                result["duplicates"].append([number, file, key, reason])
+                result["duplicates"].append([number, file, record.key, reason])
             else:
-                kept.add(unpack(data), data)
+                kept.add(record, data)
+        shard.pop("features", None)
         shard.update(kept.close())
     except BaseException:
         kept.abandon()

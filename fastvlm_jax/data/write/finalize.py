@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+from fastvlm_jax.data.features import SUFFIX, beside
 from fastvlm_jax.data.index import FOLDER as INDEX
 from fastvlm_jax.data.rejected import FILE as REJECTED
 from fastvlm_jax.data.rejected import split_of
@@ -51,13 +52,15 @@ def finalize(
         for (folder, shard), name in zip(shards, names, strict=True):
             for file in (folder / INDEX).glob(f"{shard['name']}.*"):
                 _link(file, output / INDEX / file.name.replace(shard["name"], name))
+            if "features" in shard:
+                _link(pathlib.Path(beside(folder / shard["name"])), pathlib.Path(beside(output / name)))
             _link(folder / shard["name"], output / name)
         manifest["splits"][split] = {
             "records": sum(shard["records"] for _, shard in shards),
             "images": sum(shard["images"] for _, shard in shards),
             "rejected": rejected if split == splits[0] else 0,
             "shards": {
-                name: {key: shard[key] for key in ("records", "bytes", "sha256")}
+                name: {key: shard[key] for key in ("records", "bytes", "sha256", "features") if key in shard}
                 for name, (_, shard) in zip(names, shards, strict=True)
             },
             "source": source,
@@ -83,8 +86,9 @@ def _drop(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str])
         manifest["splits"] = {split: entry for split, entry in manifest["splits"].items() if split not in gone}
         save_manifest(output, manifest)
     for split in gone:
-        for stale in output.glob(f"{split}-?????-of-?????.array_record"):
-            stale.unlink()
+        for suffix in ("", SUFFIX):
+            for stale in output.glob(f"{split}-?????-of-?????.array_record{suffix}"):
+                stale.unlink()
         for stale in (output / INDEX).glob(f"{split}-?????-of-?????.array_record.*"):
             stale.unlink()
 

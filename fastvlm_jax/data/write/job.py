@@ -19,8 +19,8 @@ from fastvlm_jax.data.record import Record, Rejected, check, pack
 from fastvlm_jax.data.write.boxes import fitted
 from fastvlm_jax.data.write.excluded import read_excluded
 from fastvlm_jax.data.write.held_out import lead_of, limit_of, picture_hashes
-from fastvlm_jax.data.write.shard import Shard, hash_of, load_keys, load_pictures, save_keys, save_pictures
-from fastvlm_jax.files import sha256, whole_file, write_whole
+from fastvlm_jax.data.write.shard import Shard, hash_of, intact, load_keys, load_pictures, save_keys, save_pictures
+from fastvlm_jax.files import whole_file, write_whole
 from fastvlm_jax.images.decode import decode, shrink, size_of
 from fastvlm_jax.text.tokenizer import load_tokenizer
 
@@ -129,7 +129,7 @@ class JobShards:
             self._close(split)
 
     def close(self) -> list[dict[str, Any]]:
-        """Closes all shards; returns name, split, numbers of records, images and bytes, and sha256 of each."""
+        """Closes all shards; returns the name and split of each, and what `Shard.close` tells of it."""
         for split in sorted(self._open):
             self._close(split)
         return self._done
@@ -197,8 +197,7 @@ def finished(job: Job) -> dict[str, Any] | None:
         whole &= result["counter"] == (job.settings.counter and job.settings.counter.id)
         for shard in result["shards"]:
             path = folder / shard["name"]
-            whole &= path.stat().st_size == shard["bytes"] and sha256(path) == shard["sha256"]
-            whole &= len(load_keys(path)) == shard["records"]
+            whole &= intact(path, shard) and len(load_keys(path)) == shard["records"]
             whole &= not job.settings.validation_share or len(load_pictures(path)) >= shard["records"]
             whole &= any((folder / "index").glob(f"{path.name}.sizes.*"))
     except (OSError, ValueError, KeyError, TypeError):

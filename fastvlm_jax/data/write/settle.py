@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from fastvlm_jax.data.record import unpack
+from fastvlm_jax.data.features import beside
+from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write.held_out import limit_of
 from fastvlm_jax.data.write.job import VALIDATION, Job, JobShards, save_result
-from fastvlm_jax.data.write.shard import load_keys, load_pictures
+from fastvlm_jax.data.write.shard import load_keys, load_pictures, read_record
 
 
 def settle(jobs: Sequence[Job], done: Sequence[dict[str, Any]]) -> None:
@@ -86,25 +87,25 @@ def _write_again(job: Job, result: dict[str, Any], held_out: set[int]) -> None:
     folder, shards = pathlib.Path(job.folder), JobShards(job, "-settled")
     before = [folder / shard["name"] for shard in result["shards"]]
     try:
-        for number, data in _in_order(before):
-            shards.add(number, unpack(data), data, held_out=number in held_out)
+        for number, record, data in _in_order(before):
+            shards.add(number, record, data, held_out=number in held_out)
         result["shards"] = shards.close()
     finally:
         shards.abandon()
     save_result(job, result)
     for path in {*before} - {folder / shard["name"] for shard in result["shards"]}:
         path.unlink()
+        pathlib.Path(beside(path)).unlink(missing_ok=True)
 
 
-def _in_order(paths: Sequence[pathlib.Path]) -> Iterator[tuple[int, bytes]]:
-    """Yields (number of the entry, packed record) of all records of a job's shards, in the order of the source."""
+def _in_order(paths: Sequence[pathlib.Path]) -> Iterator[tuple[int, Record, bytes]]:
+    """Yields (number of the entry, record, packed record) of a job's shards, in the order of the source."""
     readers = [ArrayRecordReader(str(path)) for path in paths]
     try:
         numbers = [load_keys(path)[:, 1].tolist() for path in paths]
         rows = [(number, shard, row) for shard, column in enumerate(numbers) for row, number in enumerate(column)]
         for number, shard, row in sorted(rows):
-            (data,) = readers[shard].read([row])
-            yield number, data
+            yield number, *read_record(readers[shard], paths[shard], row)
     finally:
         for reader in readers:
             reader.close()

@@ -144,11 +144,11 @@ def test_damaged_shards_are_named_in_a_line(tmp_path):
     shards[1].write_bytes(data)
     shown = inspect(str(tmp_path), "train", False, Outputs())
     assert "damaged: 1 of 9 records read" in shown and "train-00001-of-00003.array_record record 1" in shown
-    with pytest.raises(ValueError, match=r"1 of 3 shards are damaged.*\(train-00001-of-00003.array_record\)"):
+    with pytest.raises(ValueError, match=r"1 of 3 files are damaged.*\(train-00001-of-00003.array_record\)"):
         inspect(str(tmp_path), "train", True, Outputs())
     shards[0].unlink()
     shards[2].write_bytes(b"")
-    with pytest.raises(ValueError, match=r"2 of 3 shards are missing.*train-00000.*train-00002"):
+    with pytest.raises(ValueError, match=r"2 of 3 files are missing.*train-00000.*train-00002"):
         inspect(str(tmp_path), "train", False, Outputs())
 
 

@@ -1,21 +1,25 @@
 """Batches of stage 0: which records, which of their captions and augmentations, and that any mesh gets the same."""
 
 import io
+import itertools
 import json
 import re
+import shutil
 
 import jax
 import ml_dtypes
 import numpy as np
 import PIL.Image
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from loading import config, sharding, take
 from small_pairs import draws_of
 
 from fastvlm_jax.batch import PairBatch
 from fastvlm_jax.data.load.from_config import eval_batches, make_builder, make_loader
+from fastvlm_jax.data.load.pair_builder import _choice_of_lists
 from fastvlm_jax.data.readers import datacompdr
-from fastvlm_jax.data.record import Record
+from fastvlm_jax.data.record import Record, pack
 from fastvlm_jax.data.write import write_shards
 from fastvlm_jax.faults import records_of
 from fastvlm_jax.images.augment import Crop, at_side, augment_into, sample_crop, sample_ops, uniform
@@ -82,7 +86,8 @@ def record(number, **changes):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    write_shards(folder, "train", [record(i) for i in range(COUNT)])
+    in_turns = itertools.chain(*itertools.zip_longest(range(27), range(27, COUNT)))  # so that shards hold 0-26, 27-52
+    write_shards(folder, "train", [record(i) for i in in_turns if i is not None], num_shards=2)
     plain = [record(i, extra={}) for i in range(COUNT)]
     write_shards(folder, "plain", plain)
     write_shards(folder, "few", plain[:23])
@@ -207,6 +212,51 @@ def test_a_record_is_drawn_anew_on_each_visit(straight, tokenizer):
     assert sum(len(set(draws)) > 1 for draws in drawn.values() if len(draws) == 3) > 35
 
 
+def write_lists(folder, lists):
+    """A data set like `folder`, but for what its records tell of the lists of their synthetic captions."""
+    write_shards(folder, "train", [record(i, extra=extra_of(i) | {"synthetic_keys": lists}) for i in range(COUNT)])
+
+
+def test_one_list_of_synthetic_captions_is_drawn_from_as_captions_without_a_list_are(tmp_path, processor, straight):
+    write_lists(tmp_path, [["syn_text", SYNTHETIC]])
+    assert_same(take(loader_of(tmp_path, processor), 6), straight)
+
+
+def test_of_several_lists_one_is_drawn_and_then_a_caption_of_it(tmp_path, processor, straight, tokenizer):
+    """Of lists of 1, 0 and 2 captions, half of the range of number 1 is for the first, a quarter for each other."""
+    write_lists(tmp_path, [["a", 1], ["empty", 0], ["b", 2]])
+    counts = np.zeros(3, int)
+    batches = take(loader_of(tmp_path, processor), 6)
+    for k, batch in enumerate(batches):
+        features = batch.teacher_texts.reshape(-1, 2, 5)
+        for pair, (real, made) in enumerate(texts_of(batch, tokenizer)):
+            number, drawn = int(real.split()[0]), int(made.split()[2])
+            assert drawn == np.searchsorted([0.5, 0.75], uniform(3, k // 2, number, 2)[1], side="right")
+            assert features[pair, 1].tolist() == [-number, CAPTIONS + drawn, 0, 0, 0]
+            counts[drawn] += 1
+    assert counts.sum() == 144 and 55 < counts[0] < 89
+    for batch, other in zip(batches, straight, strict=True):  # nothing else is drawn in another way
+        np.testing.assert_array_equal(batch.images, other.images)
+        np.testing.assert_array_equal(batch.texts[:, :, 0], other.texts[:, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ends"),
+    [
+        ([4], [0.25, 0.5, 0.75]),
+        ([2, 3], [0.25, 0.5, 0.5 + 1 / 6, 0.5 + 1 / 3]),
+        ([0, 1, 0, 1, 2, 0], [1 / 3, 2 / 3, 5 / 6]),
+    ],
+)
+def test_each_caption_of_a_list_has_an_equal_part_of_its_range(lengths, ends):
+    for expected, (low, high) in enumerate(itertools.pairwise([0, *ends, 1])):
+        for number in (low + 1e-9, (low + high) / 2, high - 1e-9):
+            assert _choice_of_lists(number, lengths) == expected
+    assert _choice_of_lists(0.0, lengths) == 0
+    for count in (*range(1, 60), 999, 65_537):  # the largest number below 1 chooses the last of any
+        assert _choice_of_lists(1 - 2.0**-53, [count] * count) == count**2 - 1
+
+
 def test_random_crops_follow_seed_visit_and_record(folder, processor, tokenizer):
     loader = loader_of(folder, processor, "plain", augment="random", texts=1, crop_area=(0.2, 0.5), operations=(1, 12))
     for k, batch in enumerate(take(loader, 3)):
@@ -292,6 +342,12 @@ BAD = [
     (dict(captions=["a", ""]), "captions is not a list of texts"),
     (dict(synthetic_captions=[]), "no synthetic captions, which data.texts=2 asks for"),
     (dict(synthetic_captions="a"), "synthetic_captions is not a list of texts"),
+    (dict(synthetic_keys=[["a", 2]]), "synthetic_keys does not tell of which lists its 3 synthetic captions are"),
+    (dict(synthetic_keys=[["a", 4], ["b", -1]]), "synthetic_keys does not tell of which lists its 3 synthetic"),
+    (dict(synthetic_keys=[["a", 3.0]]), "synthetic_keys does not tell of which lists its 3 synthetic captions are"),
+    (dict(synthetic_keys=[["a"], 3]), "synthetic_keys does not tell of which lists its 3 synthetic captions are"),
+    (dict(synthetic_keys=["a", "b"]), "synthetic_keys does not tell of which lists its 3 synthetic captions are"),
+    (dict(synthetic_keys=3), "synthetic_keys does not tell of which lists its 3 synthetic captions are"),
     (dict(augmentation=None), "no augmentation (param_aug), which data.augment='replay' asks for"),
     (dict(augmentation={"param_aug": []}), "no augmentation (param_aug)"),
     (dict(augmentation={"param_aug": "[[1"}), "its augmentation is text that is not JSON: '[[1'"),
@@ -360,6 +416,37 @@ def test_training_stops_with_the_reason_if_the_teachers_are_others(folder, token
     ) as caught:
         take(loader_of(folder, processor), 1)
     assert "\n" not in str(caught.value)
+
+
+def test_the_features_of_a_visit_alone_are_read(tmp_path, folder, processor, straight):
+    """Of the files beside the shards, rows that batch 3 does not show are overwritten."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    build = make_builder(settings(tmp_path), processor, "train", 3)
+    batch, kept = straight[3], 0
+    shown = {tuple(row) for array in (batch.teacher_images, batch.teacher_texts) for row in array.reshape(-1, 5)}
+    for shard in tmp_path.glob("train-*.features"):
+        held = np.fromfile(shard, np.float32).reshape(-1, 5)
+        assert len(held) in (27 * 9, 26 * 9)  # four augmentations and five captions each
+        held[[tuple(row) not in shown for row in held]] = np.nan
+        held.tofile(shard)
+        kept += np.isfinite(held[:, 0]).sum()
+    assert 60 <= kept <= 73
+    arrays, substituted = build(3, range(8))
+    assert not substituted
+    assert_same(arrays, vars(straight[3]))
+
+
+def test_data_sets_of_earlier_versions_have_their_features_in_their_records(tmp_path, processor, straight):
+    write_shards(tmp_path, "train", [record(i, extra=extra_of(i) | {"teacher": {}}) for i in range(COUNT)])
+    (shard,) = tmp_path.glob("train-*.array_record")
+    writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
+    for i in range(COUNT):
+        writer.write(pack(record(i)))
+    writer.close()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][shard.name]["bytes"] = shard.stat().st_size
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert_same(take(loader_of(tmp_path, processor), 6), straight)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

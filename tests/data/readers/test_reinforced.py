@@ -32,7 +32,7 @@ def read_one(tmp_path, entry, **options):
 def second_column(record, name):
     """Returns the numbers by which the rows of a record's features are known, and checks the other columns."""
     count = record.extra["teacher"][name]["shape"][0]
-    found = features_of(record, name, range(count), count, (WIDTH,))
+    found = features_of(record, {name: range(count)}, {name: count}, (WIDTH,))[name]
     np.testing.assert_allclose(found[:, 2:], 1 / 3, atol=2e-3)
     assert len(set(found[:, 0])) == 1
     return found[:, 1].tolist()

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from icon_packages import THINGS, colour, entry, packages, write_packages
 
-from fastvlm_jax.data.load.pair_record import captions_of
+from fastvlm_jax.data.captions import captions_of
 from fastvlm_jax.data.sets.icons.concepts import code_of, read_concepts
 from fastvlm_jax.data.sets.icons.drawings import draw, drawings_of, names_of
 from fastvlm_jax.data.sets.icons.splits import SPLITS, split_of

@@ -86,6 +86,79 @@ def test_pictures_that_exif_turns_are_refused_if_they_have_boxes():
     assert fitted(plain, (40, 30), (20, 15)) is plain
 
 
+def written_boxes(monkeypatch, capsys, folder, pictures, *flags):
+    """Writes entries of AUGMENTATIONS with pictures, {key: members}; returns boxes and reasons by key, and output."""
+    write_tar(folder / "set" / "0.tar", {key: members(0) for key in pictures})
+    write_tar(folder / "photos" / "0.tar", pictures)
+    argv = [f"--source={folder / 'set'}", f"--pictures={folder / 'photos'}", f"--output={folder / 'out'}", *flags]
+    status, out, err = fastvlm(monkeypatch, capsys, "data", "write", *argv, "--workers=1", "--overwrite")
+    if status:
+        return {}, {}, err
+    source = read_shards(folder / "out", "train")
+    kept = {source[i].key: [entry[0] for entry in augmentations_of(source[i])] for i in range(len(source))}
+    rejected = [json.loads(line) for line in (folder / "out" / "rejected.jsonl").read_text().splitlines()]
+    return kept, {entry["key"]: entry["reason"] for entry in rejected}, out
+
+
+def img2dataset(size, **about):
+    """The members that img2dataset writes of a picture, with the size that it downloaded."""
+    return pictured(1, size) | {"json": json.dumps({"caption": "a", "status": "success"} | about).encode()}
+
+
+BOXES = [entry[0] for entry in AUGMENTATIONS]
+
+
+def test_a_picture_of_another_size_is_counted_and_named(tmp_path, monkeypatch, capsys):
+    pictures = {"right": img2dataset((40, 30)), "shrunk": img2dataset((20, 15)), "wider": img2dataset((41, 30))}
+    kept, rejected, out = written_boxes(monkeypatch, capsys, tmp_path, pictures)
+    assert kept == {"0.tar/right": BOXES, "0.tar/wider": BOXES}  # that one is wider cannot be told
+    assert rejected["0.tar/shrunk"].startswith("the box of augmentation 0 was drawn for another picture: ")
+    assert "not inside the image of 20 x 15" in rejected["0.tar/shrunk"] and "--boxes" in rejected["0.tar/shrunk"]
+    assert len(rejected) == 1 and "rejected: 1 entries, all named in" in out
+
+
+def test_boxes_of_the_original_are_scaled_to_the_picture_that_was_resized(tmp_path, monkeypatch, capsys):
+    large = {"original_width": 40, "original_height": 30}
+    pictures = {
+        "right": img2dataset((40, 30), **large), "half": img2dataset((20, 15), **large),
+        "twice": img2dataset((80, 60), **large), "rounded": img2dataset((13, 9), **large),
+        "cropped": img2dataset((20, 20), **large), "unknown": img2dataset((40, 30)),
+        "strange": img2dataset((40, 30), original_width="40", original_height=30),
+        "other": img2dataset((40, 30), original_width=20, original_height=15),
+    }  # fmt: skip
+    kept, rejected, _ = written_boxes(monkeypatch, capsys, tmp_path, pictures, "--boxes=original")
+    assert kept == {
+        "0.tar/right": [[3, 5, 20, 30], [0, 0, 30, 40], [10, 0, 16, 16], None],
+        "0.tar/half": [[2, 3, 10, 15], [0, 0, 15, 20], [5, 0, 8, 8], None],
+        "0.tar/twice": [[6, 10, 40, 60], [0, 0, 60, 80], [20, 0, 32, 32], None],
+        "0.tar/rounded": [[1, 2, 6, 9], [0, 0, 9, 13], [3, 0, 5, 5], None],
+    }
+    assert "20 x 20 is the original of 40 x 30 cropped, padded or stretched" in rejected.pop("0.tar/cropped")
+    assert "drawn for another picture" in rejected.pop("0.tar/other")
+    assert rejected.keys() == {"0.tar/unknown", "0.tar/strange"}
+    assert set(rejected.values()) == {
+        "its .json has no original_width and original_height, which --boxes original asks for"
+    }
+
+
+def test_boxes_of_pictures_shrunk_to_a_side_are_scaled_to_larger_ones(tmp_path, monkeypatch, capsys):
+    pictures = {"wide": img2dataset((160, 120)), "small": img2dataset((40, 30)), "high": img2dataset((120, 160))}
+    kept, rejected, _ = written_boxes(monkeypatch, capsys, tmp_path, pictures, "--boxes=40")
+    assert kept == {
+        "0.tar/wide": [[12, 20, 80, 120], [0, 0, 120, 160], [40, 0, 64, 64], None],
+        "0.tar/small": BOXES,
+    }
+    assert "not inside the image of 30 x 40" in rejected["0.tar/high"]
+    kept, *_ = written_boxes(monkeypatch, capsys, tmp_path, pictures, "--boxes=40", "--max_side=80")
+    assert kept["0.tar/wide"] == [[6, 10, 40, 60], [0, 0, 60, 80], [20, 0, 32, 32], None]
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "512px", "9999999", "\u0665"])
+def test_another_picture_than_there_is_is_refused_in_a_line(value, tmp_path, monkeypatch, capsys):
+    *_, err = written_boxes(monkeypatch, capsys, tmp_path, {"k": img2dataset((40, 30))}, f"--boxes={value}")
+    assert err.count("\n") == 1 and "give 'original', or the longer side of the pictures, pixels" in err
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Writes a reinforced set of 24 entries in two tars, without pictures, and a folder of pictures of 160 x 120."""

@@ -67,7 +67,7 @@ CLIP_MILLIONS = {"s0": (11.4, 63.4), "s1": (21.5, 63.4), "s2": (35.7, 63.4), "s3
 
 
 @pytest.mark.parametrize(
-    "argument", [*CLIP_MILLIONS, "s3/12m", "s2/pairs", "tiny", "convnext_l,768", "clip_vit_l_336,768"]
+    "argument", [*CLIP_MILLIONS, "s3/12m", "s2/pairs", "tiny", "mini", "convnext_l,768", "clip_vit_l_336,768"]
 )
 def test_stage_0_builds_with_both_towers_and_decays_what_open_clip_does(argument):
     config = get("stage0_clip", argument)
@@ -79,7 +79,7 @@ def test_stage_0_builds_with_both_towers_and_decays_what_open_clip_does(argument
         assert tuple(round(count(towers[part]) / 1e6, 1) for part in ("vision", "text")) == CLIP_MILLIONS[argument]
     trainable, frozen = optim.split(params, config.groups)
     assert all(path.startswith("vision/unused/") for path in frozen)
-    assert config.data.groups * config.data.images_per_group == {"tiny": 64, "s3/12m": 8192}.get(
+    assert config.data.groups * config.data.images_per_group == {"tiny": 64, "mini": 256, "s3/12m": 8192}.get(
         argument, 8192 if "pairs" in argument else 65536
     )
     kept = {path.split("/")[-1] for path in trainable} - set(config.decayed)
@@ -95,11 +95,11 @@ def test_every_text_of_stage_0_has_a_row():
 
 
 def test_stage_0_of_unknown_sizes_or_data_is_refused():
-    with pytest.raises(ValueError, match="unknown size 's9' of both towers: choose one of tiny, s0"):
+    with pytest.raises(ValueError, match="unknown size 's9' of both towers: choose one of tiny, mini, s0"):
         get("stage0_clip", "s9")
-    with pytest.raises(ValueError, match="unknown text tower '9': choose one of tiny, 512"):
+    with pytest.raises(ValueError, match="unknown text tower '9': choose one of tiny, mini, 512"):
         get("stage0_clip", "mci2,9")
-    with pytest.raises(ValueError, match=r"unknown data '2b': choose 1b, 12m or pairs"):
+    with pytest.raises(ValueError, match=r"unknown data '2b': choose 1b, 12m, pairs or icons"):
         get("stage0_clip", "s3/2b")
 
 

@@ -47,6 +47,7 @@ SIGLIP_COLOURS = dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
 # and -S2; of both -S3 and -S4. Trailing figures: millions of parameters.
 TEXT_SIZES = {
     "tiny": dict(features=64, width=64, num_layers=2, num_heads=2, vocab_size=514, context_length=16),
+    "mini": dict(features=128, width=128, num_layers=2, num_heads=4, vocab_size=2050, context_length=24),
     "512": dict(features=512, width=512, num_layers=12, num_heads=8, vocab_size=49_408, context_length=77),  # 63.4
     "768": dict(features=768, width=768, num_layers=12, num_heads=12, vocab_size=49_408, context_length=77),  # 123.7
 }
@@ -61,6 +62,7 @@ _FOUR_STAGES = dict(
 # Encoders: arguments of models.fastvit.FastViT. Trailing figures: millions of parameters, folded, without projection.
 VISION_SIZES = {
     "tiny": dict(layers=(1, 1, 1, 1, 1), embed_dims=(16, 32, 64, 64, 128), layer_scale_init=0.1, init_std=0.1),
+    "mini": dict(layers=(1, 1, 2, 1, 1), embed_dims=(16, 32, 64, 128, 256), layer_scale_init=0.1, init_std=0.1),  # 1.3
     # Four stages with as many parameters as the five of "tiny": 367,536 and 369,776, folded.
     "fastvit_tiny": dict(
         layers=(1, 2, 4, 1), embed_dims=(16, 32, 64, 128), layer_scale_init=0.1, init_std=0.1, **_FOUR_STAGES
@@ -138,7 +140,8 @@ VISION_SIZES = {
 # 2311.17049: s1 and s2; s3 and s4 were published later). MobileCLIP-S0 has another text tower. Like FastVLM's own, s3
 # takes colours from 0 to 1; the published S3, as s4, takes those of OpenAI's CLIP.
 CLIP_SIZES = {
-    "tiny": ("tiny", "tiny"),
+    "tiny": ("tiny", "tiny"),  # these two for a CPU
+    "mini": ("mini", "mini"),
     "s0": ("mci0", "512"),  # 11.4 + 63.4
     "s1": ("mci1", "512"),  # 21.5 + 63.4
     "s2": ("mci2", "512"),  # 35.7 + 63.4

@@ -21,6 +21,7 @@ GROUPS = (
 _COLOURED = "FE0F"
 _SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 _SEX_OR_DIRECTION = {"2640", "2642", "27A1"}  # behind another sign: a woman's, a man's, one facing right
+_PLAIN = str.maketrans("\N{RIGHT SINGLE QUOTATION MARK}“”", '\'""')
 _MAN_OR_WOMAN = {"1F468", "1F469"}  # in front of another sign: "man astronaut"
 
 
@@ -82,4 +83,4 @@ def _captions(entry: dict[str, Any]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").split())
+    return " ".join(text.lower().translate(_PLAIN).split())

@@ -143,12 +143,14 @@ def test_boxes_of_the_original_are_scaled_to_the_picture_that_was_resized(tmp_pa
 
 def test_boxes_of_pictures_shrunk_to_a_side_are_scaled_to_larger_ones(tmp_path, monkeypatch, capsys):
     pictures = {"wide": img2dataset((160, 120)), "small": img2dataset((40, 30)), "high": img2dataset((120, 160))}
+    pictures["tiny"] = img2dataset((20, 15))  # was not enlarged
     kept, rejected, _ = written_boxes(monkeypatch, capsys, tmp_path, pictures, "--boxes=40")
     assert kept == {
         "0.tar/wide": [[12, 20, 80, 120], [0, 0, 120, 160], [40, 0, 64, 64], None],
         "0.tar/small": BOXES,
     }
     assert "not inside the image of 30 x 40" in rejected["0.tar/high"]
+    assert "not inside the image of 20 x 15" in rejected["0.tar/tiny"]
     kept, *_ = written_boxes(monkeypatch, capsys, tmp_path, pictures, "--boxes=40", "--max_side=80")
     assert kept["0.tar/wide"] == [[6, 10, 40, 60], [0, 0, 60, 80], [20, 0, 32, 32], None]
 

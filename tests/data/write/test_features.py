@@ -286,7 +286,10 @@ def test_records_whose_features_lie_elsewhere_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"features of record 1 are not in it but beside its shard: pass `whole\("):
         write_shards(tmp_path / "out", "train", [source[0]])
     assert not list((tmp_path / "out").iterdir())
+    partial = tmp_path / "out" / "train-00000-of-00001.array_record.features.1.partial"
+    partial.write_bytes(b"of a run that was killed")
     write_shards(tmp_path / "out", "train", [whole(source[0], source.features_file(0))])
+    assert not partial.exists()
     assert read(tmp_path / "out")[0] == [record(1)]
 
 

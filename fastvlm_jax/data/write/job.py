@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fastvlm_jax.data.index import FOLDER as INDEX
 from fastvlm_jax.data.index import Counter
 from fastvlm_jax.data.readers import Options, Part, apart
 from fastvlm_jax.data.record import Record, Rejected, check, pack
@@ -200,7 +201,7 @@ def finished(job: Job) -> dict[str, Any] | None:
             whole &= path.stat().st_size == shard["bytes"] and sha256(path) == shard["sha256"]
             whole &= len(load_keys(path)) == shard["records"]
             whole &= not job.settings.validation_share or len(load_pictures(path)) >= shard["records"]
-            whole &= any((folder / "index").glob(f"{path.name}.sizes.*"))
+            whole &= (folder / INDEX / f"{path.name}.sizes.npz").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result if whole else None

@@ -28,7 +28,7 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
             --review FILE.jsonl --benchmark llava-w|mm-vet --data DIR [--protocol P] [--output DIR]
   convert   --source DIR --target DIR --layout native|hf|llava|timm|openclip [--dtype D] [--fold] [--overwrite]
   data      write --source PATH --output DIR [--images DIR]... [--pictures DIR] [--validation_share S]
-                  [--max_side N] [--exclude LIST] [--verify]
+                  [--max_side N] [--exclude LIST] [--verify] [--runner ray [--address HOST:PORT]]
             inspect --data DIR | --config FILE.py[:ARG] [--output FILE.html] [--samples N] [--keys KEY[,KEY]|@FILE]
                     [--json FILE] [--verify]
                     --data DIR --against DIR [--benchmark NAME] [--kinds KIND,...] [--output LIST]

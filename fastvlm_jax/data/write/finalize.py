@@ -41,6 +41,7 @@ def finalize(
         )
     _drop(output, manifest, splits)
     (output / INDEX).mkdir(exist_ok=True)
+    index = _index_files(pathlib.Path(jobs[0].folder))
     for split in splits:
         shards = [
             (pathlib.Path(job.folder), shard)
@@ -50,7 +51,7 @@ def finalize(
         ]
         names = [f"{split}-{i:05d}-of-{len(shards):05d}.array_record" for i in range(len(shards))]
         for (folder, shard), name in zip(shards, names, strict=True):
-            for file in (folder / INDEX).glob(f"{shard['name']}.*"):
+            for file in index[shard["name"]]:
                 _link(file, output / INDEX / file.name.replace(shard["name"], name))
             if "features" in shard:
                 _link(pathlib.Path(beside(folder / shard["name"])), pathlib.Path(beside(output / name)))
@@ -91,6 +92,15 @@ def _drop(output: pathlib.Path, manifest: dict[str, Any], splits: Sequence[str])
                 stale.unlink()
         for stale in (output / INDEX).glob(f"{split}-?????-of-?????.array_record.*"):
             stale.unlink()
+
+
+def _index_files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+    """Returns the index files of each shard of the jobs by its name, from one listing: there may be 100,000 of them."""
+    found: dict[str, list[pathlib.Path]] = {}
+    for file in (folder / INDEX).glob("*.npz"):  # a worker that died may have left partial ones
+        shard, extension, _ = file.name.partition(".array_record")
+        found.setdefault(shard + extension, []).append(file)
+    return found
 
 
 def _link(file: pathlib.Path, name: pathlib.Path) -> None:

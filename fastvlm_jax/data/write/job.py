@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fastvlm_jax.data.index import FOLDER as INDEX
 from fastvlm_jax.data.index import Counter
 from fastvlm_jax.data.readers import Options, Part, apart
 from fastvlm_jax.data.record import Record, Rejected, check, pack
@@ -199,7 +200,7 @@ def finished(job: Job) -> dict[str, Any] | None:
             path = folder / shard["name"]
             whole &= intact(path, shard) and len(load_keys(path)) == shard["records"]
             whole &= not job.settings.validation_share or len(load_pictures(path)) >= shard["records"]
-            whole &= any((folder / "index").glob(f"{path.name}.sizes.*"))
+            whole &= (folder / INDEX / f"{path.name}.sizes.npz").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result if whole else None

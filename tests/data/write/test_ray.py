@@ -41,7 +41,14 @@ def cluster():
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH", "")]))
         options = {"include_dashboard": False, "object_store_memory": 80 << 20, "log_to_driver": False}
-        context = ray.init("local", num_cpus=2, logging_level="ERROR", **options)
+        for attempt in range(3):  # on an overloaded machine Ray may give up after its 30 s
+            try:
+                context = ray.init("local", num_cpus=2, logging_level="ERROR", **options)
+                break
+            except Exception:
+                ray.shutdown()
+                if attempt == 2:
+                    raise
         yield context.address_info["address"]
         ray.shutdown()
 
@@ -145,8 +152,10 @@ def test_ctrl_c_cancels_the_jobs_at_work_and_the_next_run_goes_on(cluster, folde
         write("set", tmp_path / "out", settings=SETTINGS, runner="ray", progress=stop)
     assert raised.value.status == 130
     staged = tmp_path / "out/.train.writing"
-    time.sleep(0.5)
-    assert not writers(staged) and 1 <= len(list(staged.glob("job-*.json"))) < JOBS
+    assert wait_until(lambda: not writers(staged))
+    done = list(staged.glob("job-*.json"))
+    time.sleep(0.3)
+    assert 1 <= len(done) < JOBS and not writers(staged) and list(staged.glob("job-*.json")) == done
     finished = {path.stat().st_mtime_ns for path in staged.glob("job-*.array_record")}
     write("set", tmp_path / "out", settings=SETTINGS, runner="ray")
     assert tree(tmp_path / "out") == tree("one")

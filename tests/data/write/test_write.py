@@ -206,6 +206,17 @@ def test_what_a_write_left_that_was_killed_while_it_finished_is_removed(source, 
         assert tree(tmp_path) == tree(straight[0])
 
 
+def test_what_a_dead_worker_left_while_others_work_is_not_taken_for_a_file_of_the_data_set(source, straight, tmp_path):
+    staged = tmp_path / "out/.train.writing"
+
+    def leave(state):
+        for path in [*staged.glob("job-*.array_record"), *staged.glob("index/job-*.npz")]:
+            path.with_name(f"{path.name}.x1y2z3_4.partial").touch()
+
+    write(source, tmp_path / "out", settings=SETTINGS, workers=1, progress=leave)
+    assert tree(tmp_path / "out") == tree(straight[0])
+
+
 def test_ctrl_c_is_one_line_and_status_130(slow, tmp_path):
     source, flags, _ = slow
     process = start(*command(source, tmp_path / "out", *flags), start_new_session=True)
@@ -250,7 +261,8 @@ def test_a_damaged_finished_job_is_done_again(source, straight, tmp_path, monkey
     damaged = bytearray(staged[0].read_bytes())
     damaged[len(damaged) // 2] ^= 1
     staged[0].write_bytes(damaged)
-    next((out / ".train.writing" / "index").glob("job-00001-*.npz")).unlink()
+    lost = next((out / ".train.writing" / "index").glob("job-00001-*.npz"))
+    lost.rename(f"{lost}.x1y2z3_4.partial")
     write(source, out, settings=SETTINGS, workers=1)
     assert tree(out) == tree(straight[0])
 

@@ -98,7 +98,7 @@ def pairs_of(size: str) -> ml_collections.ConfigDict:
     for name, sizes, what in ((vision, VISION_SIZES, "encoder"), (text, TEXT_SIZES, "text tower")):
         if name not in sizes:
             raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(sizes)} (as in FILE.py:mci2,512)")
-    sizes, tiny = VISION_SIZES[vision], vision in ("tiny", "mini")
+    sizes, tiny = VISION_SIZES[vision], vision == "tiny"
     c = _run()
     c.model = _model(sizes, tiny=tiny)
     c.model.text = ml_collections.ConfigDict(TEXT_SIZES[text])

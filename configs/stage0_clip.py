@@ -59,6 +59,7 @@ def get_config(argument: str = "s3"):
         c.data.groups, c.data.images_per_group = 4, 16
         c.steps, c.epochs, c.warmup_ratio, c.eval_batches, c.eval_every = 0, 4.0, 0.03, 3, 500
     if data == "icons":  # few pictures, seen often: each time another part of them, in other colours
+        c.model.text.vocab_size, c.model.text.context_length = 2050, 24  # of the tokenizer beside them
         c.data.groups, c.data.images_per_group = 4, 64
         c.data.crop_area, c.data.operations = (0.6, 1.0), (1, 6)
         c.eval_batches, c.eval_every, c.evaluate = 1, 100, (("retrieval", "", 0),)

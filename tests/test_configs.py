@@ -67,7 +67,8 @@ CLIP_MILLIONS = {"s0": (11.4, 63.4), "s1": (21.5, 63.4), "s2": (35.7, 63.4), "s3
 
 
 @pytest.mark.parametrize(
-    "argument", [*CLIP_MILLIONS, "s3/12m", "s2/pairs", "tiny", "mini", "convnext_l,768", "clip_vit_l_336,768"]
+    "argument",
+    [*CLIP_MILLIONS, "s3/12m", "s2/pairs", "tiny", "tiny/icons", "mini", "convnext_l,768", "clip_vit_l_336,768"],
 )
 def test_stage_0_builds_with_both_towers_and_decays_what_open_clip_does(argument):
     config = get("stage0_clip", argument)
@@ -79,9 +80,8 @@ def test_stage_0_builds_with_both_towers_and_decays_what_open_clip_does(argument
         assert tuple(round(count(towers[part]) / 1e6, 1) for part in ("vision", "text")) == CLIP_MILLIONS[argument]
     trainable, frozen = optim.split(params, config.groups)
     assert all(path.startswith("vision/unused/") for path in frozen)
-    assert config.data.groups * config.data.images_per_group == {"tiny": 64, "mini": 256, "s3/12m": 8192}.get(
-        argument, 8192 if "pairs" in argument else 65536
-    )
+    batches = {"tiny": 64, "tiny/icons": 256, "mini": 256, "s3/12m": 8192, "s2/pairs": 8192}
+    assert config.data.groups * config.data.images_per_group == batches.get(argument, 65536)
     kept = {path.split("/")[-1] for path in trainable} - set(config.decayed)
     one_dimension = {"layer_scale"} if "convnext" in argument else set()
     # Of layers, norms, a vision transformer and the logits.

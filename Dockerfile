@@ -1,7 +1,8 @@
 # The container image that launch/tpu.sh and launch/gke.sh run. Build it in this folder, with or without Docker:
 #   docker build --tag IMAGE . && docker push IMAGE
 #   gcloud builds submit --tag IMAGE --project PROJECT
-# The build argument EXTRA is an extra of pyproject.toml: tpu (the default), or gpu for NVIDIA GPUs.
+# The build argument EXTRA is an extra of pyproject.toml: tpu (the default), gpu for NVIDIA GPUs, or ray,gcs for nodes of
+# a cluster that writes data.
 FROM python:3.11-slim-bookworm
 ARG EXTRA=tpu
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]

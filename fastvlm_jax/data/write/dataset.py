@@ -41,6 +41,7 @@ from fastvlm_jax.data.write.summary import Summary, summarise
 from fastvlm_jax.data.write.workers import share_out
 from fastvlm_jax.files import PARTIALS, json_digest, write_whole
 
+_MAX_SHARDS = 99_999  # of a split: their names have five digits
 _MAX_QUESTIONS = 1 << 20  # bytes of the file
 _SMALL_FILES = 64 << 20  # bytes; whole files share a job until they reach this size together
 
@@ -94,6 +95,7 @@ def write(
     if format == "shards" and not overwrite and local and output.samefile(os.fspath(source)):
         raise ValueError(f"--output {output} is the source: name another folder")
     sizes = _sizes(parts)
+    _check_count(sum(sizes.values()), settings)
     described = {"format": format, "path": os.fspath(source)}
     described["fingerprint"] = _fingerprint(source, format, parts, sizes, options, settings)
     if settings.exclude:
@@ -199,6 +201,13 @@ def _check(settings: Settings) -> None:
     if settings.exclude:
         read_excluded(settings.exclude)
     _ = settings.counter  # an unreadable tokenizer is an error now, not later in every process
+
+
+def _check_count(size: int, settings: Settings) -> None:
+    """Raises ValueError if a source of `size` bytes, stored as it is, makes more shards than their names count."""
+    if size > _MAX_SHARDS * settings.shard_bytes:
+        enough = 1 << (size // _MAX_SHARDS >> 20).bit_length()
+        raise ValueError(f"over {_MAX_SHARDS:,} shards would be made of {size / 1e12:.0f} TB: take --shard_mb {enough}")
 
 
 def _check_runner(runner: str, address: str | None) -> None:

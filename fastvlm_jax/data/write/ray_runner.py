@@ -7,8 +7,8 @@
     counts what they report                   <──   what is wrong, if anything, and the sums of the job's reports
 
 If a worker or a node dies, Ray runs its job again, on a node that may have joined meanwhile. A job must bear that: its
-files get their names when they are whole, and depend on the job alone. An attempt that Ray takes for dead and that
-still lives changes nothing: it puts the same bytes in place.
+files get their names when they are whole, and depend on the job alone: an attempt that Ray takes for dead and that
+still lives puts the same bytes in place.
 """
 
 import contextlib

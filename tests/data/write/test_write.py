@@ -422,6 +422,16 @@ def test_bad_use_is_one_line_and_writes_nothing(case, source, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
 
 
+def test_a_source_for_too_many_shards_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("0.tar", "1.tar"):
+        with (tmp_path / "set" / name).open("wb") as file:
+            file.truncate(14 << 40)  # 28 TiB of nothing: over 99,999 times 256 MiB
+    with pytest.raises(ValueError, match=r"^over 99,999 shards would be made of 31 TB: take --shard_mb 512$"):
+        write(tmp_path / "set", tmp_path / "out", format="webdataset")
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_writers_in_one_folder_are_refused(source, tmp_path):
     def second(state):
         with pytest.raises(ValueError, match="another process is writing to"):

@@ -140,7 +140,7 @@ VISION_SIZES = {
 # takes colours from 0 to 1; the published S3, as s4, takes those of OpenAI's CLIP.
 CLIP_SIZES = {
     "tiny": ("tiny", "tiny"),  # these two for a CPU
-    "mini": ("tiny", "mini"),  # 0.42 + 0.67 with projection
+    "mini": ("tiny", "mini"),  # 0.41 + 0.68, as trained
     "s0": ("mci0", "512"),  # 11.4 + 63.4
     "s1": ("mci1", "512"),  # 21.5 + 63.4
     "s2": ("mci2", "512"),  # 35.7 + 63.4

@@ -39,7 +39,7 @@ class Settings:
       max_side: longest side of an image, pixels; larger images are shrunk to it; 0 for no limit.
       quality: JPEG quality of images that are shrunk.
       verify: whether every image is decoded in full.
-      shard_bytes: size at which a shard ends with the features beside it, bytes; the record that reaches it is its last.
+      shard_bytes: size, with its features, at which a shard ends, bytes; the record that reaches it is its last.
       tokenizer: file or folder of the tokenizer that counts tokens for the index; "" if they are not counted.
       template: template of conversations, as `data.template` in configs.
       turns: how turns become samples, as `data.turns` in configs.

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from fastvlm_jax import sharding
 from fastvlm_jax.data.record import Rejected
-from fastvlm_jax.data.sources import RecordSource, read_shards
+from fastvlm_jax.data.sources import MANIFEST, RecordSource, read_shards
 from fastvlm_jax.data.write.folder import local_folder, locked
 from fastvlm_jax.data.write.reinforced import Sample, add, members
 from fastvlm_jax.files import whole_file
@@ -85,8 +85,8 @@ def reinforce(
     records = read_shards(source, settings.split)
     if not len(records):
         raise ValueError(f"{source}: its split {settings.split!r} is empty")
-    if "://" not in os.fspath(source) and output.exists() and output.samefile(os.fspath(records.folder)):
-        raise ValueError(f"--output {output} is the source: name another folder")
+    if (output / MANIFEST).exists():
+        raise ValueError(f"{output} holds shards: choose another --output for the tars")
     devices = jax.local_devices() if devices is None else devices
     mesh = sharding.make_mesh(devices=devices)
     settings = dataclasses.replace(settings, batch_size=-(-settings.batch_size // len(devices)) * len(devices))

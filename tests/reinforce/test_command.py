@@ -156,7 +156,7 @@ def test_pairs_that_all_have_synthetic_captions_are_trained_with_both(monkeypatc
         (["--source={talks}"], 1, "none of the first 4 records is a pair of a picture and its caption, as in {talks}"),
         (["--source={talks}"], 1, "record 0: 2 questions are no caption"),
         (["--source={blank}"], 1, "record 0: an answer is empty"),
-        (["--output={pairs}"], 1, "--output {pairs} is the source: name another folder"),
+        (["--output={pairs}"], 1, "{pairs} holds shards: choose another --output for the tars"),
         (["--output={file}"], 1, "{file} is a file: choose a folder"),
         (["--output={file}/out"], 1, "{file}/out cannot be written to: Not a directory"),
         (["--output=gs://bucket/out"], 1, "gs://bucket/out is not local: write to a local folder, then"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -9,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import jax
+import numpy as np
 import pytest
 from pictures import FORMATS
 from small_pairs import write_pairs
@@ -162,10 +165,24 @@ def test_overwrite_leaves_nothing_of_the_plan_before(root, straight, tmp_path):
     assert told["tar_records"] == 10 and told["teachers"][0]["features"] == 12
 
 
-def test_another_batch_size_goes_on_in_the_same_folder(root, straight, tmp_path):
+def test_another_batch_size_goes_on_in_the_same_folder_and_changes_no_more_than_rounding(root, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "out")
     (tmp_path / "out" / "00000001.tar").unlink()
     assert run(root, tmp_path / "out", dataclasses.replace(SETTINGS, batch_size=7)).written == 4
+    before, after = (members_of(folder / "00000001.tar") for folder in (straight, tmp_path / "out"))
+    assert before.keys() == after.keys() and len(before) == 20
+    for name in before:
+        if not name.endswith(".npz"):
+            assert before[name] == after[name]
+            continue
+        ours, theirs = (np.load(io.BytesIO(found[name])) for found in (before, after))
+        for array in ours:
+            np.testing.assert_allclose(ours[array], theirs[array], rtol=0, atol=1e-5)
+
+
+def members_of(path):
+    with tarfile.open(path) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive.getmembers()}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -33,7 +33,7 @@ from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer
 
 SIDE, AUGMENTATIONS = 32, 3
 WIDTHS, SIZES = (12, 8), (SIDE, 48)
-SETTINGS = Settings(augmentations=AUGMENTATIONS, image_size=SIDE, seed=5, tar_records=6, batch_size=8, workers=2)
+SETTINGS = Settings(augmentations=AUGMENTATIONS, image_size=SIDE, seed=5, tar_records=6, batch_size=7, workers=2)
 ALPHA = PIL.Image.fromarray(np.dstack([photo(30, 50, 3), photo(30, 50, 4)[..., 0]]))
 # Pictures of every kind that is kept as it is or written anew, by name.
 PICTURES = {
@@ -98,9 +98,9 @@ def teachers(tmp_path_factory, sentencepiece_file):
     return list(zip(made, folders, tokens, strict=True))
 
 
-def run(source, teachers, output, settings=SETTINGS, **options):
-    options = {"devices": jax.devices()[:1]} | options
-    return reinforce(source, [str(folder) for _, folder, _ in teachers], output, settings, **options)
+def run(source, teachers, output, settings=SETTINGS):
+    """On two devices, so that batches of 7 become batches of 8."""
+    return reinforce(source, [str(folder) for _, folder, _ in teachers], output, settings, devices=jax.devices()[:2])
 
 
 @pytest.fixture(scope="module")
@@ -298,15 +298,3 @@ def rows_of(entry):
     """The embeddings of a pair, as torch rounds them to bfloat16, in float32."""
     stored = np.load(io.BytesIO(entry["npz"]))
     return np.concatenate([torch.tensor(array).bfloat16().float().numpy() for array in stored.values()])
-
-
-def test_devices_and_batches_change_no_more_than_rounding(source, teachers, straight, tmp_path):
-    settings = Settings(**{**vars(SETTINGS), "batch_size": 5, "workers": 1})
-    run(source, teachers, tmp_path / "out", settings, devices=jax.devices()[:2])
-    for entry, other in zip(members_of(straight[0]).values(), members_of(tmp_path / "out").values(), strict=True):
-        assert {name: data for name, data in entry.items() if name != "npz"} == {
-            name: data for name, data in other.items() if name != "npz"
-        }
-        ours, theirs = np.load(io.BytesIO(entry["npz"])), np.load(io.BytesIO(other["npz"]))
-        for name in ours:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)

@@ -271,7 +271,7 @@ def test_synthetic_captions_reach_a_batch_with_their_features(straight, chain, o
         found = np.concatenate([stored[name] for name in ("text_emb", *several)])
         rows |= {tokenizer([text], LENGTH).tobytes(): row for text, row in zip(synthetic, found[1:], strict=False)}
     seen = set()
-    for tokens, _, _, texts in batches(chain, tokenizer, 6, texts=2):
+    for tokens, _, _, texts in batches(chain, tokenizer, 18, texts=2):
         np.testing.assert_array_equal(texts[1], rows[tokens[1].tobytes()])
         seen.add(tokens[1].tobytes())
     assert seen == rows.keys() and len(seen) == 5

@@ -205,7 +205,7 @@ def _check(settings: Settings) -> None:
 
 def _check_count(size: int, settings: Settings) -> None:
     """Raises ValueError if a source of `size` bytes, stored as it is, makes more shards than their names count."""
-    if size > _MAX_SHARDS * settings.shard_bytes:
+    if size > _MAX_SHARDS * max(settings.shard_bytes, 1 << 20):  # a smaller shard ends behind its first record
         enough = 1 << (size // _MAX_SHARDS >> 20).bit_length()
         raise ValueError(f"over {_MAX_SHARDS:,} shards would be made of {size / 1e12:.0f} TB: take --shard_mb {enough}")
 

@@ -17,6 +17,7 @@ from small import small_config
 import fastvlm_jax
 from fastvlm_jax import cli
 from fastvlm_jax.evaluate import suite
+from fastvlm_jax.evaluate.benchmarks import known
 from fastvlm_jax.train import train
 
 CONFIG = str(ROOT / "configs" / "quickstart.py")
@@ -121,7 +122,7 @@ def test_evaluate_prints_a_table_and_writes_the_files_of_a_benchmark(monkeypatch
             "must be a folder for several files, and /dev/null is not a folder: give another",
         ),
         (["--list=easy-vqa"], 2, "--list=easy-vqa: write --list without '='"),
-        (["--split=test"], 2, "--split is for --benchmark=qa: easy-vqa has settings of its own"),
+        (["--split=test"], 2, "--split is for --benchmark=qa or retrieval or zero-shot: easy-vqa has settings"),
         (["--process_id=1"], 1, "missing: --coordinator_address"),
     ],
 )
@@ -135,7 +136,8 @@ def test_evaluate_refuses_what_it_cannot_do_in_a_line(monkeypatch, capsys, workd
 def test_a_model_without_a_tokenizer_is_refused_before_a_folder_is_made(workdir, tmp_path):
     model, variables, _ = fastvlm_jax.load(workdir)
     with pytest.raises(ValueError, match="this model has no language model or no tokenizer, so it answers nothing"):
-        suite.evaluate([], model, variables, None, tmp_path / "scores", source={})
+        entries = [suite.Entry(own, own.protocols[0], []) for own in known(["easy-vqa"])]
+        suite.evaluate(entries, model, variables, None, tmp_path / "scores", source={})
     assert not (tmp_path / "scores").exists()
 
 

@@ -258,7 +258,9 @@ def test_a_node_that_joins_late_asks_itself_before_its_first_job(tmp_path):
     assert asked(str(tmp_path / "token"), str(tmp_path)) == ("", [3, 10, 1])
 
 
-@pytest.mark.parametrize("code, found", [("other", r"of code \w{12}"), ("no", r"none that can be used \(there is none\)")])
+@pytest.mark.parametrize(
+    "code, found", [("other", r"of code \w{12}"), ("no", r"none that can be used \(there is none\)")]
+)
 def test_nodes_with_other_code_or_none_are_refused(code, found, cluster, folder, tmp_path):
     package = (
         tmp_path / "fastvlm_jax"

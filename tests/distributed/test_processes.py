@@ -19,7 +19,7 @@ from ports import free_port
 from small import ONE_STAGE, small_config
 from small_pairs import get_config, write_pairs
 
-from fastvlm_jax import checkpoint
+from fastvlm_jax import checkpoint, pair_loss
 from fastvlm_jax import losses as losses_lib
 from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.train import train
@@ -125,7 +125,7 @@ def test_stage_0_goes_on_as_fewer_processes_with_the_same_batches_and_losses(tmp
     """Four processes and then two are stopped by SIGTERM of one; the last is this process."""
     write_pairs(tmp_path / "data")
     monkeypatch.setenv("DIGESTS", "1")
-    monkeypatch.setattr(losses_lib, "pairs", digests.told)
+    monkeypatch.setattr(pair_loss, "pairs", digests.told)
     config = get_config(tmp_path / "data")
     config.update(PAIRS)
     train(config, tmp_path / "straight", jax.devices()[:DEVICES])

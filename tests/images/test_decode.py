@@ -377,6 +377,18 @@ def test_upright_keeps_every_picture_that_is_one_and_encodes_others_anew(name):
         assert simplejpeg.decode_jpeg(stored).shape == (60, 40, 3)
 
 
+def test_a_lossy_picture_that_shows_through_becomes_png():
+    """JPEG has no transparency: a turned WebP, and one that is shrunk."""
+    alpha = PHOTO.copy()
+    alpha.putalpha(PHOTO.convert("L"))
+    for stored in (
+        upright(encode(alpha, format="WEBP", exif=exif(3))),
+        shrink(encode(alpha, format="WEBP"), 30),
+    ):
+        image = PIL.Image.open(io.BytesIO(stored))
+        assert (image.format, image.mode) == ("PNG", "RGBA") and image.getextrema()[3][0] < 250
+
+
 @pytest.mark.parametrize("width, height", [(64, 48), (128, 96), (127, 95), (64, 64), (48, 64), (60, 40), (300, 200)])
 def test_what_is_decoded_in_place_is_what_is_decoded_and_then_placed(width, height):
     data = simplejpeg.encode_jpeg(photo(height, width), quality=90)

@@ -8,17 +8,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
-import PIL.ImageEnhance
-import PIL.ImageOps
 
+from fastvlm_jax.images.operations import OPS, apply
 from fastvlm_jax.images.resize import fit_into
 
-# The index of each operation is its number in paug.json.
-OPS = (
-    *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast"),
-    *("Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
-)
 MAX_OPS = 100  # of one entry of param_aug; published ones have two
 _STEPS = 30  # highest magnitude; 0 is the weakest
 _SIGNED = {  # values at the highest magnitude; half of the samples get the opposite sign
@@ -31,12 +24,6 @@ _SIGNED = {  # values at the highest magnitude; half of the samples get the oppo
     "Color": 0.9,
     "Contrast": 0.9,
     "Sharpness": 0.9,
-}
-_ENHANCE = {
-    "Brightness": PIL.ImageEnhance.Brightness,
-    "Color": PIL.ImageEnhance.Color,
-    "Contrast": PIL.ImageEnhance.Contrast,
-    "Sharpness": PIL.ImageEnhance.Sharpness,
 }
 
 Op = tuple[str, float]  # a name in OPS and its magnitude
@@ -236,34 +223,8 @@ def augment_into(
     top, left, rows, columns = crop = crop or Crop(0, 0, *size)
     check_crop(crop, size)
     fit_into(image[top : top + rows, left : left + columns], out, "stretch", exact=exact)
-    if ops:
-        changed = PIL.Image.fromarray(out)
-        for name, magnitude in ops:
-            changed = _apply(changed, name, magnitude)
-        out[:] = np.asarray(changed)
-
-
-def _apply(image: PIL.Image.Image, name: str, magnitude: float) -> PIL.Image.Image:
-    if name == "Identity":
-        return image
-    if name in _ENHANCE:
-        return _ENHANCE[name](image).enhance(1.0 + magnitude)
-    if name == "Rotate":
-        return image.rotate(magnitude, PIL.Image.Resampling.NEAREST)
-    if name == "Posterize":
-        return PIL.ImageOps.posterize(image, int(magnitude))
-    if name == "Solarize":
-        return PIL.ImageOps.solarize(image, magnitude)
-    if name == "AutoContrast":
-        return PIL.ImageOps.autocontrast(image)
-    if name == "Equalize":
-        return PIL.ImageOps.equalize(image)
-    # torchvision converts the angle to degrees and back, and its last bit decides which pixel is nearest.
-    angle = math.radians(math.degrees(math.atan(magnitude)))
-    inverse = {  # map from a point of the result to a point of the image
-        "ShearX": (1, math.tan(angle), 0, 0, 1, 0),
-        "ShearY": (1, 0, 0, math.sin(angle) / math.cos(angle), 1, 0),
-        "TranslateX": (1, 0, -int(magnitude), 0, 1, 0),
-        "TranslateY": (1, 0, 0, 0, 1, -int(magnitude)),
-    }[name]
-    return image.transform(image.size, PIL.Image.Transform.AFFINE, inverse, PIL.Image.Resampling.NEAREST)
+    changed = out
+    for name, magnitude in ops:
+        changed = apply(changed, name, magnitude)
+    if changed is not out:
+        out[:] = changed

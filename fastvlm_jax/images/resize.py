@@ -10,6 +10,9 @@ import PIL.Image
 cv2.setNumThreads(1)  # the data pipeline's threads already use the cores
 
 Background = tuple[int, int, int]
+# Most that an image is shrunk by a filter of three pixels and cubic interpolation. On photos they come within 43 to
+# 52 dB of Pillow's bicubic, area means within 39 to 44 in three times the time; beyond this factor both are as near.
+_MAX_SOFTENED = 2.5
 _ROWS = 256  # rows resized at a time, so that a 500 x 30,000 image is never padded to 30,000 x 30,000 in memory
 
 
@@ -28,8 +31,8 @@ def fit_into(
       mode: pad, crop or stretch.
       background: RGB colour around a padded image.
       exact: whether to use Pillow's bicubic, which gives the pixels of transformers' CLIPImageProcessor. Otherwise
-        OpenCV is used: area means where the image shrinks, cubic where it grows, within half a pixel of the exact
-        position.
+        OpenCV is used: cubic, where the image shrinks behind a small filter or, if it shrinks much, area means; within
+        half a pixel of the exact position.
 
     Raises:
       ValueError: the mode is unknown.
@@ -70,14 +73,27 @@ def resize(image: np.ndarray, out: np.ndarray) -> None:
     if (height, width) == (new_height, new_width):
         out[:] = image
         return
-    # On photos, area means are nearest to Pillow's bicubic (43 to 46 dB) from a factor of 1.2 on, where cubic aliases;
-    # below that factor, and where the image grows, cubic is nearest (47 to 49 dB).
-    smaller = max(height / new_height, width / new_width) > 1.2
-    if smaller and (height < new_height or width < new_width):  # one side shrinks, the other grows: shrink first
-        middle = np.empty((min(height, new_height), min(width, new_width), 3), np.uint8)
-        resize(image, middle)
-        image, smaller = middle, False
-    cv2.resize(image, (new_width, new_height), dst=out, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
+    factors = width / new_width, height / new_height
+    if max(factors) > _MAX_SOFTENED:
+        if min(factors) < 1:  # one side shrinks, the other grows: shrink first
+            middle = np.empty((min(height, new_height), min(width, new_width), 3), np.uint8)
+            resize(image, middle)
+            resize(middle, out)
+        else:
+            cv2.resize(image, (new_width, new_height), dst=out, interpolation=cv2.INTER_AREA)
+        return
+    if max(factors) > 1:
+        image = cv2.sepFilter2D(image, -1, *map(_softening, factors), borderType=cv2.BORDER_REPLICATE)
+    cv2.resize(image, (new_width, new_height), dst=out, interpolation=cv2.INTER_CUBIC)
+
+
+def _softening(factor: float) -> np.ndarray:
+    """Returns the filter, float32 [3], with which cubic interpolation shrinks by a factor without aliasing.
+
+    Its weights come near to Pillow's bicubic on photos and on noise; from 2.4 on they are the mean of three pixels.
+    """
+    side = 0.38 * math.log(min(max(factor, 1), 2.4))
+    return np.array([side, 1 - 2 * side, side], np.float32)
 
 
 def pad_scaled(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:

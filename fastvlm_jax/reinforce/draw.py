@@ -17,6 +17,7 @@ from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write.reinforced import Sample
 from fastvlm_jax.images import augment
 from fastvlm_jax.images.decode import decode, upright
+from fastvlm_jax.images.operations import OPS
 from fastvlm_jax.images.resize import fit_into
 
 DRAWN_FOR = (224, 224)  # (height, width) of the view for which published sets tell translations, pixels
@@ -46,7 +47,7 @@ def make_sample(record: Record, number: int, augmentations: int, seed: int) -> t
     entries = []
     for augmentation in range(augmentations):
         crop, ops = augment.sample(seed, augmentation, number, image.shape[:2], DRAWN_FOR)
-        entries.append([list(crop), [[augment.OPS.index(name), value] for name, value in ops]])
+        entries.append([list(crop), [[OPS.index(name), value] for name, value in ops]])
     extra = {key: value for key, value in record.extra.items() if key not in _STORED_APART and _is_plain(value)}
     about = {"key": record.key, "turns": record.turns, "extra": extra}
     return Sample(number, picture, captions, synthetic, entries, about), image

@@ -11,7 +11,6 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 
 from fastvlm_jax.images.augment import (
-    OPS,
     Crop,
     at_side,
     augment_into,
@@ -21,6 +20,7 @@ from fastvlm_jax.images.augment import (
     sample_ops,
     uniform,
 )
+from fastvlm_jax.images.operations import OPS, apply
 
 BICUBIC = T.InterpolationMode.BICUBIC
 NEAREST = T.InterpolationMode.NEAREST
@@ -142,6 +142,21 @@ def test_operations_equal_torchvisions(name, size):
             continue
         theirs = _apply_op(PIL.Image.fromarray(image), name, magnitude, NEAREST, None)
         np.testing.assert_array_equal(augment(image, size, None, [(name, magnitude)]), np.asarray(theirs))
+
+
+def test_operations_equal_torchvisions_on_odd_pictures():
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        height, width = rng.integers(1, 40, 2)
+        low = rng.integers(0, 256)
+        image = rng.integers(low, rng.integers(low, 256) + 1, (height, width, 3), np.uint8)
+        image[..., rng.integers(3)] //= np.uint8(rng.integers(1, 256))
+        name, share = OPS[rng.integers(len(OPS))], rng.uniform(-1, 1)
+        most = {"Rotate": 180, "Solarize": 256, "Posterize": 8, "TranslateX": 60, "TranslateY": 60}.get(name, 1)
+        magnitude = max(1.0, abs(share) * 8) if name == "Posterize" else share * most
+        theirs = _apply_op(PIL.Image.fromarray(image), name, magnitude, NEAREST, None)
+        shown = f"{name} {magnitude} of {image.shape}"
+        np.testing.assert_array_equal(apply(image, name, magnitude), np.asarray(theirs), shown)
 
 
 def test_stored_parameters_replay_the_teachers_pixels():

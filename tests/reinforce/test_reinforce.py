@@ -26,7 +26,7 @@ from fastvlm_jax.data.load.from_config import make_builder
 from fastvlm_jax.data.record import Record, unpack
 from fastvlm_jax.data.sources import read_shards
 from fastvlm_jax.data.write import write, write_shards
-from fastvlm_jax.images.augment import OPS
+from fastvlm_jax.images.operations import OPS
 from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.reinforce import Settings, reinforce
 from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer

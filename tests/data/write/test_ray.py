@@ -25,6 +25,7 @@ from paths import HELPERS, ROOT
 from fastvlm_jax import lock
 from fastvlm_jax.data.record import Record
 from fastvlm_jax.data.write import Settings, ray_runner, write, write_shards
+from fastvlm_jax.files import write_json
 
 ray = pytest.importorskip("ray", reason="pip install 'fastvlm_jax[ray]'")
 
@@ -295,7 +296,8 @@ def test_another_host_at_work_is_refused_and_one_that_takes_over_is_noticed(clus
 
     def take(state):
         if state.done == state.jobs:
-            (out / "lock").write_text('{"host": "other", "pid": 7}')
+            # At once: the owner, which looks all the time, must not see it half written.
+            write_json(out / "lock", {"host": "other", "pid": 7})
             time.sleep(0.2)
 
     with pytest.raises(OSError, match="out was taken by process 7 on other"):

@@ -109,6 +109,20 @@ def _of_config(error: Exception) -> str:
     return f"there is no key {missing[1]!r}{tip}; docs/config.md lists the keys"
 
 
+def pair(fv: flags.FlagValues, name: str, kind: type) -> tuple:
+    """Returns the two numbers, int or float, of a flag that lists them.
+
+    Raises:
+      flags.Error: it lists something else.
+    """
+    try:
+        first, second = map(kind, fv[name].value)
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise flags.Error(f"--{name}={','.join(fv[name].value)} must be two {what}: {fv[name].default}") from error
+    return first, second
+
+
 def to_json(content: dict, path: str | None) -> str:
     """Returns `content` as JSON, and writes it to `path` if there is one."""
     if path:

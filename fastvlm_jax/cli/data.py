@@ -8,7 +8,7 @@ from absl import flags
 
 from fastvlm_jax import xla_flags
 from fastvlm_jax.cli import help
-from fastvlm_jax.cli.arguments import define_config, parse, to_json
+from fastvlm_jax.cli.arguments import define_config, pair, parse, to_json
 
 
 def data(argv: list[str]) -> None:
@@ -296,6 +296,14 @@ def reinforce_data(argv: list[str]) -> None:
     flags.DEFINE_string("split", "train", "split of the source", flag_values=fv)
     flags.DEFINE_integer("augmentations", 10, "augmented views of each picture", flag_values=fv)
     flags.DEFINE_integer("image_size", 224, "side of the augmented views, pixels", flag_values=fv)
+    flags.DEFINE_list(
+        "crop_area", "0.08,1", "smallest and largest fraction of a picture's area in a view, as data.crop_area",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_list(
+        "operations", "2,9", "number of RandAugment's operations on a view and their magnitude, as data.operations",
+        flag_values=fv,
+    )  # fmt: skip
     flags.DEFINE_integer("seed", 0, "seed of the augmentations", flag_values=fv)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the stored embeddings", flag_values=fv)
     flags.DEFINE_integer("batch_size", 64, "views, and texts, that a teacher sees at once", flag_values=fv)
@@ -311,8 +319,9 @@ def reinforce_data(argv: list[str]) -> None:
             f"this is process {job.process_id} of {job.num_processes}, and data reinforce runs as one: give each host "
             "a --source and an --output of its own, and set FASTVLM_NUM_PROCESSES=1"
         )
-    names = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**{name: fv[name].value for name in names})
+    values = {field.name: fv[field.name].value for field in dataclasses.fields(Settings)}
+    values |= {"crop_area": pair(fv, "crop_area", float), "operations": pair(fv, "operations", int)}
+    settings = Settings(**values)
     with progress_bar.shown() as show:
         summary = reinforce(fv.source, fv.teacher, fv.output, settings, overwrite=fv.overwrite, progress=show)
     print(summary.describe())

@@ -13,7 +13,7 @@ from fastvlm_jax.images.operations import OPS, apply
 from fastvlm_jax.images.resize import fit_into
 
 MAX_OPS = 100  # of one entry of param_aug; published ones have two
-_STEPS = 30  # highest magnitude; 0 is the weakest
+MAX_MAGNITUDE = 30  # of an operation; 0 is the weakest
 _SIGNED = {  # values at the highest magnitude; half of the samples get the opposite sign
     "ShearX": 0.3,
     "ShearY": 0.3,
@@ -62,6 +62,7 @@ def sample(
     out_size: tuple[int, int],
     num_ops: int = 2,
     magnitude: int = 9,
+    scale: tuple[float, float] = (0.08, 1.0),
 ) -> tuple[Crop, tuple[Op, ...]]:
     """Samples the crop and the operations of one record in one epoch; equal arguments always give the same result.
 
@@ -70,9 +71,10 @@ def sample(
       size: (height, width) of the image, pixels.
       out_size: (height, width) that the crop is resized to, pixels.
       num_ops, magnitude: see `sample_ops`.
+      scale: see `sample_crop`.
     """
     numbers = uniform(seed, epoch, record, 40 + 2 * num_ops)
-    return sample_crop(numbers[:40], size), sample_ops(numbers[40:], out_size, num_ops, magnitude)
+    return sample_crop(numbers[:40], size, scale), sample_ops(numbers[40:], out_size, num_ops, magnitude)
 
 
 def sample_crop(
@@ -121,9 +123,9 @@ def sample_ops(numbers: np.ndarray, size: tuple[int, int], num_ops: int = 2, mag
     Raises:
       ValueError: the magnitude is out of range.
     """
-    if not 0 <= magnitude <= _STEPS:
-        raise ValueError(f"the magnitude of RandAugment must be 0 to {_STEPS}, not {magnitude}")
-    strength = magnitude / _STEPS
+    if not 0 <= magnitude <= MAX_MAGNITUDE:
+        raise ValueError(f"the magnitude of RandAugment must be 0 to {MAX_MAGNITUDE}, not {magnitude}")
+    strength = magnitude / MAX_MAGNITUDE
     ops = []
     for which, sign in numbers[: 2 * num_ops].reshape(num_ops, 2).tolist():
         name, value = OPS[int(which * len(OPS))], 0.0

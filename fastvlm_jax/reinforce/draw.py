@@ -19,20 +19,20 @@ from fastvlm_jax.images import augment
 from fastvlm_jax.images.decode import decode, upright
 from fastvlm_jax.images.operations import OPS
 from fastvlm_jax.images.resize import fit_into
+from fastvlm_jax.reinforce.plan import Settings
 
 DRAWN_FOR = (224, 224)  # (height, width) of the view for which published sets tell translations, pixels
 MAX_LISTS = 14  # lists of synthetic captions: each gets an array of its own, and a reader takes 16
 _STORED_APART = ("captions", "synthetic_captions", "synthetic_keys", "augmentation", "teacher")
 
 
-def make_sample(record: Record, number: int, augmentations: int, seed: int) -> tuple[Sample, np.ndarray]:
+def make_sample(record: Record, number: int, settings: Settings) -> tuple[Sample, np.ndarray]:
     """Returns a record as it is stored, and its decoded picture, uint8 [H, W, 3].
 
     Args:
       record: a pair of a picture and its caption.
       number: its number in the source.
-      augmentations: number of augmentations to draw, of 2 operations each.
-      seed: seed of the augmentations.
+      settings: number, crops, operations and seed of the augmentations.
 
     Raises:
       ValueError: the record is no pair, or its picture cannot be decoded; the message is a short line.
@@ -45,8 +45,10 @@ def make_sample(record: Record, number: int, augmentations: int, seed: int) -> t
     picture = upright(record.images[0])
     image = decode(picture)
     entries = []
-    for augmentation in range(augmentations):
-        crop, ops = augment.sample(seed, augmentation, number, image.shape[:2], DRAWN_FOR)
+    for augmentation in range(settings.augmentations):
+        crop, ops = augment.sample(
+            settings.seed, augmentation, number, image.shape[:2], DRAWN_FOR, *settings.operations, settings.crop_area
+        )
         entries.append([list(crop), [[OPS.index(name), value] for name, value in ops]])
     extra = {key: value for key, value in record.extra.items() if key not in _STORED_APART and _is_plain(value)}
     about = {"key": record.key, "turns": record.turns, "extra": extra}

@@ -19,6 +19,7 @@ from fastvlm_jax.data.rejected import FILE as REJECTED
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.data.write.reinforced import DTYPES
 from fastvlm_jax.files import PARTIALS, json_digest, read_object, whole_file, write_json
+from fastvlm_jax.images.augment import MAX_MAGNITUDE, MAX_OPS
 from fastvlm_jax.images.header import MAX_SIDE
 from fastvlm_jax.reinforce.teachers import Teacher
 
@@ -34,6 +35,8 @@ class Settings:
       split: split of the source.
       augmentations: augmentations of each picture.
       image_size: side of the augmented views, pixels.
+      crop_area: smallest and largest fraction of a picture's area in a crop.
+      operations: number of RandAugment's operations on a view, and their magnitude.
       seed: seed of the augmentations.
       dtype: dtype of the stored embeddings, "float32" or "bfloat16".
       tar_records: records of the source whose pairs share a tar.
@@ -44,6 +47,8 @@ class Settings:
     split: str = "train"
     augmentations: int = 10
     image_size: int = 224
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    operations: tuple[int, int] = (2, 9)
     seed: int = 0
     dtype: str = "float32"
     tar_records: int = 1024
@@ -58,6 +63,15 @@ class Settings:
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"--{name} {getattr(self, name)} must be {least} to {most}")
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"--crop_area {low:g},{high:g} must be two fractions of the area, the smaller one first")
+        count, magnitude = self.operations
+        if not (0 <= count <= MAX_OPS and 0 <= magnitude <= MAX_MAGNITUDE):
+            raise ValueError(
+                f"--operations {count},{magnitude} must be a number of 0 to {MAX_OPS} and a magnitude of 0 to "
+                f"{MAX_MAGNITUDE}"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")
 

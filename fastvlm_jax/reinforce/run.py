@@ -153,7 +153,7 @@ def _draw(records: RecordSource, number: int, settings: Settings, sizes: Sequenc
     try:
         record = records[number]
         key = record.key
-        sample, image = make_sample(record, number, settings.augmentations, settings.seed)
+        sample, image = make_sample(record, number, settings)
         return sample, views_of(image, sample.entries, settings.image_size, sizes)
     except ValueError as error:
         return Rejected(records.where(number), key, str(error))

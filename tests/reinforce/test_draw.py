@@ -21,7 +21,7 @@ def record(caption="a red car", picture=PICTURE, key="k", **extra):
 
 
 def drawn(number=0, count=4, seed=0, **given):
-    return make_sample(record(**given), number, count, seed)[0]
+    return make_sample(record(**given), number, Settings(augmentations=count, seed=seed))[0]
 
 
 def test_augmentations_depend_on_seed_number_and_place_alone():
@@ -31,6 +31,19 @@ def test_augmentations_depend_on_seed_number_and_place_alone():
     assert len({json.dumps(entry) for found in others for entry in found}) == 12
     # The random numbers of `sample(1, 2, 3, ...)` in test_augment.py, whose picture is ten times as large.
     assert drawn(3, 3, 1).entries[2] == [[5, 35, 27, 23], [[12, 0.0], [8, -0.27]]]
+
+
+def test_milder_crops_and_operations_are_drawn_as_told():
+    settings = Settings(augmentations=50, crop_area=(0.6, 0.9), operations=(1, 6))
+    entries = make_sample(record(), 0, settings)[0].entries
+    areas = [height * width / (48 * 64) for (_, _, height, width), _ in entries]
+    assert 0.57 < min(areas) < 0.65 and 0.85 < max(areas) < 0.93
+    # Of magnitude 6 of 30: shears by 0.3, rotations by 30 degrees, enhancements by 0.9, each times 6 / 30.
+    most = {1: 0.06, 2: 0.06, 5: 6.0, 6: 0.18, 7: 0.18, 8: 0.18, 9: 0.18}
+    assert all(len(ops) == 1 for _, ops in entries)
+    found = {number: abs(value) for _, ((number, value),) in entries if number in most}
+    assert len(found) > 5 and found == pytest.approx({number: most[number] for number in found})
+    assert make_sample(record(), 0, Settings(augmentations=2, operations=(0, 9)))[0].entries[0][1] == []
 
 
 def test_crops_cover_the_areas_and_operations_of_the_published_sets():
@@ -66,7 +79,9 @@ def test_teachers_of_other_sizes_get_the_resized_view():
 
 
 def test_the_picture_is_stored_upright_and_its_boxes_count_its_pixels():
-    sample, image = make_sample(record(picture=FORMATS["jpeg"]), 0, 60, 0)  # 60 x 40 pixels, turned to 40 x 60
+    sample, image = make_sample(
+        record(picture=FORMATS["jpeg"]), 0, Settings(augmentations=60)
+    )  # 60 x 40 pixels, turned to 40 x 60
     assert image.shape == (60, 40, 3) and sample.picture != FORMATS["jpeg"]
     np.testing.assert_array_equal(image, decode(sample.picture))
     ends = np.array([[top + height, left + width] for (top, left, height, width), _ in sample.entries])

@@ -119,7 +119,9 @@ def pair(fv: flags.FlagValues, name: str, kind: type) -> tuple:
         first, second = map(kind, fv[name].value)
     except ValueError as error:
         what = "whole numbers" if kind is int else "numbers"
-        raise flags.Error(f"--{name}={','.join(fv[name].value)} must be two {what}: {fv[name].default}") from error
+        raise flags.Error(
+            f"--{name}={','.join(fv[name].value)} must be two {what}, as {fv[name].default_as_str}"
+        ) from error
     return first, second
 
 

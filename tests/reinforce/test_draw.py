@@ -79,9 +79,8 @@ def test_teachers_of_other_sizes_get_the_resized_view():
 
 
 def test_the_picture_is_stored_upright_and_its_boxes_count_its_pixels():
-    sample, image = make_sample(
-        record(picture=FORMATS["jpeg"]), 0, Settings(augmentations=60)
-    )  # 60 x 40 pixels, turned to 40 x 60
+    # Of 60 x 40 pixels, turned to 40 x 60.
+    sample, image = make_sample(record(picture=FORMATS["jpeg"]), 0, Settings(augmentations=60))
     assert image.shape == (60, 40, 3) and sample.picture != FORMATS["jpeg"]
     np.testing.assert_array_equal(image, decode(sample.picture))
     ends = np.array([[top + height, left + width] for (top, left, height, width), _ in sample.entries])

@@ -1,5 +1,6 @@
 """Runs of stage 0: they go on bit for bit, tell what they learn, and are parents of a VLM stage."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -103,6 +104,10 @@ def test_it_is_evaluated_as_the_command_evaluates_it(monkeypatch, capsys, straig
     best = np.asarray(images @ texts.T).argmax(axis=1)
     right = np.mean([sorted(captions)[k] == caption for k, caption in zip(best, captions, strict=True)])
     assert row["evaluate/zero-shot"] == pytest.approx(100 * right)
+    lines = (tmp_path / "zero-shot-clip-benchmark.predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 30
+    held = {hashlib.sha256(source[i].images[0]).hexdigest()[:16] for i in range(len(source))}
+    assert {image["digest"] for line in lines for image in json.loads(line)["images"]} <= held
 
 
 def test_a_model_that_answers_is_not_asked_for_embeddings(straight):

@@ -146,8 +146,7 @@ def test_operations_equal_torchvisions(name, size):
 
 def test_operations_equal_torchvisions_on_odd_pictures():
     rng = np.random.default_rng(0)
-    for _ in range(400):
-        height, width = rng.integers(1, 40, 2)
+    for height, width in rng.integers(1, 40, (400, 2)).tolist():
         low = rng.integers(0, 256)
         image = rng.integers(low, rng.integers(low, 256) + 1, (height, width, 3), np.uint8)
         image[..., rng.integers(3)] //= np.uint8(rng.integers(1, 256))
@@ -157,6 +156,13 @@ def test_operations_equal_torchvisions_on_odd_pictures():
         theirs = _apply_op(PIL.Image.fromarray(image), name, magnitude, NEAREST, None)
         shown = f"{name} {magnitude} of {image.shape}"
         np.testing.assert_array_equal(apply(image, name, magnitude), np.asarray(theirs), shown)
+
+
+@pytest.mark.parametrize("height, width", [(1, 9), (2, 3), (3, 3), (3, 9)])
+def test_the_border_is_not_sharpened(height, width):
+    image = photo(height, width)
+    theirs = _apply_op(PIL.Image.fromarray(image), "Sharpness", 0.9, NEAREST, None)
+    np.testing.assert_array_equal(apply(image, "Sharpness", 0.9), np.asarray(theirs))
 
 
 def test_stored_parameters_replay_the_teachers_pixels():

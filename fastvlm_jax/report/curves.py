@@ -142,6 +142,9 @@ def plot_losses(runs: Sequence[Run], path: pathlib.Path) -> None:
         score_axis.set(ylabel="score", ylim=(0, max(101, 1.05 * highest)))
         score_axis.spines["top"].set_visible(False)
     axis.set(xlabel="step", ylabel="loss", yscale="log")
+    # 6 and not 6 x 10^0.
+    axis.yaxis.set_major_formatter(matplotlib.ticker.LogFormatter())
+    axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter())
     axis.spines["top"].set_visible(False)
     entries = len(runs) + validated + len(names)
     columns = min(4, entries)

@@ -172,6 +172,8 @@ def test_terminated_and_killed_the_same_command_ends_in_the_same_bytes(cluster, 
     assert first.communicate() == ("", "fastvlm data: stopped; the same command goes on from here\n")
     assert first.returncode == 75
     second = start("set", cluster, out, folder)
+    # What the first one left does not count.
+    wait_until(lambda: f'"pid": {second.pid},' in (out / "lock").read_text())
     wait_until(lambda: list(staged.glob("job-*.json")) and list(staged.glob("job-*.partial")))
     second.kill()
     second.communicate()

@@ -109,20 +109,16 @@ def _of_config(error: Exception) -> str:
     return f"there is no key {missing[1]!r}{tip}; docs/config.md lists the keys"
 
 
-def pair(fv: flags.FlagValues, name: str, kind: type) -> tuple:
-    """Returns the two numbers, int or float, of a flag that lists them.
+def numbers(fv: flags.FlagValues, name: str, kind: type, words: str) -> tuple:
+    """Returns the numbers, int or float, that a flag lists.
 
     Raises:
-      flags.Error: it lists something else.
+      flags.Error: it lists something else; `words` say what it must be.
     """
     try:
-        first, second = map(kind, fv[name].value)
+        return tuple(map(kind, fv[name].value))
     except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise flags.Error(
-            f"--{name}={','.join(fv[name].value)} must be two {what}, as {fv[name].default_as_str}"
-        ) from error
-    return first, second
+        raise flags.Error(f"--{name}={','.join(fv[name].value)} must be {words}") from error
 
 
 def to_json(content: dict, path: str | None) -> str:

@@ -8,7 +8,7 @@ from absl import flags
 
 from fastvlm_jax import xla_flags
 from fastvlm_jax.cli import help
-from fastvlm_jax.cli.arguments import define_config, pair, parse, to_json
+from fastvlm_jax.cli.arguments import define_config, numbers, parse, to_json
 
 
 def data(argv: list[str]) -> None:
@@ -320,7 +320,8 @@ def reinforce_data(argv: list[str]) -> None:
             "a --source and an --output of its own, and set FASTVLM_NUM_PROCESSES=1"
         )
     values = {field.name: fv[field.name].value for field in dataclasses.fields(Settings)}
-    values |= {"crop_area": pair(fv, "crop_area", float), "operations": pair(fv, "operations", int)}
+    values["crop_area"] = numbers(fv, "crop_area", float, "two numbers, as 0.08,1")
+    values["operations"] = numbers(fv, "operations", int, "two whole numbers, as 2,9")
     settings = Settings(**values)
     with progress_bar.shown() as show:
         summary = reinforce(fv.source, fv.teacher, fv.output, settings, overwrite=fv.overwrite, progress=show)

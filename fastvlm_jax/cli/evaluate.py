@@ -8,7 +8,7 @@ import sys
 from absl import flags
 
 from fastvlm_jax import xla_flags
-from fastvlm_jax.cli.arguments import define_processes, parse, processes, to_json
+from fastvlm_jax.cli.arguments import define_processes, numbers, parse, processes, to_json
 
 OWN = ("split", "turns", "metric")  # flags of the benchmark qa
 TOWERS = ("zero-shot", "retrieval")  # benchmarks of a model of stage 0, which have --split too
@@ -170,7 +170,7 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
     entries = suite.choose(
         names, fv.data, known, protocol=fv.protocol, limit=fv.limit, samples=read_ids(fv.samples), told=tell
     )
-    mesh = make_mesh(fv.mesh)
+    mesh = make_mesh(fv)
     loaded = model_io.read(fv.model)
     model, variables = model_io.put(loaded, fv.dtype, mesh)
     if fv.output is None:
@@ -192,19 +192,15 @@ def run(fv: flags.FlagValues, names: list[str], own: dict, folder: pathlib.Path,
         print(predictions.write_page(folder, done, rows=fv.page_rows))
 
 
-def make_mesh(sizes: list[str] | None):
+def make_mesh(fv: flags.FlagValues):
     """Returns the mesh of --mesh; by default all devices answer different questions. None for a single device."""
     import jax
 
     from fastvlm_jax import sharding
 
-    if sizes is None and jax.device_count() == 1:
-        return None
-    try:
-        numbers = [int(size) for size in sizes or (1, -1, 1, 1)]
-    except ValueError as error:
-        raise flags.Error(f"--mesh={','.join(sizes)} must be four whole numbers: replica,data,fsdp,tensor") from error
-    return sharding.make_mesh(numbers)
+    if fv.mesh is None:
+        return None if jax.device_count() == 1 else sharding.make_mesh((1, -1, 1, 1))
+    return sharding.make_mesh(numbers(fv, "mesh", int, "four whole numbers: replica,data,fsdp,tensor"))
 
 
 def output_folder(output: str | None, model: str) -> pathlib.Path:

@@ -63,14 +63,14 @@ class Settings:
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"--{name} {getattr(self, name)} must be {least} to {most}")
-        low, high = self.crop_area
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"--crop_area {low:g},{high:g} must be two fractions of the area, the smaller one first")
-        count, magnitude = self.operations
-        if not (0 <= count <= MAX_OPS and 0 <= magnitude <= MAX_MAGNITUDE):
+        if len(self.crop_area) != 2 or not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            given = ",".join(f"{share:g}" for share in self.crop_area)
+            raise ValueError(f"--crop_area {given} must be two fractions of the area, the smaller one first")
+        most = MAX_OPS, MAX_MAGNITUDE
+        if len(self.operations) != 2 or not all(0 <= x <= y for x, y in zip(self.operations, most, strict=True)):
             raise ValueError(
-                f"--operations {count},{magnitude} must be a number of 0 to {MAX_OPS} and a magnitude of 0 to "
-                f"{MAX_MAGNITUDE}"
+                f"--operations {','.join(map(str, self.operations))} must be a number of 0 to {MAX_OPS} and a "
+                f"magnitude of 0 to {MAX_MAGNITUDE}"
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype!r} must be one of {', '.join(DTYPES)}")

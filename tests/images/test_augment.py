@@ -158,6 +158,13 @@ def test_operations_equal_torchvisions_on_odd_pictures():
         np.testing.assert_array_equal(apply(image, name, magnitude), np.asarray(theirs), shown)
 
 
+@pytest.mark.parametrize("slope", [1777 / 131072, 5477 / 131072])  # halves of the steps in which Pillow counts
+def test_the_last_bit_of_a_shear_is_torchvisions(slope):
+    image = photo(224, 224)
+    theirs = _apply_op(PIL.Image.fromarray(image), "ShearY", slope, NEAREST, None)
+    np.testing.assert_array_equal(apply(image, "ShearY", slope), np.asarray(theirs))
+
+
 @pytest.mark.parametrize("height, width", [(1, 9), (2, 3), (3, 3), (3, 9)])
 def test_the_border_is_not_sharpened(height, width):
     image = photo(height, width)

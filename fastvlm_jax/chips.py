@@ -25,6 +25,7 @@ class Generation:
       largest: chips in the largest slice.
       ring: length from which the links along an axis form a ring by default; 0 = along every axis of a slice that
         consists of whole 4x4x4 cubes.
+      rows_per_cycle: rows of bf16 that a matrix unit takes in a cycle.
       devices_per_chip: devices that JAX shows for a chip; v7x has two, the others one.
     """
 
@@ -39,6 +40,7 @@ class Generation:
     shapes: Sequence[tuple[int, ...]]
     largest: int
     ring: int
+    rows_per_cycle: int = 1
     devices_per_chip: int = 1
 
     @property
@@ -66,10 +68,10 @@ GENERATIONS = {
         "v5p", 459e12, 262_144, 95 * GiB, 2765 * GB, 95.73 * GiB, 100 * GB, 6.25 * GB, DEEP, 6144, 0
     ),
     "v6e": Generation(
-        "v6e", 918e12, 524_288, 32 * GiB, 1600 * GB, 31.24 * GiB, 100 * GB, 12.5 * GB, FLAT, 256, 16
+        "v6e", 918e12, 524_288, 32 * GiB, 1600 * GB, 31.24 * GiB, 100 * GB, 12.5 * GB, FLAT, 256, 16, 2
     ),
     "v7x": Generation(
-        "tpu7x", 2307e12, 1_048_576, 192 * GiB, 7380 * GB, 94.74 * GiB, 100 * GB, 6.25 * GB, DEEP, 9216, 0, 2
+        "tpu7x", 2307e12, 1_048_576, 192 * GiB, 7380 * GB, 94.74 * GiB, 100 * GB, 6.25 * GB, DEEP, 9216, 0, 2, 2
     ),
 }  # fmt: skip
 

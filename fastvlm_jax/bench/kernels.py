@@ -13,7 +13,6 @@ import jax
 
 from fastvlm_jax.kernels import depthwise, mlp
 from fastvlm_jax.kernels.self_attention import by_heads, self_attention
-from fastvlm_jax.models.layers import gelu
 
 # (B, H, W, C), kernel size, stride, outputs per channel: the tiny tower at 64 px, then its larger maps at 128 px, then
 # maps of larger towers, at last of FastViTHD at 512 px.
@@ -81,7 +80,7 @@ def milliseconds_of_perceptron(shape, rounds=5):
     C = shape[3]
     sizes = [shape, (C, 4 * C), (4 * C,), (4 * C, C), (C,)]
     arrays = [jax.random.normal(jax.random.key(i), size) for i, size in enumerate(sizes)]
-    forms = [jax.jit(functools.partial(form, gelu)) for form in (mlp.plain, mlp.mlp)]
+    forms = [jax.jit(form) for form in (mlp.plain, mlp.mlp)]
     return in_turns([functools.partial(form, *arrays) for form in forms], rounds)
 
 

@@ -1,9 +1,10 @@
-"""A two-layer perceptron of every position: one function, with the implementation that is fastest on each platform.
+"""A perceptron of every position, fc1, GELU and fc2: one function, with the form that is fastest on each platform.
 
-| platform | implementation | reason |
+| platform | form | reason |
 |---|---|---|
-| TPU, GPU, all gradients | `plain` | nothing faster is available |
+| TPU, large maps of 96 to 384 channels | `pointwise_block_tpu` | the hidden values are never stored |
 | CPU, forward, large maps | `plain` for blocks of rows, in a loop | the hidden values of a block stay in the cache |
+| all others | `plain` | nothing faster is available |
 
 At 128x128x192 a CPU takes a quarter less time in blocks, at 32x32x384 the same.
 """
@@ -14,27 +15,115 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fastvlm_jax.kernels import pointwise_block_tpu
+from fastvlm_jax.kernels.gelu import gelu
+from fastvlm_jax.sharding import batch_shards, on_shards, sum_batch
+
 MAX_HIDDEN = 2**20  # hidden values of a block of rows: 4 MB in float32
 MIN_POSITIONS = 256  # with fewer in a block its matrix products are slower
+WEIGHT_AXES = ((None, None), (None,), (None, None), (None,))  # logical axes: every device has all weights
 
 
-def plain(activation, x, kernel1, bias1, kernel2, bias2):
+def mlp(x, kernel1, bias1, kernel2, bias2, skip=None):
+    """Computes gelu(x @ kernel1 + bias1) @ kernel2 + bias2, and adds `skip` if it is given.
+
+    For maps that the TPU kernels take, the backward pass computes the hidden values again on every platform, whatever a
+    checkpoint policy says. Only first derivatives are supported for them.
+
+    Args:
+      x: maps [B, H, W, C].
+      kernel1, bias1, kernel2, bias2: [C, F], [F], [F, D], [D] in the dtype of x.
+      skip: [B, H, W, D] in the dtype of x.
+
+    Returns:
+      [B, H, W, D] in the dtype of x.
+    """
+    shape = (_images_here(x), *x.shape[1:])
+    form = _kernels if pointwise_block_tpu.pays(shape, kernel1.shape[1], kernel2.shape[1]) else _xla
+    return form(x, kernel1, bias1, kernel2, bias2, skip)
+
+
+def plain(x, kernel1, bias1, kernel2, bias2, skip=None):
     """Computes `mlp` in plain JAX."""
-    return activation(x @ kernel1 + bias1) @ kernel2 + bias2
+    y = gelu(x @ kernel1 + bias1) @ kernel2 + bias2
+    return y if skip is None else skip + y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mlp(activation, x, kernel1, bias1, kernel2, bias2):
-    """Computes activation(x @ kernel1 + bias1) @ kernel2 + bias2 of maps x [B, H, W, C], all in the dtype of x."""
+def _xla(x, kernel1, bias1, kernel2, bias2, skip):
+    y = _branch(x, kernel1, bias1, kernel2, bias2)
+    return y if skip is None else skip + y
+
+
+@jax.custom_vjp
+def _branch(x, kernel1, bias1, kernel2, bias2):
     args = (x, kernel1, bias1, kernel2, bias2)
     rows = rows_at_once(x.shape, kernel1.shape[1])
-    form = functools.partial(plain, activation)
     if rows == x.shape[1]:
-        return form(*args)
-    return lax.platform_dependent(*args, cpu=functools.partial(_in_blocks, form, rows), default=form)
+        return plain(*args)
+    return lax.platform_dependent(*args, cpu=functools.partial(_in_blocks, rows), default=plain)
 
 
-mlp.defvjp(lambda activation, *args: jax.vjp(functools.partial(plain, activation), *args), lambda _, vjp, dy: vjp(dy))
+_branch.defvjp(lambda *args: jax.vjp(plain, *args), lambda vjp, dy: vjp(dy))
+
+
+@jax.custom_vjp
+def _kernels(*args):
+    return lax.platform_dependent(*args, tpu=on_tpu, default=_xla)
+
+
+def _backward(args, dy):
+    return lax.platform_dependent(args, dy, tpu=gradients_on_tpu, default=lambda args, dy: jax.vjp(plain, *args)[1](dy))
+
+
+_kernels.defvjp(lambda *args: (_kernels(*args), args), _backward)
+
+
+def on_tpu(x, kernel1, bias1, kernel2, bias2, skip=None, *, interpret=False):
+    """Computes `mlp` with the TPU kernel, each device for its own images; `interpret` runs it anywhere, slowly."""
+    exact = pointwise_block_tpu.exact(x.dtype)
+
+    def local(x, skip, *weights):
+        skip_PD = None if skip is None else _positions(skip)
+        y_PD = pointwise_block_tpu.forward(_positions(x), *weights, skip_PD, exact=exact, interpret=interpret)
+        return y_PD.reshape(*x.shape[:3], -1)
+
+    maps = _map_axes(x)
+    axes = [maps, None if skip is None else maps, *WEIGHT_AXES]
+    return on_shards(local, axes, maps)(x, skip, kernel1, bias1, kernel2, bias2)
+
+
+def gradients_on_tpu(args, dy, *, interpret=False):
+    """Returns the gradients of the arguments of `on_tpu`, those of the weights summed over the devices."""
+    x, kernel1, bias1, kernel2, _, skip = args
+    target = dict(exact=pointwise_block_tpu.exact(x.dtype), cores=pointwise_block_tpu.cores())
+    maps = _map_axes(x)
+
+    def local(x, dy, *weights):
+        dx_PC, *found = pointwise_block_tpu.backward(
+            _positions(x), *weights, _positions(dy), **target, interpret=interpret
+        )
+        if maps[0]:
+            found = map(sum_batch, found)
+        return dx_PC.reshape(x.shape), *(gradient.astype(x.dtype) for gradient in found)
+
+    in_axes, out_axes = [maps, maps, *WEIGHT_AXES[:3]], (maps, *WEIGHT_AXES)
+    gradients = on_shards(local, in_axes, out_axes)(x, dy, kernel1, bias1, kernel2)
+    return *gradients, None if skip is None else dy
+
+
+def _map_axes(x):
+    """Returns the logical axes of maps."""
+    return ("batch" if _images_here(x) < len(x) else None, None, None, None)
+
+
+def _images_here(x):
+    """Returns the images that a device computes: its share, or all of them if they do not divide over the devices."""
+    shards = batch_shards()
+    return len(x) // shards if len(x) % shards == 0 else len(x)
+
+
+def _positions(x):
+    return x.reshape(-1, x.shape[-1])
 
 
 def rows_at_once(shape, hidden):
@@ -51,10 +140,10 @@ def divisor(n, most, least):
     return found if found >= least else n
 
 
-def _in_blocks(form, rows, x, *weights):
+def _in_blocks(rows, x, *weights):
     def add(i, y):
         part = lax.dynamic_slice_in_dim(x, i * rows, rows, axis=1)
-        return lax.dynamic_update_slice_in_dim(y, form(part, *weights), i * rows, axis=1)
+        return lax.dynamic_update_slice_in_dim(y, plain(part, *weights), i * rows, axis=1)
 
     y = jnp.zeros((*x.shape[:3], weights[2].shape[1]), x.dtype)
     return lax.fori_loop(0, x.shape[1] // rows, add, y)

@@ -16,9 +16,10 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from fastvlm_jax.kernels.gelu import gelu
 from fastvlm_jax.kernels.mlp import mlp
 from fastvlm_jax.kernels.self_attention import self_attention
-from fastvlm_jax.models.layers import BatchNorm, ConvBN, Dense, FoldedConv, SqueezeExcite, drop_path, gelu, layer_scale
+from fastvlm_jax.models.layers import BatchNorm, ConvBN, Dense, FoldedConv, SqueezeExcite, drop_path, layer_scale
 
 Array = jax.Array
 FORMS = ("branched", "folded")
@@ -30,7 +31,7 @@ class MobileOne(nn.Module):
     """Applies a sum of convolution branches with BatchNorm, which fold into one convolution (MobileOne, Figure 3).
 
     There is a skip branch if the input and output shapes agree, and with `use_scale` a 1x1 branch if the kernel is
-    larger than 1. Squeeze-excite (`use_se`) and `activation` follow the sum.
+    larger than 1. Squeeze-excite (`use_se`) and `activation` follow the sum. `convolve`: see ConvBN.
     """
 
     features: int
@@ -43,10 +44,11 @@ class MobileOne(nn.Module):
     form: str = "branched"
     batch_stats: int = 0
     init_std: float = 0.02
+    convolve: Callable[[Array, Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
-        size = dict(features=self.features, stride=self.stride, depthwise=self.depthwise)
+        size = dict(features=self.features, stride=self.stride, depthwise=self.depthwise, convolve=self.convolve)
         if self.form == "folded":
             y = FoldedConv(kernel_size=self.kernel_size, **size, name="folded")(x_BHWC)
         else:
@@ -104,14 +106,16 @@ class ConditionalPositions(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Computes depthwise 7x7 -> BatchNorm -> 1x1 (C * ratio) -> GELU -> 1x1, times `scale` [C], without a skip."""
+    """Computes depthwise 7x7 -> BatchNorm -> 1x1 (C * ratio) -> GELU -> 1x1, times `scale` [C], and adds `skip`."""
 
     ratio: float = 4.0
     batch_stats: int = 0
     init_std: float = 0.02
 
     @nn.compact
-    def __call__(self, x_BHWC: Array, scale: Array, mask_B: Array | None = None) -> Array:
+    def __call__(
+        self, x_BHWC: Array, scale: Array, mask_B: Array | None = None, skip_BHWC: Array | None = None
+    ) -> Array:
         C = x_BHWC.shape[-1]
         conv7 = ConvBN(
             C, 7, depthwise=True, batch_stats=self.batch_stats, kernel_init=small_init, keep="depthwise", name="conv"
@@ -120,7 +124,7 @@ class ConvFFN(nn.Module):
         hidden = int(C * self.ratio)
         fc1 = Dense(hidden, init_std=self.init_std, name="fc1").weights(x)
         fc2 = Dense(C, init_std=self.init_std, name="fc2").weights(jax.ShapeDtypeStruct((hidden,), x.dtype), scale)
-        return mlp(gelu, x, *fc1, *fc2)
+        return mlp(x, *fc1, *fc2, skip_BHWC)
 
 
 class RepMixer(nn.Module):
@@ -192,5 +196,7 @@ class Block(nn.Module):
             mixed = SelfAttention(init_std=self.init_std, name="mixer")(normed, scale)
             x = x + drop_path(mixed, drop_rate, rng_mixer)
         scale = layer_scale(self, "layer_scale_ffn", C, init)
-        ffn = ConvFFN(self.ratio, self.batch_stats, self.init_std, name="ffn")(x, scale, mask_B)
-        return x + drop_path(ffn, drop_rate, rng_ffn)
+        ffn = ConvFFN(self.ratio, self.batch_stats, self.init_std, name="ffn")
+        if rng_ffn is None:
+            return ffn(x, scale, mask_B, x)
+        return x + drop_path(ffn(x, scale, mask_B), drop_rate, rng_ffn)

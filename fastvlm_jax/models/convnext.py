@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from fastvlm_jax.kernels.depthwise import depthwise_conv
-from fastvlm_jax.models.layers import Dense, gelu, layer_scale
+from fastvlm_jax.kernels.gelu import gelu
+from fastvlm_jax.models.layers import Dense, layer_scale
 from fastvlm_jax.models.remat import rematted
 from fastvlm_jax.models.vit import PatchConv, layer_norm
 

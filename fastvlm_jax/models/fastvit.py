@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastvlm_jax.kernels.image_conv import image_conv, pixel_conv
 from fastvlm_jax.models.blocks import FORMS, HEAD_DIM, Block, ConditionalPositions, MobileOne, PatchEmbed
 from fastvlm_jax.models.layers import Dense
 from fastvlm_jax.models.remat import rematted
 
 Array = jax.Array
+# The stem's first two convolutions: the usual ones, and those of kernels/image_conv.py.
+USUAL, ON_TPU = (None, None), (image_conv, pixel_conv)
 CHOICES = {
     "form": FORMS,
     "batch_norm": ("train", "frozen"),
@@ -48,9 +51,22 @@ class GridPool(nn.Module):
 
 
 def _stem(tower: "FastViT", x_BHWC: Array, mask_B: Array | None, *, dim: int, settings: dict) -> Array:
-    """Maps images [B, H, W, 3] to [B, H/4, W/4, dim] with submodules of `tower`."""
-    x = MobileOne(dim, 3, 2, **settings, name="stem_0")(x_BHWC, mask_B)
-    x = MobileOne(dim, 3, 2, depthwise=True, **settings, name="stem_1")(x, mask_B)
+    """Maps images [B, H, W, 3] to [B, H/4, W/4, dim] with submodules of `tower`, in the form of the platform."""
+    plain, tpu = (partial(_convolved, convolve=pair, dim=dim, settings=settings) for pair in (USUAL, ON_TPU))
+    if tower.is_initializing():
+        return plain(tower, x_BHWC, mask_B)
+    return nn.cond(_on_tpu(), tpu, plain, tower, x_BHWC, mask_B)  # decided before anything is compiled
+
+
+def _on_tpu() -> Array:
+    """Returns whether the program is for a TPU, a constant of the lowered program."""
+    return jax.lax.platform_dependent(tpu=lambda: jnp.array(True), default=lambda: jnp.array(False))
+
+
+def _convolved(tower: "FastViT", x_BHWC: Array, mask_B: Array | None, *, convolve, dim: int, settings: dict) -> Array:
+    """Applies the stem; `convolve` are its first two convolutions, USUAL or ON_TPU."""
+    x = MobileOne(dim, 3, 2, convolve=convolve[0], **settings, name="stem_0")(x_BHWC, mask_B)
+    x = MobileOne(dim, 3, 2, depthwise=True, convolve=convolve[1], **settings, name="stem_1")(x, mask_B)
     return MobileOne(dim, 1, **settings, name="stem_2")(x, mask_B)
 
 

@@ -7,11 +7,11 @@ Legend: B images, H W rows and columns, C channels. Images are channels-last.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from fastvlm_jax.kernels.depthwise import depthwise_conv
@@ -20,27 +20,6 @@ from fastvlm_jax.sharding import gathered
 Array = jax.Array
 BATCH_NORM_EPSILON = 1e-5
 torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default for convolutions
-
-
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """Returns the exact GELU, x * (1 + erf(x / sqrt 2)) / 2, computed in float32, in the dtype of x.
-
-    Uses erf, as PyTorch does: the erfc in `jax.nn.gelu` consists of two series and a select, which on TPU take a
-    separate pass over x. The backward pass stores only x. Only first derivatives are supported.
-    """
-    x32 = x.astype(jnp.float32)
-    return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * np.float32(0.5**0.5)))).astype(x.dtype)
-
-
-def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
-    x32 = x.astype(jnp.float32)
-    density = jnp.exp(-0.5 * x32 * x32) * np.float32((2 * np.pi) ** -0.5)
-    slope = 0.5 + 0.5 * jax.lax.erf(x32 * np.float32(0.5**0.5)) + x32 * density
-    return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def conv(x_BHWC: Array, kernel: Array, stride: int, depthwise: bool) -> Array:
@@ -57,12 +36,18 @@ def conv(x_BHWC: Array, kernel: Array, stride: int, depthwise: bool) -> Array:
     )
 
 
+def with_bias(y_BHWC: Array, bias: Array) -> Array:
+    """Returns y + bias [C] in the dtype of y, which holds C channels or, for several pixels, multiples of them."""
+    return y_BHWC + jnp.tile(bias.astype(y_BHWC.dtype), y_BHWC.shape[-1] // len(bias))
+
+
 class BatchNorm(nn.Module):
     """Applies BatchNorm as PyTorch does: momentum 0.1, stored variance unbiased, statistics in float32.
 
     Images with a False `mask_B` are left out of the statistics. With groups, each is normalised by its own statistics,
     as if it were the batch of a device of PyTorch's, and the stored ones move to the mean of the groups'. Groups that
-    lie within the data shards of the mesh need no exchange between devices for it.
+    lie within the data shards of the mesh need no exchange between devices for it. A map with several `pixels`
+    in the channels of a position (kernels/image_conv.py) has the parameters and statistics of the map itself.
 
     Attributes:
       batch_stats: images whose statistics are taken together; -1 takes those of the whole batch, which under `jax.jit`
@@ -75,9 +60,10 @@ class BatchNorm(nn.Module):
     batch_stats: int = 0
     momentum: float = 0.1
 
-    def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
+    def __call__(self, x_BHWC: Array, mask_B: Array | None = None, *, pixels: int = 1) -> Array:
+        channels, each = x_BHWC.shape[-1] // pixels, partial(jnp.tile, reps=pixels)
         if not self.batch_stats:
-            factor, shift = self.affine(x_BHWC)
+            factor, shift = map(each, self.affine(channels))
             return (x_BHWC.astype(jnp.float32) * factor + shift).astype(x_BHWC.dtype)
         B, images = len(x_BHWC), self.batch_stats if self.batch_stats > 0 else len(x_BHWC)
         if not self.is_initializing() and B % images:
@@ -86,18 +72,22 @@ class BatchNorm(nn.Module):
                 "for the whole batch"
             )
         weight_B = jnp.ones(B) if mask_B is None else mask_B.astype(jnp.float32)
-        scale, bias, *stored = self._variables(x_BHWC.shape[-1])
+        scale, bias, *stored = self._variables(channels)
 
         def normalised(x_BHWC: Array, weight_B: Array) -> tuple[Array, Array, Array, Array]:
             """Returns (normalised images, mean, unbiased variance, whether any image counts) of one group."""
             x, weight = x_BHWC.astype(jnp.float32), weight_B[:, None, None, None]
-            count = checkpoint_name(jnp.sum(weight) * math.prod(x.shape[1:3]), "statistics")
-            mean = jnp.sum(x * weight, axis=(0, 1, 2)) / jnp.maximum(count, 1)
+
+            def total(values: Array) -> Array:
+                return jnp.sum(jnp.sum(values * weight, axis=(0, 1, 2)).reshape(pixels, channels), axis=0)
+
+            count = checkpoint_name(jnp.sum(weight) * math.prod(x.shape[1:3]) * pixels, "statistics")
+            mean = total(x) / jnp.maximum(count, 1)
             mean = checkpoint_name(mean, "statistics")
-            var = jnp.sum(jnp.square(x - mean) * weight, axis=(0, 1, 2)) / jnp.maximum(count, 1)
+            var = total(jnp.square(x - each(mean))) / jnp.maximum(count, 1)
             var = checkpoint_name(var, "statistics")
             factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-            y = (x * factor + (bias - mean * factor)).astype(x_BHWC.dtype)
+            y = (x * each(factor) + each(bias - mean * factor)).astype(x_BHWC.dtype)
             return y, mean, var * count / jnp.maximum(count - 1, 1), count > 0
 
         if images >= B:  # not as one of several groups: on a CPU sums along the second axis on take far longer
@@ -113,12 +103,9 @@ class BatchNorm(nn.Module):
                 old.value += self.momentum * change
         return y.reshape(x_BHWC.shape)
 
-    def affine(self, x: Array) -> tuple[Array, Array]:
-        """Returns the normalisation with stored statistics as (factor, shift), each float32 [C]: x * factor + shift.
-
-        The values of x are not used, only its number of channels C.
-        """
-        scale, bias, mean, var = self._variables(x.shape[-1])
+    def affine(self, channels: int) -> tuple[Array, Array]:
+        """Returns the normalisation with stored statistics as (factor, shift), each float32 [C]: x * factor + shift."""
+        scale, bias, mean, var = self._variables(channels)
         factor = scale * jax.lax.rsqrt(var.value + BATCH_NORM_EPSILON)
         return factor, bias - mean.value * factor
 
@@ -136,7 +123,8 @@ class ConvBN(nn.Module):
     """Applies a convolution without bias, then BatchNorm.
 
     A remat policy can save the result under the checkpoint name `keep`: the convolution's output with batch statistics,
-    the normalised output with stored ones.
+    the normalised output with stored ones. `convolve(x, kernel)` takes the place of `conv`; its result may hold several
+    pixels in the channels of a position.
     """
 
     features: int
@@ -146,29 +134,33 @@ class ConvBN(nn.Module):
     batch_stats: int = 0
     kernel_init: Callable = torch_conv_init
     keep: str = ""
+    convolve: Callable[[Array, Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
         inputs = 1 if self.depthwise else x_BHWC.shape[-1]
         shape = (self.kernel_size, self.kernel_size, inputs, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        convolve = self.convolve or partial(conv, stride=self.stride, depthwise=self.depthwise)
         norm, dtype = BatchNorm(self.batch_stats, name="bn"), x_BHWC.dtype
         if self.batch_stats:
-            y = conv(x_BHWC, gathered(kernel, None, dtype), self.stride, self.depthwise)
-            return norm(checkpoint_name(y, self.keep) if self.keep else y, mask_B)
+            y = convolve(x_BHWC, gathered(kernel, None, dtype))
+            pixels = y.shape[-1] // self.features
+            return norm(checkpoint_name(y, self.keep) if self.keep else y, mask_B, pixels=pixels)
         # Applied to the kernel, BatchNorm costs nothing and its scale's gradient needs no output of the convolution.
-        factor, shift = norm.affine(kernel)
-        y = conv(x_BHWC, gathered(kernel * factor, None, dtype), self.stride, self.depthwise) + shift.astype(dtype)
+        factor, shift = norm.affine(self.features)
+        y = with_bias(convolve(x_BHWC, gathered(kernel * factor, None, dtype)), shift)
         return checkpoint_name(y, self.keep) if self.keep else y
 
 
 class FoldedConv(nn.Module):
-    """Applies a convolution with bias: the folded form of a multi-branch block."""
+    """Applies a convolution with bias: the folded form of a multi-branch block. `convolve`: see ConvBN."""
 
     features: int
     kernel_size: int
     stride: int = 1
     depthwise: bool = False
+    convolve: Callable[[Array, Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> Array:
@@ -177,7 +169,8 @@ class FoldedConv(nn.Module):
         kernel = self.param("kernel", torch_conv_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         kernel = gathered(kernel, None, x_BHWC.dtype)
-        return conv(x_BHWC, kernel, self.stride, self.depthwise) + bias.astype(x_BHWC.dtype)
+        convolve = self.convolve or partial(conv, stride=self.stride, depthwise=self.depthwise)
+        return with_bias(convolve(x_BHWC, kernel), bias)
 
 
 class Dense(nn.Module):

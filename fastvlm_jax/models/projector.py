@@ -3,7 +3,8 @@
 import flax.linen as nn
 import jax
 
-from fastvlm_jax.models.layers import Dense, gelu
+from fastvlm_jax.kernels.gelu import gelu
+from fastvlm_jax.models.layers import Dense
 
 
 class Projector(nn.Module):

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fastvlm_jax.models.layers import Dense, gelu
+from fastvlm_jax.kernels.gelu import gelu
+from fastvlm_jax.models.layers import Dense
 from fastvlm_jax.models.remat import rematted
 from fastvlm_jax.sharding import gathered
 

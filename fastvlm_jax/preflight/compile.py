@@ -29,10 +29,12 @@ from fastvlm_jax.generate import generate_tokens
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.kinds import Model
+from fastvlm_jax.preflight import dump
+from fastvlm_jax.preflight.hlo.schedule import Schedule
 from fastvlm_jax.preflight.topology import Slice, compiler
 
 FOLDER = "preflight"
-_VERSION = 1  # version of the cached results
+_VERSION = 2  # version of the cached results
 STEPS = 10_000  # steps of the schedule: a constant of the program, without effect on its cost
 
 
@@ -43,6 +45,7 @@ class Compiled:
     Attributes:
       text: scheduled HLO; "" if the compiler refused the program for its size.
       memory: bytes per device: arguments, outputs, aliased, temporaries, code; {} if the compiler refused the program.
+      schedules: counts of the final schedule of each instruction, by its name; {} if the compiler wrote none.
       flops: the compiler's own count of FLOPs, with every loop body counted once.
       out_of_memory: the compiler's message if it refused the program, else "".
       trace_s: seconds that tracing took when the program was compiled.
@@ -52,6 +55,7 @@ class Compiled:
 
     text: str
     memory: dict[str, int]
+    schedules: dict[str, Schedule]
     flops: float
     out_of_memory: str
     trace_s: float
@@ -172,17 +176,18 @@ def compile(
                 f"preflight: traced in {traced:.0f} s; compiled before, read from {file}", file=sys.stderr, flush=True
             )
             kept = json.loads(lzma.decompress(file.read_bytes()))
-            return Compiled(**kept, cached=True), state, batch
+            return _compiled(kept, cached=True), state, batch
         print(
             f"preflight: traced in {traced:.0f} s; compiling for {slices.name}, for a full-size model 1 to 10 minutes",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         begin = time.monotonic()
         compiled, text, refused = None, "", ""
+        dump.clear()
         with tempfile.TemporaryDirectory() as folder:
-            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            options_of_dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             try:
-                compiled = lowered.compile(compiler_options={**(options or {}), **dump})
+                compiled = lowered.compile(compiler_options={**(options or {}), **options_of_dump})
                 # Not compiled.as_text(): a jaxlib older than libtpu cannot read all of libtpu's programs.
                 (file_of_text,) = pathlib.Path(folder).glob("*.after_codegen.txt")
                 text = file_of_text.read_text()
@@ -193,13 +198,20 @@ def compile(
     kept = {
         "text": text,
         "memory": _memory(compiled.memory_analysis()) if compiled else {},
+        "schedules": dump.schedules() if compiled else {},
         "flops": float(compiled.cost_analysis().get("flops", 0)) if compiled else 0.0,
         "out_of_memory": refused,
         "trace_s": round(traced, 2),
         "compile_s": round(time.monotonic() - begin, 2),
     }
     files.write_whole(file, lzma.compress(json.dumps(kept).encode(), preset=0))
-    return Compiled(**kept, cached=False), state, batch
+    return _compiled(kept, cached=False), state, batch
+
+
+def _compiled(kept: dict[str, Any], cached: bool) -> Compiled:
+    """Makes a result of what the cache keeps."""
+    schedules = {name: Schedule(*counts) for name, counts in kept["schedules"].items()}
+    return Compiled(**kept | {"schedules": schedules}, cached=cached)
 
 
 def _memory(stats) -> dict[str, int]:

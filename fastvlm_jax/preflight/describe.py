@@ -140,9 +140,16 @@ def _time(times: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {ms(s)}" for name, s in times["by_part"].items() if s > 0)
     bound = ", ".join(f"{name} {ms(s)}" for name, s in times["roofline"].items())
     text = f"{table(rows, '')}\n  computing: {parts}\n  roofline: {bound}\n  binding: {times['binding']}"
-    if times["kernels_s"]:
-        text += f"\n  Pallas kernels: {ms(times['kernels_s'])} of computing at peak rates: the compiler gives no cycles"
-    return text
+    return "\n".join([text, kernels_text(times["kernels"])]) if times["kernels"] else text
+
+
+def kernels_text(found: list[dict[str, Any]]) -> str:
+    """Formats the kernels of a program, with what their cycles are."""
+    rows = [["kernels (estimated by their schedules)", "runs", "M cycles", "bound by"]]
+    for row in found:
+        unknown = f", {row['unknown']} loops of unknown trips counted once" if row["unknown"] else ""
+        rows.append([row["kernel"], f"{row['runs']:,}", f"{row['cycles'] / 1e6:,.2f}", row["bound"] + unknown])
+    return table(rows)
 
 
 def _collectives(found: list[dict[str, Any]]) -> str:
@@ -167,6 +174,8 @@ def encoder_text(report: dict[str, Any]) -> str:
             "",
             _operations(report["operations"]),
         ]
+        if report["time"]["kernels"]:
+            lines += ["", kernels_text(report["time"]["kernels"])]
     return "\n".join(lines)
 
 
@@ -178,6 +187,8 @@ def generate_text(report: dict[str, Any]) -> str:
         lines += ["", f"estimated time to first token: {ms(prefill['scheduled_s'])}; binding: {prefill['binding']}"]
         parts = ", ".join(f"{name} {ms(s)}" for name, s in prefill["by_part"].items() if s > 0)
         lines.append(f"  {parts}")
+        if prefill["kernels"]:
+            lines.append(kernels_text(prefill["kernels"]))
         if decode:
             rate = report["rates"]["tokens/s"]
             lines.append(

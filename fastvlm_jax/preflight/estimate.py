@@ -10,6 +10,7 @@ import jax
 from fastvlm_jax import optim
 from fastvlm_jax.config import rows_of
 from fastvlm_jax.models import flops
+from fastvlm_jax.preflight import kernels
 from fastvlm_jax.preflight.compile import Compiled, device_bytes, needed
 from fastvlm_jax.preflight.hlo import cost, network
 from fastvlm_jax.preflight.hlo.cost import Operation, Program
@@ -98,15 +99,13 @@ def step_flops(model, config, params) -> dict[str, dict[str, float]]:
 def cycles_of(operation: Operation, slices: Slice) -> float:
     """Estimates the cycles of all trips of an operation.
 
-    The compiler gives none for Pallas kernels: they are taken at the peak rate of the matrix units or of HBM, whichever
-    takes longer.
+    The compiler gives none for Pallas kernels: see `kernels.cycles`.
     """
     if operation.cycles is not None:
         return float(operation.cycles * operation.trips)
     if not operation.kernel:
         return 0.0
-    busy = max(operation.kernel_flops / slices.device_flops, operation.kernel_bytes / slices.device_bandwidth)
-    return busy * slices.generation.clock * operation.trips
+    return kernels.cycles(operation, slices)[0] * operation.trips
 
 
 def hbm_seconds(operation: Operation, slices: Slice) -> float:
@@ -162,7 +161,7 @@ def timing(found: Program, slices: Slice, devices: Sequence) -> dict[str, Any]:
             "ICI": ici,
             "DCN": dcn,
         },
-        "kernels_s": sum(cycles_of(o, slices) for o in operations if o.kernel) / clock,
+        "kernels": kernels.listed(found, slices),
     }
 
 
@@ -241,7 +240,7 @@ def train_report(config, model, slices: Slice, mesh, compiled: Compiled, state, 
     }  # fmt: skip
     if not compiled.text:
         return report
-    found = cost.analyse(parse(compiled.text), mesh.devices.size)
+    found = cost.analyse(parse(compiled.text), mesh.devices.size, compiled.schedules)
     times = timing(found, slices, list(mesh.devices.flat))
     times["binding"] = binding(times)
     by_module = by_part(found, slices)
@@ -297,7 +296,7 @@ def encoder_report(
     }
     if not compiled.text:
         return report
-    found = cost.analyse(parse(compiled.text), mesh.devices.size)
+    found = cost.analyse(parse(compiled.text), mesh.devices.size, compiled.schedules)
     times = timing(found, slices, list(mesh.devices.flat))
     report["flops"]["compiled"] = (
         sum((o.flops or o.kernel_flops) * o.trips for o in found.operations) * mesh.devices.size
@@ -326,7 +325,7 @@ def generate_report(config, model, slices: Slice, mesh, compiled: Compiled, vari
     }
     if not compiled.text:
         return report
-    found = cost.analyse(parse(compiled.text), mesh.devices.size)
+    found = cost.analyse(parse(compiled.text), mesh.devices.size, compiled.schedules)
     devices = list(mesh.devices.flat)
     prefill = timing(found, slices, devices)
     report["time"] = {"prefill": {**prefill, "binding": binding(prefill), "by_part": by_part(found, slices)}}

@@ -190,8 +190,10 @@ The command for one row is `fastvlm preflight --config configs/stage2_instruct.p
 
 Limits of the estimates:
 
-- The compiler gives no cycles for attention kernels. They are counted at the peak rate of the matrix units; by their
-  own schedules they take up to twice as long at 64 channels a head.
+- The compiler gives no cycles for kernels in Pallas, such as attention. They are counted by their final schedules: the
+  bundles of instructions, one a cycle, times the turns of inner loops and of the grid; or the time of the matrix units,
+  or that of the memory (HBM) for all blocks, if longer. `kernels` in the report tells which. A schedule shows no stall,
+  and code that a kernel skips at some steps, such as blocks that a causal mask hides, counts at all of them.
 - Input, checkpoints and logging are left out.
 - The compiler is libtpu 0.0.52. On a TPU VM, `pip install 'jax[tpu]'` installs the version of libtpu that the release
   of JAX names.
@@ -206,8 +208,6 @@ TITLES = {
     "images": "The encoder by images a chip",
     "encoder-branched": "The encoder alone in training form, with batch statistics: 8 images on one v5e chip",
 }
-
-
 SHOWN = ("vision", "llm", "loss", "optimizer")
 
 

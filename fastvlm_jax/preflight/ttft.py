@@ -45,7 +45,7 @@ def estimate(model: FastVLM, name: str, question: Question) -> dict[str, Any]:
         part: _compile(part, partial(function.lower, model, variables, *args), slices, mesh)
         for part, (function, args) in programs(model, variables, question, mesh).items()
     }
-    read = {part: cost.analyse(parse(found.text), 1) for part, found in compiled.items()}
+    read = {part: cost.analyse(parse(found.text), 1, found.schedules) for part, found in compiled.items()}
     chip = list(mesh.devices.flat)
     seconds = {part: reading.timing(found, slices, chip)["scheduled_s"] for part, found in read.items()}
     # Each weight is read for one token alone, which takes at least the time of fetching them all.

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fastvlm_jax.kernels import self_attention
+from fastvlm_jax.kernels.gelu import gelu
 from fastvlm_jax.models.blocks import Block, SelfAttention
 from fastvlm_jax.models.fastvit import FastViT
-from fastvlm_jax.models.layers import ConvBN, Dense, gelu
+from fastvlm_jax.models.layers import ConvBN, Dense
 from fastvlm_jax.models.remat import rematted
 
 

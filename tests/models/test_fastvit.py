@@ -1,5 +1,6 @@
 """FastViT: drop path, BatchNorm with empty slots, grids, invalid arguments and the CLIP projection."""
 
+import functools
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from fastvlm_jax import sharding
+from fastvlm_jax.models import fastvit
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.layers import BatchNorm, drop_path
 
@@ -45,12 +47,12 @@ def test_an_empty_slot_counts_in_no_statistic():
     np.testing.assert_array_equal(untouched["batch_stats"]["var"], variables["batch_stats"]["var"])
 
 
-def grouped(x, variables, images, mask=None):
+def grouped(x, variables, images, mask=None, **pixels):
     """Output, new statistics, and gradients of the input and of the weights, of the sum of the output's cubes."""
     norm = BatchNorm(batch_stats=images)
 
     def cubes(x, params):
-        y, updated = norm.apply({**variables, "params": params}, x, mask, mutable=["batch_stats"])
+        y, updated = norm.apply({**variables, "params": params}, x, mask, mutable=["batch_stats"], **pixels)
         return jnp.sum(y**3), (y, updated["batch_stats"])
 
     gradients, (y, stats) = jax.grad(cubes, argnums=(0, 1), has_aux=True)(x, variables["params"])
@@ -123,11 +125,74 @@ def test_an_empty_slot_counts_in_no_statistic_of_its_group():
     np.testing.assert_allclose(updated["batch_stats"]["mean"], [0.1 * 2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("images", [0, -1, 2])
+def test_batch_norm_of_pixels_in_the_channels_is_that_of_the_map(images):
+    """Parameters and statistics are the map's: the pixels of a channel are counted together, wherever they stand."""
+    x = np.random.default_rng(0).normal(2, 3, (4, 4, 6, 5)).astype(np.float32)
+    stats = {"mean": jnp.full(5, 0.5), "var": jnp.full(5, 2.0)}
+    variables = {"params": {"scale": jnp.linspace(0.5, 2, 5), "bias": jnp.linspace(-1, 1, 5)}, "batch_stats": stats}
+    mask = jnp.array([True, True, False, True])
+
+    def in_channels(x):
+        return x.reshape(4, 2, 2, 3, 2, 5).transpose(0, 1, 3, 2, 4, 5).reshape(4, 2, 3, 20)
+
+    y, stats, (dx, weights) = grouped(jnp.asarray(x), variables, images, mask)
+    expected = in_channels(y), stats, (in_channels(dx), weights)
+    actual = grouped(in_channels(x), variables, images, mask, pixels=4)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), actual, expected)
+
+
 def test_groups_that_do_not_divide_the_batch_are_refused():
     norm = BatchNorm(batch_stats=3)
     variables = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
     with pytest.raises(ValueError, match=r"^groups of 3 images for BatchNorm do not divide a batch of 4"):
         norm.apply(variables, jnp.zeros((4, 2, 2, 1)), mutable=["batch_stats"])
+
+
+class Stem(nn.Module):
+    settings: dict
+
+    @nn.compact
+    def __call__(self, x, mask):
+        return fastvit._stem(self, x, mask, dim=8, settings=dict(init_std=0.5, **self.settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(form="folded", batch_stats=0, use_scale=False),
+        dict(form="branched", batch_stats=0, use_scale=False),
+        dict(form="branched", batch_stats=2, use_scale=True),
+    ],
+    ids=["folded", "branched", "statistics"],
+)
+def test_the_stem_on_tpu_is_the_usual_one(settings, monkeypatch):
+    """Outputs, statistics and gradients of all parameters and of the image."""
+    x = jnp.asarray(np.random.default_rng(0).random((4, 16, 24, 3), np.float32))
+    mask = jnp.array([True, True, False, True])
+    variables = jax.jit(Stem(settings).init)(jax.random.key(0), x, mask)
+
+    def run(on_tpu):
+        def step(params, x):
+            y, updated = Stem(settings).apply({**variables, "params": params}, x, mask, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), (y, updated)
+
+        monkeypatch.setattr(fastvit, "_on_tpu", lambda: jnp.array(on_tpu))
+        step = jax.jit(jax.grad(step, argnums=(0, 1), has_aux=True))
+        assert ("f32[2,2,32,8]" in step.lower(variables["params"], x).compile().as_text()) == on_tpu
+        gradients, found = step(variables["params"], x)
+        return found, gradients
+
+    (actual, gradients), (expected, reference) = run(True), run(False)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected)
+    size = max(float(np.abs(x).max()) for x in jax.tree.leaves(reference))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6 * size), gradients, reference)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu", "cuda"])
+def test_each_platform_gets_its_stem(platform):
+    text = jax.jit(fastvit._on_tpu).trace().lower(lowering_platforms=(platform,)).as_text()
+    assert f"stablehlo.constant dense<{str(platform == 'tpu').lower()}> : tensor<i1>" in text
 
 
 @pytest.mark.parametrize("size", [(96, 64), (64, 100)], ids=str)

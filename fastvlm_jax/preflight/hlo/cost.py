@@ -3,12 +3,13 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fastvlm_jax.preflight.hlo import flops
+from fastvlm_jax.preflight.hlo import flops, mosaic
 from fastvlm_jax.preflight.hlo.parse import Computation, Instruction, Module, arrays, num_bytes, trips
+from fastvlm_jax.preflight.hlo.schedule import Schedule
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")  # fmt: skip
@@ -24,11 +25,11 @@ class Operation:
       cycles: the compiler's estimate for one trip; None if there is none.
       trips: how often it runs.
       flops: FLOPs of one trip, in matrix products and convolutions.
-      traffic: bytes of one trip to and from HBM.
+      traffic: bytes of one trip to and from HBM; of a kernel, those of its blocks or, if that is more, as it declares.
       loop: name of the computation that it stands in.
       kernel: name of a Pallas kernel, "" for other instructions.
       kernel_flops: FLOPs of one trip, as the kernel declares them; for splash attention they are counted here.
-      kernel_bytes: HBM bytes of one trip, as the kernel declares them, or `traffic` if that is more.
+      schedule: counts of its final schedule; None if the compiler wrote none.
     """
 
     path: str
@@ -40,7 +41,7 @@ class Operation:
     loop: str
     kernel: str = ""
     kernel_flops: float = 0.0
-    kernel_bytes: float = 0.0
+    schedule: Schedule | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,13 @@ class Program:
     unknown: Sequence["Program"]
 
 
-def analyse(module: Module, num_devices: int) -> Program:
-    """Walks the schedule from the entry computation and collects operations and transfers."""
+def analyse(module: Module, num_devices: int, schedules: Mapping[str, Schedule] = {}) -> Program:
+    """Walks the program from the entry computation and collects operations and transfers.
+
+    Args:
+      num_devices: devices that run the program.
+      schedules: counts of final schedules, by the name of the instruction.
+    """
     operations, collectives, unknown = [], [], []
 
     def visit(computation: Computation, times: int, path: str, into) -> None:
@@ -108,26 +114,37 @@ def analyse(module: Module, num_devices: int) -> Program:
             elif instruction.opcode == "call" and (called := module.called(instruction)):
                 visit(called, times, here, into)
             else:
-                into[0].append(_operation(module, computation, instruction, times, here))
+                schedule = schedules.get(instruction.name)
+                into[0].append(_operation(module, computation, instruction, times, here, schedule))
                 into[1].extend(_collectives(module, computation, instruction, times, here, num_devices, channels))
 
     visit(module.computations[module.entry], 1, "", (operations, collectives, unknown))
     return Program(operations, collectives, unknown)
 
 
-def _operation(module: Module, computation: Computation, instruction: Instruction, times: int, path: str) -> Operation:
+def _operation(
+    module, computation: Computation, instruction: Instruction, times: int, path: str, schedule
+) -> Operation:
     kernel, declared = "", {}
+    traffic = flops.traffic(module, computation, instruction)
     if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes:
         kernel = re.sub(r"[.\d]+$", "", instruction.name)
         declared = dict(re.findall(r'"(flops|bytes_accessed)":"(\d+)"', instruction.attributes))
         if "flops" not in declared and kernel.startswith("splash_mha"):
             declared["flops"] = _attention_flops(computation, instruction)
-    traffic = flops.traffic(module, computation, instruction)
+        traffic = max(float(declared.get("bytes_accessed", 0)), _block_bytes(computation, instruction, traffic))
     return Operation(
         path, instruction.opcode, instruction.cycles, times, flops.instruction_flops(module, computation, instruction),
-        traffic, computation.name, kernel, float(declared.get("flops", 0)),
-        max(float(declared.get("bytes_accessed", 0)), traffic if kernel else 0.0),
+        traffic, computation.name, kernel, float(declared.get("flops", 0)), schedule,
     )  # fmt: skip
+
+
+def _block_bytes(computation: Computation, kernel: Instruction, operands: float) -> float:
+    """Returns the bytes of a kernel's blocks, or those of its operands and results if the text does not tell."""
+    shapes = [computation.by_name[name].shape for name in kernel.operands]
+    layouts = [layout for shape in (*shapes, kernel.shape) for _, _, layout in arrays(shape)]
+    found = mosaic.block_bytes(kernel.attributes, {i for i, layout in enumerate(layouts) if "S(" in layout})
+    return operands if found is None else found
 
 
 def _attention_flops(computation: Computation, kernel: Instruction) -> float:

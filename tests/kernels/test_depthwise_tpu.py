@@ -1,0 +1,111 @@
+"""Compares the TPU kernels, run by Pallas on a CPU, with XLA's convolution, and compiles them for TPU slices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fastvlm_jax import sharding
+from fastvlm_jax.kernels import depthwise_tpu
+from fastvlm_jax.kernels.depthwise import depthwise_conv
+from fastvlm_jax.preflight import topology
+
+bf16 = jnp.bfloat16
+
+
+def plain(x, kernel):
+    """XLA's convolution of float32 values."""
+    return jax.lax.conv_general_dilated(
+        x.astype(jnp.float32), kernel.astype(jnp.float32), (1, 1), "SAME", feature_group_count=x.shape[3],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
+def arrays(shape, k):
+    keys = jax.random.split(jax.random.key(k), 3)
+    x, dy = (jax.random.normal(key, shape, bf16) for key in keys[:2])
+    return x, jax.random.normal(keys[2], (k, k, 1, shape[3])) / k, dy
+
+
+def norm(x):
+    return float(jnp.linalg.norm(x.astype(jnp.float32)))
+
+
+# Two steps of rows, of which one is at the top and one at the bottom; several images; 96 of 128 lanes, and two blocks.
+@pytest.mark.parametrize(
+    "shape, k",
+    [
+        ((2, 16, 32, 96), 3),
+        ((1, 8, 16, 136), 7),
+        pytest.param((3, 40, 16, 192), 3, marks=pytest.mark.full),
+        pytest.param((2, 24, 32, 96), 7, marks=pytest.mark.full),
+    ],
+)
+def test_results_and_gradients_are_those_of_the_convolution(monkeypatch, shape, k):
+    monkeypatch.setattr(depthwise_tpu, "_VMEM", 0)  # 8 rows a step, as large maps have
+    x, kernel, dy = arrays(shape, k)
+    y, vjp = jax.vjp(plain, x, kernel)
+    dx, dkernel = vjp(dy.astype(jnp.float32))
+    found = depthwise_tpu.forward(x, kernel, interpret=True)
+    found_dx, found_dkernel = depthwise_tpu.backward(x, kernel, dy, interpret=True)
+    assert found.dtype == found_dx.dtype == bf16 and found_dkernel.dtype == jnp.float32
+    # Rounded once, to bfloat16.
+    assert norm(found - y) <= 1.001 * norm(y.astype(bf16) - y)
+    exact = jax.vjp(lambda x: plain(x, kernel), x.astype(jnp.float32))[1](dy.astype(jnp.float32))[0]
+    assert norm(found_dx - exact) <= 1.001 * norm(exact.astype(bf16) - exact)
+    np.testing.assert_allclose(found_dkernel, dkernel, rtol=1e-5, atol=1e-5 * abs(dkernel).max())
+
+
+def test_what_is_beyond_the_border_counts_for_nothing():
+    """The rows that are read there are others of the image, which may hold anything."""
+    x = jnp.zeros((1, 16, 16, 8), bf16).at[0, 7:9].set(jnp.inf)
+    kernel = jnp.ones((3, 3, 1, 8))
+    y = depthwise_tpu.forward(x, kernel, interpret=True).astype(jnp.float32)
+    assert not jnp.isnan(y).any() and not y[0, :6].any() and not y[0, 10:].any()
+
+
+def test_what_does_not_fit():
+    def fits(shape, k=7, outputs=None, dtype=bf16):
+        return depthwise_tpu.fits(jnp.zeros(shape, dtype), jnp.zeros((*np.broadcast_to(k, 2), 1, outputs or shape[3])))
+
+    assert fits((1, 8, 16, 4)) and fits((2, 256, 256, 96), 3) and fits((1, 24, 48, 1), 5)
+    assert not fits((1, 12, 16, 4)) and not fits((1, 8, 24, 4)) and not fits((1, 8, 16, 4), outputs=8)
+    assert not fits((1, 8, 16, 4), 9) and not fits((1, 8, 16, 4), (3, 7)) and not fits((1, 8, 16, 4), dtype=jnp.float32)
+
+
+def compiled(name, shape, k):
+    """The program of a gradient, for the shards of a batch on every device of a slice."""
+    with topology.compiler():
+        devices = topology.devices(topology.parse(name))
+        mesh = sharding.make_mesh((1, -1, 1, 1), devices)
+        place = functools.partial(NamedSharding, mesh)
+        x = jax.ShapeDtypeStruct(shape, bf16, sharding=place(PartitionSpec(("replica", "data", "fsdp"))))
+        kernel = jax.ShapeDtypeStruct((k, k, 1, shape[3]), jnp.float32, sharding=place(PartitionSpec()))
+
+        def gradient(x, kernel, dy):
+            y, vjp = jax.vjp(depthwise_conv, x, kernel)
+            return y, vjp(dy)
+
+        with jax.set_mesh(mesh):
+            return jax.jit(gradient).lower(x, kernel, x).compile()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v5e:2x2", *(pytest.param(n, marks=pytest.mark.full) for n in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1"))],
+)
+def test_every_generation_takes_the_kernels_and_gathers_nothing(name):
+    text = compiled(name, (8, 64, 64, 192), 7).as_text()
+    assert "depthwise_7x7." in text and "depthwise_7x7_backward" in text
+    # The gradient of the kernel is summed over the devices; no feature map moves.
+    assert "all-gather" not in text and "all-to-all" not in text and text.count("all-reduce(") == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("side, channels", [(512, 96), (256, 96), (128, 192), (64, 384), (32, 768), (16, 1536)])
+@pytest.mark.parametrize("k", [3, 7])
+def test_maps_of_the_tower_fit_in_memory(side, channels, k):
+    assert "depthwise" in compiled("v5e:1x1", (1, side, side, channels), k).as_text()

@@ -158,6 +158,18 @@ def _gathered_backward(axes, dtype, like, gradient):
 gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+def device_kind() -> str:
+    """Returns the kind of device in the mesh of `jax.set_mesh`, as "TPU v5 lite" or "cpu"; "" without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else ""
+
+
+def device_cores() -> int:
+    """Returns the number of cores of such a device that share a kernel; 1 without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device and device.num_cores) or 1
+
+
 def batch_shards() -> int:
     """Returns the number of data shards in the mesh of `jax.set_mesh`; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -2,14 +2,14 @@
 
 | platform | implementation | reason |
 |---|---|---|
-| TPU, stride 1, maps of 8 n x 16 m in bfloat16 | Pallas kernels, see depthwise_tpu.py | a third to a fifth of the time |
+| TPU, stride 1, maps of 8 n x 16 m in bfloat16 | Pallas kernels, depthwise_tpu.py | a third to a fifth of the time |
 | TPU, GPU | XLA's convolution, one for each output of a channel | on TPU shifted adds are 2 to 3 times slower |
 | CPU | shifted multiply-adds with a hand-written backward pass | XLA's convolution is 10 to 50 times slower there |
 | CPU, large maps | the same, in blocks of rows | seven times faster in a scanned layer |
 | CPU, small maps | one matrix product per channel | takes a third of the time of the shifts at 4x4 |
 
 The platform is the target of the compilation, not the machine that compiles: a program for TPU can be compiled on a CPU
-machine.
+machine. Whether it is a TPU, where Pallas kernels are concerned, the mesh says: see choice.py.
 """
 
 import functools
@@ -20,12 +20,12 @@ import numpy as np
 from jax import lax
 
 from fastvlm_jax import sharding
-from fastvlm_jax.kernels import depthwise_tpu
+from fastvlm_jax.kernels import choice, depthwise_tpu
 
 ROWS = 8  # rows of a large map that a CPU computes at a time; 1 to 16 are equally fast
 
 
-def depthwise_conv(x, kernel, *, stride=1):
+def depthwise_conv(x, kernel, *, stride=1, kernels="auto"):
     """Applies a zero-padded depthwise convolution: torch's Conv2d(C, C*m, k, stride, k//2, groups=C, bias=False).
 
     Only first derivatives with respect to x and kernel are supported.
@@ -34,6 +34,7 @@ def depthwise_conv(x, kernel, *, stride=1):
       x: [B, H, W, C], float32 or bfloat16, of any H and W, also odd ones and ones smaller than the kernel.
       kernel: [k, k, 1, C*m] with k odd. Output channel o reads input channel o // m. May be float32 if x is bfloat16.
       stride: 1 or 2.
+      kernels: whether the TPU kernels are used, see choice.py.
 
     Returns:
       [B, ceil(H / stride), ceil(W / stride), C*m] in x.dtype, accumulated in float32.
@@ -58,6 +59,8 @@ def depthwise_conv(x, kernel, *, stride=1):
     top, bottom = _live_taps(k, height, stride)
     left, right = _live_taps(k, width, stride)
     kernel = kernel[k // 2 - top : k // 2 + bottom + 1, k // 2 - left : k // 2 + right + 1]
+    if stride == 1 and depthwise_tpu.fits(x, kernel) and choice.used(kernels):
+        return _on_tpu(x, kernel, kernels == "interpret")
     return _depthwise(x, kernel, stride, ((top, bottom), (left, right)))
 
 
@@ -73,8 +76,7 @@ def _live_taps(k, size, stride):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(x, kernel, stride, padding):
     cpu, conv = (functools.partial(form, stride=stride, padding=padding) for form in (_cpu, _conv))
-    tpu = {"tpu": _tpu} if stride == 1 and depthwise_tpu.fits(x, kernel) else {}
-    return lax.platform_dependent(x, kernel, cpu=cpu, **tpu, default=conv)
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=conv)
 
 
 def _forward(x, kernel, stride, padding):
@@ -83,8 +85,7 @@ def _forward(x, kernel, stride, padding):
 
 def _backward(stride, padding, residuals, dy):
     cpu, conv = (functools.partial(form, stride=stride, padding=padding) for form in (_cpu_vjp, _conv_vjp))
-    tpu = {"tpu": _tpu_vjp} if stride == 1 and depthwise_tpu.fits(*residuals) else {}
-    return lax.platform_dependent(*residuals, dy, cpu=cpu, **tpu, default=conv)
+    return lax.platform_dependent(*residuals, dy, cpu=cpu, default=conv)
 
 
 _depthwise.defvjp(_forward, _backward)
@@ -93,19 +94,25 @@ _depthwise.defvjp(_forward, _backward)
 # The TPU kernels: each device for its own images.
 
 
-def _tpu(x, kernel):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_tpu(x, kernel, interpret):
     maps, whole = _axes(x)
-    return sharding.on_shards(depthwise_tpu.forward, (maps, whole), maps)(x, kernel)
+    forward = functools.partial(depthwise_tpu.forward, interpret=interpret)
+    return sharding.on_shards(forward, (maps, whole), maps)(x, kernel)
 
 
-def _tpu_vjp(x, kernel, dy):
+def _on_tpu_backward(interpret, residuals, dy):
+    x, kernel = residuals
     maps, whole = _axes(x)
 
     def backward(x, kernel, dy):
-        dx, dkernel = depthwise_tpu.backward(x, kernel, dy)
+        dx, dkernel, _ = depthwise_tpu.backward(x, kernel, dy, interpret=interpret)
         return dx, (sharding.sum_batch(dkernel) if maps[0] else dkernel).astype(kernel.dtype)
 
     return sharding.on_shards(backward, (maps, whole, maps), (maps, whole))(x, kernel, dy)
+
+
+_on_tpu.defvjp(lambda x, kernel, interpret: (_on_tpu(x, kernel, interpret), (x, kernel)), _on_tpu_backward)
 
 
 def _axes(x):

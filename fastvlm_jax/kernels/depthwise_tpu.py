@@ -1,7 +1,7 @@
 """Depthwise convolutions of stride 1 as Pallas kernels for TPU: the forward pass, and both gradients in one kernel.
 
-XLA lays the batch on the sublanes, and takes three to four times the multiply-adds of the vector units. Here a grid step
-takes some rows of one image and 128 of its channels. Columns lie on the sublanes, so the batch may have any size:
+XLA lays the batch on the sublanes, and takes three to four times the multiply-adds of the vector units. Here a grid
+step takes some rows of one image and 128 of its channels. Columns lie on the sublanes, so the batch may have any size:
 
     HBM   x [B, H, W, C]         rows, those above and those below, 128 channels
     VMEM  float32 [p + rows + p, 8 + W + 8, 128]        p = k // 2; zeros around the image
@@ -9,7 +9,8 @@ takes some rows of one image and 128 of its channels. Columns lie on the sublane
 A shift by columns is a load from another sublane of the scratch, which costs nothing for 32-bit values in a single tile
 of lanes. Each load serves all taps of its column, for 8 rows of the result that are summed in registers.
 
-Whoever calls them, calls them on each device's shards.
+Maps may be layers of a stack, which a kernel reads and writes where they lie: see stacked.py. Whoever calls the
+functions calls them on each device's shards.
 """
 
 import functools
@@ -20,6 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from fastvlm_jax.kernels import stacked
+from fastvlm_jax.kernels.stacked import Layer
 
 LANES, SUBLANES = 128, 8
 _HALO = 4  # rows that are read above and below, of which k // 2 are used
@@ -36,66 +40,106 @@ def fits(x: jax.Array, kernel: jax.Array) -> bool:
     return square and x.dtype == jnp.bfloat16 and height % _GROUP == 0 and width % _COLUMNS == 0
 
 
-def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Array:
-    """Returns the zero-padded depthwise convolution of x, which `fits`.
+def forward(
+    x: jax.Array | Layer,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    into: Layer | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns the zero-padded depthwise convolution of x, which `fits`, plus a bias.
 
     Args:
       x: [B, H, W, C], bfloat16.
       kernel: [k, k, 1, C].
+      bias: [C]; None is 0.
+      into: where the result shall lie.
       interpret: whether to run on a CPU, slowly, for tests.
 
     Returns:
-      [B, H, W, C] in x.dtype, summed in float32.
+      [B, H, W, C] in x.dtype, summed in float32; or, with `into`, the stack with that layer replaced.
     """
-    batch, height, width, channels = x.shape
-    k, rows, blocks = len(kernel), _rows(x, kernel), -(-channels // LANES)
-    own = pl.BlockSpec((1, rows, width, LANES), lambda c, b, h: (b, h, 0, c))
-    return pl.pallas_call(
+    source, target = stacked.layer(x), into or stacked.new(stacked.shape(x))
+    batch, height, width, channels = stacked.shape(x).shape
+    k, rows, blocks = len(kernel), _rows(stacked.shape(x), len(kernel)), -(-channels // LANES)
+    bias = jnp.zeros(channels) if bias is None else bias
+    out = pl.pallas_call(
         functools.partial(_forward, k=k),
-        grid=(blocks, batch, height // rows),
-        in_specs=[*_with_halos(own, rows, height), _taps_spec(k)],
-        out_specs=own,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch_shapes=[pltpu.VMEM(_scratch_shape(rows, width, k), jnp.float32)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(blocks, batch, height // rows),
+            in_specs=[
+                *_with_halos(0, rows, height, width),
+                _taps_spec(k),
+                _taps_spec(1),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=_own(1, rows, width),
+            scratch_shapes=[pltpu.VMEM(_scratch_shape(rows, width, k), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct(target.maps.shape, target.maps.dtype),
+        input_output_aliases={6: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
         interpret=interpret,
         name=f"depthwise_{k}x{k}",
-    )(x, x, x, _taps(kernel))
+    )(stacked.places(source, target), *[source.maps] * 3, _taps(kernel), _taps(bias), target.maps)
+    return out if into else out[0]
 
 
 def backward(
-    x: jax.Array, kernel: jax.Array, dy: jax.Array, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of x, in its dtype, and of the kernel, float32 [k, k, 1, C], for a gradient like x."""
-    batch, height, width, channels = x.shape
-    k, rows, blocks = len(kernel), _rows(x, kernel), -(-channels // LANES)
-    own = pl.BlockSpec((1, rows, width, LANES), lambda c, b, h: (b, h, 0, c))
-    dx, dtaps = pl.pallas_call(
+    x: jax.Array | Layer,
+    kernel: jax.Array,
+    dy: jax.Array,
+    plus: jax.Array | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the gradients of x, in its dtype, of the kernel and of the bias, float32 [k, k, 1, C] and [C].
+
+    Args:
+      x, kernel: as in `forward`.
+      dy: [B, H, W, C] in the dtype of x.
+      plus: another gradient of x that is added to its own.
+    """
+    source, like = stacked.layer(x), stacked.shape(x)
+    batch, height, width, channels = like.shape
+    k, rows, blocks = len(kernel), _rows(like, len(kernel)), -(-channels // LANES)
+    own = pl.BlockSpec((1, rows, width, LANES), lambda c, b, h, at: (b, h, 0, c))
+    sums = (k * k + 1, SUBLANES, LANES)
+    dx, found = pl.pallas_call(
         functools.partial(_backward, k=k),
-        grid=(blocks, batch, height // rows),
-        in_specs=[*_with_halos(own, rows, height), own, _taps_spec(k)],
-        # A sum for each image, so that two cores may share the images.
-        out_specs=[own, pl.BlockSpec((1, k * k, LANES), lambda c, b, h: (b, 0, c))],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(blocks, batch, height // rows),
+            in_specs=[
+                *_with_halos(None, rows, height, width),
+                _own(0, rows, width),
+                _taps_spec(k),
+                None if plus is None else own,
+            ],
+            # A sum for each image, so that two cores may share the images.
+            out_specs=[own, pl.BlockSpec((1, sums[0], LANES), lambda c, b, h, at: (b, 0, c))],
+            scratch_shapes=[pltpu.VMEM(_scratch_shape(rows, width, k), jnp.float32), pltpu.VMEM(sums, jnp.float32)],
+        ),
         out_shape=[
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct((batch, k * k, channels), jnp.float32),
+            jax.ShapeDtypeStruct(like.shape, like.dtype),
+            jax.ShapeDtypeStruct((batch, sums[0], channels), jnp.float32),
         ],
-        scratch_shapes=[pltpu.VMEM(_scratch_shape(rows, width, k), jnp.float32), pltpu.VMEM((k * k, SUBLANES, LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name=f"depthwise_{k}x{k}_backward",
-    )(dy, dy, dy, x, _taps(kernel[::-1, ::-1]))
+    )(stacked.places(source), dy, dy, dy, source.maps, _taps(kernel[::-1, ::-1]), plus)
+    found = found.sum(0)
     # A tap of the flipped kernel joins the same two pixels as the tap opposite of it.
-    return dx, dtaps.sum(0).reshape(k, k, 1, channels)[::-1, ::-1]
+    return dx, found[:-1].reshape(k, k, 1, channels)[::-1, ::-1], found[-1]
 
 
-def _rows(x: jax.Array, kernel: jax.Array) -> int:
+def _rows(x: jax.ShapeDtypeStruct, k: int) -> int:
     """Returns how many rows a grid step takes: the most that divide the height and leave room in VMEM."""
     _, height, width, _ = x.shape
     return max(
         rows
         for rows in range(_GROUP, min(height, 32) + 1, _GROUP)
-        if height % rows == 0 and (rows == _GROUP or _bytes(rows, width, len(kernel)) <= _VMEM)
+        if height % rows == 0 and (rows == _GROUP or _bytes(rows, width, k) <= _VMEM)
     )
 
 
@@ -109,22 +153,36 @@ def _scratch_shape(rows: int, width: int, k: int) -> tuple[int, int, int]:
     return rows + k - 1, width + 2 * SUBLANES, LANES
 
 
-def _with_halos(own: pl.BlockSpec, rows: int, height: int) -> tuple[pl.BlockSpec, ...]:
-    """Returns how to read the rows above a grid step's own, its own, and those below; at the border, any others."""
-    shape, steps = (1, _HALO, *own.block_shape[2:]), rows // _HALO
-    above = pl.BlockSpec(shape, lambda c, b, h: (b, jnp.maximum(h * steps - 1, 0), 0, c))
-    below = pl.BlockSpec(shape, lambda c, b, h: (b, jnp.minimum((h + 1) * steps, height // _HALO - 1), 0, c))
-    return above, own, below
+def _own(place: int, rows: int, width: int) -> pl.BlockSpec:
+    """Returns how to read or write a grid step's own rows of the layer whose number stands at a place of `places`."""
+    return pl.BlockSpec((None, 1, rows, width, LANES), lambda c, b, h, at: (at[place], b, h, 0, c))
+
+
+def _with_halos(place: int | None, rows: int, height: int, width: int) -> tuple[pl.BlockSpec, ...]:
+    """Returns how to read the rows above a grid step's own, its own, and those below; at the border, any others.
+
+    Without a place the maps are no stack.
+    """
+    steps = rows // _HALO
+
+    def spec(size, first_row):
+        if place is None:
+            return pl.BlockSpec((1, size, width, LANES), lambda c, b, h, at: (b, first_row(h), 0, c))
+        return pl.BlockSpec((None, 1, size, width, LANES), lambda c, b, h, at: (at[place], b, first_row(h), 0, c))
+
+    above = spec(_HALO, lambda h: jnp.maximum(h * steps - 1, 0))
+    below = spec(_HALO, lambda h: jnp.minimum((h + 1) * steps, height // _HALO - 1))
+    return above, spec(rows, lambda h: h), below
 
 
 def _taps(kernel: jax.Array) -> jax.Array:
-    """Returns the taps of a kernel as vectors of the chip, float32 [k * k, SUBLANES, C]."""
-    taps = kernel.astype(jnp.float32).reshape(-1, 1, kernel.shape[3])
+    """Returns the taps of a kernel, or a bias [C], as vectors of the chip, float32 [k * k, SUBLANES, C]."""
+    taps = kernel.astype(jnp.float32).reshape(-1, 1, kernel.shape[-1])
     return jnp.broadcast_to(taps, (len(taps), SUBLANES, taps.shape[2]))
 
 
 def _taps_spec(k: int) -> pl.BlockSpec:
-    return pl.BlockSpec((k * k, SUBLANES, LANES), lambda c, b, h: (0, 0, c))
+    return pl.BlockSpec((k * k, SUBLANES, LANES), lambda c, b, h, at: (0, 0, c))
 
 
 def _fill(scratch, above, own, below, p: int) -> None:
@@ -154,14 +212,14 @@ def _over_tiles(shape, tile) -> None:
     lax.fori_loop(0, rows // _GROUP, group, None)
 
 
-def _forward(above, own, below, taps, y, scratch, *, k: int) -> None:
+def _forward(_, above, own, below, taps, bias, __, y, scratch, *, k: int) -> None:
     p = k // 2
     _fill(scratch, above, own, below, p)
 
     def tile(top, left):
         halves = []
         for half in range(0, _COLUMNS, SUBLANES):
-            sums = [0.0] * _GROUP
+            sums = [bias[0]] * _GROUP
             for j in range(k):
                 column = [taps[i * k + j] for i in range(k)]
                 for row in range(_GROUP + k - 1):
@@ -174,20 +232,25 @@ def _forward(above, own, below, taps, y, scratch, *, k: int) -> None:
     _over_tiles(own.shape, tile)
 
 
-def _backward(above, own, below, x, taps, dx, dtaps, scratch, sums_of_taps, *, k: int) -> None:
+def _backward(_, above, own, below, x, taps, plus, dx, found, scratch, totals, *, k: int) -> None:
     p = k // 2
     _fill(scratch, above, own, below, p)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        sums_of_taps[...] = jnp.zeros_like(sums_of_taps)
+        totals[...] = jnp.zeros_like(totals)
 
     def tile(top, left):
         halves = []
         here = pl.ds(pl.multiple_of(left, _COLUMNS), _COLUMNS)
-        inputs = [x[0, top + row, here].astype(jnp.float32) for row in range(_GROUP)]
+        inputs, added = (
+            None if ref is None else [ref[0, top + row, here].astype(jnp.float32) for row in range(_GROUP)]
+            for ref in (x, plus)
+        )
         for half in range(0, _COLUMNS, SUBLANES):
-            sums, inside = [0.0] * _GROUP, [rows[half : half + SUBLANES] for rows in inputs]
+            inside = [rows[half : half + SUBLANES] for rows in inputs]
+            bias = 0.0
+            sums = [0.0] * _GROUP if added is None else [rows[half : half + SUBLANES] for rows in added]
             for j in range(k):
                 column, products = [taps[i * k + j] for i in range(k)], [0.0] * k
                 for row in range(_GROUP + k - 1):
@@ -195,8 +258,11 @@ def _backward(above, own, below, x, taps, dx, dtaps, scratch, sums_of_taps, *, k
                     for i in _taps_of(row, k):
                         sums[row - i] += pixels * column[i]
                         products[i] += pixels * inside[row - i]
+                    if j == p and p <= row < p + _GROUP:
+                        bias = bias + pixels
                 for i in range(k):
-                    sums_of_taps[i * k + j] += products[i]
+                    totals[i * k + j] += products[i]
+            totals[k * k] += bias
             halves.append(sums)
         _store(dx, top, left, halves)
 
@@ -204,7 +270,7 @@ def _backward(above, own, below, x, taps, dx, dtaps, scratch, sums_of_taps, *, k
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
-        dtaps[0] = sums_of_taps[...].sum(1)
+        found[0] = totals[...].sum(1)
 
 
 def _taps_of(row: int, k: int) -> range:

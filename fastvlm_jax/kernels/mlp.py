@@ -15,42 +15,41 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fastvlm_jax.kernels import pointwise_block_tpu
+from fastvlm_jax.kernels import choice, pointwise_block_tpu
 from fastvlm_jax.kernels.gelu import gelu
-from fastvlm_jax.sharding import batch_shards, on_shards, sum_batch
+from fastvlm_jax.sharding import batch_shards, device_cores, on_shards, sum_batch
 
 MAX_HIDDEN = 2**20  # hidden values of a block of rows: 4 MB in float32
 MIN_POSITIONS = 256  # with fewer in a block its matrix products are slower
 WEIGHT_AXES = ((None, None), (None,), (None, None), (None,))  # logical axes: every device has all weights
 
 
-def mlp(x, kernel1, bias1, kernel2, bias2, skip=None):
+def mlp(x, kernel1, bias1, kernel2, bias2, skip=None, *, kernels="auto"):
     """Computes gelu(x @ kernel1 + bias1) @ kernel2 + bias2, and adds `skip` if it is given.
 
-    For maps that the TPU kernels take, the backward pass computes the hidden values again on every platform, whatever a
-    checkpoint policy says. Only first derivatives are supported for them.
+    For maps that the TPU kernels take, the backward pass computes the hidden values again, whatever a checkpoint policy
+    says. Only first derivatives are supported then.
 
     Args:
       x: maps [B, H, W, C].
       kernel1, bias1, kernel2, bias2: [C, F], [F], [F, D], [D] in the dtype of x.
       skip: [B, H, W, D] in the dtype of x.
+      kernels: whether the TPU kernels are used, see choice.py.
 
     Returns:
       [B, H, W, D] in the dtype of x.
     """
     shape = (_images_here(x), *x.shape[1:])
-    form = _kernels if pointwise_block_tpu.pays(shape, kernel1.shape[1], kernel2.shape[1]) else _xla
-    return form(x, kernel1, bias1, kernel2, bias2, skip)
+    args = (x, kernel1, bias1, kernel2, bias2, skip)
+    if choice.used(kernels) and pointwise_block_tpu.pays(shape, kernel1.shape[1], kernel2.shape[1]):
+        return on_tpu(*args, kernels == "interpret")
+    y = _branch(*args[:5])
+    return y if skip is None else skip + y
 
 
 def plain(x, kernel1, bias1, kernel2, bias2, skip=None):
     """Computes `mlp` in plain JAX."""
     y = gelu(x @ kernel1 + bias1) @ kernel2 + bias2
-    return y if skip is None else skip + y
-
-
-def _xla(x, kernel1, bias1, kernel2, bias2, skip):
-    y = _branch(x, kernel1, bias1, kernel2, bias2)
     return y if skip is None else skip + y
 
 
@@ -66,19 +65,8 @@ def _branch(x, kernel1, bias1, kernel2, bias2):
 _branch.defvjp(lambda *args: jax.vjp(plain, *args), lambda vjp, dy: vjp(dy))
 
 
-@jax.custom_vjp
-def _kernels(*args):
-    return lax.platform_dependent(*args, tpu=on_tpu, default=_xla)
-
-
-def _backward(args, dy):
-    return lax.platform_dependent(args, dy, tpu=gradients_on_tpu, default=lambda args, dy: jax.vjp(plain, *args)[1](dy))
-
-
-_kernels.defvjp(lambda *args: (_kernels(*args), args), _backward)
-
-
-def on_tpu(x, kernel1, bias1, kernel2, bias2, skip=None, *, interpret=False):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def on_tpu(x, kernel1, bias1, kernel2, bias2, skip=None, interpret=False):
     """Computes `mlp` with the TPU kernel, each device for its own images; `interpret` runs it anywhere, slowly."""
     exact = pointwise_block_tpu.exact(x.dtype)
 
@@ -92,10 +80,9 @@ def on_tpu(x, kernel1, bias1, kernel2, bias2, skip=None, *, interpret=False):
     return on_shards(local, axes, maps)(x, skip, kernel1, bias1, kernel2, bias2)
 
 
-def gradients_on_tpu(args, dy, *, interpret=False):
-    """Returns the gradients of the arguments of `on_tpu`, those of the weights summed over the devices."""
+def _on_tpu_backward(interpret, args, dy):
     x, kernel1, bias1, kernel2, _, skip = args
-    target = dict(exact=pointwise_block_tpu.exact(x.dtype), cores=pointwise_block_tpu.cores())
+    target = dict(exact=pointwise_block_tpu.exact(x.dtype), cores=device_cores())
     maps = _map_axes(x)
 
     def local(x, dy, *weights):
@@ -109,6 +96,9 @@ def gradients_on_tpu(args, dy, *, interpret=False):
     in_axes, out_axes = [maps, maps, *WEIGHT_AXES[:3]], (maps, *WEIGHT_AXES)
     gradients = on_shards(local, in_axes, out_axes)(x, dy, kernel1, bias1, kernel2)
     return *gradients, None if skip is None else dy
+
+
+on_tpu.defvjp(lambda *args: (on_tpu(*args), args[:6]), _on_tpu_backward)
 
 
 def _map_axes(x):

@@ -28,6 +28,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fastvlm_jax import sharding
+from fastvlm_jax.kernels import stacked
 from fastvlm_jax.kernels.gelu import phi, value_and_slope
 
 Array = jax.Array
@@ -50,43 +52,48 @@ def pays(shape, hidden, outputs):
 
 def exact(dtype):
     """Returns whether the kernels use erf: in float32, and where the TPU of the mesh has it in hardware."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return dtype == jnp.float32 or (device is not None and device.device_kind.startswith(ERF))
+    return dtype == jnp.float32 or sharding.device_kind().startswith(ERF)
 
 
-def cores():
-    """Returns the number of cores of a device of the mesh of `jax.set_mesh` that share a kernel; 1 without a mesh."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device and device.num_cores) or 1
-
-
-def forward(y, kernel1, bias1, kernel2, bias2, skip=None, *, exact=False, interpret=False):
+def forward(y, kernel1, bias1, kernel2, bias2, skip=None, into=None, *, exact=False, interpret=False):
     """Computes gelu(y @ kernel1 + bias1) @ kernel2 + bias2, plus `skip` if it is given, summed in float32.
 
     Args:
-      y, skip: [P, C] and [P, D], float32 or bfloat16.
+      y, skip: [P, C] and [P, D], float32 or bfloat16; y may be a layer of a stack.
       kernel1, bias1, kernel2, bias2: [C, F], [F], [F, D], [D] in the dtype of y.
+      into: the layer of a stack [L, P, D] where the result shall lie.
       exact: whether GELU uses erf instead of tanh; see `gelu.phi`.
       interpret: whether the kernel runs on any platform, slowly.
 
     Returns:
-      [P, D] in the dtype of y.
+      [P, D] in the dtype of y; or, with `into`, the stack with that layer replaced.
     """
-    (P, C), (F, D) = y.shape, kernel2.shape
-    rows = _rows(y)
-    y_spec, out_spec = (pl.BlockSpec((rows, width), lambda step: (step, 0)) for width in (C, D))
+    source, like = stacked.layer(y), stacked.shape(y)
+    (P, C), (F, D) = like.shape, kernel2.shape
+    target = into or stacked.new(jax.ShapeDtypeStruct((P, D), like.dtype))
+    rows = _rows(like)
+    y_spec, out_spec = (
+        pl.BlockSpec((None, rows, width), lambda step, at, place=place: (at[place], step, 0))
+        for place, width in enumerate((C, D))
+    )
     weights = [_whole(C, F), _whole(1, F), _whole(F, D), _whole(1, D)]
-    return pl.pallas_call(
+    skip_spec = None if skip is None else pl.BlockSpec((rows, D), lambda step, at: (step, 0))
+    out = pl.pallas_call(
         partial(_forward, exact=exact),
-        grid=(pl.cdiv(P, rows),),
-        in_specs=[y_spec, *weights, None if skip is None else out_spec],
-        out_specs=out_spec,
-        out_shape=jax.ShapeDtypeStruct((P, D), y.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(P, rows),),
+            in_specs=[y_spec, *weights, pl.BlockSpec(memory_space=pl.ANY), skip_spec],
+            out_specs=out_spec,
+        ),
+        out_shape=jax.ShapeDtypeStruct(target.maps.shape, target.maps.dtype),
+        input_output_aliases={6: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM),
-        cost_estimate=_cost(y, F, D, products=2),
+        cost_estimate=_cost(like, F, D, products=2),
         interpret=interpret,
         name="pointwise_block",
-    )(y, kernel1, _row(bias1), kernel2, _row(bias2), skip)
+    )(stacked.places(source, target), source.maps, kernel1, _row(bias1), kernel2, _row(bias2), target.maps, skip)
+    return out if into else out[0]
 
 
 def backward(y, kernel1, bias1, kernel2, dout, *, exact=False, cores=1, interpret=False):
@@ -100,40 +107,45 @@ def backward(y, kernel1, bias1, kernel2, dout, *, exact=False, cores=1, interpre
     Returns:
       Gradients (of y in its dtype, of kernel1, bias1, kernel2 and bias2 in float32).
     """
-    (P, C), (F, D) = y.shape, kernel2.shape
-    rows = _rows(y)
+    source, like = stacked.layer(y), stacked.shape(y)
+    (P, C), (F, D) = like.shape, kernel2.shape
+    rows = _rows(like)
     steps = pl.cdiv(P, rows)
     cores = cores if steps % cores == 0 else 1
-    y_spec, out_spec = (
-        pl.BlockSpec((rows, width), lambda core, step: (core * (steps // cores) + step, 0)) for width in (C, D)
+    y_spec = pl.BlockSpec((None, rows, C), lambda core, step, at: (at[0], core * (steps // cores) + step, 0))
+    dy_spec, out_spec = (
+        pl.BlockSpec((rows, width), lambda core, step, at: (core * (steps // cores) + step, 0)) for width in (C, D)
     )
     sums = [(C, F), (8, F), (D, F), (8, D)]
     dy, *found = pl.pallas_call(
         partial(_backward, exact=exact, positions=P),
-        grid=(cores, steps // cores),
-        in_specs=[y_spec, out_spec, _whole(C, F), _whole(1, F), _whole(D, F), _whole(F, C)],
-        out_specs=[
-            y_spec,
-            *(
-                pl.BlockSpec((None, *shape), lambda core, step: (core, 0, 0), pipeline_mode=pl.Buffered(1))
-                for shape in sums
-            ),
-        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(cores, steps // cores),
+            in_specs=[y_spec, out_spec, _whole(C, F), _whole(1, F), _whole(D, F), _whole(F, C)],
+            out_specs=[
+                dy_spec,
+                *(
+                    pl.BlockSpec((None, *shape), lambda core, step, at: (core, 0, 0), pipeline_mode=pl.Buffered(1))
+                    for shape in sums
+                ),
+            ],
+            scratch_shapes=[pltpu.VMEM((C, rows), like.dtype), pltpu.VMEM((D, rows), like.dtype)],
+        ),
         out_shape=[
-            jax.ShapeDtypeStruct((P, C), y.dtype),
+            like,
             *(jax.ShapeDtypeStruct((cores, *shape), jnp.float32) for shape in sums),
         ],
-        scratch_shapes=[pltpu.VMEM((C, rows), y.dtype), pltpu.VMEM((D, rows), y.dtype)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
-        cost_estimate=_cost(y, F, D, products=5),
+        cost_estimate=_cost(like, F, D, products=5),
         interpret=interpret,
         name="pointwise_block_gradients",
-    )(y, dout, kernel1, _row(bias1), kernel2.T, kernel1.T)
+    )(stacked.places(source), source.maps, dout, kernel1, _row(bias1), kernel2.T, kernel1.T)
     dkernel1, dbias1, dkernel2_DF, dbias2 = (jnp.sum(x, axis=0) for x in found)
     return dy, dkernel1, jnp.sum(dbias1, axis=0), dkernel2_DF.T, jnp.sum(dbias2, axis=0)
 
 
-def _forward(y_ref, kernel1_ref, bias1_ref, kernel2_ref, bias2_ref, skip_ref, out_ref, *, exact):
+def _forward(_, y_ref, kernel1_ref, bias1_ref, kernel2_ref, bias2_ref, __, skip_ref, out_ref, *, exact):
     for rows in _slices(y_ref.shape[0], FORWARD_ROWS):
         y = y_ref[rows, :]
         out = bias2_ref[...] if skip_ref is None else bias2_ref[...] + skip_ref[rows, :].astype(jnp.float32)
@@ -144,11 +156,11 @@ def _forward(y_ref, kernel1_ref, bias1_ref, kernel2_ref, bias2_ref, skip_ref, ou
 
 
 def _backward(
-    y_ref, dout_ref, kernel1_ref, bias1_ref, kernel2_DF_ref, kernel1_FC_ref,
+    _, y_ref, dout_ref, kernel1_ref, bias1_ref, kernel2_DF_ref, kernel1_FC_ref,
     dy_ref, dkernel1_ref, dbias1_ref, dkernel2_DF_ref, dbias2_ref, y_CR_ref, dout_DR_ref, *, exact, positions,
 ):  # fmt: skip
     @pl.when(pl.program_id(1) == 0)
-    def _():
+    def clear():
         for ref in (dkernel1_ref, dbias1_ref, dkernel2_DF_ref, dbias2_ref):
             ref[...] = jnp.zeros_like(ref)
 
@@ -192,7 +204,7 @@ def _slices(size, most):
 
 
 def _rows(y):
-    return min(ROWS * 2 // y.dtype.itemsize, -(-len(y) // 16) * 16)
+    return min(ROWS * 2 // y.dtype.itemsize, -(-y.shape[0] // 16) * 16)
 
 
 def _row(bias):

@@ -45,10 +45,12 @@ class MobileOne(nn.Module):
     batch_stats: int = 0
     init_std: float = 0.02
     convolve: Callable[[Array, Array], Array] | None = None
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
-        size = dict(features=self.features, stride=self.stride, depthwise=self.depthwise, convolve=self.convolve)
+        size = dict(features=self.features, stride=self.stride, depthwise=self.depthwise)
+        size |= dict(convolve=self.convolve, kernels=self.kernels)
         if self.form == "folded":
             y = FoldedConv(kernel_size=self.kernel_size, **size, name="folded")(x_BHWC)
         else:
@@ -74,10 +76,11 @@ class PatchEmbed(nn.Module):
     form: str = "branched"
     batch_stats: int = 0
     init_std: float = 0.02
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
-        size = dict(features=self.features, stride=2, depthwise=True)
+        size = dict(features=self.features, stride=2, depthwise=True, kernels=self.kernels)
         if self.form == "folded":
             y = FoldedConv(kernel_size=7, **size, name="folded")(x_BHWC)
         else:
@@ -96,13 +99,13 @@ class ConditionalPositions(nn.Module):
     """
 
     form: str = "branched"
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> Array:
-        C = x_BHWC.shape[-1]
-        if self.form == "folded":
-            return FoldedConv(C, 7, depthwise=True, name="folded")(x_BHWC)
-        return x_BHWC + FoldedConv(C, 7, depthwise=True, name="conv")(x_BHWC)
+        name = "folded" if self.form == "folded" else "conv"
+        y = FoldedConv(x_BHWC.shape[-1], 7, depthwise=True, kernels=self.kernels, name=name)(x_BHWC)
+        return y if self.form == "folded" else x_BHWC + y
 
 
 class ConvFFN(nn.Module):
@@ -111,20 +114,20 @@ class ConvFFN(nn.Module):
     ratio: float = 4.0
     batch_stats: int = 0
     init_std: float = 0.02
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(
         self, x_BHWC: Array, scale: Array, mask_B: Array | None = None, skip_BHWC: Array | None = None
     ) -> Array:
         C = x_BHWC.shape[-1]
-        conv7 = ConvBN(
-            C, 7, depthwise=True, batch_stats=self.batch_stats, kernel_init=small_init, keep="depthwise", name="conv"
-        )
+        setting = dict(batch_stats=self.batch_stats, kernels=self.kernels)
+        conv7 = ConvBN(C, 7, depthwise=True, kernel_init=small_init, keep="depthwise", **setting, name="conv")
         x = conv7(x_BHWC, mask_B)
         hidden = int(C * self.ratio)
         fc1 = Dense(hidden, init_std=self.init_std, name="fc1").weights(x)
         fc2 = Dense(C, init_std=self.init_std, name="fc2").weights(jax.ShapeDtypeStruct((hidden,), x.dtype), scale)
-        return mlp(x, *fc1, *fc2, skip_BHWC)
+        return mlp(x, *fc1, *fc2, skip_BHWC, kernels=self.kernels)
 
 
 class RepMixer(nn.Module):
@@ -133,13 +136,15 @@ class RepMixer(nn.Module):
     layer_scale_init: float = 1e-5
     form: str = "branched"
     batch_stats: int = 0
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
         C = x_BHWC.shape[-1]
         if self.form == "folded":
-            return FoldedConv(C, 3, depthwise=True, name="folded")(x_BHWC)
-        mixed = MobileOne(C, 3, depthwise=True, activation=None, batch_stats=self.batch_stats, name="mixer")
+            return FoldedConv(C, 3, depthwise=True, kernels=self.kernels, name="folded")(x_BHWC)
+        setting = dict(batch_stats=self.batch_stats, kernels=self.kernels)
+        mixed = MobileOne(C, 3, depthwise=True, activation=None, **setting, name="mixer")
         mixed = mixed(x_BHWC, mask_B) - BatchNorm(self.batch_stats, name="norm")(x_BHWC, mask_B)
         scale = layer_scale(self, "layer_scale", C, self.layer_scale_init)
         return x_BHWC + scale.astype(x_BHWC.dtype) * mixed
@@ -179,6 +184,7 @@ class Block(nn.Module):
     form: str = "branched"
     batch_stats: int = 0
     init_std: float = 0.02
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_BHWC: Array, drop_rate: Array, mask_B: Array | None = None) -> Array:
@@ -186,7 +192,7 @@ class Block(nn.Module):
         rng_mixer, rng_ffn = (None, None) if rng is None else jax.random.split(rng)
         C, init, x = x_BHWC.shape[-1], self.layer_scale_init, x_BHWC
         if self.mixer == "repmixer":
-            x = RepMixer(init, self.form, self.batch_stats, name="mixer")(x, mask_B)
+            x = RepMixer(init, self.form, self.batch_stats, self.kernels, name="mixer")(x, mask_B)
         else:
             if self.attention_norm == "batch":
                 normed = BatchNorm(self.batch_stats, name="norm")(x, mask_B)
@@ -196,7 +202,7 @@ class Block(nn.Module):
             mixed = SelfAttention(init_std=self.init_std, name="mixer")(normed, scale)
             x = x + drop_path(mixed, drop_rate, rng_mixer)
         scale = layer_scale(self, "layer_scale_ffn", C, init)
-        ffn = ConvFFN(self.ratio, self.batch_stats, self.init_std, name="ffn")
+        ffn = ConvFFN(self.ratio, self.batch_stats, self.init_std, self.kernels, name="ffn")
         if rng_ffn is None:
             return ffn(x, scale, mask_B, x)
         return x + drop_path(ffn(x, scale, mask_B), drop_rate, rng_ffn)

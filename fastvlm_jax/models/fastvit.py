@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastvlm_jax.kernels import choice, repmixer_stage
 from fastvlm_jax.kernels.image_conv import image_conv, pixel_conv
 from fastvlm_jax.models.blocks import FORMS, HEAD_DIM, Block, ConditionalPositions, MobileOne, PatchEmbed
 from fastvlm_jax.models.layers import Dense
-from fastvlm_jax.models.remat import rematted
+from fastvlm_jax.models.remat import rematted, saved
+from fastvlm_jax.models.stage_weights import stage_weights
 
 Array = jax.Array
 # The stem's first two convolutions: the usual ones, and those of kernels/image_conv.py.
@@ -27,6 +29,7 @@ CHOICES = {
     "batch_norm": ("train", "frozen"),
     "attention_norm": ("layer", "batch"),
     "multiscale_pool": ("average", "depthwise"),
+    "kernels": choice.KERNELS,
 }
 
 
@@ -51,20 +54,8 @@ class GridPool(nn.Module):
 
 
 def _stem(tower: "FastViT", x_BHWC: Array, mask_B: Array | None, *, dim: int, settings: dict) -> Array:
-    """Maps images [B, H, W, 3] to [B, H/4, W/4, dim] with submodules of `tower`, in the form of the platform."""
-    plain, tpu = (partial(_convolved, convolve=pair, dim=dim, settings=settings) for pair in (USUAL, ON_TPU))
-    if tower.is_initializing():
-        return plain(tower, x_BHWC, mask_B)
-    return nn.cond(_on_tpu(), tpu, plain, tower, x_BHWC, mask_B)  # decided before anything is compiled
-
-
-def _on_tpu() -> Array:
-    """Returns whether the program is for a TPU, a constant of the lowered program."""
-    return jax.lax.platform_dependent(tpu=lambda: jnp.array(True), default=lambda: jnp.array(False))
-
-
-def _convolved(tower: "FastViT", x_BHWC: Array, mask_B: Array | None, *, convolve, dim: int, settings: dict) -> Array:
-    """Applies the stem; `convolve` are its first two convolutions, USUAL or ON_TPU."""
+    """Maps images [B, H, W, 3] to [B, H/4, W/4, dim] with submodules of `tower`."""
+    convolve = ON_TPU if choice.used(tower.kernels) and not tower.is_initializing() else USUAL
     x = MobileOne(dim, 3, 2, convolve=convolve[0], **settings, name="stem_0")(x_BHWC, mask_B)
     x = MobileOne(dim, 3, 2, depthwise=True, convolve=convolve[1], **settings, name="stem_1")(x, mask_B)
     return MobileOne(dim, 1, **settings, name="stem_2")(x, mask_B)
@@ -102,6 +93,7 @@ class FastViT(nn.Module):
         results used them.
       multiscale_pool: "average", or "depthwise": for each stage a learned k x k convolution of stride k, where k is the
         ratio of the grids.
+      kernels: whether TPU kernels are used: "auto", "none" or "interpret", see kernels/choice.py.
       image_mean, image_std: mean and standard deviation of each colour, for images in [0, 1]; the caller normalises.
 
     Raises:
@@ -126,6 +118,7 @@ class FastViT(nn.Module):
     head_bias: bool = False
     multiscale: Sequence[int] = ()
     multiscale_pool: str = "average"
+    kernels: str = "auto"
     image_mean: Sequence[float] = (0.0, 0.0, 0.0)
     image_std: Sequence[float] = (1.0, 1.0, 1.0)
 
@@ -154,26 +147,20 @@ class FastViT(nn.Module):
         self._check(embed)
         self.grid(*x_BHWC.shape[1:3])
         batch_stats = self.batch_norm_images if train and self.batch_norm == "train" else 0
-        shared = dict(form=self.form, batch_stats=batch_stats, init_std=self.init_std)
+        shared = dict(form=self.form, batch_stats=batch_stats, init_std=self.init_std, kernels=self.kernels)
         stem = partial(_stem, dim=self.embed_dims[0], settings=dict(shared, use_scale=self.stem_scale))
         x = rematted(stem, self.remat, scanned=False)(self, x_BHWC, mask_B)
         rates = np.split(np.linspace(0, self.drop_path, sum(self.layers)), np.cumsum(self.layers)[:-1])
         pooled = []
-        for i, (depth, dim, mixer) in enumerate(zip(self.layers, self.embed_dims, self.mixers, strict=True)):
+        for i, (dim, mixer) in enumerate(zip(self.embed_dims, self.mixers, strict=True)):
             if i > 0:
                 x = PatchEmbed(dim, i in self.se_stages, **shared, name=f"patch_embed_{i}")(x, mask_B)
             if mixer == "attention":
-                x = ConditionalPositions(self.form, name=f"positions_{i}")(x)
-            body = rematted(Block, self.remat)
-            stage = nn.scan(
-                lambda block, x, rate, mask: (block(x, rate, mask), None),
-                variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"params": True, "drop_path": True},
-                in_axes=(0, nn.broadcast),
-                length=depth,
-            )
-            block = body(mixer, self.mlp_ratio, self.layer_scale_init, self.attention_norm, **shared, name=f"stage_{i}")
-            x, _ = stage(block, x, jnp.asarray(rates[i], x.dtype), mask_B)
+                x = ConditionalPositions(self.form, self.kernels, name=f"positions_{i}")(x)
+            if self._as_one(i, x, batch_stats):
+                x = self._stage_as_one(i, x)
+            else:
+                x = self._stage(i, x, mask_B, rates[i], shared)
             if i in self.multiscale:
                 ratio = 2 ** (len(self.layers) - 1 - i)
                 pooled.append(GridPool(ratio, self.multiscale_pool == "depthwise", name=f"pool_{i}")(x))
@@ -186,6 +173,32 @@ class FastViT(nn.Module):
             if embed:
                 return embedding_BE
         return jnp.concatenate([*pooled, x], axis=-1) if pooled else x
+
+    def _stage(self, i: int, x_BHWC: Array, mask_B: Array | None, rates: np.ndarray, shared: dict) -> Array:
+        """Applies the blocks of stage i, in a scan."""
+        stage = nn.scan(
+            lambda block, x, rate, mask: (block(x, rate, mask), None),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True, "drop_path": True},
+            in_axes=(0, nn.broadcast),
+            length=self.layers[i],
+        )
+        size = (self.mixers[i], self.mlp_ratio, self.layer_scale_init, self.attention_norm)
+        block = rematted(Block, self.remat)(*size, **shared, name=f"stage_{i}")
+        return stage(block, x_BHWC, jnp.asarray(rates, x_BHWC.dtype), mask_B)[0]
+
+    def _as_one(self, i: int, x_BHWC: Array, batch_stats: int) -> bool:
+        """Returns whether stage i runs as one function of kernels."""
+        frozen = not batch_stats and not self.has_rng("drop_path") and not self.is_initializing()
+        hidden = int(self.embed_dims[i] * self.mlp_ratio)
+        repmixer = self.mixers[i] == "repmixer"
+        return frozen and repmixer and choice.used(self.kernels) and repmixer_stage.fits(x_BHWC, hidden)
+
+    def _stage_as_one(self, i: int, x_BHWC: Array) -> Array:
+        """Applies the blocks of stage i: one function with the parameters of `_stage`."""
+        params, stats = (self.variables[name][f"stage_{i}"] for name in ("params", "batch_stats"))
+        weights = stage_weights(params, stats, x_BHWC.dtype)
+        return repmixer_stage.stage(x_BHWC, weights, saved(self.remat), self.kernels == "interpret")
 
     def _check(self, embed: bool) -> None:
         """Raises ValueError if the arguments do not describe a valid tower."""

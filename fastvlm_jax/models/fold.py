@@ -11,12 +11,16 @@ pooling and head.
 Source: MobileOne (arXiv 2206.04040) section 3.2, FastViT (arXiv 2303.14189) section 3.2.
 """
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fastvlm_jax.models.layers import BATCH_NORM_EPSILON
 
-# float64 kernel [..., k, k, I, O] and bias [..., O]; ... is the depth axis of scanned blocks
-Kernel = tuple[np.ndarray, np.ndarray]
+# kernel [..., k, k, I, O] and bias [..., O]; ... is the depth axis of scanned blocks
+Kernel = tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]
 
 
 def fold(vision: dict) -> dict:
@@ -43,16 +47,17 @@ def fold_variables(variables: dict) -> dict:
 def _fold(params: dict, stats: dict) -> tuple[dict, dict]:
     """Folds the block that `params` belong to, recognised by their names, and all blocks inside it."""
     parts = set(params)
+    exact = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
     if {"conv", "fc1", "fc2"} <= parts:  # ConvFFN
         return params, stats
     if {"large", "small"} <= parts:  # PatchEmbed
-        folded, branches = _patch_embed(params, stats), {"large", "small"}
+        folded, branches = _patch_embed(exact(params), exact(stats)), {"large", "small"}
     elif {"mixer", "norm", "layer_scale"} <= parts:  # RepMixer
-        folded, branches = _rep_mixer(params, stats), {"mixer", "norm", "layer_scale"}
+        folded, branches = rep_mixer(exact(params), exact(stats)), {"mixer", "norm", "layer_scale"}
     elif "conv" in parts and "bn" in params["conv"]:  # MobileOne
-        folded, branches = _mobile_one(params, stats), {"conv", "scale", "skip"}
+        folded, branches = _mobile_one(exact(params), exact(stats)), {"conv", "scale", "skip"}
     elif parts == {"conv"}:  # ConditionalPositions
-        folded, branches = _positions(params["conv"]), {"conv"}
+        folded, branches = _positions(exact(params["conv"])), {"conv"}
     else:
         folded, branches = None, set()
     new_params, new_stats = {}, {name: x for name, x in stats.items() if not isinstance(x, dict)}
@@ -68,9 +73,9 @@ def _fold(params: dict, stats: dict) -> tuple[dict, dict]:
 
 
 def _mobile_one(params: dict, stats: dict) -> Kernel:
-    kernel, bias = _conv_bn(params["conv"], stats["conv"])
+    kernel, bias = conv_bn(params["conv"], stats["conv"])
     if "scale" in params:
-        scale_kernel, scale_bias = _conv_bn(params["scale"], stats["scale"])
+        scale_kernel, scale_bias = conv_bn(params["scale"], stats["scale"])
         kernel, bias = kernel + _centred(scale_kernel, kernel.shape[-4]), bias + scale_bias
     if "skip" in params:
         factor, shift = _batch_norm(params["skip"], stats["skip"])
@@ -79,34 +84,34 @@ def _mobile_one(params: dict, stats: dict) -> Kernel:
 
 
 def _patch_embed(params: dict, stats: dict) -> Kernel:
-    kernel, bias = _conv_bn(params["large"], stats["large"])
-    small_kernel, small_bias = _conv_bn(params["small"], stats["small"])
+    kernel, bias = conv_bn(params["large"], stats["large"])
+    small_kernel, small_bias = conv_bn(params["small"], stats["small"])
     return kernel + _centred(small_kernel, kernel.shape[-4]), bias + small_bias
 
 
-def _rep_mixer(params: dict, stats: dict) -> Kernel:
+def rep_mixer(params: dict, stats: dict) -> Kernel:
+    """Folds a RepMixer: arrays of NumPy, or of JAX to be differentiated, in their dtype."""
     kernel, bias = _mobile_one(params["mixer"], stats["mixer"])
     factor, shift = _batch_norm(params["norm"], stats["norm"])
-    layer_scale, identity = np.asarray(params["layer_scale"], np.float64), _identity(kernel)
+    layer_scale, identity = params["layer_scale"], _identity(kernel)
     kernel = identity + _channels(layer_scale) * (kernel - identity * _channels(factor))
     return kernel, layer_scale * (bias - shift)
 
 
 def _positions(params: dict) -> Kernel:
-    kernel = np.asarray(params["kernel"], np.float64)
-    return kernel + _identity(kernel), np.asarray(params["bias"])
+    return params["kernel"] + _identity(params["kernel"]), params["bias"]
 
 
-def _conv_bn(params: dict, stats: dict) -> Kernel:
+def conv_bn(params: dict, stats: dict) -> Kernel:
+    """Folds a convolution and its BatchNorm: arrays of NumPy, or of JAX to be differentiated, in their dtype."""
     factor, shift = _batch_norm(params["bn"], stats["bn"])
-    return np.asarray(params["kernel"], np.float64) * _channels(factor), shift
+    return params["kernel"] * _channels(factor), shift
 
 
 def _batch_norm(params: dict, stats: dict) -> Kernel:
     """Returns BatchNorm with stored statistics as (factor, shift), each [..., C]."""
-    mean, var = np.asarray(stats["mean"], np.float64), np.asarray(stats["var"], np.float64)
-    factor = np.asarray(params["scale"], np.float64) / np.sqrt(var + BATCH_NORM_EPSILON)
-    return factor, np.asarray(params["bias"], np.float64) - mean * factor
+    factor = params["scale"] * (stats["var"] + BATCH_NORM_EPSILON) ** -0.5
+    return factor, params["bias"] - stats["mean"] * factor
 
 
 def _channels(x: np.ndarray) -> np.ndarray:
@@ -117,12 +122,14 @@ def _channels(x: np.ndarray) -> np.ndarray:
 def _centred(kernel: np.ndarray, size: int) -> np.ndarray:
     """Pads a kernel with zeros to size x size, the kernel in the centre."""
     pad = (size - kernel.shape[-4]) // 2
-    return np.pad(kernel, [(0, 0)] * (kernel.ndim - 4) + [(pad, pad)] * 2 + [(0, 0)] * 2)
+    return (jnp if isinstance(kernel, jax.Array) else np).pad(
+        kernel, [(0, 0)] * (kernel.ndim - 4) + [(pad, pad)] * 2 + [(0, 0)] * 2
+    )
 
 
 def _identity(kernel: np.ndarray) -> np.ndarray:
     """Returns the kernel of the identity function in the shape of `kernel`, [..., k, k, I, O]; I = 1 is depthwise."""
     size, _, inputs, outputs = kernel.shape[-4:]
-    identity = np.zeros(kernel.shape[-4:])
+    identity = np.zeros(kernel.shape[-4:], kernel.dtype)
     identity[size // 2, size // 2] = np.ones((1, outputs)) if inputs == 1 else np.eye(outputs)
     return identity

@@ -22,12 +22,15 @@ BATCH_NORM_EPSILON = 1e-5
 torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default for convolutions
 
 
-def conv(x_BHWC: Array, kernel: Array, stride: int, depthwise: bool) -> Array:
-    """Convolves x with zero padding k//2 on all sides; kernel [k, k, C, F], or [k, k, 1, C*m] if depthwise."""
+def conv(x_BHWC: Array, kernel: Array, stride: int, depthwise: bool, kernels: str = "auto") -> Array:
+    """Convolves x with zero padding k//2 on all sides; kernel [k, k, C, F], or [k, k, 1, C*m] if depthwise.
+
+    `kernels` says whether TPU kernels are used: see kernels/choice.py.
+    """
     if kernel.shape == (1, 1, 1, x_BHWC.shape[-1]) and depthwise and stride == 1:
         return (x_BHWC.astype(jnp.float32) * kernel[0, 0, 0].astype(jnp.float32)).astype(x_BHWC.dtype)
     if depthwise:
-        return depthwise_conv(x_BHWC, kernel, stride=stride)
+        return depthwise_conv(x_BHWC, kernel, stride=stride, kernels=kernels)
     if kernel.shape[0] == 1 and stride == 1:
         return x_BHWC @ kernel[0, 0]
     pad = kernel.shape[0] // 2
@@ -135,13 +138,14 @@ class ConvBN(nn.Module):
     kernel_init: Callable = torch_conv_init
     keep: str = ""
     convolve: Callable[[Array, Array], Array] | None = None
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
         inputs = 1 if self.depthwise else x_BHWC.shape[-1]
         shape = (self.kernel_size, self.kernel_size, inputs, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        convolve = self.convolve or partial(conv, stride=self.stride, depthwise=self.depthwise)
+        convolve = self.convolve or partial(conv, stride=self.stride, depthwise=self.depthwise, kernels=self.kernels)
         norm, dtype = BatchNorm(self.batch_stats, name="bn"), x_BHWC.dtype
         if self.batch_stats:
             y = convolve(x_BHWC, gathered(kernel, None, dtype))
@@ -161,6 +165,7 @@ class FoldedConv(nn.Module):
     stride: int = 1
     depthwise: bool = False
     convolve: Callable[[Array, Array], Array] | None = None
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> Array:
@@ -169,7 +174,7 @@ class FoldedConv(nn.Module):
         kernel = self.param("kernel", torch_conv_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         kernel = gathered(kernel, None, x_BHWC.dtype)
-        convolve = self.convolve or partial(conv, stride=self.stride, depthwise=self.depthwise)
+        convolve = self.convolve or partial(conv, stride=self.stride, depthwise=self.depthwise, kernels=self.kernels)
         return with_bias(convolve(x_BHWC, kernel), bias)
 
 

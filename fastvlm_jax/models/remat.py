@@ -15,6 +15,16 @@ POLICIES = {
 }
 
 
+# What a stage that is one function of kernels keeps besides the input of each block, see kernels/repmixer_stage.py; a
+# policy that is not listed keeps nothing.
+SAVED = {"none": ("mixed", "depthwise"), "depthwise": ("depthwise",)}
+
+
+def saved(policy: str) -> tuple[str, ...]:
+    """Returns what a stage that is one function keeps of each block under the named policy."""
+    return SAVED.get(policy, ())
+
+
 def rematted(block: Callable, policy: str, *, scanned: bool = True) -> Callable:
     """Returns `block` wrapped so that it recomputes activations under the named policy; for "none", `block` itself.
 

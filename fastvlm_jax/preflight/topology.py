@@ -18,6 +18,7 @@ import jax
 from fastvlm_jax.chips import GENERATIONS, Generation
 from fastvlm_jax.xla_flags import NO_TPU
 
+KERNELS = "depthwise|pointwise|splash"  # starts of the names of Pallas kernels
 # Environment of the TPU compiler when it is loaded: it looks neither for a TPU nor for another process that has one.
 ENVIRONMENT = {**NO_TPU, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -148,14 +149,15 @@ def schedules_folder() -> pathlib.Path:
 
 @contextlib.contextmanager
 def _schedules_asked():
-    """Asks a compiler that is loaded in the block for the final schedule of each instruction.
+    """Asks a compiler that is loaded in the block for the final schedules of Pallas kernels.
 
     The compiler reads these flags from the environment, once, when it is loaded, and takes no option for one program.
-    The filter leaves one pass of some seventy. Dump flags of the user's own stand.
+    The filter leaves one pass of some seventy, and no fusions, whose schedules would take longer to write than to make.
+    Dump flags of the user's own stand.
     """
     given = os.environ.get("LIBTPU_INIT_ARGS")
     if "--xla_jf_dump_to" not in (given or ""):
-        flags = "--xla_jf_dump_llo_text=true --xla_jf_dump_to_filter=pass=^final_bundles$"
+        flags = f"--xla_jf_dump_llo_text=true --xla_jf_dump_to_filter=pass=^final_bundles$,module=^({KERNELS})"
         os.environ["LIBTPU_INIT_ARGS"] = f"{given or ''} --xla_jf_dump_to={schedules_folder()} {flags}".strip()
     try:
         yield

@@ -96,8 +96,10 @@ _depthwise.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _on_tpu(x, kernel, interpret):
+    def forward(x, kernel):
+        return depthwise_tpu.forward(x, depthwise_tpu.taps(kernel), interpret=interpret)
+
     maps, whole = _axes(x)
-    forward = functools.partial(depthwise_tpu.forward, interpret=interpret)
     return sharding.on_shards(forward, (maps, whole), maps)(x, kernel)
 
 
@@ -106,7 +108,8 @@ def _on_tpu_backward(interpret, residuals, dy):
     maps, whole = _axes(x)
 
     def backward(x, kernel, dy):
-        dx, dkernel, _ = depthwise_tpu.backward(x, kernel, dy, interpret=interpret)
+        dx, dtaps = depthwise_tpu.backward(x, depthwise_tpu.taps(kernel), dy, interpret=interpret)
+        dkernel, _ = depthwise_tpu.kernel_and_bias(jnp.sum(dtaps, axis=0))
         return dx, (sharding.sum_batch(dkernel) if maps[0] else dkernel).astype(kernel.dtype)
 
     return sharding.on_shards(backward, (maps, whole, maps), (maps, whole))(x, kernel, dy)

@@ -40,102 +40,112 @@ def fits(x: jax.Array, kernel: jax.Array) -> bool:
     return square and x.dtype == jnp.bfloat16 and height % _GROUP == 0 and width % _COLUMNS == 0
 
 
+def taps(kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Returns kernels [..., k, k, 1, C] and biases [..., C], or 0, as the functions below take them.
+
+    Returns:
+      float32 [..., k * k + 1, C], the bias last.
+    """
+    *stack, k, _, _, C = kernel.shape
+    bias = jnp.zeros((*stack, C)) if bias is None else bias
+    parts = kernel.reshape(*stack, k * k, C), bias[..., None, :]
+    return jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=-2)
+
+
+def kernel_and_bias(taps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the kernels [..., k, k, 1, C] and biases [..., C] of `taps`."""
+    *stack, size, C = taps.shape
+    k = math.isqrt(size - 1)
+    return taps[..., :-1, :].reshape(*stack, k, k, 1, C), taps[..., -1, :]
+
+
 def forward(
-    x: jax.Array | Layer,
-    kernel: jax.Array,
-    bias: jax.Array | None = None,
-    into: Layer | None = None,
-    interpret: bool = False,
+    x: jax.Array | Layer, taps: jax.Array | Layer, into: Layer | None = None, interpret: bool = False
 ) -> jax.Array:
-    """Returns the zero-padded depthwise convolution of x, which `fits`, plus a bias.
+    """Returns the zero-padded depthwise convolution of x, which `fits`, with its bias.
 
     Args:
       x: [B, H, W, C], bfloat16.
-      kernel: [k, k, 1, C].
-      bias: [C]; None is 0.
-      into: where the result shall lie.
+      taps: float32 [k * k + 1, C], see `taps`.
+      into: the layer of a stack where the result shall lie.
       interpret: whether to run on a CPU, slowly, for tests.
 
     Returns:
       [B, H, W, C] in x.dtype, summed in float32; or, with `into`, the stack with that layer replaced.
     """
-    source, target = stacked.layer(x), into or stacked.new(stacked.shape(x))
-    batch, height, width, channels = stacked.shape(x).shape
-    k, rows, blocks = len(kernel), _rows(stacked.shape(x), len(kernel)), -(-channels // LANES)
-    bias = jnp.zeros(channels) if bias is None else bias
+    like, source, weights = stacked.shape(x), stacked.layer(x), stacked.layer(taps)
+    target = into or stacked.new(like)
+    (batch, height, width, channels), size = like.shape, weights.maps.shape[1]
+    k, rows = math.isqrt(size), _rows(like, size)
     out = pl.pallas_call(
         functools.partial(_forward, k=k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(blocks, batch, height // rows),
-            in_specs=[
-                *_with_halos(0, rows, height, width),
-                _taps_spec(k),
-                _taps_spec(1),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
-            out_specs=_own(1, rows, width),
-            scratch_shapes=[pltpu.VMEM(_scratch_shape(rows, width, k), jnp.float32)],
+            grid=(-(-channels // LANES), batch, height // rows),
+            in_specs=[*_with_halos(0, rows, height, width), _taps_spec(1, size), pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=_own(2, rows, width),
+            scratch_shapes=[_vmem(_scratch_shape(rows, width, k)), _vmem((size, SUBLANES, LANES))],
         ),
         out_shape=jax.ShapeDtypeStruct(target.maps.shape, target.maps.dtype),
-        input_output_aliases={6: 0},
+        input_output_aliases={5: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
         interpret=interpret,
         name=f"depthwise_{k}x{k}",
-    )(stacked.places(source, target), *[source.maps] * 3, _taps(kernel), _taps(bias), target.maps)
+    )(stacked.places(source, weights, target), *[source.maps] * 3, weights.maps, target.maps)
     return out if into else out[0]
 
 
 def backward(
     x: jax.Array | Layer,
-    kernel: jax.Array,
+    taps: jax.Array | Layer,
     dy: jax.Array,
     plus: jax.Array | None = None,
+    into: Layer | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of x, in its dtype, of the kernel and of the bias, float32 [k, k, 1, C] and [C].
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of x, in its dtype, and of the taps, float32 [B, k * k + 1, C], one for each image.
 
     Args:
-      x, kernel: as in `forward`.
+      x, taps: as in `forward`.
       dy: [B, H, W, C] in the dtype of x.
       plus: another gradient of x that is added to its own.
+      into: the layer of a stack [L, B, k * k + 1, C] where the taps' gradient shall lie; the stack is returned then.
     """
-    source, like = stacked.layer(x), stacked.shape(x)
-    batch, height, width, channels = like.shape
-    k, rows, blocks = len(kernel), _rows(like, len(kernel)), -(-channels // LANES)
+    like, source, weights = stacked.shape(x), stacked.layer(x), stacked.layer(taps)
+    (batch, height, width, channels), size = like.shape, weights.maps.shape[1]
+    k, rows = math.isqrt(size), _rows(like, size)
+    # A sum for each image, so that two cores may share the images.
+    target = into or stacked.new(jax.ShapeDtypeStruct((batch, size, channels), jnp.float32))
     own = pl.BlockSpec((1, rows, width, LANES), lambda c, b, h, at: (b, h, 0, c))
-    sums = (k * k + 1, SUBLANES, LANES)
+    wide = _vmem((size, SUBLANES, LANES))
     dx, found = pl.pallas_call(
         functools.partial(_backward, k=k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(blocks, batch, height // rows),
+            grid=(-(-channels // LANES), batch, height // rows),
             in_specs=[
                 *_with_halos(None, rows, height, width),
                 _own(0, rows, width),
-                _taps_spec(k),
+                _taps_spec(1, size),
+                pl.BlockSpec(memory_space=pl.ANY),
                 None if plus is None else own,
             ],
-            # A sum for each image, so that two cores may share the images.
-            out_specs=[own, pl.BlockSpec((1, sums[0], LANES), lambda c, b, h, at: (b, 0, c))],
-            scratch_shapes=[pltpu.VMEM(_scratch_shape(rows, width, k), jnp.float32), pltpu.VMEM(sums, jnp.float32)],
+            out_specs=[own, pl.BlockSpec((None, 1, size, LANES), lambda c, b, h, at: (at[2], b, 0, c))],
+            scratch_shapes=[_vmem(_scratch_shape(rows, width, k)), wide, wide],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(like.shape, like.dtype),
-            jax.ShapeDtypeStruct((batch, sums[0], channels), jnp.float32),
-        ],
+        out_shape=[like, jax.ShapeDtypeStruct(target.maps.shape, target.maps.dtype)],
+        input_output_aliases={6: 1},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name=f"depthwise_{k}x{k}_backward",
-    )(stacked.places(source), dy, dy, dy, source.maps, _taps(kernel[::-1, ::-1]), plus)
-    found = found.sum(0)
-    # A tap of the flipped kernel joins the same two pixels as the tap opposite of it.
-    return dx, found[:-1].reshape(k, k, 1, channels)[::-1, ::-1], found[-1]
+    )(stacked.places(source, weights, target), dy, dy, dy, source.maps, weights.maps, target.maps, plus)
+    return dx, found if into else found[0]
 
 
-def _rows(x: jax.ShapeDtypeStruct, k: int) -> int:
+def _rows(x: jax.ShapeDtypeStruct, size: int) -> int:
     """Returns how many rows a grid step takes: the most that divide the height and leave room in VMEM."""
     _, height, width, _ = x.shape
+    k = math.isqrt(size)
     return max(
         rows
         for rows in range(_GROUP, min(height, 32) + 1, _GROUP)
@@ -175,14 +185,17 @@ def _with_halos(place: int | None, rows: int, height: int, width: int) -> tuple[
     return above, spec(rows, lambda h: h), below
 
 
-def _taps(kernel: jax.Array) -> jax.Array:
-    """Returns the taps of a kernel, or a bias [C], as vectors of the chip, float32 [k * k, SUBLANES, C]."""
-    taps = kernel.astype(jnp.float32).reshape(-1, 1, kernel.shape[-1])
-    return jnp.broadcast_to(taps, (len(taps), SUBLANES, taps.shape[2]))
+def _taps_spec(place: int, size: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, size, LANES), lambda c, b, h, at: (at[place], 0, c))
 
 
-def _taps_spec(k: int) -> pl.BlockSpec:
-    return pl.BlockSpec((k * k, SUBLANES, LANES), lambda c, b, h, at: (0, 0, c))
+def _vmem(shape: tuple[int, ...]):
+    return pltpu.VMEM(shape, jnp.float32)
+
+
+def _spread(taps, wide) -> None:
+    """Writes each tap to all sublanes of a vector of its own."""
+    wide[...] = jnp.broadcast_to(taps[...][:, None], wide.shape)
 
 
 def _fill(scratch, above, own, below, p: int) -> None:
@@ -212,16 +225,17 @@ def _over_tiles(shape, tile) -> None:
     lax.fori_loop(0, rows // _GROUP, group, None)
 
 
-def _forward(_, above, own, below, taps, bias, __, y, scratch, *, k: int) -> None:
+def _forward(_, above, own, below, taps, __, y, scratch, wide, *, k: int) -> None:
     p = k // 2
     _fill(scratch, above, own, below, p)
+    _spread(taps, wide)
 
     def tile(top, left):
         halves = []
         for half in range(0, _COLUMNS, SUBLANES):
-            sums = [bias[0]] * _GROUP
+            sums = [wide[k * k]] * _GROUP
             for j in range(k):
-                column = [taps[i * k + j] for i in range(k)]
+                column = [wide[i * k + j] for i in range(k)]
                 for row in range(_GROUP + k - 1):
                     pixels = scratch[top + row, pl.ds(left + half + SUBLANES - p + j, SUBLANES)]
                     for i in _taps_of(row, k):
@@ -232,9 +246,10 @@ def _forward(_, above, own, below, taps, bias, __, y, scratch, *, k: int) -> Non
     _over_tiles(own.shape, tile)
 
 
-def _backward(_, above, own, below, x, taps, plus, dx, found, scratch, totals, *, k: int) -> None:
+def _backward(_, above, own, below, x, taps, __, plus, dx, found, scratch, wide, totals, *, k: int) -> None:
     p = k // 2
     _fill(scratch, above, own, below, p)
+    _spread(taps, wide)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -252,7 +267,8 @@ def _backward(_, above, own, below, x, taps, plus, dx, found, scratch, totals, *
             bias = 0.0
             sums = [0.0] * _GROUP if added is None else [rows[half : half + SUBLANES] for rows in added]
             for j in range(k):
-                column, products = [taps[i * k + j] for i in range(k)], [0.0] * k
+                places = [(k - 1 - i) * k + k - 1 - j for i in range(k)]  # of the flipped kernel
+                column, products = [wide[place] for place in places], [0.0] * k
                 for row in range(_GROUP + k - 1):
                     pixels = scratch[top + row, pl.ds(left + half + SUBLANES - p + j, SUBLANES)]
                     for i in _taps_of(row, k):
@@ -260,8 +276,8 @@ def _backward(_, above, own, below, x, taps, plus, dx, found, scratch, totals, *
                         products[i] += pixels * inside[row - i]
                     if j == p and p <= row < p + _GROUP:
                         bias = bias + pixels
-                for i in range(k):
-                    totals[i * k + j] += products[i]
+                for place, product in zip(places, products, strict=True):
+                    totals[place] += product
             totals[k * k] += bias
             halves.append(sums)
         _store(dx, top, left, halves)

@@ -72,7 +72,11 @@ def on_tpu(x, kernel1, bias1, kernel2, bias2, skip=None, interpret=False):
 
     def local(x, skip, *weights):
         skip_PD = None if skip is None else _positions(skip)
-        y_PD = pointwise_block_tpu.forward(_positions(x), *weights, skip_PD, exact=exact, interpret=interpret)
+        kernel1, bias1, kernel2, bias2 = weights
+        rows = pointwise_block_tpu.row(bias1), pointwise_block_tpu.row(bias2)
+        y_PD = pointwise_block_tpu.forward(
+            _positions(x), kernel1, rows[0], kernel2, rows[1], skip_PD, exact=exact, interpret=interpret
+        )
         return y_PD.reshape(*x.shape[:3], -1)
 
     maps = _map_axes(x)
@@ -85,10 +89,12 @@ def _on_tpu_backward(interpret, args, dy):
     target = dict(exact=pointwise_block_tpu.exact(x.dtype), cores=device_cores())
     maps = _map_axes(x)
 
-    def local(x, dy, *weights):
-        dx_PC, *found = pointwise_block_tpu.backward(
+    def local(x, dy, kernel1, bias1, kernel2):
+        weights = kernel1, pointwise_block_tpu.row(bias1), kernel2.T, kernel1.T
+        dx_PC, sums = pointwise_block_tpu.backward(
             _positions(x), *weights, _positions(dy), **target, interpret=interpret
         )
+        found = pointwise_block_tpu.gradients(sums)
         if maps[0]:
             found = map(sum_batch, found)
         return dx_PC.reshape(x.shape), *(gradient.astype(x.dtype) for gradient in found)

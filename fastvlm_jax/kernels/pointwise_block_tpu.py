@@ -55,12 +55,19 @@ def exact(dtype):
     return dtype == jnp.float32 or sharding.device_kind().startswith(ERF)
 
 
+def row(bias):
+    """Returns biases [..., F] as the functions below take them: float32 [..., 1, F]."""
+    return bias.astype(jnp.float32)[..., None, :]
+
+
 def forward(y, kernel1, bias1, kernel2, bias2, skip=None, into=None, *, exact=False, interpret=False):
     """Computes gelu(y @ kernel1 + bias1) @ kernel2 + bias2, plus `skip` if it is given, summed in float32.
 
+    Each argument may be a layer of a stack.
+
     Args:
-      y, skip: [P, C] and [P, D], float32 or bfloat16; y may be a layer of a stack.
-      kernel1, bias1, kernel2, bias2: [C, F], [F], [F, D], [D] in the dtype of y.
+      y, skip: [P, C] and [P, D], float32 or bfloat16.
+      kernel1, bias1, kernel2, bias2: [C, F], [1, F], [F, D], [1, D]; kernels in the dtype of y, biases float32.
       into: the layer of a stack [L, P, D] where the result shall lie.
       exact: whether GELU uses erf instead of tanh; see `gelu.phi`.
       interpret: whether the kernel runs on any platform, slowly.
@@ -68,22 +75,21 @@ def forward(y, kernel1, bias1, kernel2, bias2, skip=None, into=None, *, exact=Fa
     Returns:
       [P, D] in the dtype of y; or, with `into`, the stack with that layer replaced.
     """
-    source, like = stacked.layer(y), stacked.shape(y)
-    (P, C), (F, D) = like.shape, kernel2.shape
+    like = stacked.shape(y)
+    (P, C), (F, D) = like.shape, stacked.shape(kernel2).shape
     target = into or stacked.new(jax.ShapeDtypeStruct((P, D), like.dtype))
     rows = _rows(like)
-    y_spec, out_spec = (
-        pl.BlockSpec((None, rows, width), lambda step, at, place=place: (at[place], step, 0))
-        for place, width in enumerate((C, D))
-    )
-    weights = [_whole(C, F), _whole(1, F), _whole(F, D), _whole(1, D)]
-    skip_spec = None if skip is None else pl.BlockSpec((rows, D), lambda step, at: (step, 0))
+    layers = [stacked.layer(x) for x in (y, kernel1, bias1, kernel2, bias2, target, *([] if skip is None else [skip]))]
+    blocks = pl.BlockSpec((None, rows, C), lambda step, at: (at[0], step, 0))
+    weights = [_whole(1, C, F), _whole(2, 1, F), _whole(3, F, D), _whole(4, 1, D)]
+    out_spec = pl.BlockSpec((None, rows, D), lambda step, at: (at[5], step, 0))
+    skip_spec = pl.BlockSpec((None, rows, D), lambda step, at: (at[6], step, 0))
     out = pl.pallas_call(
         partial(_forward, exact=exact),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(pl.cdiv(P, rows),),
-            in_specs=[y_spec, *weights, pl.BlockSpec(memory_space=pl.ANY), skip_spec],
+            in_specs=[blocks, *weights, pl.BlockSpec(memory_space=pl.ANY), None if skip is None else skip_spec],
             out_specs=out_spec,
         ),
         out_shape=jax.ShapeDtypeStruct(target.maps.shape, target.maps.dtype),
@@ -92,57 +98,66 @@ def forward(y, kernel1, bias1, kernel2, bias2, skip=None, into=None, *, exact=Fa
         cost_estimate=_cost(like, F, D, products=2),
         interpret=interpret,
         name="pointwise_block",
-    )(stacked.places(source, target), source.maps, kernel1, _row(bias1), kernel2, _row(bias2), target.maps, skip)
+    )(stacked.places(*layers), *[each.maps for each in layers], *([None] if skip is None else []))
     return out if into else out[0]
 
 
-def backward(y, kernel1, bias1, kernel2, dout, *, exact=False, cores=1, interpret=False):
+def backward(y, kernel1, bias1, kernel2_DF, kernel1_FC, dout, into=None, *, exact=False, cores=1, interpret=False):
     """Computes the gradients of `forward`; that of `skip` is dout.
 
     Args:
+      y, kernel1, bias1: as in `forward`.
+      kernel2_DF, kernel1_FC: the transposed kernels; each may be a layer of a stack.
       dout: [P, D] in the dtype of y, the gradient of the result.
+      into: the layers where the sums shall lie, of stacks as `sums` describes them.
       cores: parts of the positions that are summed apart, so that as many cores of a device can share the work.
       others: as in `forward`.
 
     Returns:
-      Gradients (of y in its dtype, of kernel1, bias1, kernel2 and bias2 in float32).
+      (gradient of y in its dtype, float32 sums for `gradients`, one for each part; with `into`, their stacks).
     """
-    source, like = stacked.layer(y), stacked.shape(y)
-    (P, C), (F, D) = like.shape, kernel2.shape
+    like = stacked.shape(y)
+    (P, C), (D, F) = like.shape, stacked.shape(kernel2_DF).shape
     rows = _rows(like)
     steps = pl.cdiv(P, rows)
-    cores = cores if steps % cores == 0 else 1
+    targets = into or [stacked.new(each) for each in sums(P, C, F, D, like.dtype, cores)]
+    cores = len(targets[0].maps[0])
+    layers = [stacked.layer(x) for x in (y, kernel1, bias1, kernel2_DF, kernel1_FC, *targets)]
     y_spec = pl.BlockSpec((None, rows, C), lambda core, step, at: (at[0], core * (steps // cores) + step, 0))
-    dy_spec, out_spec = (
+    dy_spec, dout_spec = (
         pl.BlockSpec((rows, width), lambda core, step, at: (core * (steps // cores) + step, 0)) for width in (C, D)
     )
-    sums = [(C, F), (8, F), (D, F), (8, D)]
+    weights = [_whole(1, C, F), _whole(2, 1, F), _whole(3, D, F), _whole(4, F, C)]
     dy, *found = pl.pallas_call(
         partial(_backward, exact=exact, positions=P),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(cores, steps // cores),
-            in_specs=[y_spec, out_spec, _whole(C, F), _whole(1, F), _whole(D, F), _whole(F, C)],
-            out_specs=[
-                dy_spec,
-                *(
-                    pl.BlockSpec((None, *shape), lambda core, step, at: (core, 0, 0), pipeline_mode=pl.Buffered(1))
-                    for shape in sums
-                ),
-            ],
+            in_specs=[y_spec, *weights, *[pl.BlockSpec(memory_space=pl.ANY)] * 4, dout_spec],
+            out_specs=[dy_spec, *(_part(5 + i, *each.maps.shape[2:]) for i, each in enumerate(targets))],
             scratch_shapes=[pltpu.VMEM((C, rows), like.dtype), pltpu.VMEM((D, rows), like.dtype)],
         ),
-        out_shape=[
-            like,
-            *(jax.ShapeDtypeStruct((cores, *shape), jnp.float32) for shape in sums),
-        ],
+        out_shape=[like, *(jax.ShapeDtypeStruct(each.maps.shape, each.maps.dtype) for each in targets)],
+        input_output_aliases={6 + i: 1 + i for i in range(4)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
         cost_estimate=_cost(like, F, D, products=5),
         interpret=interpret,
         name="pointwise_block_gradients",
-    )(stacked.places(source), source.maps, dout, kernel1, _row(bias1), kernel2.T, kernel1.T)
-    dkernel1, dbias1, dkernel2_DF, dbias2 = (jnp.sum(x, axis=0) for x in found)
-    return dy, dkernel1, jnp.sum(dbias1, axis=0), dkernel2_DF.T, jnp.sum(dbias2, axis=0)
+    )(stacked.places(*layers), *[each.maps for each in layers], dout)
+    return dy, tuple(found if into else (each[0] for each in found))
+
+
+def sums(P, C, F, D, dtype, cores):
+    """Describes the sums of `backward` for y [P, C] in a dtype: of kernel1, bias1, kernel2 transposed and bias2."""
+    steps = pl.cdiv(P, _rows(jax.ShapeDtypeStruct((P, C), dtype)))
+    parts = cores if steps % cores == 0 else 1
+    return [jax.ShapeDtypeStruct((parts, *shape), jnp.float32) for shape in ((C, F), (8, F), (D, F), (8, D))]
+
+
+def gradients(found):
+    """Returns the gradients of kernel1, bias1, kernel2 and bias2, [..., C, F] and so on, from `backward`'s sums."""
+    dkernel1, dbias1, dkernel2_DF, dbias2 = (jnp.sum(x, axis=-3) for x in found)
+    return dkernel1, jnp.sum(dbias1, axis=-2), jnp.swapaxes(dkernel2_DF, -1, -2), jnp.sum(dbias2, axis=-2)
 
 
 def _forward(_, y_ref, kernel1_ref, bias1_ref, kernel2_ref, bias2_ref, __, skip_ref, out_ref, *, exact):
@@ -156,7 +171,7 @@ def _forward(_, y_ref, kernel1_ref, bias1_ref, kernel2_ref, bias2_ref, __, skip_
 
 
 def _backward(
-    _, y_ref, dout_ref, kernel1_ref, bias1_ref, kernel2_DF_ref, kernel1_FC_ref,
+    _, y_ref, kernel1_ref, bias1_ref, kernel2_DF_ref, kernel1_FC_ref, _a, _b, _c, _d, dout_ref,
     dy_ref, dkernel1_ref, dbias1_ref, dkernel2_DF_ref, dbias2_ref, y_CR_ref, dout_DR_ref, *, exact, positions,
 ):  # fmt: skip
     @pl.when(pl.program_id(1) == 0)
@@ -207,12 +222,16 @@ def _rows(y):
     return min(ROWS * 2 // y.dtype.itemsize, -(-y.shape[0] // 16) * 16)
 
 
-def _row(bias):
-    return bias.astype(jnp.float32)[None]
+def _whole(place, *shape):
+    """Returns how to read a whole matrix, the layer whose number stands at a place of `stacked.places`."""
+    return pl.BlockSpec((None, *shape), lambda *ids: (ids[-1][place], 0, 0), pipeline_mode=pl.Buffered(1))
 
 
-def _whole(*shape):
-    return pl.BlockSpec(shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))
+def _part(place, *shape):
+    """Returns how to write a core's sum to the layer whose number stands at a place of `stacked.places`."""
+    return pl.BlockSpec(
+        (None, None, *shape), lambda core, step, at: (at[place], core, 0, 0), pipeline_mode=pl.Buffered(1)
+    )
 
 
 def _cost(y, hidden, outputs, products):

@@ -8,6 +8,7 @@ of "mixed" (y) and "depthwise" (h); the backward pass computes the others again.
 Legend: L blocks, B images, H W rows and columns, C channels, F = 4 C hidden values.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -42,6 +43,45 @@ class Weights(NamedTuple):
     bias2: Array
 
 
+class Prepared(NamedTuple):
+    """Holds the weights of all blocks as the kernels take them, each a stack, or those of one block, each a Layer."""
+
+    mixer: Array | Layer
+    conv: Array | Layer
+    kernel1: Array | Layer
+    bias1: Array | Layer
+    kernel2: Array | Layer
+    bias2: Array | Layer
+    kernel2_CF: Array | Layer
+    kernel1_FC: Array | Layer
+
+    def of(self, at: Array | int) -> "Prepared":
+        """Returns the weights of one block."""
+        return Prepared(*[Layer(stack, at) for stack in self])
+
+
+class Sums(NamedTuple):
+    """Holds the sums that make the weights' gradients, stacks of all blocks, or the layers of one block.
+
+    Attributes:
+      mixer, conv: see `depthwise_tpu.backward`.
+      products: see `pointwise_block_tpu.backward`.
+    """
+
+    mixer: Array | Layer
+    conv: Array | Layer
+    products: Sequence[Array | Layer]
+
+    def of(self, at: Array | int) -> "Sums":
+        """Returns the layers of one block."""
+        return Sums(Layer(self.mixer, at), Layer(self.conv, at), [Layer(stack, at) for stack in self.products])
+
+    def gradients(self) -> Weights:
+        """Returns the gradients of the weights of all blocks, float32."""
+        mixer, conv = (depthwise_tpu.kernel_and_bias(jnp.sum(stack, axis=1)) for stack in (self.mixer, self.conv))
+        return Weights(*mixer, *conv, *pointwise_block_tpu.gradients(self.products))
+
+
 def fits(x: jax.ShapeDtypeStruct, hidden: int) -> bool:
     """Returns whether the kernels take maps [B, H, W, C] of a whole batch with so many hidden values."""
     B, *size = x.shape
@@ -68,12 +108,15 @@ def stage(x: Array, weights: Weights, keep: tuple[str, ...] = (), interpret: boo
     """
 
     def local(x: Array, weights: Weights) -> Array:
-        def block(x, w):
-            y = depthwise_tpu.forward(x, w.mixer, w.mixer_bias, interpret=interpret)
-            h = depthwise_tpu.forward(y, w.conv, w.conv_bias, interpret=interpret)
-            return _pointwise(h, w, y, None, interpret), None
+        prepared = _prepared(weights)
 
-        return lax.scan(block, x, weights)[0]
+        def block(at, x):
+            w = prepared.of(at)
+            y = depthwise_tpu.forward(x, w.mixer, None, interpret)
+            h = depthwise_tpu.forward(y, w.conv, None, interpret)
+            return _pointwise(h, w, y, None, interpret)
+
+        return lax.fori_loop(0, len(weights.mixer), block, x)
 
     maps, _, whole = _axes(x, weights)
     return on_shards(local, (maps, whole), maps)(x, weights)
@@ -81,29 +124,31 @@ def stage(x: Array, weights: Weights, keep: tuple[str, ...] = (), interpret: boo
 
 def _forward(x: Array, weights: Weights, keep: tuple[str, ...], interpret: bool):
     def local(x: Array, weights: Weights):
-        L, like = len(weights.mixer), jax.ShapeDtypeStruct(x.shape, x.dtype)
-        xs = stacked.new(like, L + 1).maps.at[0].set(x)
+        L, like, prepared = len(weights.mixer), jax.ShapeDtypeStruct(x.shape, x.dtype), _prepared(weights)
+        xs = stacked.write(x, stacked.new(like, L), interpret)
         kept = {name: stacked.new(like, L).maps for name in keep}
 
-        def block(carry, at_and_weights):
+        def block(at, carry, *, last=False):
             xs, kept = carry
-            at, w = at_and_weights
-            kept = dict(kept)
+            kept, w = dict(kept), prepared.of(at)
 
-            def made(name, x, *weights):
+            def made(name, x, taps):
                 into = Layer(kept[name], at) if name in kept else None
-                y = depthwise_tpu.forward(x, *weights, into, interpret)
+                y = depthwise_tpu.forward(x, taps, into, interpret)
                 if into is None:
                     return y
                 kept[name] = y
                 return Layer(y, at)
 
-            y = made("mixed", Layer(xs, at), w.mixer, w.mixer_bias)
-            h = made("depthwise", y, w.conv, w.conv_bias)
-            return (_pointwise(h, w, y, Layer(xs, at + 1), interpret), kept), None
+            y = made("mixed", Layer(xs, at), w.mixer)
+            h = made("depthwise", y, w.conv)
+            if last:
+                return _pointwise(h, w, y, None, interpret), kept
+            return _pointwise(h, w, y, Layer(xs, at + 1), interpret), kept
 
-        (xs, kept), _ = lax.scan(block, (xs, kept), (jnp.arange(L), weights))
-        return xs[L], xs, kept
+        xs, kept = lax.fori_loop(0, L - 1, block, (xs, kept))
+        out, kept = block(L - 1, (xs, kept), last=True)
+        return out, xs, kept
 
     maps, stacks, whole = _axes(x, weights)
     kept_axes = dict.fromkeys(keep, stacks)
@@ -113,25 +158,26 @@ def _forward(x: Array, weights: Weights, keep: tuple[str, ...], interpret: bool)
 
 def _backward(keep: tuple[str, ...], interpret: bool, residuals, dout: Array):
     def local(xs: Array, kept: dict[str, Array], weights: Weights, dout: Array):
-        def block(dout, at_and_weights):
-            at, w = at_and_weights
-            x = Layer(xs, at)
+        L, prepared = len(weights.mixer), _prepared(weights)
+        sums = _sums(dout, prepared)
 
-            def of(name, x, *weights):
-                return (
-                    Layer(kept[name], at) if name in kept else depthwise_tpu.forward(x, *weights, interpret=interpret)
-                )
+        def block(i, carry):
+            dout, sums = carry
+            at = L - 1 - i
+            x, w, into = Layer(xs, at), prepared.of(at), sums.of(at)
 
-            y = of("mixed", x, w.mixer, w.mixer_bias)
-            h = of("depthwise", y, w.conv, w.conv_bias)
-            dh, *products = _pointwise_gradients(h, w, dout, interpret)
-            dy, *conv = depthwise_tpu.backward(y, w.conv, dh, dout, interpret)
-            dx, *mixer = depthwise_tpu.backward(x, w.mixer, dy, None, interpret)
-            gradients = Weights(*mixer, *conv, *products)
-            return dx, jax.tree.map(lambda gradient, like: gradient.astype(like.dtype), gradients, w)
+            def of(name, x, taps):
+                return Layer(kept[name], at) if name in kept else depthwise_tpu.forward(x, taps, None, interpret)
 
-        steps = (jnp.arange(len(weights.mixer)), weights)
-        dx, gradients = lax.scan(block, dout, steps, reverse=True)
+            y = of("mixed", x, w.mixer)
+            h = of("depthwise", y, w.conv)
+            dh, products = _pointwise_gradients(h, w, dout, into.products, interpret)
+            dy, conv = depthwise_tpu.backward(y, w.conv, dh, dout, into.conv, interpret)
+            dx, mixer = depthwise_tpu.backward(x, w.mixer, dy, None, into.mixer, interpret)
+            return dx, Sums(mixer, conv, products)
+
+        dx, sums = lax.fori_loop(0, L, block, (dout, sums))
+        gradients = jax.tree.map(lambda gradient, w: gradient.astype(w.dtype), sums.gradients(), weights)
         return dx, jax.tree.map(sum_batch, gradients) if maps[0] else gradients
 
     xs, kept, weights = residuals
@@ -143,10 +189,35 @@ def _backward(keep: tuple[str, ...], interpret: bool, residuals, dout: Array):
 stage.defvjp(_forward, _backward)
 
 
-def _pointwise(h: Array | Layer, w: Weights, skip: Array | Layer, into: Layer | None, interpret: bool) -> Array:
+def _prepared(w: Weights) -> Prepared:
+    """Returns the weights of all blocks as the kernels take them."""
+    return Prepared(
+        depthwise_tpu.taps(w.mixer, w.mixer_bias),
+        depthwise_tpu.taps(w.conv, w.conv_bias),
+        w.kernel1,
+        pointwise_block_tpu.row(w.bias1),
+        w.kernel2,
+        pointwise_block_tpu.row(w.bias2),
+        jnp.swapaxes(w.kernel2, 1, 2),
+        jnp.swapaxes(w.kernel1, 1, 2),
+    )
+
+
+def _sums(x: Array, w: Prepared) -> Sums:
+    """Returns new stacks for the sums of all blocks with maps like x [B, H, W, C]."""
+    L, C, F = w.kernel1.shape
+
+    def new(*shape):
+        return stacked.new(jax.ShapeDtypeStruct(shape, jnp.float32), L).maps
+
+    products = pointwise_block_tpu.sums(x.size // C, C, F, C, x.dtype, device_cores())
+    taps = (new(len(x), stack.shape[1], C) for stack in (w.mixer, w.conv))
+    return Sums(*taps, tuple(new(*each.shape) for each in products))
+
+
+def _pointwise(h: Array | Layer, w: Prepared, skip: Array | Layer, into: Layer | None, interpret: bool) -> Array:
     """Applies fc1, GELU and fc2 to h and adds `skip`: [B, H, W, C], or the stack of `into`."""
     like = stacked.shape(h)
-    skip = skip.maps[skip.at] if isinstance(skip, Layer) else skip
     out = pointwise_block_tpu.forward(
         _positions(h), w.kernel1, w.bias1, w.kernel2, w.bias2, _positions(skip), into and _positions(into),
         exact=pointwise_block_tpu.exact(like.dtype), interpret=interpret,
@@ -154,13 +225,13 @@ def _pointwise(h: Array | Layer, w: Weights, skip: Array | Layer, into: Layer | 
     return out.reshape(into.maps.shape if into else like.shape)
 
 
-def _pointwise_gradients(h: Array | Layer, w: Weights, dout: Array, interpret: bool):
-    """Returns the gradients of h [B, H, W, C], kernel1, bias1, kernel2 and bias2."""
-    dh, *gradients = pointwise_block_tpu.backward(
-        _positions(h), w.kernel1, w.bias1, w.kernel2, _positions(dout), interpret=interpret,
-        exact=pointwise_block_tpu.exact(dout.dtype), cores=device_cores(),
+def _pointwise_gradients(h: Array | Layer, w: Prepared, dout: Array, into: Sequence[Layer], interpret: bool):
+    """Returns the gradient of h [B, H, W, C], and the stacks of sums."""
+    dh, sums = pointwise_block_tpu.backward(
+        _positions(h), w.kernel1, w.bias1, w.kernel2_CF, w.kernel1_FC, _positions(dout), into,
+        exact=pointwise_block_tpu.exact(dout.dtype), cores=device_cores(), interpret=interpret,
     )  # fmt: skip
-    return dh.reshape(dout.shape), *gradients
+    return dh.reshape(dout.shape), sums
 
 
 def _positions(x: Array | Layer) -> Array | Layer:

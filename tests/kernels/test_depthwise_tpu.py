@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fastvlm_jax import sharding
 from fastvlm_jax.kernels import depthwise_tpu
 from fastvlm_jax.kernels.depthwise import depthwise_conv
+from fastvlm_jax.kernels.stacked import Layer
 from fastvlm_jax.preflight import topology
 
 bf16 = jnp.bfloat16
@@ -47,23 +48,30 @@ def norm(x):
 def test_results_and_gradients_are_those_of_the_convolution(monkeypatch, shape, k):
     monkeypatch.setattr(depthwise_tpu, "_VMEM", 0)  # 8 rows a step, as large maps have
     x, kernel, dy = arrays(shape, k)
-    y, vjp = jax.vjp(plain, x, kernel)
-    dx, dkernel = vjp(dy.astype(jnp.float32))
-    found = depthwise_tpu.forward(x, kernel, interpret=True)
-    found_dx, found_dkernel = depthwise_tpu.backward(x, kernel, dy, interpret=True)
+    bias, plus = 3 * jax.random.normal(jax.random.key(4), shape[3:]), x[::-1]
+    y, vjp = jax.vjp(lambda x, kernel: plain(x, kernel) + bias, x, kernel)
+    _, dkernel = vjp(dy.astype(jnp.float32))
+    layer = Layer(jnp.stack([jnp.full_like(x, jnp.nan), x]), 1)
+    taps = depthwise_tpu.taps(kernel, bias)
+    stack = depthwise_tpu.forward(layer, taps, layer._replace(at=0), interpret=True)
+    found = stack[0]
+    found_dx, dtaps = depthwise_tpu.backward(layer, taps, dy, plus, interpret=True)
+    found_dkernel, dbias = depthwise_tpu.kernel_and_bias(dtaps.sum(0))
+    np.testing.assert_array_equal(stack[1], x)
     assert found.dtype == found_dx.dtype == bf16 and found_dkernel.dtype == jnp.float32
     # Rounded once, to bfloat16.
     assert norm(found - y) <= 1.001 * norm(y.astype(bf16) - y)
-    exact = jax.vjp(lambda x: plain(x, kernel), x.astype(jnp.float32))[1](dy.astype(jnp.float32))[0]
+    exact = jax.vjp(lambda x: plain(x, kernel), x.astype(jnp.float32))[1](dy.astype(jnp.float32))[0] + plus
     assert norm(found_dx - exact) <= 1.001 * norm(exact.astype(bf16) - exact)
     np.testing.assert_allclose(found_dkernel, dkernel, rtol=1e-5, atol=1e-5 * abs(dkernel).max())
+    np.testing.assert_allclose(dbias, dy.astype(jnp.float32).sum((0, 1, 2)), rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_beyond_the_border_counts_for_nothing():
     """The rows that are read there are others of the image, which may hold anything."""
     x = jnp.zeros((1, 16, 16, 8), bf16).at[0, 7:9].set(jnp.inf)
     kernel = jnp.ones((3, 3, 1, 8))
-    y = depthwise_tpu.forward(x, kernel, interpret=True).astype(jnp.float32)
+    y = depthwise_tpu.forward(x, depthwise_tpu.taps(kernel), interpret=True).astype(jnp.float32)
     assert not jnp.isnan(y).any() and not y[0, :6].any() and not y[0, 10:].any()
 
 

@@ -176,6 +176,12 @@ def batch_shards() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
 
 
+def images_here(images: int) -> int:
+    """Returns how many images of a batch a device computes: all if they do not divide over the devices."""
+    shards = batch_shards()
+    return images // shards if images % shards == 0 else images
+
+
 def on_shards(function, in_axes: Sequence[Any], out_axes: Any):
     """Returns `function` applied to each device's shards of its arguments; without a mesh, to the whole arguments.
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from fastvlm_jax.kernels import choice, pointwise_block_tpu
 from fastvlm_jax.kernels.gelu import gelu
-from fastvlm_jax.sharding import batch_shards, device_cores, on_shards, sum_batch
+from fastvlm_jax.sharding import device_cores, images_here, on_shards, sum_batch
 
 MAX_HIDDEN = 2**20  # hidden values of a block of rows: 4 MB in float32
 MIN_POSITIONS = 256  # with fewer in a block its matrix products are slower
@@ -39,7 +39,7 @@ def mlp(x, kernel1, bias1, kernel2, bias2, skip=None, *, kernels="auto"):
     Returns:
       [B, H, W, D] in the dtype of x.
     """
-    shape = (_images_here(x), *x.shape[1:])
+    shape = (images_here(len(x)), *x.shape[1:])
     args = (x, kernel1, bias1, kernel2, bias2, skip)
     if choice.used(kernels) and pointwise_block_tpu.pays(shape, kernel1.shape[1], kernel2.shape[1]):
         return on_tpu(*args, kernels == "interpret")
@@ -109,13 +109,7 @@ on_tpu.defvjp(lambda *args: (on_tpu(*args), args[:6]), _on_tpu_backward)
 
 def _map_axes(x):
     """Returns the logical axes of maps."""
-    return ("batch" if _images_here(x) < len(x) else None, None, None, None)
-
-
-def _images_here(x):
-    """Returns the images that a device computes: its share, or all of them if they do not divide over the devices."""
-    shards = batch_shards()
-    return len(x) // shards if len(x) % shards == 0 else len(x)
+    return ("batch" if images_here(len(x)) < len(x) else None, None, None, None)
 
 
 def _positions(x):

@@ -18,7 +18,7 @@ from jax import lax
 
 from fastvlm_jax.kernels import depthwise_tpu, pointwise_block_tpu, stacked
 from fastvlm_jax.kernels.stacked import Layer
-from fastvlm_jax.sharding import batch_shards, device_cores, on_shards, sum_batch
+from fastvlm_jax.sharding import batch_shards, device_cores, images_here, on_shards, sum_batch
 
 Array = jax.Array
 
@@ -84,9 +84,7 @@ class Sums(NamedTuple):
 
 def fits(x: jax.ShapeDtypeStruct, hidden: int) -> bool:
     """Returns whether the kernels take maps [B, H, W, C] of a whole batch with so many hidden values."""
-    B, *size = x.shape
-    shards, C = batch_shards(), x.shape[-1]
-    here = (B // shards if B % shards == 0 else B, *size)
+    C, here = x.shape[-1], (images_here(len(x)), *x.shape[1:])
     kernels = (jax.ShapeDtypeStruct((k, k, 1, C), x.dtype) for k in (3, 7))
     return all(depthwise_tpu.fits(x, kernel) for kernel in kernels) and pointwise_block_tpu.pays(here, hidden, C)
 

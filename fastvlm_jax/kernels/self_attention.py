@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from fastvlm_jax.kernels.mlp import divisor
+from fastvlm_jax.sharding import images_here
 
 Array = jax.Array
-# Attention scores of one image that may exist at a time: `by_heads` processes groups of as many heads as fit, at least
+# Attention scores of a device that may exist at a time: `by_heads` processes groups of as many heads as fit, at least
 # one. On TPU these scores stay in on-chip memory, forward and backward (at 32x32 a third of the estimated cycles of all
 # heads at once).
-SCORES_AT_ONCE = 2**20
+SCORES_AT_ONCE = 2**23
 CPU_SCORES = 2**18  # scores that `by_rows` computes at a time: 1 MB, the cache of a core
 
 
@@ -49,7 +50,8 @@ def by_heads(qkv_BNX: Array, head_dim: int) -> Array:
     """Computes `self_attention` for a group of heads at a time; the backward pass computes a group's scores again."""
     B, N, X = qkv_BNX.shape
     heads = X // 3 // head_dim
-    at_once = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * N * N <= SCORES_AT_ONCE))
+    scores = images_here(B) * N * N
+    at_once = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= SCORES_AT_ONCE))
     qkv = qkv_BNX.reshape(B, N, 3, heads // at_once, at_once, head_dim)
     q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 1))  # each [groups of heads, B, N, heads in a group, head_dim]
     if at_once == heads:

@@ -190,10 +190,11 @@ The command for one row is `fastvlm preflight --config configs/stage2_instruct.p
 
 Limits of the estimates:
 
-- The compiler gives no cycles for kernels in Pallas, such as attention. They are counted by their final schedules: the
-  bundles of instructions, one a cycle, times the turns of inner loops and of the grid; or the time of the matrix units,
-  or that of the memory (HBM) for all blocks, if longer. `kernels` in the report tells which. A schedule shows no stall,
-  and code that a kernel skips at some steps, such as blocks that a causal mask hides, counts at all of them.
+- The compiler gives no cycles for kernels in Pallas, such as attention. Each is compiled once more, alone, and counted
+  by its final schedule: the bundles of instructions, one a cycle, times the turns of inner loops and of the grid; or the
+  time of the matrix units, or that of the memory (HBM) for all blocks, if longer. `kernels` in the report tells which. A
+  schedule shows no stall, and code that a kernel skips at some steps, such as blocks that a causal mask hides, counts at
+  all of them. A kernel that cannot be counted alone is taken at peak rates, and the report says so.
 - Input, checkpoints and logging are left out.
 - The compiler is libtpu 0.0.52. On a TPU VM, `pip install 'jax[tpu]'` installs the version of libtpu that the release
   of JAX names.

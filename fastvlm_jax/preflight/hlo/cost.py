@@ -128,7 +128,7 @@ def _operation(
     kernel, declared = "", {}
     traffic = flops.traffic(module, computation, instruction)
     if mosaic.is_kernel(instruction):
-        kernel = re.sub(r"[.\d]+$", "", instruction.name)
+        kernel = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", instruction.name)
         declared = dict(re.findall(r'"(flops|bytes_accessed)":"(\d+)"', instruction.attributes))
         if "flops" not in declared and kernel.startswith("splash_mha"):
             declared["flops"] = _attention_flops(computation, instruction)

@@ -347,6 +347,17 @@ def test_kernels_of_a_loop_are_counted_once_and_for_all_programs(monkeypatch, ca
 
 
 @needs_compiler
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v6e:1x1", "v7x:2x2x1"])
+def test_kernels_are_counted_on_every_generation(monkeypatch, tmp_path, name):
+    shapes = ((2, 16, 16, 128), jnp.bfloat16), ((3, 3, 1, 128), jnp.float32)
+    found = compiled_kernels(monkeypatch, tmp_path, depthwise_tpu.forward, *shapes, name=name)
+    images = 1 if name[:3] in ("v4:", "v5p") else 2  # two cores take an image each
+    least = images * 32 * 9 * 2 / 4
+    assert least < found["depthwise_3x3"].schedule.bundles < 5 * least
+
+
+@needs_compiler
 def test_kernels_of_shards_are_counted_as_one_device_runs_them(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path))
     slices = topology.parse("v5e:2x2")

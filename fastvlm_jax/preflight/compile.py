@@ -29,12 +29,13 @@ from fastvlm_jax.generate import generate_tokens
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.kinds import Model
-from fastvlm_jax.preflight import dump
+from fastvlm_jax.preflight import schedules
+from fastvlm_jax.preflight.hlo.parse import parse
 from fastvlm_jax.preflight.hlo.schedule import Schedule
 from fastvlm_jax.preflight.topology import Slice, compiler
 
 FOLDER = "preflight"
-_VERSION = 2  # version of the cached results
+_VERSION = 3  # version of the cached results
 STEPS = 10_000  # steps of the schedule: a constant of the program, without effect on its cost
 
 
@@ -45,12 +46,14 @@ class Compiled:
     Attributes:
       text: scheduled HLO; "" if the compiler refused the program for its size.
       memory: bytes per device: arguments, outputs, aliased, temporaries, code; {} if the compiler refused the program.
-      schedules: counts of the final schedule of each instruction, by its name; {} if the compiler wrote none.
+      schedules: counts of the final schedule of each Pallas kernel, by the name of its instruction; those that the
+        compiler refuses alone are missing.
       flops: the compiler's own count of FLOPs, with every loop body counted once.
       out_of_memory: the compiler's message if it refused the program, else "".
       trace_s: seconds that tracing took when the program was compiled.
       compile_s: seconds that compilation took.
       cached: whether the result was read from the cache.
+      count_s: seconds that counting the kernels took; those of an earlier program cost nothing.
     """
 
     text: str
@@ -61,6 +64,7 @@ class Compiled:
     trace_s: float
     compile_s: float
     cached: bool
+    count_s: float
 
 
 def lower_step(config, model: Model, mesh: jax.sharding.Mesh):
@@ -176,14 +180,13 @@ def compile(
                 f"preflight: traced in {traced:.0f} s; compiled before, read from {file}", file=sys.stderr, flush=True
             )
             kept = json.loads(lzma.decompress(file.read_bytes()))
-            return _compiled(kept, cached=True), state, batch
+            return _counted(kept, slices, cached=True), state, batch
         print(
             f"preflight: traced in {traced:.0f} s; compiling for {slices.name}, for a full-size model 1 to 10 minutes",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         begin = time.monotonic()
         compiled, text, refused = None, "", ""
-        dump.clear()
         with tempfile.TemporaryDirectory() as folder:
             options_of_dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
             try:
@@ -198,20 +201,20 @@ def compile(
     kept = {
         "text": text,
         "memory": _memory(compiled.memory_analysis()) if compiled else {},
-        "schedules": dump.schedules() if compiled else {},
         "flops": float(compiled.cost_analysis().get("flops", 0)) if compiled else 0.0,
         "out_of_memory": refused,
         "trace_s": round(traced, 2),
         "compile_s": round(time.monotonic() - begin, 2),
     }
     files.write_whole(file, lzma.compress(json.dumps(kept).encode(), preset=0))
-    return _compiled(kept, cached=False), state, batch
+    return _counted(kept, slices, cached=False), state, batch
 
 
-def _compiled(kept: dict[str, Any], cached: bool) -> Compiled:
-    """Makes a result of what the cache keeps."""
-    schedules = {name: Schedule(*counts) for name, counts in kept["schedules"].items()}
-    return Compiled(**kept | {"schedules": schedules}, cached=cached)
+def _counted(kept: dict[str, Any], slices: Slice, cached: bool) -> Compiled:
+    """Makes a result of what the cache keeps of a program, and counts its kernels."""
+    begin = time.monotonic()
+    found = schedules.count(parse(kept["text"]), slices, cache_folder() / "kernels") if kept["text"] else {}
+    return Compiled(**kept, schedules=found, cached=cached, count_s=round(time.monotonic() - begin, 2))
 
 
 def _memory(stats) -> dict[str, int]:

@@ -103,6 +103,7 @@ def _head(report: dict[str, Any]) -> str:
     made = (
         "read from the cache" if c["cached"] else f"traced in {c['trace_s']:.0f} s, compiled in {c['compile_s']:.0f} s"
     )
+    made += f", kernels counted in {c['count_s']:.0f} s" if c["count_s"] >= 1 else ""
     return (
         f"{report['stage_name'] or 'train step'} on {t['name']}: {t['chips']} chips, mesh {mesh}\n{sizes}\n"
         f"Compiled by the TPU compiler (libtpu {c['libtpu']}, {made}). "

@@ -73,7 +73,7 @@ def preflight(config, name: str, options: Options = Options()) -> dict[str, Any]
         "mesh": dict(mesh.shape),
         "compile": {
             "trace_s": compiled.trace_s, "compile_s": compiled.compile_s, "cached": compiled.cached,
-            "libtpu": importlib.metadata.version("libtpu"),
+            "count_s": compiled.count_s, "libtpu": importlib.metadata.version("libtpu"),
         },
     }  # fmt: skip
     made = (config, model, slices, mesh, compiled, state, batch)

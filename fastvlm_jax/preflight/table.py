@@ -190,10 +190,10 @@ The command for one row is `fastvlm preflight --config configs/stage2_instruct.p
 
 Limits of the estimates:
 
-- The compiler gives no cycles for kernels in Pallas, such as attention. They are counted by their final schedules: the
-  bundles of instructions, one a cycle, times the turns of inner loops and of the grid; or the time of the matrix units,
-  or that of the memory (HBM) for all blocks, if longer. `kernels` in the report tells which. A schedule shows no stall,
-  and code that a kernel skips at some steps, such as blocks that a causal mask hides, counts at all of them.
+- The compiler gives no cycles for kernels in Pallas, such as attention. Each is compiled alone once more and counted by
+  its final schedule: its bundles of instructions, one a cycle, times the turns of loops and of the grid; or, if longer,
+  the time of the matrix units, or that of the memory (HBM) for all blocks. `kernels` in the report tells which. Stalls
+  do not show, and code that is skipped at some steps, such as blocks that a causal mask hides, counts at all of them.
 - Input, checkpoints and logging are left out.
 - The compiler is libtpu 0.0.52. On a TPU VM, `pip install 'jax[tpu]'` installs the version of libtpu that the release
   of JAX names.

@@ -5,20 +5,16 @@ v5e:4x4        a slice of 4 x 4 chips          v5p:4x4x4*2      two slices, join
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
-import pathlib
 import re
-import tempfile
 
 import jax
 
 from fastvlm_jax.chips import GENERATIONS, Generation
 from fastvlm_jax.xla_flags import NO_TPU
 
-KERNELS = "depthwise|pointwise|splash"  # starts of the names of Pallas kernels
 # Environment of the TPU compiler when it is loaded: it looks neither for a TPU nor for another process that has one.
 ENVIRONMENT = {**NO_TPU, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -111,7 +107,7 @@ def devices(slices: Slice) -> list:
         options["chip_config_name"] = "megacore"  # one device per chip, as JAX shows a v4; the default is one per core
     shape = "x".join(map(str, slices.shape))
     try:
-        with compiler(), _schedules_asked():  # the first call loads the compiler
+        with compiler():
             return topologies.get_topology_desc(
                 platform="tpu", topology_name=f"{slices.generation.prefix}:{shape}", **options
             ).devices
@@ -135,34 +131,3 @@ def compiler():
         jax.config.update("jax_enable_compilation_cache", cached)
         if xla_flags is not None:
             os.environ["XLA_FLAGS"] = xla_flags
-
-
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="fastvlm_schedules_")
-
-
-def schedules_folder() -> pathlib.Path:
-    """Returns the folder of the compiler's schedules, which goes with the process."""
-    return pathlib.Path(_folder().name)
-
-
-@contextlib.contextmanager
-def _schedules_asked():
-    """Asks a compiler that is loaded in the block for the final schedules of Pallas kernels.
-
-    The compiler reads these flags from the environment, once, when it is loaded, and takes no option for one program.
-    The filter leaves one pass of some seventy, and no fusions, whose schedules would take longer to write than to make.
-    Dump flags of the user's own stand.
-    """
-    given = os.environ.get("LIBTPU_INIT_ARGS")
-    if "--xla_jf_dump_to" not in (given or ""):
-        flags = f"--xla_jf_dump_llo_text=true --xla_jf_dump_to_filter=pass=^final_bundles$,module=^({KERNELS})"
-        os.environ["LIBTPU_INIT_ARGS"] = f"{given or ''} --xla_jf_dump_to={schedules_folder()} {flags}".strip()
-    try:
-        yield
-    finally:
-        if given is None:
-            os.environ.pop("LIBTPU_INIT_ARGS", None)
-        else:
-            os.environ["LIBTPU_INIT_ARGS"] = given

@@ -1,7 +1,9 @@
 """Tests how kernels are counted: schedules and modules written by hand, and real kernels compiled for a v5e chip."""
 
 import importlib.util
+import json
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fastvlm_jax import sharding
+from fastvlm_jax.kernels import depthwise_tpu
 from fastvlm_jax.kernels.splash import splash_attention
-from fastvlm_jax.preflight import describe, dump, estimate, kernels, topology
-from fastvlm_jax.preflight.compile import compile
+from fastvlm_jax.preflight import compile_kernels, describe, estimate, kernels, schedules, topology
+from fastvlm_jax.preflight.compile import cache_folder, compile
 from fastvlm_jax.preflight.hlo import cost, mosaic, parse, schedule
 from fastvlm_jax.preflight.hlo.cost import Operation, Program
 from fastvlm_jax.preflight.hlo.schedule import Schedule
@@ -156,6 +159,100 @@ def test_kernels_are_listed_with_what_bounds_them():
     assert lines[2].split()[:3] == ["kernel", "1", "1.00"]
 
 
+# A compiled program (shortened): a kernel of three arrays, of which the last is also its second result.
+CALLED = """ENTRY %main (p: f32[8,128]) -> f32[8,128] {
+  %at.1 = s32[2]{0:T(128)S(1)} constant({0, 1})
+  %maps = (bf16[2,8,128]{2,1,0}, pred[]) parameter(0)
+  %map.1 = bf16[2,8,128]{2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%maps), index=0
+  %taps.1 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %blur.7 = (f32[8,128]{1,0:T(8,128)}, bf16[2,8,128]{2,1,0}) custom-call(%at.1, %taps.1, /*index=2*/%map.1), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s32[2]{0}, f32[8,128]{1,0}, bf16[2,8,128]{2,1,0}}, \
+output_to_operand_aliasing={{1}: (2, {})}, frontend_attributes={kernel_metadata={}}, metadata={op_name="jit(f)/blur"}, \
+backend_config={"aliasing_operands":{"lists":[]},"custom_call_config":{"body":"AAAA","needs_layout_passes":true},\
+"flag_configs":[],"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"294912"}]}
+}
+"""
+
+
+def called(text=CALLED):
+    """Returns the computation and the instruction of the kernel in a program's text."""
+    module = parse.parse(text)
+    computation = module.computations[module.entry]
+    return computation, next(i for i in computation.instructions if mosaic.is_kernel(i))
+
+
+def test_a_kernel_is_handed_over_with_all_that_its_compilation_needs():
+    kernel = schedules._kernel(*called())
+    assert json.loads(kernel.pop("settings")) == {
+        "custom_call_config": {"body": "AAAA", "needs_layout_passes": True}, "flag_configs": [],
+    }  # fmt: skip
+    assert kernel == {
+        "name": "blur.7",
+        "operands": [["s32", (2,)], ["f32", (8, 128)], ["bf16", (2, 8, 128)]],
+        "results": [["f32", (8, 128)], ["bf16", (2, 8, 128)]],
+        "aliases": [[2, 1]],
+    }
+    whole = CALLED.replace("{{1}: (2, {})}", "{{}: (2, {})}")  # one result, which is no tuple
+    assert schedules._kernel(*called(whole))["aliases"] == [[2, 0]]
+    assert (
+        schedules._kernel(*called(CALLED.replace("output_to_operand_aliasing={{1}: (2, {})}, ", "")))["aliases"] == []
+    )
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [
+        ("blur.7", "blur.12", True),
+        ("S(1)", "", True),  # where the program around it holds its operands
+        ("294912", "131072", True),
+        ("AAAA", "BBBB", False),
+        ("f32[8,128]", "f32[16,128]", False),
+        ("bf16[2,", "f16[2,", False),
+        ("{{1}: (2, {})}", "{{0}: (1, {})}", False),
+        ('"flag_configs":[]', '"flag_configs":[],"scoped_memory_configs":[{"memory_space":1}]', False),
+    ],
+)
+def test_kernels_are_equal_if_they_compile_to_the_same(old, new, same):
+    def digest(text):
+        computation, instruction = called(text)
+        return schedules._digest(schedules._kernel(computation, instruction), instruction, CHIP)
+
+    assert (digest(CALLED) == digest(CALLED.replace(old, new))) is same
+
+
+def test_counts_are_those_of_a_generation_and_of_flags(monkeypatch):
+    computation, instruction = called()
+    kernel = schedules._kernel(computation, instruction)
+    names = ("v5e:1x1", "v5e:4x4", "v6e:1x1")
+    one, other_slice, other_chip = (schedules._digest(kernel, instruction, topology.parse(name)) for name in names)
+    assert one == other_slice != other_chip
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
+    assert schedules._digest(kernel, instruction, CHIP) != one
+
+
+@pytest.mark.parametrize("name", ["blur_3x3", "blur_3x3.7", "blur_3x3.7.clone.12", "blur_3x3.remat2"])
+def test_a_kernel_is_called_as_it_was_before_the_compiler_made_names_unique(name):
+    program = cost.analyse(parse.parse(CALLED.replace("blur.7", name)), 1, {name: Schedule(9, 0, 0)})
+    assert [(o.kernel, o.schedule) for o in program.operations if o.kernel] == [("blur_3x3", (9, 0, 0))]
+
+
+def test_types_of_hlo():
+    kinds = {"pred": "bool", "bf16": "bfloat16", "f32": "float32", "s8": "int8", "u16": "uint16", "s4": "int4"}
+    kinds |= {"f8e4m3fn": "float8_e4m3fn"}
+    assert {kind: compile_kernels._dtype(kind).name for kind in kinds} == kinds
+
+
+@needs_compiler
+def test_a_kernel_that_cannot_be_counted_is_told_and_left_out(capfd, tmp_path):
+    """The first has no module, the second no settings."""
+    second = CALLED.replace("main", "other").replace("blur.7", "blur.8").replace("backend_config", "configuration")
+    module = parse.parse(CALLED + second.replace("ENTRY ", ""))
+    assert schedules.count(module, CHIP, tmp_path) == {} and not list(tmp_path.iterdir())
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "preflight: counting the schedules of 1 kernels, 0 more are known"
+    assert lines[1].startswith("preflight: no schedule of blur.7: blur.7: ") and len(lines) == 2
+
+
 def compiled_kernels(monkeypatch, folder, function, *shapes, name="v5e:1x1"):
     """Compiles a function of arrays of these (shape, dtype); returns its kernels by name."""
     monkeypatch.setenv("FASTVLM_CACHE", str(folder))
@@ -215,7 +312,74 @@ def test_real_kernels_of_known_loops_and_products(monkeypatch, tmp_path):
     assert made.rows == 1024 * (512 // 128) * (1024 // 128) // 4  # four units of 128 x 128
     assert 0.9 * made.rows < made.bundles < 3 * made.rows
     assert found["product"].kernel_flops == 0 and found["product"].traffic <= 4 * 2**18 + 8 * 2**19 + 8 * 2**19
-    assert list(dump._files())  # of the last program; they go with the process
+
+
+@needs_compiler
+def test_kernels_of_a_loop_are_counted_once_and_for_all_programs(monkeypatch, capfd, tmp_path):
+    """Depthwise 3x3, forward and backward, in a loop of 5 turns: 32 vectors of the result, at 9 taps and 4 units."""
+
+    def loop(x, taps):
+        def turn(x, _):
+            y = depthwise_tpu.forward(x, taps)
+            return depthwise_tpu.forward(y, taps) + depthwise_tpu.backward(x, taps, y)[0], None
+
+        return jax.lax.scan(turn, x, None, length=5)[0]
+
+    shapes = ((1, 16, 16, 128), jnp.bfloat16), ((3, 3, 1, 128), jnp.float32)
+    found = compiled_kernels(monkeypatch, tmp_path, loop, *shapes)
+    assert {name: o.trips for name, o in found.items()} == {"depthwise_3x3": 5, "depthwise_3x3_backward": 5}
+    forward, backward = (found[name].schedule.bundles for name in found)
+    least = 32 * 9 * 2 / 4
+    assert least < forward < 5 * least and 2 * least < backward < 5 * least
+    assert "counting the schedules of 2 kernels, 0 more are known" in capfd.readouterr().err
+    counts = sorted((cache_folder() / "kernels").iterdir())
+    assert [file.suffix for file in counts] == [".json"] * 2
+    counts[0].write_text("{")
+    alone = compiled_kernels(
+        monkeypatch, tmp_path, lambda x, taps: depthwise_tpu.backward(jnp.sin(x), taps, x), *shapes
+    )
+    assert [o.schedule.bundles for o in alone.values()] == [backward]
+    other = compiled_kernels(monkeypatch, tmp_path, lambda x, taps: depthwise_tpu.forward(jnp.sin(x), taps), *shapes)
+    assert [o.schedule.bundles for o in other.values()] == [forward]
+    told = capfd.readouterr().err
+    assert told.count("counting the schedules of 1 kernels, 0 more are known") == 1  # the damaged file, made anew
+    assert sorted((cache_folder() / "kernels").iterdir()) == counts and "LIBTPU_INIT_ARGS" not in os.environ
+
+
+@needs_compiler
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v6e:1x1", "v7x:2x2x1"])
+def test_kernels_are_counted_on_every_generation(monkeypatch, tmp_path, name):
+    shapes = ((2, 16, 16, 128), jnp.bfloat16), ((3, 3, 1, 128), jnp.float32)
+    found = compiled_kernels(monkeypatch, tmp_path, depthwise_tpu.forward, *shapes, name=name)
+    images = 1 if name[:3] in ("v4:", "v5p") else 2  # two cores take an image each
+    least = images * 32 * 9 * 2 / 4
+    assert least < found["depthwise_3x3"].schedule.bundles < 5 * least
+
+
+@needs_compiler
+def test_kernels_of_shards_are_counted_as_one_device_runs_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path))
+    slices = topology.parse("v5e:2x2")
+    mesh = sharding.make_mesh((1, 1, 4, 1), topology.devices(slices))
+
+    def double(x_ref, y_ref):
+        y_ref[...] = x_ref[...] + x_ref[...]
+
+    def lower():
+        block = pl.BlockSpec((1, 64, 128), lambda i: (i, 0, 0))
+
+        def own(x):
+            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            return pl.pallas_call(double, grid=(len(x),), in_specs=[block], out_specs=block, out_shape=shape)(x)
+
+        on_shards = jax.shard_map(own, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False)
+        x = jax.ShapeDtypeStruct((48, 64, 128), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+        return jax.jit(on_shards).lower(x), None, None
+
+    compiled, _, _ = compile(lower, slices, mesh)
+    (counted,) = compiled.schedules.values()
+    assert 12 * 8 < counted.bundles < 12 * 100  # eight vectors a grid step, and 12 of 48 steps
 
 
 @needs_compiler

@@ -127,8 +127,8 @@ def _operation(
 ) -> Operation:
     kernel, declared = "", {}
     traffic = flops.traffic(module, computation, instruction)
-    if instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes:
-        kernel = re.sub(r"[.\d]+$", "", instruction.name)
+    if mosaic.is_kernel(instruction):
+        kernel = re.sub(r"(\.(\d+|clone|remat\d*))+$", "", instruction.name)
         declared = dict(re.findall(r'"(flops|bytes_accessed)":"(\d+)"', instruction.attributes))
         if "flops" not in declared and kernel.startswith("splash_mha"):
             declared["flops"] = _attention_flops(computation, instruction)

@@ -1,17 +1,45 @@
-"""Reads a Pallas TPU kernel's module, as the compiled program holds it: its grid, and the bytes of its blocks."""
+"""Reads a Pallas TPU kernel, as the compiled program holds it: its settings, its grid, and the bytes of its blocks."""
 
 import base64
+import json
 import math
 import re
+from typing import Any
 
 from jaxlib.mlir import ir
 
-from fastvlm_jax.preflight.hlo.parse import BYTES
+from fastvlm_jax.preflight.hlo.parse import BYTES, Instruction
 
 _TYPES = {f"i{8 * size}": size for size in (1, 2, 4)} | {"i1": 1}  # MLIR's names where HLO has others
 
 
-def block_bytes(backend_config: str, on_chip: set[int]) -> float | None:
+def is_kernel(instruction: Instruction) -> bool:
+    """Returns whether an instruction runs a Pallas kernel."""
+    return instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes
+
+
+def settings(attributes: str) -> dict[str, Any]:
+    """Returns a kernel's settings for the compiler, with its module as "body" inside, from the attributes of the call.
+
+    Raises:
+      ValueError: the attributes have none that can be read.
+    """
+    _, found, text = attributes.rpartition(", backend_config=")
+    return json.JSONDecoder().raw_decode(text if found else "")[0]
+
+
+def module_text(attributes: str) -> str | None:
+    """Returns a kernel's module without places in source code; None if there is none that can be read."""
+    body = re.search(r'"body":"([^"]+)"', attributes)
+    if body is None:
+        return None
+    try:
+        return _text(base64.b64decode(body[1]))
+    except ir.MLIRError:  # of another version of Mosaic
+        return None
+
+
+def block_bytes(attributes: str, on_chip: set[int]) -> float | None:
     """Returns the bytes that a kernel moves between HBM and its blocks; None if the text has no module with a grid
     that can be read.
 
@@ -19,16 +47,11 @@ def block_bytes(backend_config: str, on_chip: set[int]) -> float | None:
     start anew. What a kernel moves itself, from operands that have no blocks, is not counted.
 
     Args:
-      backend_config: the attributes of the custom call.
+      attributes: those of the custom call.
       on_chip: which of its arrays, operands first and then results, the compiler holds in on-chip memory.
     """
-    body = re.search(r'"body":"([^"]+)"', backend_config)
-    if body is None:
-        return None
-    try:
-        return _bytes(_text(base64.b64decode(body[1])), on_chip)
-    except ir.MLIRError:  # of another version of Mosaic
-        return None
+    module = module_text(attributes)
+    return None if module is None else _bytes(module, on_chip)
 
 
 def _text(module: bytes) -> str:

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import torch
 
 from fastvlm_jax.kernels import mlp, pointwise_block_tpu
 from fastvlm_jax.kernels.gelu import value_and_slope
+from fastvlm_jax.preflight import topology
 from fastvlm_jax.sharding import make_mesh
 
 
@@ -43,9 +45,12 @@ def error(got, expected):
 
 def kernels(*arrays, exact, cores=1):
     """Returns (y, gradients of all arguments but the skip)."""
-    *args, dout = arrays
-    y = pointwise_block_tpu.forward(*args, exact=exact, interpret=True)
-    return y, *pointwise_block_tpu.backward(*args[:4], dout, exact=exact, cores=cores, interpret=True)
+    y, kernel1, bias1, kernel2, bias2, *skip, dout = arrays
+    row1, row2 = map(pointwise_block_tpu.row, (bias1, bias2))
+    out = pointwise_block_tpu.forward(y, kernel1, row1, kernel2, row2, *skip, exact=exact, interpret=True)
+    weights = kernel1, row1, kernel2.T, kernel1.T
+    dy, sums = pointwise_block_tpu.backward(y, *weights, dout, exact=exact, cores=cores, interpret=True)
+    return out, dy, *pointwise_block_tpu.gradients(sums)
 
 
 @pytest.mark.parametrize("exact, tolerance", [(True, 1e-6), (False, 1e-4)])
@@ -60,11 +65,7 @@ def test_float32_equals_torch_forward_and_backward(positions, channels, exact, t
 def test_without_a_skip_and_for_other_numbers_of_outputs():
     y, kernel1, bias1, kernel2, bias2, _, dout = example(48, 16)
     arrays = [y, kernel1, bias1, kernel2[:, :8], bias2[:8], dout[:, :8]]
-    got = (
-        pointwise_block_tpu.forward(*arrays[:5], exact=True, interpret=True),
-        *pointwise_block_tpu.backward(*arrays[:4], arrays[5], exact=True, interpret=True),
-    )
-    for ours, theirs in zip(got, torch_block(*arrays), strict=True):
+    for ours, theirs in zip(kernels(*arrays, exact=True), torch_block(*arrays), strict=True):
         assert error(ours, theirs) < 1e-6
 
 
@@ -108,7 +109,8 @@ def on_mesh(arrays, sizes):
     *args, dout = arrays
 
     def run(*args):
-        return mlp.on_tpu(*args, interpret=True), *mlp.gradients_on_tpu(args, dout, interpret=True)
+        y, vjp = jax.vjp(lambda *args: mlp.on_tpu(*args, True), *args)
+        return y, *vjp(dout)
 
     with jax.set_mesh(make_mesh(sizes, jax.devices()[: math.prod(sizes)])):
         return jax.jit(run)(*args)
@@ -125,38 +127,38 @@ def test_on_a_mesh_each_device_takes_its_images_and_the_gradients_of_weights_are
 
 
 @pytest.mark.parametrize(
-    "shape, platform, expected",
+    "shape, kernels, expected",
     [
-        ((2, 32, 32, 96), "tpu", 2),
-        ((2, 32, 32, 96), "cuda", 0),
-        ((2, 32, 32, 96), "cpu", 0),
-        ((2, 32, 36, 96), "tpu", 0),  # rows of 36 do not fill tiles
-        ((1, 32, 32, 96), "tpu", 0),  # few positions
-        ((2, 32, 32, 64), "tpu", 0),  # few channels
-        ((2, 32, 32, 512), "tpu", 0),  # too many
+        ((2, 32, 32, 96), "auto", 2),
+        ((2, 32, 32, 96), "none", 0),
+        ((2, 32, 36, 96), "auto", 0),  # rows of 36 do not fill tiles
+        ((1, 32, 32, 96), "auto", 0),  # few positions
+        ((2, 32, 32, 64), "auto", 0),  # few channels
+        ((2, 32, 32, 512), "auto", 0),  # too many
     ],
 )
-def test_the_platform_lowered_for_and_the_shape_choose_the_form(shape, platform, expected):
-    assert lowered(shape, platform).count("custom_call @tpu_custom_call") == expected
+def test_the_mesh_the_shape_and_the_caller_choose_the_form(shape, kernels, expected):
+    assert calls(shape, kernels, topology.devices(topology.parse("v5e:1x1"))) == expected
+    assert calls(shape, kernels, jax.devices()[:1]) == 0
 
 
 def test_the_images_of_a_device_choose_the_form():
-    with jax.set_mesh(make_mesh((1, 4, 1, 1), jax.devices()[:4])):  # 1024 and 2048 positions a device
-        counts = [lowered((images, 32, 32, 96), "tpu").count("custom_call @tpu_custom_call") for images in (4, 8)]
-    assert counts == [0, 2]
+    devices = topology.devices(topology.parse("v5e:2x2"))  # 1024 and 2048 positions a device
+    assert [calls((images, 32, 32, 96), "auto", devices) for images in (4, 8)] == [0, 2]
 
 
-def lowered(shape, platform):
-    """Returns the program of `mlp` and its gradients for a platform."""
+def calls(shape, kernels, devices):
+    """Returns the number of kernels in the program of `mlp` and its gradients for a mesh of devices."""
     C = shape[-1]
     sizes = [shape, (C, 4 * C), (4 * C,), (4 * C, C), (C,), shape, shape]
     *args, dout = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes)
 
     def run(dout, *args):
-        y, vjp = jax.vjp(mlp.mlp, *args)
+        y, vjp = jax.vjp(partial(mlp.mlp, kernels=kernels), *args)
         return y, vjp(dout)
 
-    return jax.jit(run).trace(dout, *args).lower(lowering_platforms=(platform,)).as_text()
+    with topology.compiler(), jax.set_mesh(make_mesh((1, -1, 1, 1), devices)):
+        return str(jax.make_jaxpr(run)(dout, *args)).count("pallas_call[")
 
 
 @pytest.mark.parametrize("form", [mlp.mlp, mlp.plain])

@@ -10,9 +10,13 @@ import pytest
 from flax import linen as nn
 
 from fastvlm_jax import sharding
+from fastvlm_jax.kernels.gelu import gelu
 from fastvlm_jax.models import fastvit
+from fastvlm_jax.models.blocks import Block
 from fastvlm_jax.models.fastvit import FastViT
-from fastvlm_jax.models.layers import BatchNorm, drop_path
+from fastvlm_jax.models.layers import BatchNorm, conv, drop_path
+from fastvlm_jax.models.stage_weights import stage_weights
+from fastvlm_jax.preflight import topology
 
 
 def test_drop_path_drops_whole_images_and_rescales_the_rest():
@@ -151,6 +155,7 @@ def test_groups_that_do_not_divide_the_batch_are_refused():
 
 class Stem(nn.Module):
     settings: dict
+    kernels: str
 
     @nn.compact
     def __call__(self, x, mask):
@@ -166,33 +171,75 @@ class Stem(nn.Module):
     ],
     ids=["folded", "branched", "statistics"],
 )
-def test_the_stem_on_tpu_is_the_usual_one(settings, monkeypatch):
+def test_the_stem_on_tpu_is_the_usual_one(settings):
     """Outputs, statistics and gradients of all parameters and of the image."""
     x = jnp.asarray(np.random.default_rng(0).random((4, 16, 24, 3), np.float32))
     mask = jnp.array([True, True, False, True])
-    variables = jax.jit(Stem(settings).init)(jax.random.key(0), x, mask)
+    variables = jax.jit(Stem(settings, "none").init)(jax.random.key(0), x, mask)
 
-    def run(on_tpu):
+    def run(kernels):
         def step(params, x):
-            y, updated = Stem(settings).apply({**variables, "params": params}, x, mask, mutable=["batch_stats"])
+            stem = Stem(settings, kernels)
+            y, updated = stem.apply({**variables, "params": params}, x, mask, mutable=["batch_stats"])
             return jnp.sum(jnp.sin(y)), (y, updated)
 
-        monkeypatch.setattr(fastvit, "_on_tpu", lambda: jnp.array(on_tpu))
         step = jax.jit(jax.grad(step, argnums=(0, 1), has_aux=True))
-        assert ("f32[2,2,32,8]" in step.lower(variables["params"], x).compile().as_text()) == on_tpu
+        assert ("f32[2,2,32,8]" in step.lower(variables["params"], x).compile().as_text()) == (kernels == "interpret")
         gradients, found = step(variables["params"], x)
         return found, gradients
 
-    (actual, gradients), (expected, reference) = run(True), run(False)
+    (actual, gradients), (expected, reference) = run("interpret"), run("none")
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected)
     size = max(float(np.abs(x).max()) for x in jax.tree.leaves(reference))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6 * size), gradients, reference)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "cpu", "cuda"])
-def test_each_platform_gets_its_stem(platform):
-    text = jax.jit(fastvit._on_tpu).trace().lower(lowering_platforms=(platform,)).as_text()
-    assert f"stablehlo.constant dense<{str(platform == 'tpu').lower()}> : tensor<i1>" in text
+@pytest.mark.parametrize("form", ["folded", "branched"])
+def test_a_stage_has_the_weights_of_its_blocks(form):
+    """The blocks in plain JAX, with the weights that the kernels get, are the tower's stage."""
+    tower = FastViT((1, 3), (8, 16), ("repmixer", "repmixer"), form=form, init_std=0.3, layer_scale_init=0.5)
+    block = Block("repmixer", form=form, init_std=0.3)
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 16)).astype(np.float32)
+    variables = jax.jit(tower.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    variables = jax.tree.map(lambda a: a + 0.2 * jax.random.uniform(next(keys), a.shape), variables)
+    params, stats = (variables[name]["stage_1"] for name in ("params", "batch_stats"))
+    weights = stage_weights(params, stats, jnp.float32)
+    expected = found = x
+    for layer in range(3):
+        at = functools.partial(jax.tree.map, lambda a: a[layer])
+        expected = block.apply({"params": at(params), "batch_stats": at(stats)}, expected, 0.0)
+        w = at(weights)
+        mixed = conv(found, w.mixer, 1, True) + w.mixer_bias
+        hidden = gelu((conv(mixed, w.conv, 1, True) + w.conv_bias) @ w.kernel1 + w.bias1)
+        found = mixed + hidden @ w.kernel2 + w.bias2
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def kernels_of(devices, **settings):
+    """Names of the Pallas kernels in the program of a tower's gradient on some devices."""
+    sizes = dict(layers=(2, 1, 1), embed_dims=(96, 192, 384), mixers=("repmixer", "repmixer", "attention"))
+    tower = FastViT(**sizes, **settings)
+    x = jax.ShapeDtypeStruct((4, 256, 256, 3), jnp.bfloat16)
+    with topology.compiler(), jax.set_mesh(sharding.make_mesh((1, -1, 1, 1), devices)):
+        variables = jax.eval_shape(lambda: tower.init(jax.random.key(0), jnp.zeros(x.shape)))
+
+        def loss(params, x):
+            y = tower.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])[0]
+            return jnp.sum(y.astype(jnp.float32))
+
+        found = str(jax.jit(jax.grad(loss)).trace(variables["params"], x).jaxpr)
+    return set(re.findall(r"^\s*name=(\w+)", found, re.M))
+
+
+def test_the_mesh_and_a_key_choose_the_kernels():
+    depthwise = {"depthwise_3x3", "depthwise_3x3_backward", "depthwise_7x7", "depthwise_7x7_backward"}
+    products = {"pointwise_block", "pointwise_block_gradients"}
+    tpu = topology.devices(topology.parse("v5e:2x2"))
+    assert kernels_of(tpu) == depthwise | products | {"stacked_write"}
+    assert kernels_of(tpu, batch_norm="train") == depthwise | products
+    assert kernels_of(tpu, kernels="none") == set()
+    assert kernels_of(jax.devices()[:1]) == set()
 
 
 @pytest.mark.parametrize("size", [(96, 64), (64, 100)], ids=str)
@@ -238,7 +285,7 @@ def test_an_attention_stage_that_heads_of_32_channels_do_not_divide_is_refused(m
 def test_the_projection_exists_before_it_is_used():
     tower = FastViT((1, 1), (8, 32), ("repmixer", "attention"), head_features=5)
     x = jnp.zeros((2, 16, 16, 3))
-    variables = jax.eval_shape(tower.init, jax.random.key(0), x)
+    variables = jax.eval_shape(lambda: tower.init(jax.random.key(0), jnp.zeros(x.shape)))
     assert {name: leaf.shape for name, leaf in variables["params"]["head"].items()} == {"kernel": (64, 5)}
     assert jax.eval_shape(tower.apply, variables, x).shape == (2, 2, 2, 64)
     assert jax.eval_shape(lambda v, x: tower.apply(v, x, embed=True), variables, x).shape == (2, 5)

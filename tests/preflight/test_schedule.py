@@ -206,8 +206,8 @@ def test_a_kernel_is_handed_over_with_all_that_its_compilation_needs():
         ("S(1)", "", True),  # where the program around it holds its operands
         ("294912", "131072", True),
         ("AAAA", "BBBB", False),
-        ("f32[8,128]", "f32[16,128]", False),
-        ("bf16[2,", "f16[2,", False),
+        ("s32[2]", "s32[3]", False),
+        ("= (f32[8,128]", "= (f32[16,128]", False),
         ("{{1}: (2, {})}", "{{0}: (1, {})}", False),
         ('"flag_configs":[]', '"flag_configs":[],"scoped_memory_configs":[{"memory_space":1}]', False),
     ],

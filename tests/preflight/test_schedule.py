@@ -199,6 +199,16 @@ def test_a_kernel_is_handed_over_with_all_that_its_compilation_needs():
     )
 
 
+def test_a_kernel_alone_is_the_same_call():
+    text = compile_kernels.lower(schedules._kernel(*called()), jax.devices()[0]).as_text()
+    (call,) = (line for line in text.splitlines() if "stablehlo.custom_call" in line)
+    assert "@tpu_custom_call" in call and r"\22body\22: \22AAAA\22" in call
+    assert "output_tuple_indices = [1], operand_index = 2" in call
+    assert call.endswith(
+        ": (tensor<2xi32>, tensor<8x128xf32>, tensor<2x8x128xbf16>) -> (tensor<8x128xf32>, tensor<2x8x128xbf16>)"
+    )
+
+
 @pytest.mark.parametrize(
     "old, new, same",
     [

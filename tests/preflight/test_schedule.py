@@ -159,6 +159,14 @@ def test_kernels_are_listed_with_what_bounds_them():
     assert lines[2].split()[:3] == ["kernel", "1", "1.00"]
 
 
+@pytest.mark.parametrize("seconds, told", [(22.4, ", kernels counted in 22 s)"), (0.3, "compiled in 169 s)")])
+def test_the_report_tells_what_counting_took(seconds, told):
+    took = {"trace_s": 18.0, "compile_s": 169.0, "count_s": seconds, "cached": False, "libtpu": "0.0.52"}
+    slices = {"name": "v5e:1x1", "chips": 1}
+    report = {"stage_name": "encoder", "topology": slices, "mesh": {"data": 1}, "batch": {"images": 8}, "compile": took}
+    assert told in describe._head(report)
+
+
 # A compiled program (shortened): a kernel of three arrays, of which the last is also its second result.
 CALLED = """ENTRY %main (p: f32[8,128]) -> f32[8,128] {
   %at.1 = s32[2]{0:T(128)S(1)} constant({0, 1})

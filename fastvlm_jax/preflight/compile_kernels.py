@@ -46,14 +46,15 @@ def main(name: str, kernels: str, counts: str) -> None:
         for old in _dump(kernels).glob("*"):
             old.unlink()
         try:
-            compile_alone(kernel, device)
+            with topology.compiler():
+                lower(kernel, device).compile()
             files.write_json(pathlib.Path(counts) / file.name, _count(_dump(kernels))._asdict())
         except Exception as error:  # the compiler's and the parser's, of many kinds
             print(f"{kernel['name']}: {type(error).__name__} {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def compile_alone(kernel: dict[str, Any], device) -> None:
-    """Compiles a kernel for one device.
+def lower(kernel: dict[str, Any], device) -> jax.stages.Lowered:
+    """Lowers a program of one kernel for one device.
 
     Args:
       kernel: {"settings": text for the compiler, "operands" and "results": [type of HLO, sizes] of each, "aliases":
@@ -70,8 +71,7 @@ def compile_alone(kernel: dict[str, Any], device) -> None:
         legacy_backend_config=kernel["settings"],
     )
     given_up = [operand for operand, _ in kernel["aliases"]]
-    with topology.compiler():
-        jax.jit(call, donate_argnums=given_up).lower(*operands).compile()
+    return jax.jit(call, donate_argnums=given_up).lower(*operands)
 
 
 def _dtype(kind: str) -> jnp.dtype:

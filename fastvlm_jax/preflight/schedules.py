@@ -67,7 +67,7 @@ def count(module: Module, slices: Slice, folder: pathlib.Path) -> dict[str, Sche
 
 
 def _kernel(computation: Computation, instruction: Instruction) -> dict[str, Any]:
-    """Returns all that compiling a kernel alone needs, JSON-ready: see compile_kernels.compiled."""
+    """Returns all that compiling a kernel alone needs, JSON-ready: see compile_kernels.lower."""
     settings = mosaic.settings(instruction.attributes)
     operands = [array for name in instruction.operands for array in arrays(computation.by_name[name].shape)]
     aliases = re.search(r"output_to_operand_aliasing=\{(.*?)\}, \w+=", instruction.attributes)

@@ -159,6 +159,14 @@ def test_kernels_are_listed_with_what_bounds_them():
     assert lines[2].split()[:3] == ["kernel", "1", "1.00"]
 
 
+@pytest.mark.parametrize("seconds, told", [(22.4, ", kernels counted in 22 s)"), (0.3, "compiled in 169 s)")])
+def test_the_report_tells_what_counting_took(seconds, told):
+    took = {"trace_s": 18.0, "compile_s": 169.0, "count_s": seconds, "cached": False, "libtpu": "0.0.52"}
+    slices = {"name": "v5e:1x1", "chips": 1}
+    report = {"stage_name": "encoder", "topology": slices, "mesh": {"data": 1}, "batch": {"images": 8}, "compile": took}
+    assert told in describe._head(report)
+
+
 # A compiled program (shortened): a kernel of three arrays, of which the last is also its second result.
 CALLED = """ENTRY %main (p: f32[8,128]) -> f32[8,128] {
   %at.1 = s32[2]{0:T(128)S(1)} constant({0, 1})
@@ -199,6 +207,16 @@ def test_a_kernel_is_handed_over_with_all_that_its_compilation_needs():
     )
 
 
+def test_a_kernel_alone_is_the_same_call():
+    text = compile_kernels.lower(schedules._kernel(*called()), jax.devices()[0]).as_text()
+    (call,) = (line for line in text.splitlines() if "stablehlo.custom_call" in line)
+    assert "@tpu_custom_call" in call and r"\22body\22: \22AAAA\22" in call
+    assert "output_tuple_indices = [1], operand_index = 2" in call
+    assert call.endswith(
+        ": (tensor<2xi32>, tensor<8x128xf32>, tensor<2x8x128xbf16>) -> (tensor<8x128xf32>, tensor<2x8x128xbf16>)"
+    )
+
+
 @pytest.mark.parametrize(
     "old, new, same",
     [
@@ -206,8 +224,8 @@ def test_a_kernel_is_handed_over_with_all_that_its_compilation_needs():
         ("S(1)", "", True),  # where the program around it holds its operands
         ("294912", "131072", True),
         ("AAAA", "BBBB", False),
-        ("f32[8,128]", "f32[16,128]", False),
-        ("bf16[2,", "f16[2,", False),
+        ("s32[2]", "s32[3]", False),
+        ("= (f32[8,128]", "= (f32[16,128]", False),
         ("{{1}: (2, {})}", "{{0}: (1, {})}", False),
         ('"flag_configs":[]', '"flag_configs":[],"scoped_memory_configs":[{"memory_space":1}]', False),
     ],

@@ -146,6 +146,9 @@ def _model(sizes: Mapping[str, Any], *, tiny: bool) -> ml_collections.ConfigDict
     model.vision.image_std = sizes.get("image_std", (1.0, 1.0, 1.0))
     # Activations of the encoder that the backward pass recomputes: a policy of models/remat.py.
     model.vision.remat = "none" if tiny else "full" if "family" in sizes else "depthwise"
+    if sizes.get("family") in (None, "convnext"):
+        # TPU kernels of the encoder: "auto" = used on TPUs, "none" = never, "interpret" = everywhere but slowly.
+        model.vision.kernels = "auto"
     return model
 
 

@@ -14,7 +14,7 @@ from fastvlm_jax import checkpoint, convert, sharding
 from fastvlm_jax.convert.heads import require_projection
 from fastvlm_jax.convert.layer import layer_of
 from fastvlm_jax.convert.layouts import llava, mobileclip, openclip
-from fastvlm_jax.convert.layouts.native import without_remat
+from fastvlm_jax.convert.layouts.native import without_choices
 from fastvlm_jax.convert.mapping import COUNTERS, described, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
@@ -130,7 +130,7 @@ def _read_one(source: str | os.PathLike) -> Loaded:
         workdir, folder = found
         run = read_run(workdir)
         stored = run["config"].get("model")
-        config = without_remat(stored) if isinstance(stored, dict) else stored
+        config = without_choices(stored) if isinstance(stored, dict) else stored
         model, _ = described(config, workdir / CONFIG)
         variables = checkpoint.load_variables(folder, kinds.abstract_variables(model))
         read_processor = load_pair_processor if isinstance(model, CLIP) else load_processor

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fastvlm_jax import model_io
 from fastvlm_jax.bench.mosaic import PHOTO
-from fastvlm_jax.convert.layouts.native import without_remat
+from fastvlm_jax.convert.layouts.native import without_choices
 from fastvlm_jax.images.sizes import Grid, best_grid
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
@@ -60,7 +60,7 @@ def of_config(config, dtype: str, shapes_only: bool = False) -> Subject:
     """Makes the model of a config, with random weights; only `model`, and sizes of images in `data`, count."""
     if "llm" not in config.model:
         raise ValueError("--config is of stage 0, whose model begins no answer: give the config of another stage")
-    described = without_remat(inference(config.model.to_dict()))
+    described = without_choices(inference(config.model.to_dict()))
     model = kinds.build(**{**described, "dtype": dtype})
     sizes = sizes_of(config.data.image_size, config.data.grids)
     return Subject(model, None if shapes_only else random_variables(model), None, sizes)

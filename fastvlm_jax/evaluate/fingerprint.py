@@ -27,7 +27,7 @@ from fastvlm_jax.processor import Processor
 
 _LARGE = 2**18  # elements
 # Arguments that do not change an answer.
-_TRAINING_ONLY = ("remat", "drop_path", "batch_norm_images", "init_std", "layer_scale_init")
+_TRAINING_ONLY = ("remat", "kernels", "drop_path", "batch_norm_images", "init_std", "layer_scale_init")
 
 
 def of_model(

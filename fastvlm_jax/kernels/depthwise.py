@@ -110,7 +110,8 @@ def _on_tpu_backward(interpret, residuals, dy):
     def backward(x, kernel, dy):
         dx, dtaps = depthwise_tpu.backward(x, depthwise_tpu.taps(kernel), dy, interpret=interpret)
         dkernel, _ = depthwise_tpu.kernel_and_bias(jnp.sum(dtaps, axis=0))
-        return dx, (sharding.sum_batch(dkernel) if maps[0] else dkernel).astype(kernel.dtype)
+        dkernel = dkernel.astype(kernel.dtype)
+        return dx, sharding.sum_batch(dkernel) if maps[0] else dkernel
 
     return sharding.on_shards(backward, (maps, whole, maps), (maps, whole))(x, kernel, dy)
 

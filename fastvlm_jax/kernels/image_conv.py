@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fastvlm_jax.sharding import images_here, on_shards, sum_batch
+
 EXACT = lax.Precision.HIGHEST  # of float32 on TPU: neither moving pixels nor a depthwise convolution rounds to bfloat16
 
 
@@ -74,20 +76,27 @@ def _padding(kernel):
 def _backward(rearranged, made, precision, residuals, dy):
     x, kernel = residuals
     (dx,) = jax.vjp(lambda x: _conv(rearranged, made, precision, x, kernel), x)[1](dy)
-    # In float32, because a tap of the kernel stands in several places of the one that is made from it: their gradients
-    # are added up before they are rounded.
-    float32 = jax.ShapeDtypeStruct(kernel.shape, jnp.float32)
-    gradient = lax.conv_general_dilated(
-        rearranged(x),
-        dy,
-        (1, 1),
-        _padding(jax.eval_shape(made, float32)),
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    (dkernel,) = jax.linear_transpose(made, float32)(gradient)
-    return dx, dkernel.astype(kernel.dtype)
+    split = images_here(len(x)) < len(x)
+
+    def gradient(x, dy):
+        # In float32, because a tap of the kernel stands in several places of the one that is made from it: their
+        # gradients are added up before they are rounded.
+        float32 = jax.ShapeDtypeStruct(kernel.shape, jnp.float32)
+        of_made = lax.conv_general_dilated(
+            rearranged(x),
+            dy,
+            (1, 1),
+            _padding(jax.eval_shape(made, float32)),
+            dimension_numbers=("CHWN", "IHWO", "HWNC"),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        dkernel = jax.linear_transpose(made, float32)(of_made)[0].astype(kernel.dtype)
+        return sum_batch(dkernel) if split else dkernel
+
+    # Each device for its own images: devices exchange the gradient of the kernel, not of the larger one that is made.
+    maps = ("batch" if split else None, None, None, None)
+    return dx, on_shards(gradient, (maps, maps), (None,) * 4)(x, dy)
 
 
 _unit_stride = jax.custom_vjp(_conv, nondiff_argnums=(0, 1, 2))

@@ -94,10 +94,8 @@ def _on_tpu_backward(interpret, args, dy):
         dx_PC, sums = pointwise_block_tpu.backward(
             _positions(x), *weights, _positions(dy), **target, interpret=interpret
         )
-        found = pointwise_block_tpu.gradients(sums)
-        if maps[0]:
-            found = map(sum_batch, found)
-        return dx_PC.reshape(x.shape), *(gradient.astype(x.dtype) for gradient in found)
+        found = [gradient.astype(x.dtype) for gradient in pointwise_block_tpu.gradients(sums)]
+        return dx_PC.reshape(x.shape), *(map(sum_batch, found) if maps[0] else found)
 
     in_axes, out_axes = [maps, maps, *WEIGHT_AXES[:3]], (maps, *WEIGHT_AXES)
     gradients = on_shards(local, in_axes, out_axes)(x, dy, kernel1, bias1, kernel2)

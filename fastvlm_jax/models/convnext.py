@@ -29,13 +29,14 @@ class Block(nn.Module):
     epsilon: float
     layer_scale_init: float
     init_std: float
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> Array:
         C, dtype = x_BHWC.shape[-1], x_BHWC.dtype
         kernel = self.param("kernel", nn.initializers.truncated_normal(self.init_std), (7, 7, 1, C), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
-        y = depthwise_conv(x_BHWC, kernel.astype(dtype)) + bias.astype(dtype)
+        y = depthwise_conv(x_BHWC, kernel.astype(dtype), kernels=self.kernels) + bias.astype(dtype)
         y = Dense(4 * C, init_std=self.init_std, name="fc1")(layer_norm(y, self.epsilon, "norm"))
         scale = layer_scale(self, "layer_scale", C, self.layer_scale_init)
         return x_BHWC + Dense(C, init_std=self.init_std, name="fc2")(gelu(y), scale)
@@ -78,6 +79,7 @@ class ConvNeXt(nn.Module):
       image_mean, image_std: mean and standard deviation of each colour, for images in [0, 1]; the caller normalises.
       init_std: standard deviation of the initial weights.
       remat: policy of models/remat.py that says what the backward pass recomputes.
+      kernels: whether TPU kernels are used: "auto", "none" or "interpret", see kernels/choice.py.
 
     Weights that do not affect the map are under `unused/`: no computation uses them and their gradient is 0.
 
@@ -95,6 +97,7 @@ class ConvNeXt(nn.Module):
     image_std: Sequence[float] = (1.0, 1.0, 1.0)
     init_std: float = 0.02
     remat: str = "none"
+    kernels: str = "auto"
 
     @property
     def stride(self) -> int:
@@ -130,7 +133,8 @@ class ConvNeXt(nn.Module):
                 split_rngs={"params": True},
                 length=depth,
             )
-            x, _ = stage(body(self.epsilon, self.layer_scale_init, self.init_std, name=f"stage_{i}"), x, None)
+            block = body(self.epsilon, self.layer_scale_init, self.init_std, self.kernels, name=f"stage_{i}")
+            x, _ = stage(block, x, None)
         if self.is_initializing():
             head = Unused(self.projection, self.projection_bias, self.epsilon, self.init_std, name="unused")
             head(jnp.mean(x, axis=(1, 2)))

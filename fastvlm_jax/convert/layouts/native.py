@@ -49,16 +49,17 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], dict]:
       ValueError: a file, key or tensor is missing, unknown or damaged; the message names it.
     """
     source = pathlib.Path(source).expanduser()
-    model_config = without_remat(_config(source, "model"))
+    model_config = without_choices(_config(source, "model"))
     tensors = open_weights(source)
     _, shapes = described(model_config, source / CONFIG)
     return model_config, to_jax(_rows(shapes), tensors, shapes, source)
 
 
-def without_remat(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a model's config without `remat`: every run chooses for itself what its backward pass recomputes."""
+def without_choices(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a model's config without `remat` and `kernels`: every run chooses for itself how it computes."""
+    chosen = ("remat", "kernels")
     return {
-        part: {key: value for key, value in args.items() if key != "remat"} if isinstance(args, dict) else args
+        part: {key: value for key, value in args.items() if key not in chosen} if isinstance(args, dict) else args
         for part, args in config.items()
     }
 

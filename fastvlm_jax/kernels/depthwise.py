@@ -3,6 +3,7 @@
 | platform | implementation | reason |
 |---|---|---|
 | TPU, stride 1, maps of 8 n x 16 m in bfloat16 | Pallas kernels, depthwise_tpu.py | a third to a fifth of the time |
+| TPU, stride 2, two outputs a channel, 16 n x 32 m | Pallas kernels, depthwise_stride2_tpu.py | XXX of the time |
 | TPU, GPU | XLA's convolution, one for each output of a channel | on TPU shifted adds are 2 to 3 times slower |
 | CPU | shifted multiply-adds with a hand-written backward pass | XLA's convolution is 10 to 50 times slower there |
 | CPU, large maps | the same, in blocks of rows | seven times faster in a scanned layer |
@@ -20,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from fastvlm_jax import sharding
-from fastvlm_jax.kernels import choice, depthwise_tpu
+from fastvlm_jax.kernels import choice, depthwise_stride2_tpu, depthwise_tpu
 
 ROWS = 8  # rows of a large map that a CPU computes at a time; 1 to 16 are equally fast
 
@@ -59,8 +60,9 @@ def depthwise_conv(x, kernel, *, stride=1, kernels="auto"):
     top, bottom = _live_taps(k, height, stride)
     left, right = _live_taps(k, width, stride)
     kernel = kernel[k // 2 - top : k // 2 + bottom + 1, k // 2 - left : k // 2 + right + 1]
-    if stride == 1 and depthwise_tpu.fits(x, kernel) and choice.used(kernels):
-        return _on_tpu(x, kernel, kernels == "interpret")
+    form = depthwise_tpu if stride == 1 else depthwise_stride2_tpu
+    if form.fits(x, kernel) and choice.used(kernels):
+        return _on_tpu(x, kernel, stride, kernels == "interpret")
     return _depthwise(x, kernel, stride, ((top, bottom), (left, right)))
 
 
@@ -94,29 +96,38 @@ _depthwise.defvjp(_forward, _backward)
 # The TPU kernels: each device for its own images.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _on_tpu(x, kernel, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _on_tpu(x, kernel, stride, interpret):
     def forward(x, kernel):
+        if stride == 2:
+            return depthwise_stride2_tpu.forward(x, kernel, interpret)
         return depthwise_tpu.forward(x, depthwise_tpu.taps(kernel), interpret=interpret)
 
     maps, whole = _axes(x)
     return sharding.on_shards(forward, (maps, whole), maps)(x, kernel)
 
 
-def _on_tpu_backward(interpret, residuals, dy):
+def _on_tpu_forward(x, kernel, stride, interpret):
+    return _on_tpu(x, kernel, stride, interpret), (x, kernel)
+
+
+def _on_tpu_backward(stride, interpret, residuals, dy):
     x, kernel = residuals
     maps, whole = _axes(x)
 
     def backward(x, kernel, dy):
-        dx, dtaps = depthwise_tpu.backward(x, depthwise_tpu.taps(kernel), dy, interpret=interpret)
-        dkernel, _ = depthwise_tpu.kernel_and_bias(jnp.sum(dtaps, axis=0))
+        if stride == 2:
+            dx, dkernel = depthwise_stride2_tpu.backward(x, kernel, dy, interpret)
+        else:
+            dx, dtaps = depthwise_tpu.backward(x, depthwise_tpu.taps(kernel), dy, interpret=interpret)
+            dkernel, _ = depthwise_tpu.kernel_and_bias(jnp.sum(dtaps, axis=0))
         dkernel = dkernel.astype(kernel.dtype)
         return dx, sharding.sum_batch(dkernel) if maps[0] else dkernel
 
     return sharding.on_shards(backward, (maps, whole, maps), (maps, whole))(x, kernel, dy)
 
 
-_on_tpu.defvjp(lambda x, kernel, interpret: (_on_tpu(x, kernel, interpret), (x, kernel)), _on_tpu_backward)
+_on_tpu.defvjp(_on_tpu_forward, _on_tpu_backward)
 
 
 def _axes(x):

@@ -15,6 +15,7 @@ functions calls them on each device's shards.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,9 @@ from fastvlm_jax.kernels import stacked
 from fastvlm_jax.kernels.stacked import Layer
 
 LANES, SUBLANES = 128, 8
-_HALO = 4  # rows that are read above and below, of which k // 2 are used
-_GROUP = 8  # rows of the result that are summed in registers at a time
-_COLUMNS = 16  # columns at a time: a tile of bfloat16
+HALO = 4  # rows that are read above and below, of which k // 2 are used
+GROUP = 8  # rows of the result that are summed in registers at a time
+COLUMNS = 16  # columns at a time: a tile of bfloat16
 _VMEM = 12 << 20  # most bytes of scratch and blocks; a kernel may take 16 MiB on every generation
 
 
@@ -37,7 +38,7 @@ def fits(x: jax.Array, kernel: jax.Array) -> bool:
     _, height, width, channels = x.shape
     rows, columns, _, outputs = kernel.shape
     square = rows == columns and rows in (3, 5, 7) and outputs == channels
-    return square and x.dtype == jnp.bfloat16 and height % _GROUP == 0 and width % _COLUMNS == 0
+    return square and x.dtype == jnp.bfloat16 and height % GROUP == 0 and width % COLUMNS == 0
 
 
 def taps(kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -82,9 +83,9 @@ def forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(-(-channels // LANES), batch, height // rows),
-            in_specs=[*_with_halos(0, rows, height, width), _taps_spec(1, size), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[*with_halos(0, rows, height, width), _taps_spec(1, size), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=_own(2, rows, width),
-            scratch_shapes=[_vmem(_scratch_shape(rows, width, k)), _vmem((size, SUBLANES, LANES))],
+            scratch_shapes=[vmem(_scratch_shape(rows, width, k)), vmem((size, SUBLANES, LANES))],
         ),
         out_shape=jax.ShapeDtypeStruct(target.maps.shape, target.maps.dtype),
         input_output_aliases={5: 0},
@@ -117,21 +118,21 @@ def backward(
     # A sum for each image, so that two cores may share the images.
     target = into or stacked.new(jax.ShapeDtypeStruct((batch, size, channels), jnp.float32))
     own = pl.BlockSpec((1, rows, width, LANES), lambda c, b, h, at: (b, h, 0, c))
-    wide = _vmem((size, SUBLANES, LANES))
+    wide = vmem((size, SUBLANES, LANES))
     dx, found = pl.pallas_call(
         functools.partial(_backward, k=k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(-(-channels // LANES), batch, height // rows),
             in_specs=[
-                *_with_halos(None, rows, height, width),
+                *with_halos(None, rows, height, width),
                 _own(0, rows, width),
                 _taps_spec(1, size),
                 pl.BlockSpec(memory_space=pl.ANY),
                 None if plus is None else own,
             ],
             out_specs=[own, pl.BlockSpec((None, 1, size, LANES), lambda c, b, h, at: (at[2], b, 0, c))],
-            scratch_shapes=[_vmem(_scratch_shape(rows, width, k)), wide, wide],
+            scratch_shapes=[vmem(_scratch_shape(rows, width, k)), wide, wide],
         ),
         out_shape=[like, jax.ShapeDtypeStruct(target.maps.shape, target.maps.dtype)],
         input_output_aliases={6: 1},
@@ -148,14 +149,14 @@ def _rows(x: jax.ShapeDtypeStruct, size: int) -> int:
     k = math.isqrt(size)
     return max(
         rows
-        for rows in range(_GROUP, min(height, 32) + 1, _GROUP)
-        if height % rows == 0 and (rows == _GROUP or _bytes(rows, width, k) <= _VMEM)
+        for rows in range(GROUP, min(height, 32) + 1, GROUP)
+        if height % rows == 0 and (rows == GROUP or _bytes(rows, width, k) <= _VMEM)
     )
 
 
 def _bytes(rows: int, width: int, k: int) -> int:
     """Returns what a step of the backward pass holds: the scratch, and two buffers each of x, dy with its halos, dx."""
-    blocks = 2 * (3 * rows + 2 * _HALO) * width * LANES * 2
+    blocks = 2 * (3 * rows + 2 * HALO) * width * LANES * 2
     return math.prod(_scratch_shape(rows, width, k)) * 4 + blocks
 
 
@@ -168,20 +169,20 @@ def _own(place: int, rows: int, width: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, 1, rows, width, LANES), lambda c, b, h, at: (at[place], b, h, 0, c))
 
 
-def _with_halos(place: int | None, rows: int, height: int, width: int) -> tuple[pl.BlockSpec, ...]:
+def with_halos(place: int | None, rows: int, height: int, width: int, lanes: int = LANES) -> tuple[pl.BlockSpec, ...]:
     """Returns how to read the rows above a grid step's own, its own, and those below; at the border, any others.
 
     Without a place the maps are no stack.
     """
-    steps = rows // _HALO
+    steps = rows // HALO
 
     def spec(size, first_row):
         if place is None:
-            return pl.BlockSpec((1, size, width, LANES), lambda c, b, h, at: (b, first_row(h), 0, c))
+            return pl.BlockSpec((1, size, width, lanes), lambda c, b, h, *_: (b, first_row(h), 0, c))
         return pl.BlockSpec((None, 1, size, width, LANES), lambda c, b, h, at: (at[place], b, first_row(h), 0, c))
 
-    above = spec(_HALO, lambda h: jnp.maximum(h * steps - 1, 0))
-    below = spec(_HALO, lambda h: jnp.minimum((h + 1) * steps, height // _HALO - 1))
+    above = spec(HALO, lambda h: jnp.maximum(h * steps - 1, 0))
+    below = spec(HALO, lambda h: jnp.minimum((h + 1) * steps, height // HALO - 1))
     return above, spec(rows, lambda h: h), below
 
 
@@ -189,67 +190,70 @@ def _taps_spec(place: int, size: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, size, LANES), lambda c, b, h, at: (at[place], 0, c))
 
 
-def _vmem(shape: tuple[int, ...]):
+def vmem(shape: tuple[int, ...]):
     return pltpu.VMEM(shape, jnp.float32)
 
 
-def _spread(taps, wide) -> None:
+def spread(taps, wide) -> None:
     """Writes each tap to all sublanes of a vector of its own."""
     wide[...] = jnp.broadcast_to(taps[...][:, None], wide.shape)
 
 
-def _fill(scratch, above, own, below, p: int) -> None:
-    """Writes rows to the scratch as float32, with zeros where the image ends."""
+def float32(rows: jax.Array) -> jax.Array:
+    return rows.astype(jnp.float32)
+
+
+def fill(scratch, above, own, below, p: int, values: Callable[[jax.Array], jax.Array] = float32) -> None:
+    """Writes the values of rows, float32, to the scratch, with zeros where the image ends."""
     rows, width = own.shape[1:3]
     here = pl.ds(SUBLANES, width)
     sides = jnp.zeros((scratch.shape[0], SUBLANES, LANES), jnp.float32)
     scratch[:, :SUBLANES], scratch[:, SUBLANES + width :] = sides, sides
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
-    for row in range(p):
-        scratch[row, here] = jnp.where(first, 0, above[0, _HALO - p + row].astype(jnp.float32))
-        scratch[p + rows + row, here] = jnp.where(last, 0, below[0, row].astype(jnp.float32))
+    scratch[:p, here] = jnp.where(first, 0, values(above[0, HALO - p :]))
+    scratch[p + rows :, here] = jnp.where(last, 0, values(below[0, :p]))
 
-    def copy(row, _):
-        scratch[p + row, here] = own[0, row].astype(jnp.float32)
+    def copy(group, _):
+        scratch[pl.ds(p + group * GROUP, GROUP), here] = values(own[0, pl.ds(group * GROUP, GROUP)])
 
-    lax.fori_loop(0, rows, copy, None)
+    lax.fori_loop(0, rows // GROUP, copy, None)
 
 
-def _over_tiles(shape, tile) -> None:
-    """Calls tile(first row, first column) for every _GROUP rows and _COLUMNS columns of a block [1, rows, W, LANES]."""
+def over_tiles(shape, tile, columns: int = COLUMNS) -> None:
+    """Calls tile(first row, first column) for every GROUP rows and some columns of a block [1, rows, W, C]."""
     _, rows, width, _ = shape
 
     def group(row, _):
-        lax.fori_loop(0, width // _COLUMNS, lambda column, _: tile(row * _GROUP, column * _COLUMNS), None)
+        lax.fori_loop(0, width // columns, lambda column, _: tile(row * GROUP, column * columns), None)
 
-    lax.fori_loop(0, rows // _GROUP, group, None)
+    lax.fori_loop(0, rows // GROUP, group, None)
 
 
 def _forward(_, above, own, below, taps, __, y, scratch, wide, *, k: int) -> None:
     p = k // 2
-    _fill(scratch, above, own, below, p)
-    _spread(taps, wide)
+    fill(scratch, above, own, below, p)
+    spread(taps, wide)
 
     def tile(top, left):
         halves = []
-        for half in range(0, _COLUMNS, SUBLANES):
-            sums = [wide[k * k]] * _GROUP
+        for half in range(0, COLUMNS, SUBLANES):
+            sums = [wide[k * k]] * GROUP
             for j in range(k):
                 column = [wide[i * k + j] for i in range(k)]
-                for row in range(_GROUP + k - 1):
+                for row in range(GROUP + k - 1):
                     pixels = scratch[top + row, pl.ds(left + half + SUBLANES - p + j, SUBLANES)]
                     for i in _taps_of(row, k):
                         sums[row - i] += pixels * column[i]
             halves.append(sums)
         _store(y, top, left, halves)
 
-    _over_tiles(own.shape, tile)
+    over_tiles(own.shape, tile)
 
 
 def _backward(_, above, own, below, x, taps, __, plus, dx, found, scratch, wide, totals, *, k: int) -> None:
     p = k // 2
-    _fill(scratch, above, own, below, p)
-    _spread(taps, wide)
+    fill(scratch, above, own, below, p)
+    spread(taps, wide)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -257,24 +261,24 @@ def _backward(_, above, own, below, x, taps, __, plus, dx, found, scratch, wide,
 
     def tile(top, left):
         halves = []
-        here = pl.ds(pl.multiple_of(left, _COLUMNS), _COLUMNS)
+        here = pl.ds(pl.multiple_of(left, COLUMNS), COLUMNS)
         inputs, added = (
-            None if ref is None else [ref[0, top + row, here].astype(jnp.float32) for row in range(_GROUP)]
+            None if ref is None else [ref[0, top + row, here].astype(jnp.float32) for row in range(GROUP)]
             for ref in (x, plus)
         )
-        for half in range(0, _COLUMNS, SUBLANES):
+        for half in range(0, COLUMNS, SUBLANES):
             inside = [rows[half : half + SUBLANES] for rows in inputs]
             bias = 0.0
-            sums = [0.0] * _GROUP if added is None else [rows[half : half + SUBLANES] for rows in added]
+            sums = [0.0] * GROUP if added is None else [rows[half : half + SUBLANES] for rows in added]
             for j in range(k):
                 places = [(k - 1 - i) * k + k - 1 - j for i in range(k)]  # of the flipped kernel
                 column, products = [wide[place] for place in places], [0.0] * k
-                for row in range(_GROUP + k - 1):
+                for row in range(GROUP + k - 1):
                     pixels = scratch[top + row, pl.ds(left + half + SUBLANES - p + j, SUBLANES)]
                     for i in _taps_of(row, k):
                         sums[row - i] += pixels * column[i]
                         products[i] += pixels * inside[row - i]
-                    if j == p and p <= row < p + _GROUP:
+                    if j == p and p <= row < p + GROUP:
                         bias = bias + pixels
                 for place, product in zip(places, products, strict=True):
                     totals[place] += product
@@ -282,7 +286,7 @@ def _backward(_, above, own, below, x, taps, __, plus, dx, found, scratch, wide,
             halves.append(sums)
         _store(dx, top, left, halves)
 
-    _over_tiles(own.shape, tile)
+    over_tiles(own.shape, tile)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -290,12 +294,12 @@ def _backward(_, above, own, below, x, taps, __, plus, dx, found, scratch, wide,
 
 
 def _taps_of(row: int, k: int) -> range:
-    """Returns the rows of taps through which a row of the scratch reaches one of _GROUP rows of the result."""
-    return range(max(0, row - _GROUP + 1), min(k, row + 1))
+    """Returns the rows of taps through which a row of the scratch reaches one of GROUP rows of the result."""
+    return range(max(0, row - GROUP + 1), min(k, row + 1))
 
 
 def _store(out, top, left, halves) -> None:
-    """Writes the sums of a tile, for both halves of its columns, _GROUP arrays [SUBLANES, LANES]."""
-    here = pl.ds(pl.multiple_of(left, _COLUMNS), _COLUMNS)
+    """Writes the sums of a tile, for both halves of its columns, GROUP arrays [SUBLANES, LANES]."""
+    here = pl.ds(pl.multiple_of(left, COLUMNS), COLUMNS)
     for row, parts in enumerate(zip(*halves, strict=True)):
         out[0, top + row, here] = jnp.concatenate(parts).astype(out.dtype)

@@ -182,6 +182,11 @@ def images_here(images: int) -> int:
     return images // shards if images % shards == 0 else images
 
 
+def map_axes(images: int) -> tuple[str | None, ...]:
+    """Returns the logical axes of maps [B, H, W, C] for `on_shards`; all None where each device computes all images."""
+    return ("batch" if images_here(images) < images else None, None, None, None)
+
+
 def on_shards(function, in_axes: Sequence[Any], out_axes: Any):
     """Returns `function` applied to each device's shards of its arguments; without a mesh, to the whole arguments.
 

@@ -103,7 +103,7 @@ def _on_tpu(x, kernel, stride, interpret):
             return depthwise_stride2_tpu.forward(x, kernel, interpret)
         return depthwise_tpu.forward(x, depthwise_tpu.taps(kernel), interpret=interpret)
 
-    maps, whole = _axes(x)
+    maps, whole = sharding.map_axes(len(x)), (None,) * 4
     return sharding.on_shards(forward, (maps, whole), maps)(x, kernel)
 
 
@@ -113,7 +113,7 @@ def _on_tpu_forward(x, kernel, stride, interpret):
 
 def _on_tpu_backward(stride, interpret, residuals, dy):
     x, kernel = residuals
-    maps, whole = _axes(x)
+    maps, whole = sharding.map_axes(len(x)), (None,) * 4
 
     def backward(x, kernel, dy):
         if stride == 2:
@@ -128,11 +128,6 @@ def _on_tpu_backward(stride, interpret, residuals, dy):
 
 
 _on_tpu.defvjp(_on_tpu_forward, _on_tpu_backward)
-
-
-def _axes(x):
-    """Returns the logical axes of maps and of a kernel; images that do not divide are computed whole by each device."""
-    return ("batch" if len(x) % sharding.batch_shards() == 0 else None, None, None, None), (None,) * 4
 
 
 def _conv(x, kernel, stride, padding):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fastvlm_jax.sharding import images_here, on_shards, sum_batch
+from fastvlm_jax.sharding import map_axes, on_shards, sum_batch
 
 EXACT = lax.Precision.HIGHEST  # of float32 on TPU: neither moving pixels nor a depthwise convolution rounds to bfloat16
 
@@ -76,7 +76,7 @@ def _padding(kernel):
 def _backward(rearranged, made, precision, residuals, dy):
     x, kernel = residuals
     (dx,) = jax.vjp(lambda x: _conv(rearranged, made, precision, x, kernel), x)[1](dy)
-    split = images_here(len(x)) < len(x)
+    maps = map_axes(len(x))
 
     def gradient(x, dy):
         # In float32, because a tap of the kernel stands in several places of the one that is made from it: their
@@ -92,10 +92,9 @@ def _backward(rearranged, made, precision, residuals, dy):
             preferred_element_type=jnp.float32,
         )
         dkernel = jax.linear_transpose(made, float32)(of_made)[0].astype(kernel.dtype)
-        return sum_batch(dkernel) if split else dkernel
+        return sum_batch(dkernel) if maps[0] else dkernel
 
     # Each device for its own images: devices exchange the gradient of the kernel, not of the larger one that is made.
-    maps = ("batch" if split else None, None, None, None)
     return dx, on_shards(gradient, (maps, maps), (None,) * 4)(x, dy)
 
 

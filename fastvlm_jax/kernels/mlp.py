@@ -17,7 +17,7 @@ from jax import lax
 
 from fastvlm_jax.kernels import choice, pointwise_block_tpu
 from fastvlm_jax.kernels.gelu import gelu
-from fastvlm_jax.sharding import device_cores, images_here, on_shards, sum_batch
+from fastvlm_jax.sharding import device_cores, images_here, map_axes, on_shards, sum_batch
 
 MAX_HIDDEN = 2**20  # hidden values of a block of rows: 4 MB in float32
 MIN_POSITIONS = 256  # with fewer in a block its matrix products are slower
@@ -79,7 +79,7 @@ def on_tpu(x, kernel1, bias1, kernel2, bias2, skip=None, interpret=False):
         )
         return y_PD.reshape(*x.shape[:3], -1)
 
-    maps = _map_axes(x)
+    maps = map_axes(len(x))
     axes = [maps, None if skip is None else maps, *WEIGHT_AXES]
     return on_shards(local, axes, maps)(x, skip, kernel1, bias1, kernel2, bias2)
 
@@ -87,7 +87,7 @@ def on_tpu(x, kernel1, bias1, kernel2, bias2, skip=None, interpret=False):
 def _on_tpu_backward(interpret, args, dy):
     x, kernel1, bias1, kernel2, _, skip = args
     target = dict(exact=pointwise_block_tpu.exact(x.dtype), cores=device_cores())
-    maps = _map_axes(x)
+    maps = map_axes(len(x))
 
     def local(x, dy, kernel1, bias1, kernel2):
         weights = kernel1, pointwise_block_tpu.row(bias1), kernel2.T, kernel1.T
@@ -103,11 +103,6 @@ def _on_tpu_backward(interpret, args, dy):
 
 
 on_tpu.defvjp(lambda *args: (on_tpu(*args), args[:6]), _on_tpu_backward)
-
-
-def _map_axes(x):
-    """Returns the logical axes of maps."""
-    return ("batch" if images_here(len(x)) < len(x) else None, None, None, None)
 
 
 def _positions(x):

@@ -18,7 +18,7 @@ from jax import lax
 
 from fastvlm_jax.kernels import depthwise_tpu, pointwise_block_tpu, stacked
 from fastvlm_jax.kernels.stacked import Layer
-from fastvlm_jax.sharding import batch_shards, device_cores, images_here, on_shards, sum_batch
+from fastvlm_jax.sharding import device_cores, images_here, map_axes, on_shards, sum_batch
 
 Array = jax.Array
 
@@ -240,7 +240,6 @@ def _positions(x: Array | Layer) -> Array | Layer:
 
 
 def _axes(x: Array, weights: Weights):
-    """Returns the logical axes of maps, of stacks of them and of the weights; images that do not divide over the
-    devices are computed whole by each."""
-    maps = ("batch" if len(x) % batch_shards() == 0 else None, None, None, None)
+    """Returns the logical axes of maps, of stacks of them and of the weights."""
+    maps = map_axes(len(x))
     return maps, (None, *maps), jax.tree.map(lambda w: (None,) * w.ndim, weights)

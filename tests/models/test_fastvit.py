@@ -235,7 +235,8 @@ def kernels_of(devices, **settings):
 
 
 def test_the_mesh_and_a_key_choose_the_kernels():
-    depthwise = {"depthwise_3x3", "depthwise_3x3_backward", "depthwise_7x7", "depthwise_7x7_backward"}
+    forward = {f"depthwise_{size}{stride}" for size in ("3x3", "7x7") for stride in ("", "_stride2")}
+    depthwise = forward | {f"{name}_backward" for name in forward}
     products = {"pointwise_block", "pointwise_block_gradients"}
     tpu = topology.devices(topology.parse("v5e:2x2"))
     assert kernels_of(tpu) == depthwise | products | {"stacked_write"}

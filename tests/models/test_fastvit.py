@@ -240,7 +240,6 @@ def test_the_mesh_and_a_key_choose_the_kernels():
     products = {"pointwise_block", "pointwise_block_gradients"}
     tpu = topology.devices(topology.parse("v5e:2x2"))
     assert kernels_of(tpu) == depthwise | products | {"stacked_write"}
-    assert kernels_of(tpu, batch_norm="train") == depthwise | products
     assert kernels_of(tpu, kernels="none") == set()
     assert kernels_of(jax.devices()[:1]) == set()
 

@@ -1,4 +1,4 @@
-"""Times the forms of the encoder's kernels on this machine: python -m fastvlm_jax.bench.kernels
+"""Times the forms of the encoder's kernels on this machine: `fastvlm bench kernels`
 
 Prints markdown tables of milliseconds: XLA's depthwise convolution against `depthwise_conv`, which on a CPU is the
 shifted form, then the plain perceptron and attention against this platform's forms of the forward pass. The forms take
@@ -93,6 +93,7 @@ def milliseconds_of_attention(shape, rounds=5):
 
 
 def main():
+    """Prints the tables, row by row."""
     print("| x | k | stride | m | fwd: conv | depthwise_conv | ratio | fwd+bwd: conv | depthwise_conv | ratio |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for shape, k, stride, multiplier in SHAPES:
@@ -108,7 +109,3 @@ def main():
     for shape, name, time_forms in timed:
         plain, ours = time_forms(shape)
         print(f"| {'x'.join(map(str, shape))} | {name} | {plain:.1f} | {ours:.1f} | {plain / ours:.2f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -117,6 +117,31 @@ def bench_step(argv: list[str]) -> None:
     print(step_page.text(found))
 
 
+def bench_kernels(argv: list[str]) -> None:
+    """Times the forms of the encoder's functions on this machine, or compares them for a TPU by its compiler."""
+    fv = flags.FlagValues()
+    flags.DEFINE_string(
+        "topology", None, "compare the TPU kernels with XLA's forms instead, by the TPU compiler, as v5e:1x1",
+        flag_values=fv,
+    )  # fmt: skip
+    flags.DEFINE_integer("rows", 8, "images at a time, with --topology", lower_bound=1, flag_values=fv)
+    flags.DEFINE_string("output", None, "JSON file for all numbers, with --topology", flag_values=fv)
+    parse(fv, argv)
+    if fv.topology is None:
+        if unfit := [name for name in ("rows", "output") if fv[name].present]:
+            raise flags.Error(f"--{unfit[0]} is for --topology: leave it out, or name a TPU, as --topology=v5e:1x1")
+        from fastvlm_jax.bench import kernels
+
+        kernels.main()
+        return
+    from fastvlm_jax.preflight import bench_kernels, topology
+
+    topology.set_environment()
+    found = bench_kernels.measure(fv.topology, fv.rows)
+    to_json(found, fv.output)
+    print(bench_kernels.text(found))
+
+
 def _define_clock(fv: flags.FlagValues) -> None:
     """Defines the flags that `bench ttft` and `bench step` have in common."""
     flags.DEFINE_integer("runs", 20, "runs on the clock", lower_bound=1, flag_values=fv)
@@ -135,4 +160,4 @@ def _check_clock(fv: flags.FlagValues) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of a GPU's memory
 
 
-BENCHMARKS = {"input": bench_input, "step": bench_step, "ttft": bench_ttft}
+BENCHMARKS = {"input": bench_input, "step": bench_step, "ttft": bench_ttft, "kernels": bench_kernels}

@@ -78,6 +78,10 @@ ABOUT = {
         "Times a training step of a config by parts on this machine, with random weights, pixels and tokens.",
         "fastvlm bench step --config configs/stage2_instruct.py:0.5b --config.data.groups=2 --output step.json",
     ),
+    "bench kernels": (
+        "Times the forms of the encoder's functions on this machine, or compares TPU kernels with XLA by the compiler.",
+        "fastvlm bench kernels --topology v5e:1x1",
+    ),
     "checkpoint verify": (
         "Reads the checkpoints of a run, or one of them, and compares every array with the digest stored with it.",
         "fastvlm checkpoint verify runs/mine",

@@ -57,6 +57,14 @@ def test_a_loop_that_is_no_grid_has_no_turns_for_the_first_and_last_block():
     assert schedule.count(text).bundles == 3 + 8 * (7 + 10 * 5)
 
 
+def test_a_grid_has_as_many_turns_more_as_its_last_stage_says():
+    """A fusion of XLA fetches blocks several turns ahead."""
+    text = NESTED.replace(
+        "stage = 1 */", "stage = 1 */  ;;  %s4_s8 = sadd.s32 -5, %s8_s3 /* iteration index, stage = 5 */"
+    )
+    assert schedule.count(text).bundles == 3 + 3 * (7 + 10 * 5)
+
+
 def test_a_step_of_a_counter_and_a_limit_that_it_passes():
     text = NESTED.replace("%s20_s6 = sadd.s32 1,", "%s20_s6 = sadd.s32 3,")  # 3, 6, 9, 12
     assert schedule.count(text).bundles == 3 + 6 * (7 + 4 * 5)

@@ -13,7 +13,8 @@ The TPU compiler writes the schedule of a kernel as text, one bundle of instruct
       0x58   : > { %13 = sbr.rel (!%p0) target = $region120 }
 
 The grid's loop, here of 24 steps, has two turns more, which fetch the first block and write back the last; they skip
-the kernel's body. Other branches are counted as if they skipped nothing.
+the kernel's body. A fusion of XLA may have more of them, as many as its last stage says. Other branches are counted as
+if they skipped nothing.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ _BUNDLE = re.compile(r" *(?:0x[0-9a-f]+|0) +(\w\w)? *: *(>*) *\{(.*)", re.S)
 _TEST = re.compile(r"(%p\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%p\w+\), )?(%s\w+), (\d+) /\* loop exit test")
 _BACK = re.compile(r"sbr\.rel \(!(%p\d+)\w*\) target = \$region(\d+)")
 _GRID = "iteration index, stage = "  # a comment that no other loop has
+_STAGE = re.compile(rf"{_GRID}(\d+)")
 _PRODUCT = re.compile(r"= vmatmul\.(\S*)mxu(\d)")
 # Rows of a matrix that one instruction holds by the type of its numbers, 32 bits the narrower the more; float32: 8.
 _ROWS = {"bf16": 16, "s8": 32, "u8": 32, "f8": 32}
@@ -104,7 +106,7 @@ def _count(loop: _Loop, tests: dict[str, tuple[str, int]], text: str) -> Schedul
     if loop.depth:
         trips = _trips(*tests[loop.test], text) if loop.test in tests else None
         if loop.depth == 1 and trips and _GRID in own:
-            trips = max(0, trips - 2)
+            trips = max(0, trips - max(2, *map(int, _STAGE.findall(own))))
     times = 1 if trips is None else trips
     return Schedule(
         times * (len(loop.bundles) + sum(part.bundles for part in inner)),

@@ -160,8 +160,8 @@ are estimates**: the compiler's cycles, with every loop counted as often as it r
 the published bandwidth of the slice's links. Nothing here was measured on a TPU.
 
 The tables below were compiled before the encoder had kernels of its own. [kernels.md](kernels.md) has the figures with
-them: on v5e the encoder's forward and backward pass takes 0.44 of what the tables say, with one image a chip 0.24, and a
-step of stage 2 of 0.5B on `v5e:4x4` 424 ms.
+them: on v5e the encoder's forward and backward pass takes 0.44 of what the tables say, with one image a chip 0.24; a
+step of stage 2 of 0.5B on `v5e:4x4` takes 424 ms.
 
 The columns of the stages:
 

@@ -112,19 +112,15 @@ def _compile(case: Case, file: pathlib.Path) -> None:
     ]  # fmt: skip
     begin = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)
-    if not file.is_file():  # a program that does not fit has a file too; no file means an error
-        print(f"  failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-    else:
-        print(f"  {time.monotonic() - begin:.0f} s", flush=True)
+    # A program that does not fit has a file too; no file means an error.
+    failed = f"failed: {done.stderr.strip().splitlines()[-1:]}"
+    print(f"  {time.monotonic() - begin:.0f} s" if file.is_file() else f"  {failed}", flush=True)
 
 
 def write(folder: pathlib.Path, output: pathlib.Path) -> None:
     """Writes the markdown document from the results in the folder."""
-    found = {
-        case: json.loads((folder / f"{case.name}.json").read_text())
-        for case in CASES
-        if (folder / f"{case.name}.json").is_file()
-    }
+    files = {case: folder / f"{case.name}.json" for case in CASES}
+    found = {case: json.loads(file.read_text()) for case, file in files.items() if file.is_file()}
     write_whole(output, text(found).encode())
 
 

@@ -32,13 +32,14 @@ from fastvlm_jax.kernels.depthwise_tpu import LANES, SUBLANES
 from fastvlm_jax.kernels.mlp import mlp
 from fastvlm_jax.preflight import estimate, kernels, topology
 from fastvlm_jax.preflight.compile import cache_folder
-from fastvlm_jax.preflight.hlo import cost, schedule
+from fastvlm_jax.preflight.hlo import cost, mosaic, schedule
 from fastvlm_jax.preflight.hlo.parse import parse
 from fastvlm_jax.preflight.hlo.schedule import Schedule
 from fastvlm_jax.preflight.topology import Slice
 
 _VERSION = 1  # version of the cached results
 _SLOTS = 4  # vector instructions of a bundle: a multiply-add is two of them
+_BODY = re.compile(r"body\\22: \\22([\w+/=]+)")  # of a kernel, in a lowered program
 _SCHEDULE = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt")
 
 
@@ -158,7 +159,7 @@ def _compiled(case, rows, direction, form, mesh, slices: Slice, folder: pathlib.
     with topology.compiler(), jax.set_mesh(mesh):
         lowered = jax.jit(function, in_shardings=here, out_shardings=here).lower(*shapes)
         about = [_VERSION, importlib.metadata.version("libtpu"), own_flags, slices.generation.prefix]
-        file = cache_folder() / "forms" / f"{files.json_digest([*about, lowered.as_text()])[:24]}.json"
+        file = cache_folder() / "forms" / f"{files.json_digest([*about, without_places(lowered.as_text())])[:24]}.json"
         if file.is_file():
             return files.read_object(file)
         shape = "x".join(map(str, (rows, *case.map)))
@@ -173,6 +174,11 @@ def _compiled(case, rows, direction, form, mesh, slices: Slice, folder: pathlib.
     found = {"text": text, "schedules": {name: schedule.count(written[name].read_text()) for name in sorted(names)}}
     files.write_json(file, found)
     return json.loads(json.dumps(found))
+
+
+def without_places(text: str) -> str:
+    """Returns a lowered program without the places in source code that its kernels hold."""
+    return _BODY.sub(lambda found: mosaic.module_text(f'"body":"{found[1]}"') or found[0], text)
 
 
 def _row(case: Case, rows: int, direction: str, forms: Sequence[dict[str, Any]], mesh, slices: Slice) -> dict[str, Any]:

@@ -5,8 +5,11 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from command import fastvlm
+from jax.experimental import pallas as pl
 from paths import ROOT
 
 from fastvlm_jax.preflight import bench_kernels, topology
@@ -73,6 +76,30 @@ def test_every_function_with_kernels_has_its_rows_at_1024_px():
     for name in ("depthwise 3x3", "pointwise block"):
         assert {(name, side) for side in (256, 128, 64)} < names
     assert all(case.map[0] * case.map[2] == 256 * 96 for case in bench_kernels.CASES)
+
+
+def test_a_program_is_the_same_wherever_its_kernel_stands_in_the_source():
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+
+    def lowered(kernel):
+        call = pl.pallas_call(kernel, out_shape=x, name="double")
+        return jax.jit(call).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = 2 * x_ref[...]
+
+    here = lowered(kernel)
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = 2 * x_ref[...]
+
+    there = lowered(kernel)
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = 3 * x_ref[...]
+
+    assert here != there and bench_kernels.without_places(here) == bench_kernels.without_places(there)
+    assert bench_kernels.without_places(lowered(kernel)) != bench_kernels.without_places(here)
 
 
 ONE_ROW = """

@@ -351,7 +351,7 @@ def test_kernels_of_a_loop_are_counted_once_and_for_all_programs(monkeypatch, ca
 
         return jax.lax.scan(turn, x, None, length=5)[0]
 
-    shapes = ((1, 16, 16, 128), jnp.bfloat16), ((3, 3, 1, 128), jnp.float32)
+    shapes = ((1, 16, 16, 128), jnp.bfloat16), ((3 * 3 + 1, 128), jnp.float32)
     found = compiled_kernels(monkeypatch, tmp_path, loop, *shapes)
     assert {name: o.trips for name, o in found.items()} == {"depthwise_3x3": 5, "depthwise_3x3_backward": 5}
     forward, backward = (found[name].schedule.bundles for name in found)
@@ -376,7 +376,7 @@ def test_kernels_of_a_loop_are_counted_once_and_for_all_programs(monkeypatch, ca
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5p:2x2x1", "v6e:1x1", "v7x:2x2x1"])
 def test_kernels_are_counted_on_every_generation(monkeypatch, tmp_path, name):
-    shapes = ((2, 16, 16, 128), jnp.bfloat16), ((3, 3, 1, 128), jnp.float32)
+    shapes = ((2, 16, 16, 128), jnp.bfloat16), ((3 * 3 + 1, 128), jnp.float32)
     found = compiled_kernels(monkeypatch, tmp_path, depthwise_tpu.forward, *shapes, name=name)
     images = 1 if name[:3] in ("v4:", "v5p") else 2  # two cores take an image each
     least = images * 32 * 9 * 2 / 4

@@ -41,7 +41,7 @@ def norm(x):
     "shape, k",
     [
         ((2, 32, 32, 136), 3),
-        pytest.param((1, 32, 64, 24), 7, marks=pytest.mark.full),
+        ((1, 32, 64, 24), 7),
         pytest.param((3, 48, 32, 192), 5, marks=pytest.mark.full),
         pytest.param((2, 48, 64, 128), 7, marks=pytest.mark.full),
     ],
@@ -101,7 +101,8 @@ def compiled(name, shape, k):
     ["v5e:2x2", *(pytest.param(n, marks=pytest.mark.full) for n in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1"))],
 )
 def test_every_generation_takes_the_kernels_and_gathers_nothing(name):
-    text = compiled(name, (8, 64, 64, 192), 7).as_text()
+    # With more channels v7x sums their gradient on its SparseCores: a program that XLA cannot print.
+    text = compiled(name, (8, 64, 64, 128), 7).as_text()
     assert "depthwise_7x7_stride2." in text and "depthwise_7x7_stride2_backward" in text
     # The gradient of the kernel is summed over the devices; no feature map moves.
     assert "all-gather" not in text and "all-to-all" not in text and text.count("all-reduce(") == 1

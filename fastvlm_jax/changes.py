@@ -17,7 +17,7 @@ from fastvlm_jax.config import REPLACED, differences
 FREE_KEYS = (
     "eval_every", "eval_batches", "evaluate", "keep_best", "stop_after", *REPLACED, "mesh", "log_every",
     "checkpoint_every", "keep_checkpoints", "keep_every", "wandb", "accumulate", "shard_frozen", "bad_steps",
-    "model.vision.remat", "model.llm.remat", "model.text.remat", "loss.block", "loss.ring",
+    "model.vision.remat", "model.vision.kernels", "model.llm.remat", "model.text.remat", "loss.block", "loss.ring",
     "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
     "data.root",
 )  # fmt: skip

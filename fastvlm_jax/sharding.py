@@ -159,9 +159,11 @@ gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def device_kind() -> str:
-    """Returns the kind of device in the mesh of `jax.set_mesh`, as "TPU v5 lite" or "cpu"; "" without a mesh."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device else ""
+    """Returns the kind of device that a program is made for, as "TPU v5 lite" or "cpu".
+
+    It is that of the mesh of `jax.set_mesh`; without a mesh, or with one that names no device, that of this process.
+    """
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
 
 
 def device_cores() -> int:

@@ -201,7 +201,10 @@ def test_a_computation_may_change_and_a_size_may_not():
     may = ["model.dtype", "model.vision.drop_path", "data.groups", "seed", "clip_norm", "beta2", "epochs"]
     assert [key for key in may if changes.Change(key, 1, 2).fixed or changes.Change(key, 1, 2).free] == []
     assert all(changes.Change(key, 1, 2).fixed for key in ("model.llm.width", "model.vision.layers", "moment_dtype"))
-    assert all(changes.Change(key, 1, 2).free for key in ("mesh", "model.llm.remat", "model.vision.kernels", "data.root", "code"))
+    assert all(
+        changes.Change(key, 1, 2).free
+        for key in ("mesh", "model.llm.remat", "model.vision.kernels", "data.root", "code")
+    )
     assert not changes.is_free("data.rooted") and not changes.is_free("log")
 
 

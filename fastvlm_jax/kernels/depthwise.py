@@ -2,7 +2,7 @@
 
 | platform | implementation | reason |
 |---|---|---|
-| TPU, stride 1, maps of 8 n x 16 m in bfloat16 | Pallas kernels, depthwise_tpu.py | any batch, no copies: docs/kernels.md |
+| TPU, stride 1, maps of 8 n x 16 m in bfloat16 | Pallas kernels, depthwise_tpu.py | see docs/kernels.md |
 | TPU, stride 2, two outputs a channel, 16 n x 32 m | Pallas kernels, depthwise_stride2_tpu.py | at most a quarter |
 | TPU, GPU | XLA's convolution, one for each output of a channel | on TPU shifted adds are 2 to 3 times slower |
 | CPU | shifted multiply-adds with a hand-written backward pass | XLA's convolution is 10 to 50 times slower there |

@@ -1,7 +1,8 @@
 """Depthwise convolutions of stride 1 as Pallas kernels for TPU: the forward pass, and both gradients in one kernel.
 
-XLA lays the batch on the sublanes, and takes three to four times the multiply-adds of the vector units. Here a grid
-step takes some rows of one image and 128 of its channels. Columns lie on the sublanes, so the batch may have any size:
+XLA lays the batch on the sublanes, which are empty below 8 images, and copies maps between that layout and the one of
+matrix products. Here a grid step takes some rows of one image and 128 of its channels. Columns lie on the sublanes, as
+in products, and the batch may have any size. docs/kernels.md compares the two, by two counts that disagree.
 
     HBM   x [B, H, W, C]         rows, those above and those below, 128 channels
     VMEM  float32 [p + rows + p, 8 + W + 8, 128]        p = k // 2; zeros around the image
@@ -85,7 +86,7 @@ def forward(
             grid=(-(-channels // LANES), batch, height // rows),
             in_specs=[*with_halos(0, rows, height, width), _taps_spec(1, size), pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=_own(2, rows, width),
-            scratch_shapes=[vmem(_scratch_shape(rows, width, k)), vmem((size, SUBLANES, LANES))],
+            scratch_shapes=[vmem(padded(rows + k - 1, width)), vmem((size, SUBLANES, LANES))],
         ),
         out_shape=jax.ShapeDtypeStruct(target.maps.shape, target.maps.dtype),
         input_output_aliases={5: 0},
@@ -132,7 +133,7 @@ def backward(
                 None if plus is None else own,
             ],
             out_specs=[own, pl.BlockSpec((None, 1, size, LANES), lambda c, b, h, at: (at[2], b, 0, c))],
-            scratch_shapes=[vmem(_scratch_shape(rows, width, k)), wide, wide],
+            scratch_shapes=[vmem(padded(rows + k - 1, width)), wide, wide],
         ),
         out_shape=[like, jax.ShapeDtypeStruct(target.maps.shape, target.maps.dtype)],
         input_output_aliases={6: 1},
@@ -144,24 +145,30 @@ def backward(
 
 
 def _rows(x: jax.ShapeDtypeStruct, size: int) -> int:
-    """Returns how many rows a grid step takes: the most that divide the height and leave room in VMEM."""
+    """Returns how many rows a grid step takes, forward and backward."""
     _, height, width, _ = x.shape
     k = math.isqrt(size)
-    return max(
-        rows
-        for rows in range(GROUP, min(height, 32) + 1, GROUP)
-        if height % rows == 0 and (rows == GROUP or _bytes(rows, width, k) <= _VMEM)
-    )
+    return rows_that_fit(height, lambda rows: held(rows + k - 1, 3 * rows + 2 * HALO, width))
 
 
-def _bytes(rows: int, width: int, k: int) -> int:
-    """Returns what a step of the backward pass holds: the scratch, and two buffers each of x, dy with its halos, dx."""
-    blocks = 2 * (3 * rows + 2 * HALO) * width * LANES * 2
-    return math.prod(_scratch_shape(rows, width, k)) * 4 + blocks
+def rows_that_fit(height: int, held: Callable[[int], int]) -> int:
+    """Returns how many rows of its result a grid step takes: the most that divide the height and leave room in VMEM.
+
+    Args:
+      held: function of such a number that returns what the step holds, in bytes.
+    """
+    possible = [rows for rows in range(GROUP, min(height, 32) + 1, GROUP) if height % rows == 0]
+    return max(rows for rows in possible if rows == GROUP or held(rows) <= _VMEM)
 
 
-def _scratch_shape(rows: int, width: int, k: int) -> tuple[int, int, int]:
-    return rows + k - 1, width + 2 * SUBLANES, LANES
+def held(scratch_rows: int, block_rows: int, width: int) -> int:
+    """Returns the bytes of a float32 scratch of padded rows, and of two buffers each of bfloat16 blocks."""
+    return math.prod(padded(scratch_rows, width)) * 4 + 2 * block_rows * width * LANES * 2
+
+
+def padded(rows: int, width: int) -> tuple[int, int, int]:
+    """Returns the shape of rows in the scratch: a tile of zeros on both sides."""
+    return rows, width + 2 * SUBLANES, LANES
 
 
 def _own(place: int, rows: int, width: int) -> pl.BlockSpec:

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from tpu_program import SLICES, gradient_program
 
-from fastvlm_jax import sharding
-from fastvlm_jax.kernels import depthwise_stride2_tpu
+from fastvlm_jax.kernels import depthwise_stride2_tpu, depthwise_tpu
 from fastvlm_jax.kernels.depthwise import depthwise_conv
-from fastvlm_jax.preflight import topology
 
 bf16 = jnp.bfloat16
 
@@ -47,7 +45,7 @@ def norm(x):
     ],
 )
 def test_results_and_gradients_are_those_of_the_convolution(monkeypatch, shape, k):
-    monkeypatch.setattr(depthwise_stride2_tpu, "_VMEM", 0)  # 8 rows a step, as large maps have
+    monkeypatch.setattr(depthwise_tpu, "_VMEM", 0)  # 8 rows a step, as large maps have
     x, kernel, dy = arrays(shape, k)
     y, vjp = jax.vjp(plain, x.astype(jnp.float32), kernel)
     dx, dkernel = vjp(dy.astype(jnp.float32))
@@ -79,27 +77,14 @@ def test_what_does_not_fit():
 
 
 def compiled(name, shape, k):
-    """The program of a gradient, for the shards of a batch on every device of a slice."""
-    with topology.compiler():
-        mesh = sharding.make_mesh((1, -1, 1, 1), topology.devices(topology.parse(name)))
-        place = functools.partial(NamedSharding, mesh)
-        B, H, W, C = shape
-        maps = place(PartitionSpec(("replica", "data", "fsdp")))
-        x, dy = (jax.ShapeDtypeStruct(s, bf16, sharding=maps) for s in (shape, (B, H // 2, W // 2, 2 * C)))
-        kernel = jax.ShapeDtypeStruct((k, k, 1, 2 * C), jnp.float32, sharding=place(PartitionSpec()))
-
-        def gradient(x, kernel, dy):
-            y, vjp = jax.vjp(functools.partial(depthwise_conv, stride=2), x, kernel)
-            return y, vjp(dy)
-
-        with jax.set_mesh(mesh):
-            return jax.jit(gradient).lower(x, kernel, dy).compile()
+    """The program of a gradient of maps in bfloat16."""
+    kernel = jax.ShapeDtypeStruct((k, k, 1, 2 * shape[3]), jnp.float32)
+    return gradient_program(
+        name, functools.partial(depthwise_conv, stride=2), jax.ShapeDtypeStruct(shape, bf16), kernel
+    )
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["v5e:2x2", *(pytest.param(n, marks=pytest.mark.full) for n in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1"))],
-)
+@pytest.mark.parametrize("name", SLICES)
 def test_every_generation_takes_the_kernels_and_gathers_nothing(name):
     # With more channels v7x sums their gradient on its SparseCores: a program that XLA cannot print.
     text = compiled(name, (8, 64, 64, 128), 7).as_text()

@@ -1,18 +1,14 @@
 """Compares the TPU kernels, run by Pallas on a CPU, with XLA's convolution, and compiles them for TPU slices."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from tpu_program import SLICES, gradient_program
 
-from fastvlm_jax import sharding
 from fastvlm_jax.kernels import depthwise_tpu
 from fastvlm_jax.kernels.depthwise import depthwise_conv
 from fastvlm_jax.kernels.stacked import Layer
-from fastvlm_jax.preflight import topology
 
 bf16 = jnp.bfloat16
 
@@ -85,26 +81,12 @@ def test_what_does_not_fit():
 
 
 def compiled(name, shape, k):
-    """The program of a gradient, for the shards of a batch on every device of a slice."""
-    with topology.compiler():
-        devices = topology.devices(topology.parse(name))
-        mesh = sharding.make_mesh((1, -1, 1, 1), devices)
-        place = functools.partial(NamedSharding, mesh)
-        x = jax.ShapeDtypeStruct(shape, bf16, sharding=place(PartitionSpec(("replica", "data", "fsdp"))))
-        kernel = jax.ShapeDtypeStruct((k, k, 1, shape[3]), jnp.float32, sharding=place(PartitionSpec()))
-
-        def gradient(x, kernel, dy):
-            y, vjp = jax.vjp(depthwise_conv, x, kernel)
-            return y, vjp(dy)
-
-        with jax.set_mesh(mesh):
-            return jax.jit(gradient).lower(x, kernel, x).compile()
+    """The program of a gradient of maps in bfloat16."""
+    kernel = jax.ShapeDtypeStruct((k, k, 1, shape[3]), jnp.float32)
+    return gradient_program(name, depthwise_conv, jax.ShapeDtypeStruct(shape, bf16), kernel)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["v5e:2x2", *(pytest.param(n, marks=pytest.mark.full) for n in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1"))],
-)
+@pytest.mark.parametrize("name", SLICES)
 def test_every_generation_takes_the_kernels_and_gathers_nothing(name):
     text = compiled(name, (8, 64, 64, 192), 7).as_text()
     assert "depthwise_7x7." in text and "depthwise_7x7_backward" in text

@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from tpu_program import SLICES, gradient_program
 
-from fastvlm_jax import sharding
 from fastvlm_jax.kernels import mlp, repmixer_stage, stacked
 from fastvlm_jax.kernels.repmixer_stage import Weights
 from fastvlm_jax.kernels.stacked import Layer
-from fastvlm_jax.preflight import topology
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 
@@ -86,26 +84,14 @@ def test_a_layer_is_written_in_its_place():
 
 
 def compiled(name, shape, L=3):
-    """The program of a gradient, for the shards of a batch on every device of a slice."""
-    with topology.compiler():
-        mesh = sharding.make_mesh((1, -1, 1, 1), topology.devices(topology.parse(name)))
-        place = functools.partial(NamedSharding, mesh)
-        x = jax.ShapeDtypeStruct(shape, bf16, sharding=place(PartitionSpec(("replica", "data", "fsdp"))))
-        weights = Weights(
-            *[
-                jax.ShapeDtypeStruct(s, kind, sharding=place(PartitionSpec()))
-                for s, kind in zip(shapes(L, shape[3]), [f32] * 4 + [bf16] * 4, strict=True)
-            ]
-        )
-        stage = lambda x, w: repmixer_stage.stage(x, w, ("depthwise",))  # noqa: E731
-        with jax.set_mesh(mesh):
-            return jax.jit(functools.partial(result_and_gradients, stage)).lower(x, weights, x).compile().as_text()
+    """The text of the program of a gradient."""
+    kinds = [f32] * 4 + [bf16] * 4
+    weights = Weights(*map(jax.ShapeDtypeStruct, shapes(L, shape[3]), kinds))
+    stage = functools.partial(repmixer_stage.stage, keep=("depthwise",))
+    return gradient_program(name, stage, jax.ShapeDtypeStruct(shape, bf16), weights).as_text()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["v5e:2x2", *(pytest.param(n, marks=pytest.mark.full) for n in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1"))],
-)
+@pytest.mark.parametrize("name", SLICES)
 def test_no_map_is_sent_and_no_stack_is_copied(name):
     text = compiled(name, (8, 64, 64, 384))
     assert "all-gather" not in text and "all-to-all" not in text

@@ -31,7 +31,7 @@ from fastvlm_jax.kernels.depthwise import depthwise_conv
 from fastvlm_jax.kernels.depthwise_tpu import LANES, SUBLANES
 from fastvlm_jax.kernels.mlp import mlp
 from fastvlm_jax.preflight import estimate, kernels, topology
-from fastvlm_jax.preflight.compile import cache_folder
+from fastvlm_jax.preflight.compile import cache_folder, compile_with_text
 from fastvlm_jax.preflight.hlo import cost, mosaic, schedule
 from fastvlm_jax.preflight.hlo.parse import parse
 from fastvlm_jax.preflight.hlo.schedule import Schedule
@@ -50,15 +50,19 @@ class Case(NamedTuple):
       kernel: "depthwise", or "pointwise": fc1, GELU, fc2 and the residual, with 4 C hidden values.
       size: the depthwise kernel's rows and columns; 1 for "pointwise".
       map: rows, columns and channels.
+      stride: of the depthwise kernel, which with stride 2 has two outputs a channel.
     """
 
     kernel: str
     size: int
     map: tuple[int, int, int]
+    stride: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {self.size}x{self.size}" if self.kernel == "depthwise" else f"{self.kernel} block"
+        if self.kernel == "pointwise":
+            return "pointwise block"
+        return f"depthwise {self.size}x{self.size}" + f", stride {self.stride}" * (self.stride > 1)
 
 
 # The maps of stages 0 to 4 of FastViTHD at 1024 px. Every function with TPU kernels has its rows here.
@@ -66,6 +70,7 @@ STAGES = [(256, 256, 96), (128, 128, 192), (64, 64, 384), (32, 32, 768), (16, 16
 CASES = [
     *[Case("depthwise", 7, each) for each in STAGES],
     *[Case("depthwise", 3, each) for each in STAGES[:3]],
+    *[Case("depthwise", 7, each, 2) for each in STAGES[:4]],
     *[Case("pointwise", 1, each) for each in STAGES[:3]],
 ]
 PASSES = ("forward", "backward")
@@ -109,8 +114,8 @@ def program(case: Case, rows: int, direction: str, form: str):
     H, W, C = case.map
     x = jax.ShapeDtypeStruct((rows, H, W, C), jnp.bfloat16)
     if case.kernel == "depthwise":
-        shapes = [((case.size, case.size, 1, C), jnp.float32)]
-        function = partial(depthwise_conv, kernels=form)
+        shapes = [((case.size, case.size, 1, C * case.stride), jnp.float32)]
+        function = partial(depthwise_conv, stride=case.stride, kernels=form)
     else:
         shapes = [((C, 4 * C), x.dtype), ((4 * C,), x.dtype), ((4 * C, C), x.dtype), ((C,), x.dtype)]
 
@@ -126,7 +131,9 @@ def program(case: Case, rows: int, direction: str, form: str):
     def backward(dy, *args):
         return jax.vjp(function, *args)[1](dy)
 
-    return (backward, [x, *args]) if direction == "backward" else (forward, [*args, *residual])
+    if direction == "backward":
+        return backward, [jax.eval_shape(function, *args), *args]
+    return forward, [*args, *residual]
 
 
 def floor(case: Case, rows: int, direction: str, slices: Slice, cores: int) -> dict[str, float]:
@@ -142,10 +149,11 @@ def floor(case: Case, rows: int, direction: str, slices: Slice, cores: int) -> d
     """
     (H, W, C), backward = case.map, direction == "backward"
     clock, positions = slices.generation.clock, rows * H * W
-    maps = 3 if backward or case.kernel == "pointwise" else 2
+    result = 1 / case.stride  # in sizes of x: a fourth of the positions, twice the channels
+    maps = 1 + result + (backward or case.kernel == "pointwise")
     least = {"HBM": maps * positions * C * 2 / slices.device_bandwidth * clock}
     if case.kernel == "depthwise":
-        vectors = positions * math.ceil(C / LANES) / SUBLANES
+        vectors = positions * math.ceil(C / LANES) / SUBLANES * result
         multiply_adds = vectors * case.size**2 * (2 if backward else 1)
         return {"vector units": multiply_adds * 2 / _SLOTS / cores, **least}
     flops = 2 * positions * C * 4 * C * (5 if backward else 2)
@@ -166,7 +174,7 @@ def _compiled(case, rows, direction, form, mesh, slices: Slice, folder: pathlib.
         print(f"compiling {case.name} {direction} of {shape}, kernels: {form}", file=sys.stderr, flush=True)
         for old in folder.glob("*"):
             old.unlink()
-        text = lowered.compile().as_text()
+        _, text = compile_with_text(lowered)
     written = {match[1]: path for path in folder.glob("*") if (match := _SCHEDULE.fullmatch(path.name))}
     if not written:
         raise ValueError("the TPU compiler wrote no schedules, because this process used it before: start another")

@@ -187,17 +187,12 @@ def compile(
         )  # fmt: skip
         begin = time.monotonic()
         compiled, text, refused = None, "", ""
-        with tempfile.TemporaryDirectory() as folder:
-            options_of_dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-            try:
-                compiled = lowered.compile(compiler_options={**(options or {}), **options_of_dump})
-                # Not compiled.as_text(): a jaxlib older than libtpu cannot read all of libtpu's programs.
-                (file_of_text,) = pathlib.Path(folder).glob("*.after_codegen.txt")
-                text = file_of_text.read_text()
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
-                    raise
-                refused = " ".join(str(error).split())
+        try:
+            compiled, text = compile_with_text(lowered, options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+                raise
+            refused = " ".join(str(error).split())
     kept = {
         "text": text,
         "memory": _memory(compiled.memory_analysis()) if compiled else {},
@@ -208,6 +203,19 @@ def compile(
     }
     files.write_whole(file, lzma.compress(json.dumps(kept).encode(), preset=0))
     return _counted(kept, slices, cached=False), state, batch
+
+
+def compile_with_text(lowered, options: dict[str, str] | None = None) -> tuple[Any, str]:
+    """Compiles a lowered program inside `topology.compiler`: (compiled program, its scheduled HLO).
+
+    The text is what the compiler writes, not `compiled.as_text()`: jaxlib cannot read all of libtpu's programs, those
+    for v7x that sum on its SparseCores, for example.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options={**(options or {}), **dump})
+        (file,) = pathlib.Path(folder).glob("*.after_codegen.txt")
+        return compiled, file.read_text()
 
 
 def _counted(kept: dict[str, Any], slices: Slice, cached: bool) -> Compiled:

@@ -88,7 +88,7 @@ def compiled(name, shape, L=3):
     kinds = [f32] * 4 + [bf16] * 4
     weights = Weights(*map(jax.ShapeDtypeStruct, shapes(L, shape[3]), kinds))
     stage = functools.partial(repmixer_stage.stage, keep=("depthwise",))
-    return gradient_program(name, stage, jax.ShapeDtypeStruct(shape, bf16), weights).as_text()
+    return gradient_program(name, stage, jax.ShapeDtypeStruct(shape, bf16), weights)
 
 
 @pytest.mark.parametrize("name", SLICES)

@@ -30,6 +30,9 @@ V5E = topology.parse("v5e:1x1")
         (Case("depthwise", 7, (64, 64, 384)), "forward", 2, {"vector units": 150_528, "HBM": 92_366}),
         # 96 channels take a whole vector of 128, but no more memory than they have.
         (Case("depthwise", 3, (256, 256, 96)), "forward", 1, {"vector units": 294_912, "HBM": 369_465}),
+        # A fourth of the positions with twice the channels: results of half the size of x.
+        (Case("depthwise", 7, (64, 64, 384), 2), "forward", 1, {"vector units": 150_528, "HBM": 69_275}),
+        (Case("depthwise", 7, (64, 64, 384), 2), "backward", 1, {"vector units": 301_056, "HBM": 115_458}),
         # 2 FLOPs x 32,768 positions x 384 x 1,536 x 2 products, 131,072 a cycle; 3 maps of 25 MB.
         (Case("pointwise", 1, (64, 64, 384)), "forward", 1, {"matrix units": 589_824, "HBM": 138_549}),
         (Case("pointwise", 1, (64, 64, 384)), "backward", 1, {"matrix units": 1_474_560, "HBM": 138_549}),
@@ -73,6 +76,7 @@ def test_the_table_has_both_ratios_and_the_one_to_the_floor():
 def test_every_function_with_kernels_has_its_rows_at_1024_px():
     names = {(case.name, case.map[0]) for case in bench_kernels.CASES}
     assert {("depthwise 7x7", side) for side in (256, 128, 64, 32, 16)} < names
+    assert {("depthwise 7x7, stride 2", side) for side in (256, 128, 64, 32)} < names
     for name in ("depthwise 3x3", "pointwise block"):
         assert {(name, side) for side in (256, 128, 64)} < names
     assert all(case.map[0] * case.map[2] == 256 * 96 for case in bench_kernels.CASES)

@@ -9,6 +9,7 @@ The compiler chooses the layouts of arguments and results, so that no copy at th
 the neighbours agree on layouts, as far as they can.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -90,9 +91,7 @@ def measure(name: str, rows: int, cases: Sequence[Case] = CASES) -> dict[str, An
       ValueError: the topology does not exist, or the TPU compiler is missing or was in use before.
     """
     slices, own_flags, found = topology.parse(name), os.environ.get("LIBTPU_INIT_ARGS", ""), []
-    with tempfile.TemporaryDirectory(prefix="fastvlm_schedules_") as folder:
-        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_to_filter=pass=^final_bundles$"
-        os.environ["LIBTPU_INIT_ARGS"] = f"{own_flags} {dump}".strip()
+    with tempfile.TemporaryDirectory(prefix="fastvlm_schedules_") as folder, _asking_for_schedules(folder):
         mesh = sharding.make_mesh((1, 1, 1, 1), topology.devices(slices)[:1])
         for case in cases:
             for direction in PASSES:
@@ -103,6 +102,20 @@ def measure(name: str, rows: int, cases: Sequence[Case] = CASES) -> dict[str, An
                 found.append(_row(case, rows, direction, forms, mesh, slices))
     versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
     return {"topology": name, "images": rows, "versions": versions, "rows": found}
+
+
+@contextlib.contextmanager
+def _asking_for_schedules(folder: str):
+    """Adds the compiler's flags to write the last schedule of each operation to the environment of the block."""
+    before = os.environ.get("LIBTPU_INIT_ARGS")
+    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_to_filter=pass=^final_bundles$"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{before or ''} {dump}".strip()
+    try:
+        yield
+    finally:
+        os.environ.pop("LIBTPU_INIT_ARGS")
+        if before is not None:
+            os.environ["LIBTPU_INIT_ARGS"] = before
 
 
 def program(case: Case, rows: int, direction: str, form: str):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -158,5 +159,7 @@ def test_without_the_compiler_one_line_says_how_to_install_it(monkeypatch, capsy
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else real(name, *rest)
     )
+    before = os.environ.get("LIBTPU_INIT_ARGS")
     status, out, err = fastvlm(monkeypatch, capsys, "bench", "kernels", "--topology=v5e:1x1")
+    assert os.environ.get("LIBTPU_INIT_ARGS") == before  # the flags for schedules went with the command
     assert (status, out) == (1, "") and "pip install 'fastvlm_jax[preflight]' (libtpu)" in err and err.count("\n") == 1

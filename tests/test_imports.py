@@ -15,6 +15,7 @@ __main__
 cli
 sweep
 preflight.table
+preflight.table_cases
 preflight
 preflight.hlo
 preflight.topology

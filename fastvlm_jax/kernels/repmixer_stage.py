@@ -106,13 +106,13 @@ def stage(x: Array, weights: Weights, keep: tuple[str, ...] = (), interpret: boo
     """
 
     def local(x: Array, weights: Weights) -> Array:
-        prepared = _prepared(weights)
+        prepared = prepared_weights(weights)
 
         def block(at, x):
             w = prepared.of(at)
             y = depthwise_tpu.forward(x, w.mixer, None, interpret)
             h = depthwise_tpu.forward(y, w.conv, None, interpret)
-            return _pointwise(h, w, y, None, interpret)
+            return pointwise(h, w, y, None, interpret)
 
         return lax.fori_loop(0, len(weights.mixer), block, x)
 
@@ -122,7 +122,7 @@ def stage(x: Array, weights: Weights, keep: tuple[str, ...] = (), interpret: boo
 
 def _forward(x: Array, weights: Weights, keep: tuple[str, ...], interpret: bool):
     def local(x: Array, weights: Weights):
-        L, like, prepared = len(weights.mixer), jax.ShapeDtypeStruct(x.shape, x.dtype), _prepared(weights)
+        L, like, prepared = len(weights.mixer), jax.ShapeDtypeStruct(x.shape, x.dtype), prepared_weights(weights)
         xs = stacked.write(x, stacked.new(like, L), interpret)
         kept = {name: stacked.new(like, L).maps for name in keep}
 
@@ -141,8 +141,8 @@ def _forward(x: Array, weights: Weights, keep: tuple[str, ...], interpret: bool)
             y = made("mixed", Layer(xs, at), w.mixer)
             h = made("depthwise", y, w.conv)
             if last:
-                return _pointwise(h, w, y, None, interpret), kept
-            return _pointwise(h, w, y, Layer(xs, at + 1), interpret), kept
+                return pointwise(h, w, y, None, interpret), kept
+            return pointwise(h, w, y, Layer(xs, at + 1), interpret), kept
 
         xs, kept = lax.fori_loop(0, L - 1, block, (xs, kept))
         out, kept = block(L - 1, (xs, kept), last=True)
@@ -156,8 +156,8 @@ def _forward(x: Array, weights: Weights, keep: tuple[str, ...], interpret: bool)
 
 def _backward(keep: tuple[str, ...], interpret: bool, residuals, dout: Array):
     def local(xs: Array, kept: dict[str, Array], weights: Weights, dout: Array):
-        L, prepared = len(weights.mixer), _prepared(weights)
-        sums = _sums(dout, prepared)
+        L, prepared = len(weights.mixer), prepared_weights(weights)
+        sums = new_sums(dout, prepared)
 
         def block(i, carry):
             dout, sums = carry
@@ -169,7 +169,7 @@ def _backward(keep: tuple[str, ...], interpret: bool, residuals, dout: Array):
 
             y = of("mixed", x, w.mixer)
             h = of("depthwise", y, w.conv)
-            dh, products = _pointwise_gradients(h, w, dout, into.products, interpret)
+            dh, products = pointwise_gradients(h, w, dout, into.products, interpret)
             dy, conv = depthwise_tpu.backward(y, w.conv, dh, dout, into.conv, interpret)
             dx, mixer = depthwise_tpu.backward(x, w.mixer, dy, None, into.mixer, interpret)
             return dx, Sums(mixer, conv, products)
@@ -187,7 +187,7 @@ def _backward(keep: tuple[str, ...], interpret: bool, residuals, dout: Array):
 stage.defvjp(_forward, _backward)
 
 
-def _prepared(w: Weights) -> Prepared:
+def prepared_weights(w: Weights) -> Prepared:
     """Returns the weights of all blocks as the kernels take them."""
     return Prepared(
         depthwise_tpu.taps(w.mixer, w.mixer_bias),
@@ -201,7 +201,7 @@ def _prepared(w: Weights) -> Prepared:
     )
 
 
-def _sums(x: Array, w: Prepared) -> Sums:
+def new_sums(x: Array, w: Prepared) -> Sums:
     """Returns new stacks for the sums of all blocks with maps like x [B, H, W, C]."""
     L, C, F = w.kernel1.shape
 
@@ -213,7 +213,7 @@ def _sums(x: Array, w: Prepared) -> Sums:
     return Sums(*taps, tuple(new(*each.shape) for each in products))
 
 
-def _pointwise(h: Array | Layer, w: Prepared, skip: Array | Layer, into: Layer | None, interpret: bool) -> Array:
+def pointwise(h: Array | Layer, w: Prepared, skip: Array | Layer, into: Layer | None, interpret: bool) -> Array:
     """Applies fc1, GELU and fc2 to h and adds `skip`: [B, H, W, C], or the stack of `into`."""
     like = stacked.shape(h)
     out = pointwise_block_tpu.forward(
@@ -223,7 +223,7 @@ def _pointwise(h: Array | Layer, w: Prepared, skip: Array | Layer, into: Layer |
     return out.reshape(into.maps.shape if into else like.shape)
 
 
-def _pointwise_gradients(h: Array | Layer, w: Prepared, dout: Array, into: Sequence[Layer], interpret: bool):
+def pointwise_gradients(h: Array | Layer, w: Prepared, dout: Array, into: Sequence[Layer], interpret: bool):
     """Returns the gradient of h [B, H, W, C], and the stacks of sums."""
     dh, sums = pointwise_block_tpu.backward(
         _positions(h), w.kernel1, w.bias1, w.kernel2_CF, w.kernel1_FC, _positions(dout), into,

@@ -16,10 +16,23 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from fastvlm_jax.kernels.batch_norm import moments
 from fastvlm_jax.kernels.gelu import gelu
 from fastvlm_jax.kernels.mlp import mlp
 from fastvlm_jax.kernels.self_attention import self_attention
-from fastvlm_jax.models.layers import BatchNorm, ConvBN, Dense, FoldedConv, SqueezeExcite, drop_path, layer_scale
+from fastvlm_jax.models.layers import (
+    BatchNorm,
+    ConvBN,
+    Dense,
+    FoldedConv,
+    Moments,
+    SqueezeExcite,
+    Term,
+    added,
+    drop_path,
+    layer_scale,
+    whole,
+)  # fmt: skip
 
 Array = jax.Array
 FORMS = ("branched", "folded")
@@ -47,28 +60,48 @@ class MobileOne(nn.Module):
     convolve: Callable[[Array, Array], Array] | None = None
     kernels: str = "auto"
 
-    @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
+        branches, squeeze_excite = self._parts(x_BHWC.shape[-1])
+        if self.batch_stats and self.form == "branched":
+            y = added(self._terms(branches, x_BHWC, None, mask_B), self.kernels)
+        else:
+            y, *others = (branch(x_BHWC) for branch in branches.values())
+            y = sum(others, start=y)
+        y = squeeze_excite(y) if squeeze_excite else y
+        return self.activation(y) if self.activation else y
+
+    def terms(self, x_BHWC: Array, found: Moments, mask_B: Array | None) -> list[Term]:
+        """Returns the branches with statistics of images, before squeeze-excite. `found`: moments of x."""
+        return self._terms(self._parts(x_BHWC.shape[-1])[0], x_BHWC, found, mask_B)
+
+    def _terms(self, branches: dict[str, nn.Module], x_BHWC, found: Moments | None, mask_B) -> list[Term]:
+        if found is None and "skip" in branches:
+            found = moments(x_BHWC, self.kernels)
+        return [branch.term(x_BHWC, found, mask_B) for branch in branches.values()]
+
+    @nn.compact
+    def _parts(self, channels: int) -> tuple[dict[str, nn.Module], nn.Module | None]:
+        """Returns the branches by name, and squeeze-excite."""
         size = dict(features=self.features, stride=self.stride, depthwise=self.depthwise)
         size |= dict(convolve=self.convolve, kernels=self.kernels)
         if self.form == "folded":
-            y = FoldedConv(kernel_size=self.kernel_size, **size, name="folded")(x_BHWC)
+            branches = {"folded": FoldedConv(kernel_size=self.kernel_size, **size, name="folded")}
         else:
-            branch = dict(size, batch_stats=self.batch_stats)
-            y = ConvBN(kernel_size=self.kernel_size, **branch, name="conv")(x_BHWC, mask_B)
+            size["batch_stats"] = self.batch_stats
+            branches = {"conv": ConvBN(kernel_size=self.kernel_size, **size, name="conv")}
             if self.use_scale and self.kernel_size > 1:
-                y += ConvBN(kernel_size=1, **branch, name="scale")(x_BHWC, mask_B)
-            if self.stride == 1 and x_BHWC.shape[-1] == self.features:
-                y += BatchNorm(self.batch_stats, name="skip")(x_BHWC, mask_B)
-        if self.use_se:
-            y = SqueezeExcite(init_std=self.init_std, name="se")(y)
-        return self.activation(y) if self.activation else y
+                branches["scale"] = ConvBN(kernel_size=1, **size, name="scale")
+            if self.stride == 1 and channels == self.features:
+                branches["skip"] = BatchNorm(self.batch_stats, kernels=self.kernels, name="skip")
+        return branches, SqueezeExcite(init_std=self.init_std, name="se") if self.use_se else None
 
 
 class PatchEmbed(nn.Module):
     """Halves the grid: depthwise 7x7 stride 2 (+ 3x3 branch), [squeeze-excite], GELU, then MobileOne 1x1.
 
     `features` must be a multiple of the number of input channels; in every published size it is twice that number.
+    A remat policy can save the sum of the branches under the checkpoint name "depthwise"; with statistics of images,
+    the convolutions' outputs.
     """
 
     features: int
@@ -84,11 +117,18 @@ class PatchEmbed(nn.Module):
         if self.form == "folded":
             y = FoldedConv(kernel_size=7, **size, name="folded")(x_BHWC)
         else:
-            y = ConvBN(kernel_size=7, **size, batch_stats=self.batch_stats, name="large")(x_BHWC, mask_B)
-            y += ConvBN(kernel_size=3, **size, batch_stats=self.batch_stats, name="small")(x_BHWC, mask_B)
+            size |= dict(batch_stats=self.batch_stats, keep="depthwise" if self.batch_stats else "")
+            large = ConvBN(kernel_size=7, **size, name="large")
+            small = ConvBN(kernel_size=3, **size, name="small")
+            if self.batch_stats:
+                y = added([branch.term(x_BHWC, None, mask_B) for branch in (large, small)], self.kernels)
+            else:
+                y = large(x_BHWC) + small(x_BHWC)
+        y = y if self.batch_stats else checkpoint_name(y, "depthwise")
         if self.use_se:
             y = SqueezeExcite(reduction=4, init_std=self.init_std, name="se")(y)
-        pointwise = MobileOne(self.features, 1, form=self.form, batch_stats=self.batch_stats, name="pointwise")
+        setting = dict(form=self.form, batch_stats=self.batch_stats, kernels=self.kernels)
+        pointwise = MobileOne(self.features, 1, **setting, name="pointwise")
         return pointwise(gelu(y), mask_B)
 
 
@@ -144,10 +184,15 @@ class RepMixer(nn.Module):
         if self.form == "folded":
             return FoldedConv(C, 3, depthwise=True, kernels=self.kernels, name="folded")(x_BHWC)
         setting = dict(batch_stats=self.batch_stats, kernels=self.kernels)
-        mixed = MobileOne(C, 3, depthwise=True, activation=None, **setting, name="mixer")
-        mixed = mixed(x_BHWC, mask_B) - BatchNorm(self.batch_stats, name="norm")(x_BHWC, mask_B)
+        mixer = MobileOne(C, 3, depthwise=True, activation=None, **setting, name="mixer")
+        norm = BatchNorm(**setting, name="norm")
         scale = layer_scale(self, "layer_scale", C, self.layer_scale_init)
-        return x_BHWC + scale.astype(x_BHWC.dtype) * mixed
+        if not self.batch_stats:
+            return x_BHWC + scale.astype(x_BHWC.dtype) * (mixer(x_BHWC) - norm(x_BHWC))
+        found = moments(x_BHWC, self.kernels)  # of x: those of the skip branch, the 1x1 branch and the norm follow
+        mixed = mixer.terms(x_BHWC, found, mask_B)
+        scaled = [term.times(scale) for term in (*mixed, norm.term(x_BHWC, found, mask_B).times(-1))]
+        return added([whole(x_BHWC), *scaled], self.kernels)
 
 
 class SelfAttention(nn.Module):
@@ -195,7 +240,7 @@ class Block(nn.Module):
             x = RepMixer(init, self.form, self.batch_stats, self.kernels, name="mixer")(x, mask_B)
         else:
             if self.attention_norm == "batch":
-                normed = BatchNorm(self.batch_stats, name="norm")(x, mask_B)
+                normed = BatchNorm(self.batch_stats, kernels=self.kernels, name="norm")(x, mask_B)
             else:
                 normed = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=x.dtype, name="norm")(x)
             scale = layer_scale(self, "layer_scale_mixer", C, init)

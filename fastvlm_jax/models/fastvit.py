@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvlm_jax.kernels import choice, repmixer_stage
+from fastvlm_jax.kernels import choice, repmixer_stage, training_stage
 from fastvlm_jax.kernels.image_conv import image_conv, pixel_conv
 from fastvlm_jax.models.blocks import FORMS, HEAD_DIM, Block, ConditionalPositions, MobileOne, PatchEmbed
-from fastvlm_jax.models.layers import Dense
+from fastvlm_jax.models.layers import BatchNorm, Dense, group_size
 from fastvlm_jax.models.remat import rematted, saved
-from fastvlm_jax.models.stage_weights import stage_weights
+from fastvlm_jax.models.stage_weights import new_statistics, stage_weights, training_weights
 
 Array = jax.Array
 # The stem's first two convolutions: the usual ones, and those of kernels/image_conv.py.
@@ -154,11 +154,12 @@ class FastViT(nn.Module):
         pooled = []
         for i, (dim, mixer) in enumerate(zip(self.embed_dims, self.mixers, strict=True)):
             if i > 0:
-                x = PatchEmbed(dim, i in self.se_stages, **shared, name=f"patch_embed_{i}")(x, mask_B)
+                patch_embed = rematted(PatchEmbed, self.remat, scanned=False)
+                x = patch_embed(dim, i in self.se_stages, **shared, name=f"patch_embed_{i}")(x, mask_B)
             if mixer == "attention":
                 x = ConditionalPositions(self.form, self.kernels, name=f"positions_{i}")(x)
             if self._as_one(i, x, batch_stats):
-                x = self._stage_as_one(i, x)
+                x = self._stage_as_one(i, x, mask_B, batch_stats)
             else:
                 x = self._stage(i, x, mask_B, rates[i], shared)
             if i in self.multiscale:
@@ -189,16 +190,24 @@ class FastViT(nn.Module):
 
     def _as_one(self, i: int, x_BHWC: Array, batch_stats: int) -> bool:
         """Returns whether stage i runs as one function of kernels."""
-        frozen = not batch_stats and not self.has_rng("drop_path") and not self.is_initializing()
+        if self.mixers[i] != "repmixer" or self.has_rng("drop_path") or self.is_initializing():
+            return False
         hidden = int(self.embed_dims[i] * self.mlp_ratio)
-        repmixer = self.mixers[i] == "repmixer"
-        return frozen and repmixer and choice.used(self.kernels) and repmixer_stage.fits(x_BHWC, hidden)
+        if not batch_stats:
+            return choice.used(self.kernels) and repmixer_stage.fits(x_BHWC, hidden)
+        return choice.used(self.kernels) and self.form == "branched" and training_stage.fits(x_BHWC, hidden)
 
-    def _stage_as_one(self, i: int, x_BHWC: Array) -> Array:
-        """Applies the blocks of stage i: one function with the parameters of `_stage`."""
-        params, stats = (self.variables[name][f"stage_{i}"] for name in ("params", "batch_stats"))
-        weights = stage_weights(params, stats, x_BHWC.dtype)
-        return repmixer_stage.stage(x_BHWC, weights, saved(self.remat), self.kernels == "interpret")
+    def _stage_as_one(self, i: int, x_BHWC: Array, mask_B: Array | None, batch_stats: int) -> Array:
+        """Applies the blocks of stage i: one function with the variables of `_stage`."""
+        name, keep, interpret = f"stage_{i}", saved(self.remat, x_BHWC.shape[-1]), self.kernels == "interpret"
+        params, stats = self.variables["params"][name], self.variables["batch_stats"][name]
+        if not batch_stats:
+            return repmixer_stage.stage(x_BHWC, stage_weights(params, stats, x_BHWC.dtype), keep, interpret)
+        mask_B = jnp.ones(len(x_BHWC)) if mask_B is None else mask_B.astype(jnp.float32)
+        weights, images = training_weights(params, x_BHWC.dtype), group_size(len(x_BHWC), batch_stats)
+        x, *found = training_stage.stage(x_BHWC, *weights, mask_B, images, keep, interpret)
+        self.put_variable("batch_stats", name, new_statistics(stats, *found, BatchNorm.momentum))
+        return x
 
     def _check(self, embed: bool) -> None:
         """Raises ValueError if the arguments do not describe a valid tower."""

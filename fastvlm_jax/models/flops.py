@@ -47,10 +47,10 @@ class Product(NamedTuple):
       part: one of PARTS.
       path: path of the weight among the parameters; for a product of two activations, the path of their module.
       flops: FLOPs of the forward pass.
-      kind: "conv", a convolution; "conv7", the 7x7 convolution of a ConvFFN; "dot", a matrix product with a weight;
+      kind: "conv", a convolution; "conv7", the 7x7 of a ConvFFN or patch embed; "dot", a matrix product with a weight;
         "scores" and "mixed" (weights x values), the two products of attention; "last", a dot at the end of a block,
         whose result no gradient needs; "loss", the product with the vocabulary; "pairs", that of images and texts.
-      remat: remat policy of the scanned blocks that the product is in; None outside scanned blocks.
+      remat: remat policy of what the product is in; None if the policy does not matter there.
     """
 
     part: str
@@ -227,19 +227,19 @@ def _attention(path: str, pairs: int, channels: int, remat: str) -> list[Product
     return [Product(part, path, 2.0 * pairs * channels, kind, remat) for kind in ("scores", "mixed")]
 
 
-def _squeeze_excite(path: str, channels: int, reduction: int) -> list[Product]:
+def _squeeze_excite(path: str, channels: int, reduction: int, remat: str | None = None) -> list[Product]:
     inner = channels // reduction
-    return [_dot(f"{path}/fc1", channels, inner, 1), _dot(f"{path}/fc2", inner, channels, 1)]
+    return [_dot(f"{path}/fc1", channels, inner, 1, remat), _dot(f"{path}/fc2", inner, channels, 1, remat)]
 
 
 def _fastvit(tower: FastViT, height: int, width: int) -> list[Product]:
     """Lists the products for one image; see models/blocks.py."""
     folded = tower.form == "folded"
 
-    def mobile_one(path, taps, features, positions, inputs=1, scale=True, remat=None):
+    def mobile_one(path, taps, features, positions, inputs=1, scale=True, remat=tower.remat, kind="conv"):
         if folded:
-            return [_conv(f"{path}/folded", taps * inputs, features, positions, remat)]
-        branches = [_conv(f"{path}/conv", taps * inputs, features, positions, remat)]
+            return [_conv(f"{path}/folded", taps * inputs, features, positions, remat, kind)]
+        branches = [_conv(f"{path}/conv", taps * inputs, features, positions, remat, kind)]
         if scale and taps > 1:
             branches.append(_conv(f"{path}/scale", inputs, features, positions, remat))
         return branches
@@ -247,15 +247,17 @@ def _fastvit(tower: FastViT, height: int, width: int) -> list[Product]:
     dims, positions = tower.embed_dims, height * width // 16
     counted = mobile_one("vision/stem_0", 9, dims[0], 4 * positions, inputs=3, scale=tower.stem_scale)
     counted += mobile_one("vision/stem_1", 9, dims[0], positions, scale=tower.stem_scale)
-    counted += mobile_one("vision/stem_2", 1, dims[0], positions, inputs=dims[0])
+    counted += mobile_one("vision/stem_2", 1, dims[0], positions, inputs=dims[0], kind="dot")
     for i, (depth, C, mixer) in enumerate(zip(tower.layers, dims, tower.mixers, strict=True)):
         if i > 0:
             positions //= 4
             path = f"vision/patch_embed_{i}"
             sizes = {"folded": 49} if folded else {"large": 49, "small": 9}
-            counted += [_conv(f"{path}/{name}", taps, C, positions) for name, taps in sizes.items()]
-            counted += _squeeze_excite(f"{path}/se", C, 4) if i in tower.se_stages else []
-            counted += mobile_one(f"{path}/pointwise", 1, C, positions, inputs=C)
+            counted += [
+                _conv(f"{path}/{name}", taps, C, positions, tower.remat, "conv7") for name, taps in sizes.items()
+            ]
+            counted += _squeeze_excite(f"{path}/se", C, 4, tower.remat) if i in tower.se_stages else []
+            counted += mobile_one(f"{path}/pointwise", 1, C, positions, inputs=C, kind="dot")
         if mixer == "attention":
             counted.append(_conv(f"vision/positions_{i}/{'folded' if folded else 'conv'}", 49, C, positions))
         stage, all_positions = f"vision/stage_{i}", depth * positions
@@ -265,14 +267,14 @@ def _fastvit(tower: FastViT, height: int, width: int) -> list[Product]:
             counted.append(_dot(f"{stage}/mixer/proj", C, C, all_positions, tower.remat))
         else:
             path = f"{stage}/mixer" if folded else f"{stage}/mixer/mixer"
-            counted += mobile_one(path, 9, C, all_positions, remat=tower.remat)
+            counted += mobile_one(path, 9, C, all_positions)
         wide = int(C * tower.mlp_ratio)
         counted.append(_conv(f"{stage}/ffn/conv", 49, C, all_positions, tower.remat, "conv7"))
         counted.append(_dot(f"{stage}/ffn/fc1", C, wide, all_positions, tower.remat))
         counted.append(_dot(f"{stage}/ffn/fc2", wide, C, all_positions, tower.remat, "last"))
         if i in tower.multiscale and tower.multiscale_pool == "depthwise":
             counted.append(_conv(f"vision/pool_{i}", 1, C, positions))
-    counted += mobile_one("vision/expand", 9, 2 * dims[-1], positions)
+    counted += mobile_one("vision/expand", 9, 2 * dims[-1], positions, remat=None)
     return counted + _squeeze_excite("vision/expand/se", 2 * dims[-1], 16)
 
 

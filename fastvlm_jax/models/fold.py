@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastvlm_jax.models.layers import BATCH_NORM_EPSILON
+from fastvlm_jax.kernels.batch_norm import EPSILON
 
 # kernel [..., k, k, I, O] and bias [..., O]; ... is the depth axis of scanned blocks
 Kernel = tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]
@@ -110,7 +110,7 @@ def conv_bn(params: dict, stats: dict) -> Kernel:
 
 def _batch_norm(params: dict, stats: dict) -> Kernel:
     """Returns BatchNorm with stored statistics as (factor, shift), each [..., C]."""
-    factor = params["scale"] * (stats["var"] + BATCH_NORM_EPSILON) ** -0.5
+    factor = params["scale"] * (stats["var"] + EPSILON) ** -0.5
     return factor, params["bias"] - stats["mean"] * factor
 
 

@@ -6,19 +6,20 @@ Legend: B images, H W rows and columns, C channels. Images are channels-last.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from fastvlm_jax.kernels.batch_norm import EPSILON, Moments, moments, normalisation, weighted_sum
 from fastvlm_jax.kernels.depthwise import depthwise_conv
 from fastvlm_jax.sharding import gathered
 
 Array = jax.Array
-BATCH_NORM_EPSILON = 1e-5
 torch_conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default for convolutions
 
 
@@ -44,17 +45,56 @@ def with_bias(y_BHWC: Array, bias: Array) -> Array:
     return y_BHWC + jnp.tile(bias.astype(y_BHWC.dtype), y_BHWC.shape[-1] // len(bias))
 
 
+class Term(NamedTuple):
+    """Holds a part of a sum: maps [B, H, W, C], times a factor, plus a shift, both float32 [B, C]."""
+
+    maps: Array
+    factor: Array
+    shift: Array
+
+    def times(self, scale_C: Array | float) -> "Term":
+        return Term(self.maps, self.factor * scale_C, self.shift * scale_C)
+
+
+def whole(x_BHWC: Array) -> Term:
+    """Returns maps as they are, as a term."""
+    ones = jnp.ones((len(x_BHWC), x_BHWC.shape[-1]))
+    return Term(x_BHWC, ones, jnp.zeros_like(ones))
+
+
+def added(terms: Sequence[Term], kernels: str) -> Array:
+    """Returns the sum of terms in the dtype of their maps; those of the same maps read them once."""
+    factors = {}
+    for term in terms:
+        maps, factor = factors.get(id(term.maps), (term.maps, 0.0))
+        factors[id(term.maps)] = maps, factor + term.factor
+    xs, sums = zip(*factors.values(), strict=True)
+    return weighted_sum(xs, sums, sum(term.shift for term in terms), kernels)
+
+
+def group_size(B: int, batch_stats: int) -> int:
+    """Returns how many of B images share their statistics. `batch_stats`: see BatchNorm, but for 0."""
+    images = batch_stats if batch_stats > 0 else B
+    if B % images:
+        raise ValueError(
+            f"groups of {images} images for BatchNorm do not divide a batch of {B}: give a number that does, or -1 for "
+            "the whole batch"
+        )
+    return images
+
+
 class BatchNorm(nn.Module):
     """Applies BatchNorm as PyTorch does: momentum 0.1, stored variance unbiased, statistics in float32.
 
     Images with a False `mask_B` are left out of the statistics. With groups, each is normalised by its own statistics,
     as if it were the batch of a device of PyTorch's, and the stored ones move to the mean of the groups'. Groups that
-    lie within the data shards of the mesh need no exchange between devices for it. A map with several `pixels`
-    in the channels of a position (kernels/image_conv.py) has the parameters and statistics of the map itself.
+    lie within the data shards of the mesh need no exchange between devices for it. A map with several pixels in the
+    channels of a position (kernels/image_conv.py) has the parameters and statistics of the map itself.
 
     Attributes:
       batch_stats: images whose statistics are taken together; -1 takes those of the whole batch, which under `jax.jit`
         is the global one, and 0 the stored ones.
+      kernels: whether TPU kernels are used, see kernels/choice.py.
 
     Raises:
       ValueError: the groups do not divide the batch.
@@ -62,54 +102,39 @@ class BatchNorm(nn.Module):
 
     batch_stats: int = 0
     momentum: float = 0.1
+    kernels: str = "auto"
 
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None, *, pixels: int = 1) -> Array:
-        channels, each = x_BHWC.shape[-1] // pixels, partial(jnp.tile, reps=pixels)
-        if not self.batch_stats:
-            factor, shift = map(each, self.affine(channels))
-            return (x_BHWC.astype(jnp.float32) * factor + shift).astype(x_BHWC.dtype)
-        B, images = len(x_BHWC), self.batch_stats if self.batch_stats > 0 else len(x_BHWC)
-        if not self.is_initializing() and B % images:
-            raise ValueError(
-                f"groups of {images} images for BatchNorm do not divide a batch of {B}: give a number that does, or -1 "
-                "for the whole batch"
-            )
-        weight_B = jnp.ones(B) if mask_B is None else mask_B.astype(jnp.float32)
-        scale, bias, *stored = self._variables(channels)
+        if self.batch_stats:
+            return added([self.term(x_BHWC, moments(x_BHWC, self.kernels), mask_B, pixels=pixels)], self.kernels)
+        factor, shift = (jnp.tile(value, pixels) for value in self.affine(x_BHWC.shape[-1] // pixels))
+        return (x_BHWC.astype(jnp.float32) * factor + shift).astype(x_BHWC.dtype)
 
-        def normalised(x_BHWC: Array, weight_B: Array) -> tuple[Array, Array, Array, Array]:
-            """Returns (normalised images, mean, unbiased variance, whether any image counts) of one group."""
-            x, weight = x_BHWC.astype(jnp.float32), weight_B[:, None, None, None]
+    def term(
+        self, x_BHWC: Array, found: Moments, mask_B: Array | None = None, *, scale: Array | None = None, pixels: int = 1
+    ) -> Term:
+        """Returns the normalisation of x by statistics of images, and updates the stored ones.
 
-            def total(values: Array) -> Array:
-                return jnp.sum(jnp.sum(values * weight, axis=(0, 1, 2)).reshape(pixels, channels), axis=0)
-
-            count = checkpoint_name(jnp.sum(weight) * math.prod(x.shape[1:3]) * pixels, "statistics")
-            mean = total(x) / jnp.maximum(count, 1)
-            mean = checkpoint_name(mean, "statistics")
-            var = total(jnp.square(x - each(mean))) / jnp.maximum(count, 1)
-            var = checkpoint_name(var, "statistics")
-            factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-            y = (x * each(factor) + each(bias - mean * factor)).astype(x_BHWC.dtype)
-            return y, mean, var * count / jnp.maximum(count - 1, 1), count > 0
-
-        if images >= B:  # not as one of several groups: on a CPU sums along the second axis on take far longer
-            y, *found, filled = normalised(x_BHWC, weight_B)
-            changes = [filled * (new - old.value) for new, old in zip(found, stored, strict=True)]
-        else:
-            x = x_BHWC.reshape(B // images, images, *x_BHWC.shape[1:])
-            y, *found, filled = jax.vmap(normalised)(x, weight_B.reshape(-1, images))
-            shares = (filled / jnp.maximum(jnp.sum(filled), 1))[:, None]
-            changes = [jnp.sum(shares * (new - old.value), 0) for new, old in zip(found, stored, strict=True)]
+        Args:
+          found: moments of x.
+          scale: float32 [C]; x times it is what is normalised.
+          pixels: how many pixels of the map are in the channels of a position of x.
+        """
+        B = len(x_BHWC)
+        images = B if self.is_initializing() else group_size(B, self.batch_stats)
+        weight, bias, *stored = self._variables(x_BHWC.shape[-1] // pixels)
+        found = normalisation(
+            found, weight, bias, mask_B, images, math.prod(x_BHWC.shape[1:3]), scale=scale, pixels=pixels
+        )
         if not self.is_initializing():
-            for old, change in zip(stored, changes, strict=True):
-                old.value += self.momentum * change
-        return y.reshape(x_BHWC.shape)
+            for old, new in zip(stored, found.statistics, strict=True):
+                old.value += self.momentum * found.filled * (new - old.value)
+        return Term(x_BHWC, found.factor, found.shift)
 
     def affine(self, channels: int) -> tuple[Array, Array]:
         """Returns the normalisation with stored statistics as (factor, shift), each float32 [C]: x * factor + shift."""
         scale, bias, mean, var = self._variables(channels)
-        factor = scale * jax.lax.rsqrt(var.value + BATCH_NORM_EPSILON)
+        factor = scale * jax.lax.rsqrt(var.value + EPSILON)
         return factor, bias - mean.value * factor
 
     @nn.compact
@@ -140,21 +165,39 @@ class ConvBN(nn.Module):
     convolve: Callable[[Array, Array], Array] | None = None
     kernels: str = "auto"
 
-    @nn.compact
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
-        inputs = 1 if self.depthwise else x_BHWC.shape[-1]
-        shape = (self.kernel_size, self.kernel_size, inputs, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        convolve = self.convolve or partial(conv, stride=self.stride, depthwise=self.depthwise, kernels=self.kernels)
-        norm, dtype = BatchNorm(self.batch_stats, name="bn"), x_BHWC.dtype
         if self.batch_stats:
-            y = convolve(x_BHWC, gathered(kernel, None, dtype))
-            pixels = y.shape[-1] // self.features
-            return norm(checkpoint_name(y, self.keep) if self.keep else y, mask_B, pixels=pixels)
+            return added([self.term(x_BHWC, None, mask_B)], self.kernels)
+        kernel, norm = self._parts(x_BHWC.shape[-1])
         # Applied to the kernel, BatchNorm costs nothing and its scale's gradient needs no output of the convolution.
         factor, shift = norm.affine(self.features)
-        y = with_bias(convolve(x_BHWC, gathered(kernel * factor, None, dtype)), shift)
+        y = with_bias(self._convolve(x_BHWC, gathered(kernel * factor, None, x_BHWC.dtype)), shift)
         return checkpoint_name(y, self.keep) if self.keep else y
+
+    def term(self, x_BHWC: Array, found: Moments | None = None, mask_B: Array | None = None) -> Term:
+        """Returns the result with statistics of images. `found`: moments of x, for a convolution that only scales x."""
+        kernel, norm = self._parts(x_BHWC.shape[-1])
+        kernel = gathered(kernel, None, x_BHWC.dtype)
+        if found is not None and self.scales(x_BHWC.shape[-1]):
+            return norm.term(x_BHWC, found, mask_B, scale=kernel[0, 0, 0].astype(jnp.float32))
+        y = self._convolve(x_BHWC, kernel)
+        y = checkpoint_name(y, self.keep) if self.keep else y
+        return norm.term(y, moments(y, self.kernels), mask_B, pixels=y.shape[-1] // self.features)
+
+    def scales(self, channels: int) -> bool:
+        """Returns whether the convolution only scales the channels of its input."""
+        return self.depthwise and self.kernel_size == self.stride == 1 and self.features == channels
+
+    def _convolve(self, x_BHWC: Array, kernel: Array) -> Array:
+        if self.convolve:
+            return self.convolve(x_BHWC, kernel)
+        return conv(x_BHWC, kernel, self.stride, self.depthwise, self.kernels)
+
+    @nn.compact
+    def _parts(self, channels: int) -> tuple[Array, BatchNorm]:
+        shape = (self.kernel_size, self.kernel_size, 1 if self.depthwise else channels, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        return kernel, BatchNorm(self.batch_stats, kernels=self.kernels, name="bn")
 
 
 class FoldedConv(nn.Module):

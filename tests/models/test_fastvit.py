@@ -216,6 +216,21 @@ def test_a_stage_has_the_weights_of_its_blocks(form):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_stage_as_one_updates_the_statistics_of_its_blocks():
+    tower = FastViT((2,), (96,), ("repmixer",), batch_norm="train")
+    x = jax.ShapeDtypeStruct((8, 64, 64, 3), jnp.bfloat16)
+    variables = jax.eval_shape(tower.init, jax.random.key(0), x)
+
+    def updated(kernels):
+        def run(variables, x):
+            return tower.clone(kernels=kernels).apply(variables, x, train=True, mutable=["batch_stats"])[1]
+
+        return jax.eval_shape(run, variables, x), "stacked_write" in str(jax.make_jaxpr(run)(variables, x))
+
+    (plain, _), (kernels, as_one) = updated("none"), updated("interpret")
+    assert as_one and plain == kernels == {"batch_stats": variables["batch_stats"]}
+
+
 def kernels_of(devices, **settings):
     """Names of the Pallas kernels in the program of a tower's gradient on some devices."""
     sizes = dict(layers=(2, 1, 1), embed_dims=(96, 192, 384), mixers=("repmixer", "repmixer", "attention"))
@@ -231,7 +246,7 @@ def kernels_of(devices, **settings):
             return jnp.sum(y.astype(jnp.float32))
 
         found = str(jax.jit(jax.grad(loss)).trace(variables["params"], variables["batch_stats"], x).jaxpr)
-    return set(re.findall(r"name=((?:depthwise|pointwise|stacked)_\w+)", found))
+    return set(re.findall(r"name=((?:depthwise|pointwise|stacked)_\w+|moments|products|weighted_sum)\n", found))
 
 
 def test_the_mesh_and_a_key_choose_the_kernels():
@@ -240,6 +255,8 @@ def test_the_mesh_and_a_key_choose_the_kernels():
     products = {"pointwise_block", "pointwise_block_gradients"}
     tpu = topology.devices(topology.parse("v5e:2x2"))
     assert kernels_of(tpu) == depthwise | products | {"stacked_write"}
+    sums = {"moments", "products", "weighted_sum"}
+    assert kernels_of(tpu, batch_norm="train") == depthwise | products | {"stacked_write"} | sums
     assert kernels_of(tpu, kernels="none") == set()
     assert kernels_of(jax.devices()[:1]) == set()
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tpu_program import SLICES, gradient_program
 
+from fastvlm_jax import sharding
 from fastvlm_jax.kernels import depthwise_tpu
 from fastvlm_jax.kernels.depthwise import depthwise_conv
 from fastvlm_jax.kernels.stacked import Layer
@@ -61,6 +62,28 @@ def test_results_and_gradients_are_those_of_the_convolution(monkeypatch, shape, 
     assert norm(found_dx - exact) <= 1.001 * norm(exact.astype(bf16) - exact)
     np.testing.assert_allclose(found_dkernel, dkernel, rtol=1e-5, atol=1e-5 * abs(dkernel).max())
     np.testing.assert_allclose(dbias, dy.astype(jnp.float32).sum((0, 1, 2)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_devices_add_up_the_gradient_of_the_kernel(stride):
+    """Each of two devices has an image; alone, one has both."""
+    x, kernel = arrays((2, 16, 32, 8), 3)[:2]
+    kernel = jnp.repeat(kernel, stride, axis=3)  # stride 2 has two outputs a channel
+
+    def gradients(x, kernel):
+        def loss(x, kernel):
+            y = depthwise_conv(x, kernel, stride=stride, kernels="interpret").astype(jnp.float32)
+            return (y**2).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+
+    alone = gradients(x, kernel)
+    mesh = sharding.make_mesh((1, 2, 1, 1), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        together = gradients(jax.device_put(x, sharding.batch_sharding(mesh)), kernel)
+    for one, two in zip(alone, together, strict=True):
+        one, two = (np.asarray(a, np.float32) for a in (one, two))
+        np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-5 * abs(one).max())
 
 
 def test_what_is_beyond_the_border_counts_for_nothing():

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from fastvlm_jax import sharding
 from fastvlm_jax.kernels.image_conv import _block_kernel, _blocks, _pixel_kernel, image_conv, pixel_conv
 
 # (B, H, W, channels of the image), kernel size, channels of the map
@@ -130,13 +129,15 @@ def test_float32_is_not_rounded_on_tpu_where_the_usual_form_is_not():
 
 
 def test_sharding_the_batch_changes_nothing():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    """The devices add up the gradients of the kernels: by `sum_batch`, as the mesh is that of `jax.set_mesh`."""
+    mesh = sharding.make_mesh((1, 8, 1, 1))
     arrays = normal(0, 8, 8, 8, 3), normal(1, 3, 3, 3, 4), normal(2, 3, 3, 1, 4)
-    step = jax.jit(lambda *arrays: jax.value_and_grad(stem, argnums=(1, 2))(*arrays))
-    alone = step(*arrays)
-    spread = [jax.device_put(a, NamedSharding(mesh, p)) for a, p in zip(arrays, (P("data"), P(), P()), strict=True)]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), alone, step(*spread))
-    text = step.lower(*spread).compile().as_text()
+    step = lambda *arrays: jax.value_and_grad(stem, argnums=(1, 2))(*arrays)  # noqa: E731
+    alone = jax.jit(step)(*arrays)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(arrays[0], sharding.batch_sharding(mesh)), *arrays[1:]
+        together, text = jax.jit(step)(*spread), jax.jit(step).lower(*spread).compile().as_text()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), alone, together)
     assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tpu_program import SLICES, gradient_program
 
+from fastvlm_jax import sharding
 from fastvlm_jax.kernels import mlp, repmixer_stage, stacked
 from fastvlm_jax.kernels.repmixer_stage import Weights
 from fastvlm_jax.kernels.stacked import Layer
@@ -67,7 +68,11 @@ def test_errors_are_no_larger_than_those_of_xla_in_bfloat16(keep):
     x, dy = (jax.random.normal(jax.random.key(i), shape, bf16) for i in (1, 2))
     weights = random_weights(L, shape[3])
     stage = lambda x, w: repmixer_stage.stage(x, w, keep, True)  # noqa: E731
-    found = jax.jit(functools.partial(result_and_gradients, stage))(x, weights, dy)
+    mesh = sharding.make_mesh((1, 2, 1, 1), jax.devices()[:2])
+    with jax.set_mesh(mesh):  # an image each: the gradients of the weights are sums over both
+        split = [jax.device_put(a, sharding.batch_sharding(mesh)) for a in (x, dy)]
+        found = jax.jit(functools.partial(result_and_gradients, stage))(split[0], weights, split[1])
+    found = [jnp.asarray(np.asarray(a)) for a in found]
     exact, rounded = (
         jax.jit(functools.partial(result_and_gradients, functools.partial(plain, dtype)))(x, weights, dy)
         for dtype in (f32, bf16)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastvlm_jax import sharding
 from fastvlm_jax.kernels import self_attention
 from fastvlm_jax.kernels.self_attention import by_heads, by_rows
 
@@ -58,6 +59,18 @@ def test_bfloat16_is_as_near_as_by_heads():
     assert ours.dtype == jnp.bfloat16
     errors = [np.linalg.norm(np.asarray(y, np.float32) - exact) for y in (ours, plain)]
     assert 0 < errors[0] <= 1.25 * errors[1]
+
+
+def test_the_images_of_a_device_decide_how_many_heads_go_together(monkeypatch):
+    """Scores of 2 images x 6 heads may exist: all heads for an image a device, three for two images."""
+    monkeypatch.setattr(self_attention, "SCORES_AT_ONCE", 6 * 16 * 16)
+    qkv, _ = example(2, 16, 6)
+    traced = jax.jit(lambda qkv: by_heads(qkv, HEAD)).trace(qkv).jaxpr
+    assert "f32[2,3,16,16]" in str(traced) and "f32[2,6,16,16]" not in str(traced)
+    mesh = sharding.make_mesh((1, 2, 1, 1), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        split = jax.jit(lambda qkv: by_heads(qkv, HEAD)).trace(qkv).jaxpr
+    assert "f32[2,6,16,16]" in str(split)
 
 
 def test_only_the_forward_pass_on_a_cpu_goes_by_rows():

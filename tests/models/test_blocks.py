@@ -11,10 +11,10 @@ import torch
 
 from fastvlm_jax.kernels import self_attention
 from fastvlm_jax.kernels.gelu import gelu
-from fastvlm_jax.models.blocks import Block, SelfAttention
+from fastvlm_jax.models.blocks import Block, PatchEmbed, SelfAttention
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.layers import ConvBN, Dense
-from fastvlm_jax.models.remat import rematted
+from fastvlm_jax.models.remat import rematted, saved
 
 
 def normal(seed, *shape):
@@ -143,6 +143,26 @@ def test_the_backward_pass_repeats_neither_the_7x7_convolution_nor_the_last_prod
     assert counts(lowered("none")) == (1, 6)
     assert counts(lowered("full")) == (2, 7)
     assert counts(lowered("depthwise")) == (1, 7)
+
+
+def test_the_backward_pass_repeats_the_product_of_a_patch_embed_but_not_its_convolution():
+    """The 7x7 in two convolutions, for two outputs a channel; one product forward, two backward."""
+
+    def lowered(policy):
+        embed = rematted(PatchEmbed, policy, scanned=False)(128, form="folded", kernels="none")
+        x = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.bfloat16)
+        variables = jax.eval_shape(embed.init, jax.random.key(0), x)
+        gradient = jax.value_and_grad(lambda v, x: embed.apply(v, x).astype(jnp.float32).sum(), argnums=(0, 1))
+        return counts(jax.jit(gradient).trace(variables, x).lower(lowering_platforms=("tpu",)).as_text())
+
+    assert lowered("none") == (2, 3)
+    assert lowered("full") == (4, 4)
+    assert lowered("depthwise") == (2, 4)
+
+
+def test_maps_that_leave_lanes_empty_are_computed_again():
+    assert saved("depthwise", 96) == () and saved("depthwise", 128) == ("depthwise",)
+    assert saved("none", 96) == ("mixed", "depthwise") and saved("full", 384) == saved("dots", 384) == ()
 
 
 def test_training_batch_norm_is_not_measured_again():

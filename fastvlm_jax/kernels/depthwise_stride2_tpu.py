@@ -168,15 +168,14 @@ def _forward(above, own, below, taps, order, y, scratch, wide, *, k: int, channe
         halves = []
         for half in range(0, COLUMNS, SUBLANES):
             sums = [[0.0] * GROUP, [0.0] * GROUP]
-            for j in range(k):
-                first = 2 * (left + half) + SUBLANES - p + j
-                columns = [[wide[(output * k + i) * k + j] for i in range(k)] for output in range(2)]
-                for row in range(2 * GROUP + k - 2):
+            for row in range(2 * GROUP + k - 2):  # row by row, as in depthwise_tpu.py
+                for j in range(k):
+                    first = 2 * (left + half) + SUBLANES - p + j
                     pixels = scratch[2 * top + row, pl.ds(first, SUBLANES, stride=2)]
                     for i in range(row % 2, k, 2):
                         if 0 <= row - i < 2 * GROUP:
                             for output in range(2):
-                                sums[output][(row - i) // 2] += pixels * columns[output][i]
+                                sums[output][(row - i) // 2] += pixels * wide[(output * k + i) * k + j]
             halves.append(sums)
         here = pl.ds(pl.multiple_of(left, COLUMNS), COLUMNS)
         both = [

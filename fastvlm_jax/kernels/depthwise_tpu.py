@@ -242,17 +242,19 @@ def _forward(_, above, own, below, taps, __, y, scratch, wide, *, k: int) -> Non
     spread(taps, wide)
 
     def tile(top, left):
-        halves = []
-        for half in range(0, COLUMNS, SUBLANES):
-            sums = [wide[k * k]] * GROUP
-            for j in range(k):
-                column = [wide[i * k + j] for i in range(k)]
-                for row in range(GROUP + k - 1):
+        here = pl.ds(pl.multiple_of(left, COLUMNS), COLUMNS)
+        halves = range(0, COLUMNS, SUBLANES)
+        sums = {half: [wide[k * k]] * GROUP for half in halves}
+        # Row by row, so that only k sums of a half are in registers: the scheduler moves loads, but no sums.
+        for row in range(GROUP + k - 1):
+            for half in halves:
+                for j in range(k):
                     pixels = scratch[top + row, pl.ds(left + half + SUBLANES - p + j, SUBLANES)]
                     for i in _taps_of(row, k):
-                        sums[row - i] += pixels * column[i]
-            halves.append(sums)
-        _store(y, top, left, halves)
+                        sums[half][row - i] += pixels * wide[i * k + j]
+            if row >= k - 1:
+                done = row - k + 1
+                y[0, top + done, here] = jnp.concatenate([sums[half][done] for half in halves]).astype(y.dtype)
 
     over_tiles(own.shape, tile)
 
@@ -291,7 +293,8 @@ def _backward(_, above, own, below, x, taps, __, plus, dx, found, scratch, wide,
                     totals[place] += product
             totals[k * k] += bias
             halves.append(sums)
-        _store(dx, top, left, halves)
+        for row, parts in enumerate(zip(*halves, strict=True)):
+            dx[0, top + row, here] = jnp.concatenate(parts).astype(dx.dtype)
 
     over_tiles(own.shape, tile)
 
@@ -303,10 +306,3 @@ def _backward(_, above, own, below, x, taps, __, plus, dx, found, scratch, wide,
 def _taps_of(row: int, k: int) -> range:
     """Returns the rows of taps through which a row of the scratch reaches one of GROUP rows of the result."""
     return range(max(0, row - GROUP + 1), min(k, row + 1))
-
-
-def _store(out, top, left, halves) -> None:
-    """Writes the sums of a tile, for both halves of its columns, GROUP arrays [SUBLANES, LANES]."""
-    here = pl.ds(pl.multiple_of(left, COLUMNS), COLUMNS)
-    for row, parts in enumerate(zip(*halves, strict=True)):
-        out[0, top + row, here] = jnp.concatenate(parts).astype(out.dtype)

@@ -18,14 +18,15 @@ from fastvlm_jax.preflight import fit
 from fastvlm_jax.preflight.topology import Slice
 
 # For ranking only: fraction of the peak at which model FLOPs run, estimated from compiled programs (docs/preflight.md).
-ENCODER, DECODER = {"v5e": 0.128, "v5p": 0.115, "v6e": 0.042}, 0.6
-OTHER_ENCODER = 0.1  # the same on v4 and v7x, a guess
-# FastViTHD's backward pass with 8 images of 1024 px on a v5e chip, by remat policy: COST is the relative time, KEPT the
-# activations kept per block, in multiples of the block's input.
-COST = {"depthwise": 1.0, "dots": 1.08, "attention": 1.11, "full": 1.12}
-KEPT = {"depthwise": 1.65, "dots": 4.85, "attention": 1.0, "full": 1.0, "none": 11.7}
-# With fewer images than 8, the chip's tiles of 8 x 128 are half empty: the relative time per image is then 2.3.
-FULL_TILES, HALF_EMPTY = 8, 2.3
+ENCODER, DECODER = {"v5e": 0.287, "v5p": 0.247, "v6e": 0.105}, 0.6
+OTHER_ENCODER = 0.2  # the same on v4 and v7x, a guess
+# FastViTHD's forward and backward pass with 8 images of 1024 px on a v5e chip, by remat policy: COST is the relative
+# time, KEPT the activations kept per block, in multiples of the block's input. "attention" and "none" are guesses.
+COST = {"depthwise": 1.0, "dots": 1.10, "attention": 1.09, "full": 1.09}
+KEPT = {"depthwise": 2.05, "dots": 1.45, "attention": 1.05, "full": 1.0, "none": 3.5}
+LARGEST = 7  # what the backward pass of the largest block holds, in multiples of its input
+# The relative time per image with fewer images than 8: 1.09 with 4, 1.19 with 2, 1.25 with 1.
+FULL_TILES, HALF_EMPTY = 8, 1.2
 LOGITS = 2**29  # bytes of float32 logits and their gradient, in the chunks of the loss
 
 
@@ -221,7 +222,7 @@ def _encoder_bytes(vision, policy: str, side: int) -> float:
         return 2.0 * 2**20 * side
     stem = 2 * (side / 2) ** 2 * vision.embed_dims[0]
     blocks = [2 * dim * (side / (4 * 2**i)) ** 2 for i, dim in enumerate(vision.embed_dims)]
-    return stem + 13 * max(blocks) + KEPT[policy] * sum(map(operator.mul, vision.layers, blocks))
+    return stem + LARGEST * max(blocks) + KEPT[policy] * sum(map(operator.mul, vision.layers, blocks))
 
 
 def _divisors(n: int) -> list[int]:

@@ -80,7 +80,7 @@ def forward(x: jax.Array, kernel: jax.Array, interpret: bool = False) -> jax.Arr
     return pl.pallas_call(
         functools.partial(_forward, k=k, channels=channels),
         grid=(-(-channels // LANES), batch, height // 2 // rows),
-        in_specs=[*with_halos(None, 2 * rows, height, width), _taps_spec(k), _order_spec()],
+        in_specs=[*with_halos(k // 2, None, 2 * rows, height, width), _taps_spec(k), _order_spec()],
         out_specs=_own(rows, width // 2, _BOTH),
         out_shape=jax.ShapeDtypeStruct((batch, height // 2, width // 2, 2 * channels), x.dtype),
         scratch_shapes=[vmem(padded(2 * rows + k - 1, width)), vmem((2 * k * k, SUBLANES, LANES))],
@@ -104,7 +104,7 @@ def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, interpret: bool = F
         functools.partial(_backward, k=k, channels=channels),
         grid=(-(-channels // LANES), batch, height // 2 // rows),
         in_specs=[
-            *with_halos(None, rows, height // 2, width // 2, _BOTH),
+            *with_halos(_AROUND, None, rows, height // 2, width // 2, _BOTH),
             _own(2 * rows, width, LANES),
             _taps_spec(k),
             _order_spec(),

@@ -28,7 +28,6 @@ from fastvlm_jax.kernels import stacked
 from fastvlm_jax.kernels.stacked import Layer
 
 LANES, SUBLANES = 128, 8
-HALO = 4  # rows that are read above and below, of which k // 2 are used
 GROUP = 8  # rows of the result that are summed in registers at a time
 COLUMNS = 16  # columns at a time: a tile of bfloat16
 _VMEM = 12 << 20  # most bytes of scratch and blocks; a kernel may take 16 MiB on every generation
@@ -84,7 +83,11 @@ def forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(-(-channels // LANES), batch, height // rows),
-            in_specs=[*with_halos(0, rows, height, width), _taps_spec(1, size), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[
+                *with_halos(k // 2, 0, rows, height, width),
+                _taps_spec(1, size),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
             out_specs=_own(2, rows, width),
             scratch_shapes=[vmem(padded(rows + k - 1, width)), vmem((size, SUBLANES, LANES))],
         ),
@@ -126,7 +129,7 @@ def backward(
             num_scalar_prefetch=1,
             grid=(-(-channels // LANES), batch, height // rows),
             in_specs=[
-                *with_halos(None, rows, height, width),
+                *with_halos(k // 2, None, rows, height, width),
                 _own(0, rows, width),
                 _taps_spec(1, size),
                 pl.BlockSpec(memory_space=pl.ANY),
@@ -148,7 +151,7 @@ def _rows(x: jax.ShapeDtypeStruct, size: int) -> int:
     """Returns how many rows a grid step takes, forward and backward."""
     _, height, width, _ = x.shape
     k = math.isqrt(size)
-    return rows_that_fit(height, lambda rows: held(rows + k - 1, 3 * rows + 2 * HALO, width))
+    return rows_that_fit(height, lambda rows: held(rows + k - 1, 3 * rows + 2 * halo(k // 2), width))
 
 
 def rows_that_fit(height: int, held: Callable[[int], int]) -> int:
@@ -176,20 +179,28 @@ def _own(place: int, rows: int, width: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, 1, rows, width, LANES), lambda c, b, h, at: (at[place], b, h, 0, c))
 
 
-def with_halos(place: int | None, rows: int, height: int, width: int, lanes: int = LANES) -> tuple[pl.BlockSpec, ...]:
+def halo(p: int) -> int:
+    """Returns how many rows are read above and below, of which p are used: a number that divides GROUP."""
+    return 1 << (p - 1).bit_length()
+
+
+def with_halos(
+    p: int, place: int | None, rows: int, height: int, width: int, lanes: int = LANES
+) -> tuple[pl.BlockSpec, ...]:
     """Returns how to read the rows above a grid step's own, its own, and those below; at the border, any others.
 
-    Without a place the maps are no stack.
+    Of those above and below p are used. Without a place the maps are no stack.
     """
-    steps = rows // HALO
+    around = halo(p)
+    steps = rows // around
 
     def spec(size, first_row):
         if place is None:
             return pl.BlockSpec((1, size, width, lanes), lambda c, b, h, *_: (b, first_row(h), 0, c))
         return pl.BlockSpec((None, 1, size, width, LANES), lambda c, b, h, at: (at[place], b, first_row(h), 0, c))
 
-    above = spec(HALO, lambda h: jnp.maximum(h * steps - 1, 0))
-    below = spec(HALO, lambda h: jnp.minimum((h + 1) * steps, height // HALO - 1))
+    above = spec(around, lambda h: jnp.maximum(h * steps - 1, 0))
+    below = spec(around, lambda h: jnp.minimum((h + 1) * steps, height // around - 1))
     return above, spec(rows, lambda h: h), below
 
 
@@ -217,7 +228,7 @@ def fill(scratch, above, own, below, p: int, values: Callable[[jax.Array], jax.A
     sides = jnp.zeros((scratch.shape[0], SUBLANES, LANES), jnp.float32)
     scratch[:, :SUBLANES], scratch[:, SUBLANES + width :] = sides, sides
     first, last = pl.program_id(2) == 0, pl.program_id(2) == pl.num_programs(2) - 1
-    scratch[:p, here] = jnp.where(first, 0, values(above[0, HALO - p :]))
+    scratch[:p, here] = jnp.where(first, 0, values(above[0, above.shape[1] - p :]))
     scratch[p + rows :, here] = jnp.where(last, 0, values(below[0, :p]))
 
     def copy(group, _):

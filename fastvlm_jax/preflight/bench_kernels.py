@@ -28,6 +28,7 @@ from jax.experimental.layout import Format, Layout
 
 from fastvlm_jax import files, sharding
 from fastvlm_jax.bench.page import markdown_table
+from fastvlm_jax.kernels.batch_norm import moments, normalisation, weighted_sum
 from fastvlm_jax.kernels.depthwise import depthwise_conv
 from fastvlm_jax.kernels.depthwise_tpu import LANES, SUBLANES
 from fastvlm_jax.kernels.mlp import mlp
@@ -48,8 +49,9 @@ class Case(NamedTuple):
     """Names a function of the encoder on one of its maps.
 
     Attributes:
-      kernel: "depthwise", or "pointwise": fc1, GELU, fc2 and the residual, with 4 C hidden values.
-      size: the depthwise kernel's rows and columns; 1 for "pointwise".
+      kernel: "depthwise"; "pointwise": fc1, GELU, fc2 and the residual, with 4 C hidden values; or "batch_norm":
+        BatchNorm with statistics of all images.
+      size: the depthwise kernel's rows and columns; 1 for the others.
       map: rows, columns and channels.
       stride: of the depthwise kernel, which with stride 2 has two outputs a channel.
     """
@@ -61,8 +63,8 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        if self.kernel == "pointwise":
-            return "pointwise block"
+        if self.kernel != "depthwise":
+            return {"pointwise": "pointwise block", "batch_norm": "BatchNorm"}[self.kernel]
         return f"depthwise {self.size}x{self.size}" + f", stride {self.stride}" * (self.stride > 1)
 
 
@@ -73,6 +75,7 @@ CASES = [
     *[Case("depthwise", 3, each) for each in STAGES[:3]],
     *[Case("depthwise", 7, each, 2) for each in STAGES[:4]],
     *[Case("pointwise", 1, each) for each in STAGES[:3]],
+    *[Case("batch_norm", 1, each) for each in STAGES[:3]],
 ]
 PASSES = ("forward", "backward")
 
@@ -129,6 +132,12 @@ def program(case: Case, rows: int, direction: str, form: str):
     if case.kernel == "depthwise":
         shapes = [((case.size, case.size, 1, C * case.stride), jnp.float32)]
         function = partial(depthwise_conv, stride=case.stride, kernels=form)
+    elif case.kernel == "batch_norm":
+        shapes = [((C,), jnp.float32)] * 2
+
+        def function(x, weight, bias):
+            found = normalisation(moments(x, form), weight, bias, None, rows, H * W)
+            return weighted_sum((x,), (found.factor,), found.shift, form)
     else:
         shapes = [((C, 4 * C), x.dtype), ((4 * C,), x.dtype), ((4 * C, C), x.dtype), ((C,), x.dtype)]
 
@@ -155,7 +164,7 @@ def floor(case: Case, rows: int, direction: str, slices: Slice, cores: int) -> d
     "vector units" counts the multiply-adds of a depthwise convolution in float32, with channels in whole vectors; once
     forward, twice backward. "matrix units" counts the products at the peak rate: two forward, five backward, where the
     hidden values are computed again. "HBM" moves each map once: input and result, or input and two gradients; forward
-    also the residual.
+    also the residual. BatchNorm reads all of its maps twice, because their sums come first.
 
     Args:
       cores: cores of a device.
@@ -164,7 +173,11 @@ def floor(case: Case, rows: int, direction: str, slices: Slice, cores: int) -> d
     clock, positions = slices.generation.clock, rows * H * W
     result = 1 / case.stride  # in sizes of x: a fourth of the positions, twice the channels
     maps = 1 + result + (backward or case.kernel == "pointwise")
+    if case.kernel == "batch_norm":
+        maps = 5 if backward else 3
     least = {"HBM": maps * positions * C * 2 / slices.device_bandwidth * clock}
+    if case.kernel == "batch_norm":
+        return least
     if case.kernel == "depthwise":
         vectors = positions * math.ceil(C / LANES) / SUBLANES * result
         multiply_adds = vectors * case.size**2 * (2 if backward else 1)

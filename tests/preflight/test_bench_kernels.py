@@ -37,6 +37,9 @@ V5E = topology.parse("v5e:1x1")
         # 2 FLOPs x 32,768 positions x 384 x 1,536 x 2 products, 131,072 a cycle; 3 maps of 25 MB.
         (Case("pointwise", 1, (64, 64, 384)), "forward", 1, {"matrix units": 589_824, "HBM": 138_549}),
         (Case("pointwise", 1, (64, 64, 384)), "backward", 1, {"matrix units": 1_474_560, "HBM": 138_549}),
+        # Of 25 MB each: x twice and y; x and dy twice and dx.
+        (Case("batch_norm", 1, (64, 64, 384)), "forward", 1, {"HBM": 138_549}),
+        (Case("batch_norm", 1, (64, 64, 384)), "backward", 1, {"HBM": 230_915}),
     ],
 )
 def test_the_floor_of_each_resource(case, direction, cores, least):
@@ -78,7 +81,7 @@ def test_every_function_with_kernels_has_its_rows_at_1024_px():
     names = {(case.name, case.map[0]) for case in bench_kernels.CASES}
     assert {("depthwise 7x7", side) for side in (256, 128, 64, 32, 16)} < names
     assert {("depthwise 7x7, stride 2", side) for side in (256, 128, 64, 32)} < names
-    for name in ("depthwise 3x3", "pointwise block"):
+    for name in ("depthwise 3x3", "pointwise block", "BatchNorm"):
         assert {(name, side) for side in (256, 128, 64)} < names
     assert all(case.map[0] * case.map[2] == 256 * 96 for case in bench_kernels.CASES)
 

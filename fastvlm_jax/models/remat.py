@@ -5,12 +5,13 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-# Every policy saves the input of each block. "full" saves nothing else: the backward pass recomputes the whole block.
+# Every policy saves the input of each block, and in encoders of the stem and the patch embeds, which count as blocks.
+# "full" saves nothing else: the backward pass recomputes the whole block.
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of all matrix products with weights
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # output of the attention
-    # Saves also, in encoder blocks, the output of the 7x7 convolution and the batch statistics of BatchNorm.
+    # Saves also the output of the 7x7 convolution, and the batch statistics of BatchNorm.
     "depthwise": jax.checkpoint_policies.save_only_these_names("attention", "depthwise", "statistics"),
 }
 

@@ -85,7 +85,7 @@ slice on a machine without a TPU; the rows of the stages are the training step t
 are estimates**: the compiler's cycles, with every loop counted as often as it runs, and for transfers their bytes over
 the published bandwidth of the slice's links. Nothing here was measured on a TPU.
 
-All programs use the encoder's own kernels ([kernels.md](kernels.md)) but those named plain, which are XLA's alone.
+Programs use the encoder's own kernels ([kernels.md](kernels.md)), but those named plain, which are XLA's alone.
 
 The columns of the stages:
 

@@ -20,6 +20,8 @@ from fastvlm_jax.preflight.topology import Slice
 # For ranking only: fraction of the peak at which model FLOPs run, estimated from compiled programs (docs/preflight.md).
 ENCODER, DECODER = {"v5e": 0.287, "v5p": 0.247, "v6e": 0.105}, 0.6
 OTHER_ENCODER = 0.2  # the same on v4 and v7x, a guess
+WIDE = 3584  # width of the decoder that reaches DECODER; one of 896 reaches two thirds of it
+HIDDEN = {"v5e": 0.9}  # part of the transfers that run beside the computation; none on other generations
 # FastViTHD's forward and backward pass with 8 images of 1024 px on a v5e chip, by remat policy: COST is the relative
 # time, KEPT the activations kept per block, in multiples of the block's input. "attention" and "none" are guesses.
 COST = {"depthwise": 1.0, "dots": 1.10, "attention": 1.09, "full": 1.09}
@@ -167,12 +169,15 @@ def _memory(config, settings: dict[str, Any], shards: Shards, tokens: int, learn
 
 
 def _seconds(config, slices: Slice, settings, shards: Shards, tokens: int, work: dict[str, float]) -> float:
-    """Estimates the seconds of a step: computation or transfers, whichever is longer, plus a tenth of the other."""
+    """Estimates the seconds of a step: computation or transfers, whichever is longer, and what is not HIDDEN of the
+    other.
+    """
     llm, (replica, width, fsdp, tensor), parts = config.model.llm, settings["mesh"], settings["accumulate"]
     peak = slices.generation.flops * slices.chips
     # Devices along the tensor axis share the decoder's work, but each encodes all images of its data shard.
     encoder = tensor * work["vision"] / peak * _encoder_cost(config, slices, settings)
-    busy = encoder + (sum(work.values()) - work["vision"]) / DECODER / peak
+    share = DECODER * min(1, (llm.width / WIDE) ** 0.3)
+    busy = encoder + (sum(work.values()) - work["vision"]) / share / peak
     # A scan writes the activations it keeps into a stack and reads them slice by slice; the compiler also copies them.
     kept = tokens / math.prod(settings["mesh"][:3]) * llm.num_layers * _layer_bytes(llm, settings) / tensor
     busy += 8 * kept / slices.generation.hbm_bandwidth
@@ -184,7 +189,8 @@ def _seconds(config, slices: Slice, settings, shards: Shards, tokens: int, work:
         moved / (2 * slices.generation.link) + 8 * parts * shards.learning * (replica > 1) / slices.generation.dcn
     )
     # Smaller parts use the chip less well: of settings with equal cost, the one with fewer parts is better.
-    return (1 + 0.01 * (parts - 1)) * (max(busy, transfers) + 0.1 * min(busy, transfers))
+    shown = 1 - HIDDEN.get(slices.name.partition(":")[0], 0.0)
+    return (1 + 0.01 * (parts - 1)) * (max(busy, transfers) + shown * min(busy, transfers))
 
 
 def _encoder_cost(config, slices: Slice, settings: dict[str, Any]) -> float:

@@ -74,6 +74,7 @@ class MobileOne(nn.Module):
         """Returns the branches with statistics of images, before squeeze-excite. `found`: moments of x."""
         return self._terms(self._parts(x_BHWC.shape[-1])[0], x_BHWC, found, mask_B)
 
+    @nn.nowrap
     def _terms(self, branches: dict[str, nn.Module], x_BHWC, found: Moments | None, mask_B) -> list[Term]:
         if found is None and "skip" in branches:
             found = moments(x_BHWC, self.kernels)

@@ -184,10 +184,12 @@ class ConvBN(nn.Module):
         y = checkpoint_name(y, self.keep) if self.keep else y
         return norm.term(y, moments(y, self.kernels), mask_B, pixels=y.shape[-1] // self.features)
 
+    @nn.nowrap
     def scales(self, channels: int) -> bool:
         """Returns whether the convolution only scales the channels of its input."""
         return self.depthwise and self.kernel_size == self.stride == 1 and self.features == channels
 
+    @nn.nowrap  # no name of its own in profiles
     def _convolve(self, x_BHWC: Array, kernel: Array) -> Array:
         if self.convolve:
             return self.convolve(x_BHWC, kernel)

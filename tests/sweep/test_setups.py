@@ -70,10 +70,10 @@ def test_chip_hours_are_said_to_be_arithmetic_and_near_the_compilers_estimate(mo
     out = told(monkeypatch, capsys, "paper-fig1", "--topology=v5e:4x4")
     assert "chip-hours of training on v5e:4x4, estimated by arithmetic alone" in out
     assert "Nothing ran on a TPU." in out and "compiler" not in out
-    # docs/preflight.md: 664 ms a step by the TPU compiler for stage 2 of 0.5b at 1024 px on v5e:4x4.
+    # 424 ms a step by the TPU compiler for stage 2 of 0.5b at 1024 px on v5e:4x4.
     (row,) = (line.split() for line in out.splitlines() if "train-stage2_instruct-fastvithd-0.5b-1024" in line)
     steps, step, unit, _, hours = row[-5:]
-    assert unit == "ms" and 0.8 * 664 < float(step) < 1.2 * 664
+    assert unit == "ms" and 0.8 * 424 < float(step) < 1.2 * 424
     assert steps == "5,196"  # 665,000 / 128, rounded up
     assert abs(float(hours) - 5196 * float(step) / 1000 / 3600 * 16) < 0.06
 

@@ -29,7 +29,10 @@ ROWS = 16  # positions of a tile of bfloat16
 
 
 def fits(x: jax.Array) -> bool:
-    """Returns whether the kernels take maps x, [B, H, W, C]: flattened to positions, they are not copied."""
+    """Returns whether the kernels take maps x, [B, H, W, C]: flattened to positions, they are not copied.
+
+    Maps of fewer than four tiles of positions are left to XLA.
+    """
     _, H, W, _ = x.shape
     return W % ROWS == 0 and (H * W) % (4 * ROWS) == 0 and x.dtype in (jnp.bfloat16, jnp.float32)
 

@@ -32,7 +32,7 @@ from fastvlm_jax.models.layers import (
     drop_path,
     layer_scale,
     whole,
-)  # fmt: skip
+)
 
 Array = jax.Array
 FORMS = ("branched", "folded")
@@ -101,8 +101,8 @@ class PatchEmbed(nn.Module):
     """Halves the grid: depthwise 7x7 stride 2 (+ 3x3 branch), [squeeze-excite], GELU, then MobileOne 1x1.
 
     `features` must be a multiple of the number of input channels; in every published size it is twice that number.
-    A remat policy can save the sum of the branches under the checkpoint name "depthwise"; with statistics of images,
-    the convolutions' outputs.
+    A remat policy can save the sum of the branches under the checkpoint name "depthwise"; of branches with statistics
+    of images, the convolutions' outputs.
     """
 
     features: int
@@ -116,7 +116,7 @@ class PatchEmbed(nn.Module):
     def __call__(self, x_BHWC: Array, mask_B: Array | None = None) -> Array:
         size = dict(features=self.features, stride=2, depthwise=True, kernels=self.kernels)
         if self.form == "folded":
-            y = FoldedConv(kernel_size=7, **size, name="folded")(x_BHWC)
+            y = checkpoint_name(FoldedConv(kernel_size=7, **size, name="folded")(x_BHWC), "depthwise")
         else:
             size |= dict(batch_stats=self.batch_stats, keep="depthwise" if self.batch_stats else "")
             large = ConvBN(kernel_size=7, **size, name="large")
@@ -124,8 +124,7 @@ class PatchEmbed(nn.Module):
             if self.batch_stats:
                 y = added([branch.term(x_BHWC, None, mask_B) for branch in (large, small)], self.kernels)
             else:
-                y = large(x_BHWC) + small(x_BHWC)
-        y = y if self.batch_stats else checkpoint_name(y, "depthwise")
+                y = checkpoint_name(large(x_BHWC) + small(x_BHWC), "depthwise")
         if self.use_se:
             y = SqueezeExcite(reduction=4, init_std=self.init_std, name="se")(y)
         setting = dict(form=self.form, batch_stats=self.batch_stats, kernels=self.kernels)

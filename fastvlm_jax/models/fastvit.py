@@ -192,10 +192,10 @@ class FastViT(nn.Module):
         """Returns whether stage i runs as one function of kernels."""
         if self.mixers[i] != "repmixer" or self.has_rng("drop_path") or self.is_initializing():
             return False
-        hidden = int(self.embed_dims[i] * self.mlp_ratio)
-        if not batch_stats:
-            return choice.used(self.kernels) and repmixer_stage.fits(x_BHWC, hidden)
-        return choice.used(self.kernels) and self.form == "branched" and training_stage.fits(x_BHWC, hidden)
+        if not choice.used(self.kernels) or (batch_stats and self.form == "folded"):
+            return False
+        stage = training_stage if batch_stats else repmixer_stage
+        return stage.fits(x_BHWC, int(self.embed_dims[i] * self.mlp_ratio))
 
     def _stage_as_one(self, i: int, x_BHWC: Array, mask_B: Array | None, batch_stats: int) -> Array:
         """Applies the blocks of stage i: one function with the variables of `_stage`."""

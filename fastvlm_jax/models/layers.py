@@ -73,7 +73,11 @@ def added(terms: Sequence[Term], kernels: str) -> Array:
 
 
 def group_size(B: int, batch_stats: int) -> int:
-    """Returns how many of B images share their statistics. `batch_stats`: see BatchNorm, but for 0."""
+    """Returns how many of B images share their statistics. `batch_stats`: see BatchNorm, but for 0.
+
+    Raises:
+      ValueError: the groups do not divide the batch.
+    """
     images = batch_stats if batch_stats > 0 else B
     if B % images:
         raise ValueError(

@@ -17,7 +17,7 @@ from fastvlm_jax.models import fastvlm, flops, kinds, remat
 from fastvlm_jax.preflight import fit
 from fastvlm_jax.preflight.topology import Slice
 
-# For ranking only: fraction of the peak at which model FLOPs run, estimated from compiled programs (docs/preflight.md).
+# For ranking only: fraction of the peak at which model FLOPs run, from programs that were compiled (docs/kernels.md).
 ENCODER, DECODER = {"v5e": 0.287, "v5p": 0.247, "v6e": 0.105}, 0.6
 OTHER_ENCODER = 0.2  # the same on v4 and v7x, a guess
 WIDE = 3584  # width of the decoder that reaches DECODER; one of 896 reaches two thirds of it
@@ -169,9 +169,7 @@ def _memory(config, settings: dict[str, Any], shards: Shards, tokens: int, learn
 
 
 def _seconds(config, slices: Slice, settings, shards: Shards, tokens: int, work: dict[str, float]) -> float:
-    """Estimates the seconds of a step: computation or transfers, whichever is longer, and what is not HIDDEN of the
-    other.
-    """
+    """Estimates the seconds of a step: computation or transfers, whichever is longer, and what shows of the other."""
     llm, (replica, width, fsdp, tensor), parts = config.model.llm, settings["mesh"], settings["accumulate"]
     peak = slices.generation.flops * slices.chips
     # Devices along the tensor axis share the decoder's work, but each encodes all images of its data shard.

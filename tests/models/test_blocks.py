@@ -148,8 +148,9 @@ def test_the_backward_pass_repeats_neither_the_7x7_convolution_nor_the_last_prod
 def test_the_backward_pass_repeats_the_product_of_a_patch_embed_but_not_its_convolution():
     """The 7x7 in two convolutions, for two outputs a channel; one product forward, two backward."""
 
-    def lowered(policy):
-        embed = rematted(PatchEmbed, policy, scanned=False)(128, form="folded", kernels="none")
+    def lowered(policy, batch_stats=0):
+        setting = dict(form="folded", batch_stats=batch_stats, kernels="none")
+        embed = rematted(PatchEmbed, policy, scanned=False)(128, **setting)
         x = jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.bfloat16)
         variables = jax.eval_shape(embed.init, jax.random.key(0), x)
         gradient = jax.value_and_grad(lambda v, x: embed.apply(v, x).astype(jnp.float32).sum(), argnums=(0, 1))
@@ -157,7 +158,7 @@ def test_the_backward_pass_repeats_the_product_of_a_patch_embed_but_not_its_conv
 
     assert lowered("none") == (2, 3)
     assert lowered("full") == (4, 4)
-    assert lowered("depthwise") == (2, 4)
+    assert lowered("depthwise") == lowered("depthwise", batch_stats=-1) == (2, 4)
 
 
 def test_maps_that_leave_lanes_empty_are_computed_again():

@@ -239,7 +239,7 @@ def _images(found: dict[Case, dict[str, Any]]) -> str:
         temporaries = ["-" if r is None else gib(r["memory"]["compiler"]["temporaries"]) for r in both]
         rows.append([str(images), *cycles, *temporaries])
     return (
-        "Forward and backward pass on one v5e chip; with 8 images the chip's tiles of 8 x 128 are full.\n\n"
+        "Forward and backward pass on one v5e chip. The plain form fills the chip's tiles of 8 x 128 with 8 images.\n\n"
         + markdown(rows)
     )
 
@@ -279,7 +279,7 @@ def _paper(found: dict[Case, dict[str, Any]]) -> str:
         for case, r in found.items():
             if case.table == table and case.size == "7b" and "time" in r:
                 rows.append(
-                    [TITLES[table].partition(",")[0], f"{hours:g} h", f"{8 * hours:g}", case.topology,
+                    [TITLES[table].partition(" at ")[0], f"{hours:g} h", f"{8 * hours:g}", case.topology,
                      f"{r['stage']['hours']:,.1f}", f"{r['stage']['chip_hours']:,.0f}"]
                 )  # fmt: skip
     return (

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fastvlm_jax.config import REPLACED, differences
+from fastvlm_jax.models.lora import Lora
 
 # Keys that may change freely, because they do not change the results. There are two exceptions: accumulate does if
 # BatchNorm is in training mode or drop_path is above 0, and bad_steps does if there are bad steps.
@@ -21,12 +22,13 @@ FREE_KEYS = (
     "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
     "data.root",
 )  # fmt: skip
-FIXED_KEYS = ("model", "param_dtype", "moment_dtype", "optimizer", "ema", "parent", "parent_step")
+FIXED_KEYS = ("model", "lora", "param_dtype", "frozen_dtype", "moment_dtype", "optimizer", "ema", "parent", "parent_step")
 # Keys of `model` that change what it computes and not what it is.
 COMPUTED_KEYS = ("model.dtype", "model.vision.drop_path", "model.vision.batch_norm", "model.vision.batch_norm_images")
 # Keys that runs of earlier versions do not have -> what they did.
 ADDED = {
     "warmup": "transformers", "final_rate": 0.0, "optimizer": "adamw", "decayed": ["kernel", "embedding"], "ema": 0.0,
+    "frozen_dtype": "", "lora": dict(rank=0, alpha=16.0, stabilised=False, dropout=0.0, targets=Lora(1).targets),
 }  # fmt: skip
 # Keys of the lineage that are compared too, and free: a run goes on under new code, and its lineage says so.
 CODE_KEYS = ("code", "source_digest", "jax")

@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_collections
 
+from fastvlm_jax.models.lora import Lora
 from fastvlm_jax.models.sizes import CLIP_SIZES, LLM_SIZES, QWEN2, TEXT_SIZES, VISION_SIZES
 from fastvlm_jax.optim import Course
 
@@ -74,6 +75,7 @@ def base_of(
     c.data = _data(vision)
     _add_conversations(c.data, template)
     _add_training(c, tiny=tiny)
+    _add_lora(c)
     return c
 
 
@@ -236,6 +238,9 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.shard_frozen = True  # False keeps frozen parameters whole on every fsdp device: no gathers, more memory
     c.accumulate = 1  # parts of a batch's groups that are computed one after another: less memory, the same step
     c.param_dtype = "float32"  # dtype of the parameters; "bfloat16" loses updates smaller than 1/256 of a weight
+    # Dtype of frozen kernels and embeddings; "" = bfloat16 with `lora`, else param_dtype. Published weights are bfloat16
+    # or float16.
+    c.frozen_dtype = ""
     c.moment_dtype = "float32"  # dtype of Adam's first moment; "bfloat16" saves 2 bytes a trainable parameter
 
     c.bad_steps = ml_collections.ConfigDict()
@@ -264,6 +269,20 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     # "evaluate/docvqa" (the highest); "" = none.
     c.keep_best = ""
     c.stop_after = 0  # evaluations in a row without a better keep_best after which the run ends; 0 = never
+
+
+def _add_lora(c: ml_collections.ConfigDict) -> None:
+    c.lora = ml_collections.ConfigDict()
+    # Rank of the adapters that are trained in place of the kernels that `targets` names (LoRA); 0 = none. `groups` must
+    # freeze those kernels, as (("lora/.*", 2e-4, 0.0), (".*", 0.0, 0.0)) does, and checkpoints hold only what is
+    # trained.
+    c.lora.rank = 0
+    c.lora.alpha = 16.0  # an adapter's product is multiplied by alpha / rank
+    c.lora.stabilised = False  # multiplies it by alpha / sqrt(rank) instead (rsLoRA), so that high ranks learn as fast
+    c.lora.dropout = 0.0  # probability with which a number of an adapter's input is left out in training
+    # Kernels that get an adapter: a regex of whole paths, as "(llm|vision|projector)/.*", among those of dense layers
+    # and of 1x1 convolutions.
+    c.lora.targets = "llm/layers/(q|k|v|o|gate|up|down)/kernel"
 
 
 def fit_rows(config: ml_collections.ConfigDict, samples: int, images: int, text: int) -> None:
@@ -309,6 +328,16 @@ def rows_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
     if "text" in config.model:
         return config.data.images_per_group * config.data.texts, config.model.text.context_length
     return config.data.rows_per_group, config.data.row_length
+
+
+def lora_of(config: ml_collections.ConfigDict) -> Lora | None:
+    """Returns the adapters that a config asks for; None if it asks for none."""
+    return Lora(**config.lora.to_dict()) if "lora" in config and config.lora.rank else None
+
+
+def frozen_dtype(config: ml_collections.ConfigDict) -> str:
+    """Returns the dtype of a stage's frozen kernels and embeddings."""
+    return config.frozen_dtype or ("bfloat16" if lora_of(config) else config.param_dtype)
 
 
 def course_of(config: ml_collections.ConfigDict, steps: int) -> Course:

@@ -1,6 +1,7 @@
 """Refuses configs whose values are out of range or contradict each other, naming the key."""
 
 import math
+import re
 
 import ml_collections
 
@@ -63,10 +64,27 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"final_rate={config.final_rate} must be from 0 to 1, a fraction of the peak rates")
     if config.optimizer not in ("adamw", "adafactor"):
         raise ValueError(f"optimizer={config.optimizer!r} must be adamw or adafactor")
+    if config.frozen_dtype not in ("", "float32", "bfloat16"):
+        raise ValueError(f"frozen_dtype={config.frozen_dtype!r} must be float32, bfloat16, or '' for the default")
+    if "lora" in config:
+        _check_lora(config.lora)
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema={config.ema} must be at least 0 and below 1, as 0.9995; 0 keeps no average")
     if not all(isinstance(name, str) for name in config.decayed):
         raise ValueError(f"decayed={config.decayed} must hold last parts of paths, as ('kernel', 'embedding')")
+
+
+def _check_lora(settings: ml_collections.ConfigDict) -> None:
+    if not 0 <= settings.rank <= 4096:
+        raise ValueError(f"lora.rank={settings.rank} must be from 0, for no adapters, to 4096")
+    if not 0 < settings.alpha < math.inf:
+        raise ValueError(f"lora.alpha={settings.alpha} must be positive")
+    if not 0 <= settings.dropout < 1:
+        raise ValueError(f"lora.dropout={settings.dropout} must be at least 0 and below 1")
+    try:
+        re.compile(settings.targets)
+    except re.error as error:
+        raise ValueError(f"lora.targets={settings.targets!r} is no regex: {error}") from error
 
 
 def _check_conversations(data: ml_collections.ConfigDict) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fastvlm_jax.batch import Batch
+from fastvlm_jax.models import lora
 from fastvlm_jax.models.fastvlm import FastVLM
 
 
@@ -47,7 +48,9 @@ def next_token(model: FastVLM, num_sources: int = 1) -> Loss:
         return jnp.sum(batch.loss_mask)
 
     def value(variables, part: Batch, tokens, rng):
-        rngs = {"drop_path": rng} if model.vision_args.get("drop_path") else None
+        rngs = {"drop_path": rng} if model.vision_args.get("drop_path") else {}
+        if lora.NAME in variables:
+            rngs[lora.NAME] = rng
         losses, updated = model.apply(
             variables, **inputs(part), targets=part.targets, train=True, mutable=["batch_stats"], rngs=rngs
         )

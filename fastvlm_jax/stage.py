@@ -4,13 +4,14 @@ Training, data inspection, benchmarks and preflight all use this module.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import config_checks, guard, losses, model_io, optim, pair_loss, sharding
@@ -21,6 +22,7 @@ from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.kinds import Model
+from fastvlm_jax.models.lora import with_adapters
 from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.parent import adapt
 from fastvlm_jax.processor import Processor
@@ -57,10 +59,35 @@ def open_stage(config) -> Stage:
     model = kinds.build(**config.model.to_dict())
     variables = adapt(parent, model, config.parent) if parent else None
     processor = make_processor(config, model, parent)
-    trainable, _ = optim.split(kinds.abstract_variables(model)["params"], config.groups)
+    trainable, frozen = optim.split(abstract_params(config, model), config.groups)
     if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
         raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
+    if config_lib.lora_of(config):
+        _check_base(config.parent, trainable, frozen, flatten_dict((variables or {}).get("params", {}), sep="/"))
     return Stage(model, processor, variables, parent and parent.lineage)
+
+
+def abstract_params(config, model: Model) -> dict[str, Any]:
+    """Returns the parameters of a stage, adapters included, as ShapeDtypeStructs."""
+    params, adapters = kinds.abstract_variables(model)["params"], config_lib.lora_of(config)
+    return jax.eval_shape(lambda params: with_adapters(params, adapters, jax.random.key(0)), params)
+
+
+def _check_base(parent: str, trainable: Collection[str], frozen: Collection[str], given: Collection[str]) -> None:
+    """Raises ValueError unless adapters are trained on kernels that stay what the parent gives."""
+    adapted = [path.removeprefix("lora/").rpartition("/")[0] for path in (*trainable, *frozen) if path[:5] == "lora/"]
+    groups = 'set groups to (("lora/.*", 2e-4, 0.0), (".*", 0.0, 0.0))'
+    if learning := sorted(set(adapted) & set(trainable)):
+        raise ValueError(f"groups train {learning[0]}, to which lora gives an adapter: {groups}")
+    if idle := [path for path in frozen if path.startswith("lora/")]:
+        raise ValueError(f"groups freeze the adapter {idle[0]}: {groups}")
+    if not parent:
+        raise ValueError("lora adapts a trained model: name it with --config.parent=MODEL")
+    if missing := [path for path in frozen if path not in given]:
+        raise ValueError(
+            f"lora keeps {missing[0]} as it is in the parent {parent}, which has none: name a whole model, or train it "
+            "(a rate above 0 in groups)"
+        )
 
 
 def make_mesh(config, devices=None) -> jax.sharding.Mesh:
@@ -201,7 +228,7 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
       ValueError: the groups do not fit the parameters, or the mesh does not divide a parameter.
     """
     optimizer = optim.make_optimizer(
-        kinds.abstract_variables(model)["params"],
+        abstract_params(config, model),
         config.groups,
         config_lib.course_of(config, steps),
         beta1=config.beta1,
@@ -214,7 +241,8 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
     )
     make_state, abstract = state_of(
         model, optimizer, config.groups, mesh,
-        param_dtype=config.param_dtype, shard_frozen=config.shard_frozen, average=config.ema > 0,
+        param_dtype=config.param_dtype, frozen_dtype=config_lib.frozen_dtype(config), shard_frozen=config.shard_frozen,
+        average=config.ema > 0, adapters=config_lib.lora_of(config),
     )  # fmt: skip
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     loss = make_loss(config, model, steps, num_sources)
@@ -228,6 +256,7 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
         shardings=optim.split(shardings.params, config.groups)[0],
         rule=make_rule(config),
         ema=config.ema,
+        adapters=config_lib.lora_of(config),
     )
     # Metrics are whole on every device, so that every process can read them.
     everywhere = jax.sharding.NamedSharding(mesh, sharding.spec(()))

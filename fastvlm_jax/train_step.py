@@ -10,6 +10,7 @@ import optax
 from fastvlm_jax import guard, optim
 from fastvlm_jax.batch import joined, parts_of
 from fastvlm_jax.losses import Loss
+from fastvlm_jax.models.lora import Lora, variables_of
 from fastvlm_jax.train_state import TrainState
 
 
@@ -25,6 +26,7 @@ def train_step(
     shardings: dict | None = None,
     rule: guard.Rule | None = None,
     ema: float = 0.0,
+    adapters: Lora | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one optimizer step on a global batch.
 
@@ -42,6 +44,7 @@ def train_step(
       shardings: shardings of the trainable parameters, by path; their gradients are reduced to these.
       rule: how the step is judged, see guard.py; None does not judge it.
       ema: decay of the moving average, see optim.averaged; 0 keeps none.
+      adapters: describes the adapters among the parameters; None if there are none.
 
     Returns:
       The new state, and device scalars: "loss", "grad_norm" (before clipping) and what the loss reports; with a rule,
@@ -51,19 +54,19 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     size = loss.size(batch)
 
-    def variables_of(trainable, batch_stats):
-        return {"params": optim.merge(trainable, frozen), "batch_stats": batch_stats}
+    def variables(trainable, batch_stats):
+        return variables_of(optim.merge(trainable, frozen), batch_stats, adapters, train=True)
 
     def reduced(grads):
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
 
     if accumulate == 1:
-        found = whole(loss, variables_of, trainable, state.batch_stats, batch, size, rng, reduced)
+        found = whole(loss, variables, trainable, state.batch_stats, batch, size, rng, reduced)
     elif loss.embed is None:
-        found = added(loss, variables_of, trainable, state.batch_stats, batch, size, rng, reduced, accumulate)
+        found = added(loss, variables, trainable, state.batch_stats, batch, size, rng, reduced, accumulate)
     else:
-        found = cached(loss, variables_of, trainable, state.batch_stats, batch, rng, reduced, accumulate)
+        found = cached(loss, variables, trainable, state.batch_stats, batch, rng, reduced, accumulate)
     value, outputs, batch_stats, grads = found
 
     updated, opt_state = optim.update(optimizer, grads, state.opt_state, trainable)
@@ -94,29 +97,29 @@ class Found(NamedTuple):
     grads: dict[str, jax.Array]
 
 
-def whole(loss: Loss, variables_of, trainable, batch_stats, batch, size, rng, reduced) -> Found:
+def whole(loss: Loss, variables, trainable, batch_stats, batch, size, rng, reduced) -> Found:
     """Differentiates the loss of a batch in one pass.
 
     Args:
-      variables_of: (trainable parameters by path, batch statistics) -> all variables.
+      variables: (trainable parameters by path, batch statistics) -> all variables.
       size: what `loss.size` says of the whole batch.
       reduced: gradients -> the same in float32, each device with its shards.
     """
 
     def value_of(trainable):
-        return loss.value(variables_of(trainable, batch_stats), batch, size, rng)
+        return loss.value(variables(trainable, batch_stats), batch, size, rng)
 
     (value, (outputs, batch_stats)), grads = jax.value_and_grad(value_of, has_aux=True)(trainable)
     return Found(value, outputs, batch_stats, reduced(grads))
 
 
-def added(loss: Loss, variables_of, trainable, batch_stats, batch, size, rng, reduced, count: int) -> Found:
+def added(loss: Loss, variables, trainable, batch_stats, batch, size, rng, reduced, count: int) -> Found:
     """Differentiates the loss of a batch part by part, for a loss whose values add up; see `whole`."""
 
     def add(carry, numbered):
         value, batch_stats, grads = carry
         i, part = numbered
-        more = whole(loss, variables_of, trainable, batch_stats, part, size, jax.random.fold_in(rng, i), reduced)
+        more = whole(loss, variables, trainable, batch_stats, part, size, jax.random.fold_in(rng, i), reduced)
         return (value + more.value, more.batch_stats, jax.tree.map(jnp.add, grads, more.grads)), more.outputs
 
     carry = (jnp.zeros((), jnp.float32), batch_stats, zeros_of(trainable, reduced))
@@ -124,7 +127,7 @@ def added(loss: Loss, variables_of, trainable, batch_stats, batch, size, rng, re
     return Found(value, jax.tree.map(joined, outputs), batch_stats, grads)
 
 
-def cached(loss: Loss, variables_of, trainable, batch_stats, batch, rng, reduced, count: int) -> Found:
+def cached(loss: Loss, variables, trainable, batch_stats, batch, rng, reduced, count: int) -> Found:
     """Differentiates the loss of a batch part by part, for a loss that compares all entries; see `whole`.
 
     One pass over the parts computes the features of all entries, and the loss its gradient with respect to them; a
@@ -134,13 +137,13 @@ def cached(loss: Loss, variables_of, trainable, batch_stats, batch, rng, reduced
 
     def embed(trainable, numbered):
         i, part = numbered
-        return loss.embed(variables_of(trainable, batch_stats), part, jax.random.fold_in(rng, i))
+        return loss.embed(variables(trainable, batch_stats), part, jax.random.fold_in(rng, i))
 
     parts = numbered_parts(batch, count)
     _, features = jax.lax.scan(lambda _, numbered: (None, embed(trainable, numbered)[0]), None, parts)
 
     def value_of(trainable, features):
-        return loss.compare(variables_of(trainable, batch_stats)["params"], batch, features)
+        return loss.compare(variables(trainable, batch_stats)["params"], batch, features)
 
     differentiate = jax.value_and_grad(value_of, argnums=(0, 1), has_aux=True)
     (value, outputs), (grads, wanted) = differentiate(trainable, jax.tree.map(joined, features))

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from fastvlm_jax import sharding
+from fastvlm_jax.config import lora_of
 from fastvlm_jax.data.load.from_config import open_sources
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.evaluate import embed, run, towers
@@ -29,7 +30,7 @@ from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.kinds import Model
 from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.processor import Processor
-from fastvlm_jax.train_state import TrainState, averaged
+from fastvlm_jax.train_state import TrainState, model_variables
 
 # Computes the scalars of a state, by their names in the metrics, or None if the function, asked after every batch, says
 # that the run is to stop.
@@ -85,12 +86,14 @@ def make_evaluation(
     if config.keep_best and config.keep_best not in scores:
         raise ValueError(f"keep_best={config.keep_best!r}: no data set has records in a split 'validation'")
 
+    adapters = lora_of(config)
+
     def evaluate(state: TrainState, stopped: Callable[[], bool]) -> dict[str, float] | None:
         def go_on(*_) -> None:
             if stopped():
                 raise _Stopped
 
-        variables, scalars = averaged(state), {}
+        variables, scalars = model_variables(state, adapters), {}
         try:
             if held_out_loss:
                 scalars["validation/loss"] = held_out_loss(variables, go_on)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from fastvlm_jax.kernels.depthwise import depthwise_conv
 from fastvlm_jax.kernels.gelu import gelu
+from fastvlm_jax.models import lora
 from fastvlm_jax.models.layers import Dense, layer_scale
 from fastvlm_jax.models.remat import rematted
 from fastvlm_jax.models.vit import PatchConv, layer_norm
@@ -129,7 +130,7 @@ class ConvNeXt(nn.Module):
                 x = PatchConv(dim, 2, init_std=self.init_std, name=f"downsample_{i}")(x)
             stage = nn.scan(
                 lambda block, x, _: (block(x), None),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, lora.NAME: 0},
                 split_rngs={"params": True},
                 length=depth,
             )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from fastvlm_jax.kernels.attention import attention, cached_attention, prompt_attention
 from fastvlm_jax.kernels.cross_entropy import cross_entropy
 from fastvlm_jax.kernels.embedding import embed
+from fastvlm_jax.models import lora
 from fastvlm_jax.models.remat import rematted
 from fastvlm_jax.sharding import constrain, gathered, sharded
 
@@ -79,6 +80,8 @@ class Linear(nn.Module):
         init = nn.initializers.normal(self.init_std)
         kernel = self.param("kernel", sharded(init, self.axes), (x.shape[-1], self.features), jnp.float32)
         y = matmul(x, gathered(kernel, self.axes, x.dtype))
+        if (low_rank := lora.update(self, x, self.axes)) is not None:
+            y += low_rank
         if self.use_bias:
             bias = self.param("bias", sharded(nn.initializers.zeros, self.axes[1:]), (self.features,), jnp.float32)
             y += bias.astype(x.dtype)
@@ -232,9 +235,16 @@ class Decoder(nn.Module):
         names = ("num_heads", "num_kv_heads", "mlp_dim", "rope_theta", "qkv_bias", "epsilon", "init_std")
         return {"head_dim": self.size_of_head, **{name: getattr(self, name) for name in names}}
 
-    def layer(self, params: dict, *args):
-        """Applies one layer with the parameters `params`; see `DecoderLayer`."""
-        return DecoderLayer(**self.sizes_of_layer, parent=None).apply({"params": params}, *args)
+    def layer(self, variables: dict, *args):
+        """Applies one layer with its variables, by collection; see `DecoderLayer`."""
+        return DecoderLayer(**self.sizes_of_layer, parent=None).apply(variables, *args)
+
+    @nn.nowrap
+    def _each_layer(self) -> list[dict]:
+        """Returns the variables of each layer, by collection."""
+        found = self.layers.variables
+        trees = {name: unstacked(found[name], self.num_layers) for name in ("params", lora.NAME) if name in found}
+        return [{name: layers[str(i)] for name, layers in trees.items()} for i in range(self.num_layers)]
 
     def setup(self):
         init = nn.initializers.normal(self.init_std)
@@ -243,8 +253,8 @@ class Decoder(nn.Module):
         )
         self.layers = nn.scan(
             rematted(DecoderLayer, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
+            variable_axes={"params": 0, lora.NAME: 0},
+            split_rngs={"params": True, lora.NAME: True},
             in_axes=(nn.broadcast,) * 5,
             out_axes=0,
             length=self.num_layers,
@@ -270,16 +280,15 @@ class Decoder(nn.Module):
         Returns:
           Logits [B, T, V] in the dtype of x, or with targets losses [B, T] in float32.
         """
-        layers = self.layers.variables.get("params", {})
-        if "0" in layers:
-            for i in range(self.num_layers):
-                x_BTD, _ = self.layer(layers[str(i)], x_BTD, None, positions_BT, segments_BT, segments_BT, 0)
+        if "0" in self.layers.variables.get("params", {}):
+            for variables in self._each_layer():
+                x_BTD, _ = self.layer(variables, x_BTD, None, positions_BT, segments_BT, segments_BT, 0)
         else:
             x_BTD, _ = self.layers(x_BTD, None, positions_BT, segments_BT, segments_BT, 0)
         x_BTD = self.final_norm(x_BTD)
         if targets_BT is None:
             return self.logits(x_BTD)
-        table_VD = self.embedding if self.tie_embeddings else self.lm_head.variables["params"]["kernel"].T
+        table_VD = self.embedding if self.tie_embeddings else lora.adapted(self.lm_head, self.lm_head.variables["params"]["kernel"]).T
         return cross_entropy(x_BTD, table_VD, targets_BT)
 
     def logits(self, x: Array) -> Array:
@@ -296,13 +305,13 @@ class Decoder(nn.Module):
         """
         offset, T = cache.length, x_BTD.shape[1]
         kv_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segments_BT, offset, axis=1)
-        layers, caches = unstacked(self.layers.variables["params"], self.num_layers), []
-        for i, kv in enumerate(zip(cache.keys, cache.values, strict=True)):
+        caches, kvs = [], zip(cache.keys, cache.values, strict=True)
+        for i, (variables, kv) in enumerate(zip(self._each_layer(), kvs, strict=True)):
             last_B = None
             if T > 1 and i == self.num_layers - 1:
                 last_B = jnp.maximum(jnp.sum(segments_BT > 0, axis=1) - 1, 0)
             args = (positions_BT, segments_BT, kv_segments_BS, offset, last_B)
-            x_BTD, kv = self.layer(layers[str(i)], x_BTD, kv, *args)
+            x_BTD, kv = self.layer(variables, x_BTD, kv, *args)
             caches.append(kv)
         keys, values = zip(*caches, strict=True)
         return self.logits(self.final_norm(x_BTD[:, 0])), Cache(keys, values, kv_segments_BS, offset + T)

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastvlm_jax.kernels import choice, repmixer_stage, training_stage
 from fastvlm_jax.kernels.image_conv import image_conv, pixel_conv
+from fastvlm_jax.models import lora
 from fastvlm_jax.models.blocks import FORMS, HEAD_DIM, Block, ConditionalPositions, MobileOne, PatchEmbed
 from fastvlm_jax.models.layers import BatchNorm, Dense, group_size
 from fastvlm_jax.models.remat import rematted, saved
@@ -179,7 +180,7 @@ class FastViT(nn.Module):
         """Applies the blocks of stage i, in a scan."""
         stage = nn.scan(
             lambda block, x, rate, mask: (block(x, rate, mask), None),
-            variable_axes={"params": 0, "batch_stats": 0},
+            variable_axes={"params": 0, "batch_stats": 0, lora.NAME: 0},
             split_rngs={"params": True, "drop_path": True},
             in_axes=(0, nn.broadcast),
             length=self.layers[i],
@@ -201,6 +202,7 @@ class FastViT(nn.Module):
         """Applies the blocks of stage i: one function with the variables of `_stage`."""
         name, keep, interpret = f"stage_{i}", saved(self.remat, x_BHWC.shape[-1]), self.kernels == "interpret"
         params, stats = self.variables["params"][name], self.variables["batch_stats"][name]
+        params = lora.merged(params, self.variables.get(lora.NAME, {}).get(name, {}))
         if not batch_stats:
             return repmixer_stage.stage(x_BHWC, stage_weights(params, stats, x_BHWC.dtype), keep, interpret)
         mask_B = jnp.ones(len(x_BHWC)) if mask_B is None else mask_B.astype(jnp.float32)

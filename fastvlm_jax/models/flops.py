@@ -12,7 +12,7 @@ on the padding, as fvcore and timm do.
 
 The decoder's attention counts the causally visible pairs of a whole row, half of the square: packed segments need less,
 and PaLM's convention (arXiv 2204.02311, appendix B) counts the full square. The encoder's attention is over all
-positions.
+positions. The products of adapters (LoRA) are left out: they are about rank / width of a layer's.
 """
 
 import functools
@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from fastvlm_jax.models import lora
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.convnext import ConvNeXt
 from fastvlm_jax.models.decoder import Decoder
@@ -172,7 +173,9 @@ def _backward(counted: Sequence[Product], trainable: Collection[str]) -> Iterato
     blocks of a stage is one loop: if one weight of the stage is trained, gradients flow through all its blocks. Nothing
     of the image tower comes before the text tower.
     """
-    trained_units = {"/".join(path.split("/")[:2]) for path in trainable}
+    # Through a kernel with an adapter gradients flow as through a trained one, but it has none itself.
+    adapted = {path.removeprefix(f"{lora.NAME}/").rpartition("/")[0] for path in trainable if path.startswith(lora.NAME)}
+    trained_units = {"/".join(path.split("/")[:2]) for path in (*trainable, *adapted)}
     gradients_flow, of_images = False, False
     for unit, group in itertools.groupby(counted, key=lambda product: product.unit):
         if unit == "text/embedding":
@@ -187,7 +190,7 @@ def _backward(counted: Sequence[Product], trainable: Collection[str]) -> Iterato
             else:
                 yield product, input_grad + weight_grad
             if product.remat is None:
-                gradients_flow |= weight_grad
+                gradients_flow |= weight_grad or product.path in adapted
         gradients_flow |= unit in trained_units
 
 

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fastvlm_jax.kernels.batch_norm import EPSILON, Moments, moments, normalisation, weighted_sum
 from fastvlm_jax.kernels.depthwise import depthwise_conv
+from fastvlm_jax.models import lora
 from fastvlm_jax.sharding import gathered
 
 Array = jax.Array
@@ -202,7 +203,7 @@ class ConvBN(nn.Module):
     @nn.compact
     def _parts(self, channels: int) -> tuple[Array, BatchNorm]:
         shape = (self.kernel_size, self.kernel_size, 1 if self.depthwise else channels, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        kernel = lora.adapted(self, self.param("kernel", self.kernel_init, shape, jnp.float32))
         return kernel, BatchNorm(self.batch_stats, kernels=self.kernels, name="bn")
 
 
@@ -222,7 +223,7 @@ class FoldedConv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, inputs, self.features)
         kernel = self.param("kernel", torch_conv_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        kernel = gathered(kernel, None, x_BHWC.dtype)
+        kernel = gathered(lora.adapted(self, kernel), None, x_BHWC.dtype)
         convolve = self.convolve or partial(conv, stride=self.stride, depthwise=self.depthwise, kernels=self.kernels)
         return with_bias(convolve(x_BHWC, kernel), bias)
 
@@ -242,14 +243,21 @@ class Dense(nn.Module):
     bias_init: Callable = nn.initializers.zeros
 
     def __call__(self, x: Array, scale: Array | None = None) -> Array:
-        kernel, bias = self.weights(x, scale)
-        return x @ kernel if bias is None else x @ kernel + bias
+        kernel, bias = self._weights(x, scale, adapted=False)
+        y = x @ kernel
+        if (low_rank := lora.update(self, x)) is not None:
+            y += low_rank if scale is None else low_rank * scale.astype(x.dtype)
+        return y if bias is None else y + bias
+
+    def weights(self, x: Array, scale: Array | None = None) -> tuple[Array, Array | None]:
+        """Returns (kernel, bias or None), adapted and scaled, in the dtype of x; the values of x are not used."""
+        return self._weights(x, scale, adapted=True)
 
     @nn.compact
-    def weights(self, x: Array, scale: Array | None = None) -> tuple[Array, Array | None]:
-        """Returns (kernel, bias or None), scaled, in the dtype of x; the values of x are not used."""
+    def _weights(self, x: Array, scale: Array | None, *, adapted: bool) -> tuple[Array, Array | None]:
         init = self.kernel_init or nn.initializers.truncated_normal(self.init_std)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        kernel = lora.adapted(self, kernel) if adapted else kernel
         kernel = gathered(kernel if scale is None else kernel * scale, None, x.dtype)
         if not self.use_bias:
             return kernel, None

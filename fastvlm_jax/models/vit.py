@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fastvlm_jax.kernels.gelu import gelu
+from fastvlm_jax.models import lora
 from fastvlm_jax.models.layers import Dense
 from fastvlm_jax.models.remat import rematted
 from fastvlm_jax.sharding import gathered
@@ -221,7 +222,7 @@ class ViT(nn.Module):
         body = rematted(Block, self.remat)
         layers = nn.scan(
             lambda block, x, _: (block(x), None),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, lora.NAME: 0},
             split_rngs={"params": True},
             length=self.used_layers,
         )

@@ -22,7 +22,17 @@ FREE_KEYS = (
     "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
     "data.root",
 )  # fmt: skip
-FIXED_KEYS = ("model", "lora", "param_dtype", "frozen_dtype", "moment_dtype", "optimizer", "ema", "parent", "parent_step")
+FIXED_KEYS = (
+    "model",
+    "lora",
+    "param_dtype",
+    "frozen_dtype",
+    "moment_dtype",
+    "optimizer",
+    "ema",
+    "parent",
+    "parent_step",
+)
 # Keys of `model` that change what it computes and not what it is.
 COMPUTED_KEYS = ("model.dtype", "model.vision.drop_path", "model.vision.batch_norm", "model.vision.batch_norm_images")
 # Keys that runs of earlier versions do not have -> what they did.

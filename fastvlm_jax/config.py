@@ -238,8 +238,7 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.shard_frozen = True  # False keeps frozen parameters whole on every fsdp device: no gathers, more memory
     c.accumulate = 1  # parts of a batch's groups that are computed one after another: less memory, the same step
     c.param_dtype = "float32"  # dtype of the parameters; "bfloat16" loses updates smaller than 1/256 of a weight
-    # Dtype of frozen kernels and embeddings; "" = bfloat16 with `lora`, else param_dtype. Published weights are bfloat16
-    # or float16.
+    # Dtype of frozen kernels and embeddings; "" = bfloat16 with `lora`, else param_dtype.
     c.frozen_dtype = ""
     c.moment_dtype = "float32"  # dtype of Adam's first moment; "bfloat16" saves 2 bytes a trainable parameter
 

@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from fastvlm_jax import checkpoint, convert, sharding
+from fastvlm_jax import adapted, checkpoint, convert, sharding
 from fastvlm_jax.convert.heads import require_projection
 from fastvlm_jax.convert.layer import layer_of
-from fastvlm_jax.convert.layouts import llava, mobileclip, openclip
+from fastvlm_jax.convert.layouts import llava, mobileclip, openclip, peft
 from fastvlm_jax.convert.layouts.native import without_choices
 from fastvlm_jax.convert.mapping import COUNTERS, described, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
+from fastvlm_jax.loaded import Loaded
 from fastvlm_jax.metrics import best
 from fastvlm_jax.models import clip, fastvlm, kinds
 from fastvlm_jax.models.clip import CLIP
@@ -36,40 +37,23 @@ USAGE = "write vision=DIR,llm=DIR[,projector=DIR], or vision=DIR,text=DIR"
 IMAGE_SIZE = 1024  # pixels a side: FastVLM's image size, for a model whose files give none
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """Holds a model that was read: config, variables on the host, processor and lineage.
-
-    Attributes:
-      source: what `read` was asked for.
-      config: arguments of `kinds.build`, {"vision": ..., "llm": ..., "dtype": ...} or those of a CLIP, {"vision": ...,
-        "text": ..., "sigmoid": ..., "dtype": ...}; a missing part is left out.
-      variables: arrays or Leaves; a Leaf reads its part of the files when it is indexed.
-      processor: tokenizer, template and image settings; for a CLIP a PairProcessor; None for an encoder alone or
-        without a tokenizer.
-      lineage: JSON values that say where the weights come from.
-    """
-
-    source: str
-    config: dict[str, Any]
-    variables: dict[str, Any]
-    processor: Processor | PairProcessor | None
-    lineage: dict[str, Any]
-
-
 def read(source: str | os.PathLike) -> Loaded:
     """Reads a model from one place, or its parts from several.
 
     Args:
       source: a training workdir (its latest checkpoint; WORKDIR@best is its best one), one checkpoint in it, a model
         directory of any layout, or a GGUF file; or parts, as "vision=DIR,llm=DIR[,projector=DIR]", or for a CLIP
-        "vision=DIR,text=DIR", where each DIR may hold a whole model, of which only that part is used.
+        "vision=DIR,text=DIR", where each DIR may hold a whole model, of which only that part is used. Adapters (a
+        workdir that trained them, or a PEFT folder) are read with the model that they name as their base, or with
+        another place of it as "base=MODEL,lora=DIR".
 
     Raises:
       FileNotFoundError: a path or a file in it does not exist; the message names it.
       ValueError: a part is unknown or missing, or a file is damaged or of an unknown layout; the message names it and
         says what to do.
     """
+    if found := re.fullmatch(r"base=(.+),lora=([^=]+)", str(source)):
+        return _read_one(found[2], base=found[1])
     if not re.match(rf"({'|'.join(PARTS)})=", str(source)):
         return _read_one(source)
     paths = {}
@@ -119,7 +103,7 @@ def _joined_processor(loaded: dict[str, Loaded], config: dict[str, Any]) -> Proc
     return dataclasses.replace(processor, image_size=size, tokens_per_image=tokens, image_mean=mean, image_std=std)
 
 
-def _read_one(source: str | os.PathLike) -> Loaded:
+def _read_one(source: str | os.PathLike, base: str = "") -> Loaded:
     path = pathlib.Path(source).expanduser()
     if path.name.endswith(best.MARK) and not path.exists():
         path = best.find_best(path.with_name(path.name.removesuffix(best.MARK)))
@@ -132,10 +116,17 @@ def _read_one(source: str | os.PathLike) -> Loaded:
         stored = run["config"].get("model")
         config = without_choices(stored) if isinstance(stored, dict) else stored
         model, _ = described(config, workdir / CONFIG)
+        if adapted.is_adapted(run):
+            return _with_base(source, base or str(run["config"].get("parent")), workdir, folder, run, model, config)
+        _refuse_base(base, source)
         variables = checkpoint.load_variables(folder, kinds.abstract_variables(model))
         read_processor = load_pair_processor if isinstance(model, CLIP) else load_processor
         processor = read_processor(workdir / "processor")
         return Loaded(str(source), config, variables, processor, lineage_at(run, int(folder.name)))
+    if path.is_dir() and peft.holds_adapters(path):
+        base = base or adapted.base_of(str(source), peft.read_config(path)[1])
+        return adapted.read_peft(path, read(base))
+    _refuse_base(base, source)
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
     lineage = convert.read_lineage(path) if layout == "native" else {"layout": layout, "path": str(path)}
@@ -144,6 +135,20 @@ def _read_one(source: str | os.PathLike) -> Loaded:
         statistics = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
         config = {**config, "vision": {**config["vision"], **statistics}}
     return Loaded(str(source), config, variables, processor, lineage)
+
+
+def _with_base(source, base: str, workdir: pathlib.Path, folder: pathlib.Path, run, model: Model, config) -> Loaded:
+    """Reads a checkpoint of adapters with their base."""
+    base = adapted.base_of(str(source), base)
+    variables, adapters = adapted.join_run(str(source), folder, run, model, read(base))
+    lineage = {**lineage_at(run, int(folder.name)), "base": base}
+    return Loaded(str(source), config, variables, load_processor(workdir / "processor"), lineage, adapters)
+
+
+def _refuse_base(base: str, source) -> None:
+    """Raises ValueError if a base is given for a model without adapters."""
+    if base:
+        raise ValueError(f"{source} holds no adapters but a whole model: leave out base={base}")
 
 
 def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Processor | PairProcessor | None:

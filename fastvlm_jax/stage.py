@@ -15,16 +15,17 @@ from flax.traverse_util import flatten_dict
 
 from fastvlm_jax import config as config_lib
 from fastvlm_jax import config_checks, guard, losses, model_io, optim, pair_loss, sharding
+from fastvlm_jax.adapt import adapt
 from fastvlm_jax.batch import Batch, PairBatch
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
+from fastvlm_jax.loaded import Loaded
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.kinds import Model
-from fastvlm_jax.models.lora import with_adapters
+from fastvlm_jax.models.lora import MERGED
 from fastvlm_jax.pair_processor import PairProcessor
-from fastvlm_jax.parent import adapt
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer
 from fastvlm_jax.text.tokenizer import load_tokenizer
@@ -40,40 +41,39 @@ class Stage(NamedTuple):
       processor: its tokenizer, template and image settings; a PairProcessor for stage 0.
       parent_variables: the parent's variables, adapted to `model`, as arrays or Leaves; None without a parent.
       parent_lineage: JSON values that say where the parent comes from; None without a parent.
+      base: with adapters, those of the parent's arrays or Leaves that stay as they are, by path; checkpoints leave them
+        out.
     """
 
     model: Model
     processor: Processor | PairProcessor
     parent_variables: dict[str, Any] | None
     parent_lineage: dict[str, Any] | None
+    base: dict[str, Any]
 
 
 def open_stage(config) -> Stage:
     """Builds the model of a config, reads its parent, and makes the processor that fits both.
 
     Raises:
-      ValueError, FileNotFoundError: the parent does not fit (see parent.adapt), the tokenizer does not (see
+      ValueError, FileNotFoundError: the parent does not fit (see adapt.adapt), the tokenizer does not (see
         `make_processor`), or the groups freeze an encoder whose BatchNorm statistics would still be updated.
     """
     parent = model_io.read(config.parent) if config.parent else None
     model = kinds.build(**config.model.to_dict())
     variables = adapt(parent, model, config.parent) if parent else None
     processor = make_processor(config, model, parent)
-    trainable, frozen = optim.split(abstract_params(config, model), config.groups)
+    trainable, frozen = optim.split(kinds.abstract_params(model, config_lib.lora_of(config)), config.groups)
     if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
         raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
-    if config_lib.lora_of(config):
-        _check_base(config.parent, trainable, frozen, flatten_dict((variables or {}).get("params", {}), sep="/"))
-    return Stage(model, processor, variables, parent and parent.lineage)
+    given = flatten_dict((variables or {}).get("params", {}), sep="/")
+    if adapts := config_lib.lora_of(config) is not None:
+        _check_base(config, trainable, frozen, given)
+    base = {path: given[path] for path in frozen} if adapts else {}
+    return Stage(model, processor, variables, parent and parent.lineage, base)
 
 
-def abstract_params(config, model: Model) -> dict[str, Any]:
-    """Returns the parameters of a stage, adapters included, as ShapeDtypeStructs."""
-    params, adapters = kinds.abstract_variables(model)["params"], config_lib.lora_of(config)
-    return jax.eval_shape(lambda params: with_adapters(params, adapters, jax.random.key(0)), params)
-
-
-def _check_base(parent: str, trainable: Collection[str], frozen: Collection[str], given: Collection[str]) -> None:
+def _check_base(config, trainable: Collection[str], frozen: Collection[str], given: Collection[str]) -> None:
     """Raises ValueError unless adapters are trained on kernels that stay what the parent gives."""
     adapted = [path.removeprefix("lora/").rpartition("/")[0] for path in (*trainable, *frozen) if path[:5] == "lora/"]
     groups = 'set groups to (("lora/.*", 2e-4, 0.0), (".*", 0.0, 0.0))'
@@ -81,12 +81,17 @@ def _check_base(parent: str, trainable: Collection[str], frozen: Collection[str]
         raise ValueError(f"groups train {learning[0]}, to which lora gives an adapter: {groups}")
     if idle := [path for path in frozen if path.startswith("lora/")]:
         raise ValueError(f"groups freeze the adapter {idle[0]}: {groups}")
-    if not parent:
+    merged = [path for path in adapted if path.startswith(MERGED)]
+    if config.lora.dropout and merged:
+        raise ValueError(
+            f"lora.dropout={config.lora.dropout} is not for {merged[0]}: set it to 0, or leave out its target"
+        )
+    if not config.parent:
         raise ValueError("lora adapts a trained model: name it with --config.parent=MODEL")
     if missing := [path for path in frozen if path not in given]:
         raise ValueError(
-            f"lora keeps {missing[0]} as it is in the parent {parent}, which has none: name a whole model, or train it "
-            "(a rate above 0 in groups)"
+            f"lora keeps {missing[0]} as it is in the parent {config.parent}, which has none: name a whole model, or "
+            "train it (a rate above 0 in groups)"
         )
 
 
@@ -121,7 +126,7 @@ def open_processor(config) -> Processor | PairProcessor:
     return make_processor(config, kinds.build(**config.model.to_dict()), parent)
 
 
-def make_processor(config, model: Model, parent: model_io.Loaded | None) -> Processor | PairProcessor:
+def make_processor(config, model: Model, parent: Loaded | None) -> Processor | PairProcessor:
     """Makes the processor of a stage from a tokenizer and the config's settings.
 
     The tokenizer is read from data.tokenizer or, if that is empty, from the parent, else from the first data folder.
@@ -133,7 +138,7 @@ def make_processor(config, model: Model, parent: model_io.Loaded | None) -> Proc
     return (_conversations if isinstance(model, FastVLM) else _pairs)(config, model, parent)
 
 
-def _pairs(config, model: CLIP, parent: model_io.Loaded | None) -> PairProcessor:
+def _pairs(config, model: CLIP, parent: Loaded | None) -> PairProcessor:
     data, given = config.data, parent.processor if parent is not None else None
     if data.tokenizer or not isinstance(given, PairProcessor):
         tokenizer = load_caption_tokenizer(data.tokenizer or data_sets(data)[0][0])
@@ -161,7 +166,7 @@ def _pairs(config, model: CLIP, parent: model_io.Loaded | None) -> PairProcessor
     )
 
 
-def _conversations(config, model: FastVLM, parent: model_io.Loaded | None) -> Processor:
+def _conversations(config, model: FastVLM, parent: Loaded | None) -> Processor:
     data = config.data
     if data.tokenizer or parent is None or not isinstance(parent.processor, Processor):
         tokenizer, generation = load_tokenizer(data.tokenizer or data_sets(data)[0][0]), None
@@ -228,7 +233,7 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
       ValueError: the groups do not fit the parameters, or the mesh does not divide a parameter.
     """
     optimizer = optim.make_optimizer(
-        abstract_params(config, model),
+        kinds.abstract_params(model, config_lib.lora_of(config)),
         config.groups,
         config_lib.course_of(config, steps),
         beta1=config.beta1,

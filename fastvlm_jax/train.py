@@ -80,7 +80,7 @@ def train(
         bad_steps = BadSteps(config.bad_steps, workdir, name)
         latest, every = config.keep_checkpoints, config.keep_every
         retention = checkpoint.Retention(latest, every, lambda: best.step, lambda: bad_steps.unsettled)
-        checkpointer = checkpoint.open_checkpointer(workdir, retention)
+        checkpointer = checkpoint.open_checkpointer(workdir, retention, stage.base)
         opening.tell_data(name, config, sum(map(len, sources)), loader.batches_per_epoch, steps)
         rng = jax.random.key(config.seed)
         step_fn = opening.telling_compilation(name, step.fn, watchdog.doing)

@@ -13,13 +13,14 @@ from torch_reference import jit
 
 import fastvlm_jax
 from fastvlm_jax import checkpoint, convert, guard, model_io, optim, sharding
+from fastvlm_jax.adapt import adapt
 from fastvlm_jax.bench import ttft_model
 from fastvlm_jax.bench.first_token import questions
 from fastvlm_jax.evaluate.run import check_answers
 from fastvlm_jax.generate import generate
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.pair_processor import PairProcessor
-from fastvlm_jax.parent import adapt, open_base
+from fastvlm_jax.parent import open_base
 from fastvlm_jax.text.caption_tokenizer import load_caption_tokenizer
 from fastvlm_jax.train_state import TrainState, state_of
 

@@ -28,6 +28,7 @@ faults
 parent
 fastvlm_jax
 model_io
+adapted adapt
 metrics
 checkpoint
 workdir
@@ -65,6 +66,7 @@ convert.mapping
 generate
 sampling
 models
+loaded
 pair_processor
 processor
 kernels

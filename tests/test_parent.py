@@ -10,9 +10,10 @@ from paths import ROOT
 from torch_reference import timm, transformers
 
 from fastvlm_jax import convert, model_io
+from fastvlm_jax.adapt import adapt
 from fastvlm_jax.config import get_base
 from fastvlm_jax.models import fastvlm, kinds
-from fastvlm_jax.parent import adapt, open_base
+from fastvlm_jax.parent import open_base
 from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
 

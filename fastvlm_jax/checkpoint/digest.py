@@ -14,7 +14,7 @@ change of several is missed in one case of 2**64. The digest finds accidents, no
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,6 +68,19 @@ def of_stored(array: tensorstore.TensorStore) -> str:
     for first, block in blocks(array.shape):
         total += _add_up(array[block].read().result(), first)
     return _text(array.dtype.numpy_dtype, array.shape, total)
+
+
+def of_parts(read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> str:
+    """Returns the digest of an array that is read in parts, those of its leading dimension if it has more than two.
+
+    Args:
+      read: index -> that part of the array.
+    """
+    total, parts = np.zeros(2, np.uint32), shape[0] if len(shape) > 2 else 1
+    for i in range(parts):
+        index = (slice(i, i + 1),) if len(shape) > 2 else ()
+        total += _add_up(read(index), i * math.prod(shape) // parts)
+    return _text(dtype, shape, total)
 
 
 def blocks(shape: tuple[int, ...], limit: int = BLOCK) -> Iterator[tuple[int, tuple[slice, ...]]]:

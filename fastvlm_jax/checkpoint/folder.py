@@ -77,7 +77,7 @@ def read_notes(folder: pathlib.Path) -> dict[str, Any]:
     Returns:
       "position", the next batch of the data schedule; "passed_over", batches that are not drawn; "lineage", see
       workdir.make_lineage; "digests", {"model": {array: digest}, "training": ...}, or None in a checkpoint of a version
-      that stored none.
+      that stored none; with adapters "base", {"digests": {array: digest}} of the parameters that it leaves out.
 
     Raises:
       Damaged: the file is missing or is not what was written.

@@ -1,15 +1,17 @@
 """Restores the latest checkpoint that is whole, on any mesh, and sets aside the damaged ones after it."""
 
 import pathlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
+from flax.traverse_util import flatten_dict
 
-from fastvlm_jax import disk, distributed, guard
+from fastvlm_jax import disk, distributed, guard, sharding
 from fastvlm_jax.checkpoint import digest
 from fastvlm_jax.checkpoint.arrays import differs, load_shards, names_of
 from fastvlm_jax.checkpoint.folder import Damaged, read_notes, set_aside
-from fastvlm_jax.checkpoint.saving import Checkpointer, joined_state, parts_of
+from fastvlm_jax.checkpoint.saving import Checkpointer, digests_of_base, joined_state, parts_of
 from fastvlm_jax.train_state import TrainState
 
 
@@ -37,13 +39,14 @@ def restore(checkpointer: Checkpointer, target: TrainState) -> Restored:
       target: the state as ShapeDtypeStructs; their shardings become those of the result.
 
     Raises:
-      ValueError: no checkpoint is whole; nothing is renamed.
+      ValueError: no checkpoint is whole, or the base of its adapters is another; nothing is renamed.
       OSError: the save under way failed; see `raise_failed`.
     """
     checkpointer.wait()
     damaged: dict[int, str] = {}
+    base = _place_base(checkpointer, target)
     for step in reversed(checkpointer.steps):
-        restored, reason = _try(checkpointer.folder(step), target)
+        restored, reason = _try(checkpointer.folder(step), target, base, checkpointer.base_digests)
         if restored is not None:
             for bad, why in damaged.items():
                 _set_aside(checkpointer, bad, "is damaged", f"{why}; the run goes on behind step {step}")
@@ -56,15 +59,34 @@ def restore(checkpointer: Checkpointer, target: TrainState) -> Restored:
     )
 
 
-def _try(folder: pathlib.Path, target: TrainState) -> tuple[Restored | None, str]:
+def _place_base(checkpointer: Checkpointer, target: TrainState) -> dict[str, jax.Array]:
+    """Returns the parameters that no checkpoint holds, as `target` lays them out, and notes their digests."""
+    wanted = flatten_dict(target.params, sep="/")
+    base = {
+        path: sharding.place(leaf, wanted[path].sharding, wanted[path].dtype)
+        for path, leaf in checkpointer.base.items()
+    }
+    if base:
+        checkpointer.base_digests = digests_of_base(base, base)
+    return base
+
+
+def _try(
+    folder: pathlib.Path, target: TrainState, base: dict[str, jax.Array], base_digests: dict[str, str] | None
+) -> tuple[Restored | None, str]:
     """Reads a checkpoint: (what it holds, ""), or (None, what is wrong with it), the same in all processes."""
     try:
-        notes, parts, problem = *_read(folder, target), ""
+        notes, parts, problem = *_read(folder, target, base), ""
     except Damaged as error:
         problem = error.reason
     # The digests are sums over the devices of all processes: all must have read their shards before.
     if problem := _first(f"{folder.name} read", problem):
         return None, problem
+    if base and notes.get("base", {}).get("digests") != base_digests:
+        raise ValueError(
+            f"{folder} holds adapters of another model than the `parent` of this run is now: give the parent that it "
+            "began with, or choose another --workdir"
+        )
     if notes["digests"]:
         problem = _first(f"{folder.name} compared", _compare(folder, parts, notes["digests"]))
     if problem:
@@ -72,11 +94,11 @@ def _try(folder: pathlib.Path, target: TrainState) -> tuple[Restored | None, str
     if "guard" not in parts["training"]:
         layouts = jax.tree.map(lambda x: x.sharding, target.guard)
         parts["training"]["guard"] = jax.jit(guard.begin, out_shardings=layouts)()
-    return Restored(joined_state(parts), notes["position"], tuple(notes["passed_over"])), ""
+    return Restored(joined_state(parts, base), notes["position"], tuple(notes["passed_over"])), ""
 
 
-def _read(folder: pathlib.Path, target: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    notes, wanted = read_notes(folder), parts_of(target)
+def _read(folder: pathlib.Path, target: TrainState, base: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    notes, wanted = read_notes(folder), parts_of(target, base)
     if "guard.norms" not in (notes["digests"]["training"] if notes["digests"] else names_of(folder, "training")):
         del wanted["training"]["guard"]  # of a version that judged no step
     return notes, {part: load_shards(folder, part, tree) for part, tree in wanted.items()}

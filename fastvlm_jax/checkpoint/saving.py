@@ -9,7 +9,8 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -59,11 +60,14 @@ class Checkpointer:
       workdir: its workdir.
       steps: steps of its checkpoints in order; the last may still be being written.
       retention: which of them stay.
+      base: arrays or Leaves of the base of adapters, by path, which no checkpoint holds; empty without adapters.
+      base_digests: digests of those on the devices; None before they are known.
       saving: the save under way or the one before it; None before the first.
     """
 
-    def __init__(self, workdir: pathlib.Path, steps: list[int], retention: Retention):
-        self.workdir, self.steps, self.retention = workdir, steps, retention
+    def __init__(self, workdir: pathlib.Path, steps: list[int], retention: Retention, base: Mapping[str, Any]):
+        self.workdir, self.steps, self.retention, self.base = workdir, steps, retention, base
+        self.base_digests: dict[str, str] | None = None
         self.saving: concurrent.futures.Future | None = None
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self.context = ocp.Context()
@@ -94,8 +98,10 @@ class Checkpointer:
         raise_failed(self)
 
 
-def open_checkpointer(workdir: pathlib.Path, retention: Retention) -> Checkpointer:
-    """Opens the checkpoints of a run in all processes, and removes what killed saves left.
+def open_checkpointer(
+    workdir: pathlib.Path, retention: Retention, base: Mapping[str, Any] = MappingProxyType({})
+) -> Checkpointer:
+    """Opens the checkpoints of a run in all processes, and removes what killed saves left. `base`: see Checkpointer.
 
     Raises:
       ValueError: a process does not see the checkpoint that another sees; the message names both.
@@ -103,7 +109,7 @@ def open_checkpointer(workdir: pathlib.Path, retention: Retention) -> Checkpoint
     if jax.process_index() == 0:
         for path in (path for pattern in LEFTOVERS for path in (workdir / FOLDER).glob(pattern)):
             shutil.rmtree(path)
-    return Checkpointer(workdir, find_steps(workdir), retention)
+    return Checkpointer(workdir, find_steps(workdir), retention, base)
 
 
 def find_steps(workdir: pathlib.Path) -> list[int]:
@@ -125,22 +131,29 @@ def find_steps(workdir: pathlib.Path) -> list[int]:
     )
 
 
-def parts_of(state: TrainState) -> dict[str, dict[str, Any]]:
+def parts_of(state: TrainState, base: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Returns a state in the parts of a checkpoint: what a model is, and what else training needs.
 
-    Where a state keeps moving averages, they are the model, and what they average is training's.
+    Parameters whose paths are in `base` are left out. Where a state keeps moving averages, they are the model, and what
+    they average is training's.
     """
     training = {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}
     if state.average is not None:
         flat = flatten_dict(state.params, sep="/")
         last = {path: flat[path] for path in state.average["params"]}
         training["last"] = {"params": last, "batch_stats": state.batch_stats}
-    return {"model": averaged(state), "training": training}
+    model = averaged(state)
+    if base:
+        kept = {path: x for path, x in flatten_dict(model["params"], sep="/").items() if path not in base}
+        model = {**model, "params": unflatten_dict(kept, sep="/")}
+    return {"model": model, "training": training}
 
 
-def joined_state(parts: dict[str, dict[str, Any]]) -> TrainState:
-    """Returns the state that `parts_of` took apart."""
-    model, training = parts["model"], dict(parts["training"])
+def joined_state(parts: dict[str, dict[str, Any]], base: Mapping[str, Any] = MappingProxyType({})) -> TrainState:
+    """Returns the state that `parts_of` took apart; `base` are the parameters that it left out, by path."""
+    model, training = dict(parts["model"]), dict(parts["training"])
+    if base:
+        model["params"] = unflatten_dict({**flatten_dict(model["params"], sep="/"), **base}, sep="/")
     last = training.pop("last", None)
     if last is None:
         return TrainState(**model, **training)
@@ -174,7 +187,7 @@ def save(
     step = int(state.step)
     if checkpointer.steps and checkpointer.steps[-1] >= step:
         return
-    parts, digests = parts_of(state), {}
+    parts, digests = parts_of(state, checkpointer.base), {}
     for part, tree in parts.items():
         digests[part], infinite = digest.of_tree(tree)
         if infinite:
@@ -184,6 +197,10 @@ def save(
             )
     checkpointer.wait()
     notes = {"position": position, "passed_over": list(passed_over), "lineage": lineage, "digests": digests}
+    if checkpointer.base:
+        if checkpointer.base_digests is None:
+            checkpointer.base_digests = digests_of_base(flatten_dict(state.params, sep="/"), checkpointer.base)
+        notes["base"] = {"digests": checkpointer.base_digests}
     checkpointer.steps.append(step)
     going = checkpointer.retention.removed(checkpointer.steps)
     try:
@@ -193,6 +210,11 @@ def save(
     except OSError as error:
         raise not_written(checkpointer, error) from error
     checkpointer.saving = checkpointer.thread.submit(_finish, checkpointer, written, going)
+
+
+def digests_of_base(params: Mapping[str, jax.Array], base: Collection[str]) -> dict[str, str]:
+    """Returns the digests of the parameters whose paths are in `base`, by name; all processes call it together."""
+    return digest.of_tree({"params": unflatten_dict({path: params[path] for path in base}, sep="/")})[0]
 
 
 def _check_disk(folder: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ def convert(argv: list[str]) -> None:
     flags.DEFINE_string("source", None, "model to convert, or its parts; the layout is recognised", flag_values=fv)
     flags.DEFINE_string("target", None, "folder to write", flag_values=fv)
     flags.DEFINE_enum(
-        "layout", "native", ["native", "hf", "llava", "timm", "openclip"], "layout to write", flag_values=fv
+        "layout", "native", ["native", "hf", "llava", "timm", "openclip", "peft"], "layout to write", flag_values=fv
     )
     flags.DEFINE_enum(
         "dtype",
@@ -34,6 +34,6 @@ def convert(argv: list[str]) -> None:
     loaded = model_io.read(fv.source)
     convert.write(
         fv.target, fv.layout, loaded.variables, loaded.config, loaded.processor, loaded.lineage,
-        dtype=fv.dtype, fold=fv.fold, overwrite=fv.overwrite,
+        dtype=fv.dtype, fold=fv.fold, overwrite=fv.overwrite, adapters=loaded.adapters,
     )  # fmt: skip
     print(f"wrote {fv.target} ({fv.layout})")

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 
 from fastvlm_jax.convert.heads import require_projection
-from fastvlm_jax.convert.layouts import causal_lm, fastvlm, gguf, llava, mobileclip, native, openclip, timm, vit
+from fastvlm_jax.convert.layouts import causal_lm, fastvlm, gguf, llava, mobileclip, native, openclip, peft, timm, vit
 from fastvlm_jax.convert.layouts.native import read_lineage
 from fastvlm_jax.convert.new_folder import new_folder
 from fastvlm_jax.convert.recognise import recognise
 from fastvlm_jax.convert.weight_files import DTYPES
+from fastvlm_jax.loaded import Adapters
+from fastvlm_jax.models import kinds
 from fastvlm_jax.models.fold import fold_variables
 from fastvlm_jax.pair_processor import PairProcessor
 from fastvlm_jax.processor import Processor
@@ -33,7 +35,7 @@ READERS = {
     "openclip": openclip.read,
     "mobileclip": mobileclip.read,
 }
-LAYOUTS = ("native", "hf", "llava", "timm", "openclip")  # layouts that `write` knows
+LAYOUTS = ("native", "hf", "llava", "timm", "openclip", "peft")  # layouts that `write` knows
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict]:
@@ -56,13 +58,14 @@ def write(
     dtype: str | None = None,
     fold: bool = False,
     overwrite: bool = False,
+    adapters: Adapters | None = None,
 ) -> None:
     """Writes a model directory, completely or not at all.
 
     Args:
       target: a folder that does not exist or is empty; with `overwrite`, a model directory to replace.
       layout: one of LAYOUTS. "hf" writes a whole model as FastVLM, a part as a plain language model or ViT; "timm"
-        writes the encoder of any model, and "openclip" too, but for a CLIP both towers.
+        writes the encoder of any model, and "openclip" too, but for a CLIP both towers; "peft" writes adapters.
       variables: variables of `kinds.build(**model_config)`: arrays, boxed or not, or Leaves.
       model_config: {"vision": ..., "llm": ..., "dtype": ...}, or that of a CLIP; an absent part is None or left out.
       processor: tokenizer, template and image settings; a PairProcessor or None for a CLIP, None for an encoder alone.
@@ -70,6 +73,7 @@ def write(
       dtype: dtype of the stored weights, "float32", "bfloat16" or "float16"; None keeps each tensor's own.
       fold: whether to fold a branched encoder; "hf" and "llava" always fold whole models.
       overwrite: whether a model at `target` may be replaced.
+      adapters: the adapters that `variables` contain, if they are known apart.
 
     Raises:
       ValueError: the layout cannot hold the model or one of its sizes, a tokenizer or projector is missing, or the
@@ -77,6 +81,9 @@ def write(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+    if layout == "peft":
+        _write_peft(target, model_config, adapters, dtype, overwrite)
+        return
     variables = nn.unbox(variables)
     parts = {name for name in ("vision", "llm", "text") if model_config.get(name)}
     family = (model_config.get("vision") or {}).get("family", "fastvit")
@@ -100,6 +107,19 @@ def write(
         raise ValueError("the model has no tokenizer, and PyTorch needs one: put tokenizer.json beside its config.json")
     with new_folder(target, overwrite) as folder:
         _write(folder, layout, parts, variables, model_config, processor, lineage, dtype)
+
+
+def _write_peft(target, model_config: Mapping[str, Any], adapters: Adapters | None, dtype, overwrite: bool) -> None:
+    """Writes adapters alone; see `write`."""
+    if adapters is None:
+        raise ValueError("this model has no adapters apart from its kernels: give a workdir that trained them (lora)")
+    if adapters.others:
+        raise ValueError(
+            f"{adapters.others[0]} was trained beside the adapters, and peft's layout has no place for it: use "
+            "--layout hf, which holds the whole model with the adapters merged"
+        )
+    with new_folder(target, overwrite) as folder:
+        peft.write(folder, kinds.build(**model_config), adapters.lora, adapters.params, adapters.base, dtype)
 
 
 def _refuse(layout: str, parts: set[str], family: str) -> None:

@@ -288,7 +288,11 @@ class Decoder(nn.Module):
         x_BTD = self.final_norm(x_BTD)
         if targets_BT is None:
             return self.logits(x_BTD)
-        table_VD = self.embedding if self.tie_embeddings else lora.adapted(self.lm_head, self.lm_head.variables["params"]["kernel"]).T
+        table_VD = (
+            self.embedding
+            if self.tie_embeddings
+            else lora.adapted(self.lm_head, self.lm_head.variables["params"]["kernel"]).T
+        )
         return cross_entropy(x_BTD, table_VD, targets_BT)
 
     def logits(self, x: Array) -> Array:

@@ -174,7 +174,9 @@ def _backward(counted: Sequence[Product], trainable: Collection[str]) -> Iterato
     of the image tower comes before the text tower.
     """
     # Through a kernel with an adapter gradients flow as through a trained one, but it has none itself.
-    adapted = {path.removeprefix(f"{lora.NAME}/").rpartition("/")[0] for path in trainable if path.startswith(lora.NAME)}
+    adapted = {
+        path.removeprefix(f"{lora.NAME}/").rpartition("/")[0] for path in trainable if path.startswith(lora.NAME)
+    }
     trained_units = {"/".join(path.split("/")[:2]) for path in (*trainable, *adapted)}
     gradients_flow, of_images = False, False
     for unit, group in itertools.groupby(counted, key=lambda product: product.unit):

@@ -9,6 +9,7 @@ import jax
 from fastvlm_jax.models import clip, fastvlm
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.lora import Lora, with_adapters
 
 Model = FastVLM | CLIP
 
@@ -30,6 +31,16 @@ def boxed_variables(model: Model) -> dict[str, Any]:
     The result is cached: do not modify it.
     """
     return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))}
+
+
+def abstract_params(model: Model, adapters: Lora | None) -> dict[str, Any]:
+    """Returns the model's parameters, with adapters if there are any, as ShapeDtypeStructs.
+
+    Raises:
+      ValueError: the adapters have no target; see lora.paths_of.
+    """
+    params = abstract_variables(model)["params"]
+    return jax.eval_shape(lambda params: with_adapters(params, adapters, jax.random.key(0)), params)
 
 
 def abstract_variables(model: Model) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Lora(NamedTuple):
 
 
 def paths_of(params: Any, targets: str) -> list[str]:
-    """Returns the paths of the kernels that `targets` names: dense ones, and convolutions of 1x1 that are not depthwise.
+    """Returns the paths of the kernels that `targets` names, of dense layers and of 1x1 convolutions.
 
     Args:
       params: parameters without adapters, or their shapes, not boxed.
@@ -75,8 +75,8 @@ def _is_dense(path: str, shape: tuple[int, ...]) -> bool:
 def with_adapters(params: Any, lora: Lora | None, rng: Array) -> Any:
     """Returns parameters with fresh adapters under "lora"; those of a model without adapters as they are.
 
-    As in PEFT, `a` is drawn from +-1/sqrt(I) and `b` is 0, so that the model computes what it did before. An adapter has
-    the kernel's logical axes.
+    As in PEFT, `a` is drawn from +-1/sqrt(I) and `b` is 0, so that the model computes what it did before. An adapter
+    has the kernel's logical axes.
 
     Args:
       params: parameters, boxed with their logical axes or not.

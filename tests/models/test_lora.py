@@ -1,7 +1,5 @@
 """Adapters of low rank: every dense kernel of every tower takes one, and computes what the merged kernel does."""
 
-import re
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,9 @@ FASTVIT = dict(
 TOWERS = {
     "folded": dict(FASTVIT, form="folded"),
     "branched": FASTVIT,
-    "vit": dict(family="vit", image_size=16, patch_size=8, width=32, num_layers=3, num_heads=4, mlp_dim=64, init_std=0.2),
+    "vit": dict(
+        family="vit", image_size=16, patch_size=8, width=32, num_layers=3, num_heads=4, mlp_dim=64, init_std=0.2
+    ),
     "convnext": dict(family="convnext", layers=(1, 1), embed_dims=(8, 16), layer_scale_init=0.5, init_std=0.2),
 }
 
@@ -62,7 +62,11 @@ def test_a_model_with_adapters_computes_what_one_with_merged_kernels_does(tower)
     @jax.jit
     def at_once(params):
         flat, adapters = flatten_dict(params, sep="/"), flatten_dict(params["lora"], sep="/")
-        kernels = {path.removesuffix("/a"): x @ adapters[f"{path[:-1]}b"] * 1.5 for path, x in adapters.items() if path.endswith("/a")}
+        kernels = {
+            path.removesuffix("/a"): x @ adapters[f"{path[:-1]}b"] * 1.5
+            for path, x in adapters.items()
+            if path.endswith("/a")
+        }
         base = {path: x + kernels.get(path, 0) for path, x in flat.items() if not path.startswith("lora/")}
         nested = {}
         for path, x in base.items():

@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from fastvlm_jax.convert.layouts import fastvlm, llava
 from fastvlm_jax.convert.mapping import Row, shapes_of, to_jax, to_torch
 from fastvlm_jax.convert.tables.decoder import decoder_rows
@@ -119,13 +121,12 @@ def write(folder: pathlib.Path, model: FastVLM, lora: Lora, adapters: dict, base
     layouts = _layouts(model)
     if not layouts:
         raise ValueError("transformers has no class for this model, so peft has no names for its adapters")
-    paths = [path for path in shapes_of(model) if re.fullmatch(lora.targets, path.removeprefix("params/"))]
+    paths = {f"params/{path[:-2]}" for path in flatten_dict(adapters, sep="/") if path.endswith("/a")}
     if any(path.startswith("params/vision/") for path in paths) and model.vision_args.get("form") != "folded":
         raise ValueError(
             "the adapted encoder is in training form, which transformers does not have: use --layout hf, which folds it"
         )
-    rows = [row for row in layouts[0] if row.path and re.fullmatch(lora.targets, row.path.removeprefix("params/"))]
-    rows = [row for row in rows if row.path.endswith("/kernel")]
+    rows = [row for row in layouts[0] if row.path in paths]
     modules = "|".join(re.escape(row.torch.removesuffix(".weight")).replace(r"\{i\}", r"\d+") for row in rows)
     tensors = to_torch(_adapters(rows), {"params": {"lora": adapters}}, _shapes(rows, shapes_of(model), lora.rank))
     save_weights(folder, tensors, dtype, STEM)

@@ -4,22 +4,28 @@ Bounds: ||ours - theirs|| / ||theirs|| <= 1e-5 for float32 logits, with the same
 no farther from float32 than 1.25 times as far as torch's own bfloat16 is; losses of five optimizer steps 1e-4.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
 from torch_reference import calibrate, jit, randomise, relative, released, stored, to_nchw, transformers
 
 from fastvlm_jax import guard, optim
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.convert.layouts import fastvlm as layout
+from fastvlm_jax.convert.layouts.peft import adapter_rows
 from fastvlm_jax.convert.layouts.text_config import text_config
 from fastvlm_jax.convert.mapping import read_tree, shapes_of, to_jax
 from fastvlm_jax.losses import next_token
 from fastvlm_jax.models import fastvlm
+from fastvlm_jax.models.lora import Lora, paths_of, with_adapters
 from fastvlm_jax.models.sizes import LLM_SIZES, VISION_SIZES
 from fastvlm_jax.train_state import TrainState
 from fastvlm_jax.train_step import train_step
+
+from peft import LoraConfig, PeftModel  # isort: skip  after torch_reference, which makes torchvision importable
 
 VISION = dict(layers=(2, 1, 2, 1), embed_dims=(8, 16, 16, 96), mixers=("repmixer", "repmixer", "repmixer", "attention"))
 LLM = dict(vocab_size=96, width=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=112, rope_theta=1e4)
@@ -104,14 +110,10 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_bfloat16(size):
     assert 0 < ours <= 1.25 * theirs
 
 
-def test_five_training_steps_equal_torch():
-    """Losses, with AdamW, warm-up and cosine, clipping, and batch statistics that are updated; then the statistics."""
-    vision = dict(layers=(2, 1), embed_dims=(8, 16), mixers=("repmixer", "repmixer"), batch_norm="train")
-    reference, model, variables = pair(vision, {**LLM, "num_layers": 2, "tie_embeddings": False})
-    reference.train()
-    images, tokens, image_index, positions, segment_ids = inputs(model, 4, 16, 8, 9)  # 2 features an image
-    steps, peak, decay, clip = 5, 1e-3, 0.1, 1.0
-
+def training_batch(model):
+    """Four rows with an image of 2 features each: (a Batch; images, tokens and labels for transformers)."""
+    side = fastvlm.make_encoder(**model.vision_args).stride
+    images, tokens, image_index, positions, segment_ids = inputs(model, 4, 2 * side, side, 9)
     labels = np.where(image_index < 0, tokens, -100)
     labels[:, :3] = -100
     targets = np.concatenate([labels[:, 1:], np.full((4, 1), -100)], axis=1)
@@ -125,6 +127,16 @@ def test_five_training_steps_equal_torch():
         segment_ids=segment_ids[:, None],
         positions=positions[:, None],
     )
+    return batch, (to_nchw(images), torch.from_numpy(tokens), torch.from_numpy(labels))
+
+
+def test_five_training_steps_equal_torch():
+    """Losses, with AdamW, warm-up and cosine, clipping, and batch statistics that are updated; then the statistics."""
+    vision = dict(layers=(2, 1), embed_dims=(8, 16), mixers=("repmixer", "repmixer"), batch_norm="train")
+    reference, model, variables = pair(vision, {**LLM, "num_layers": 2, "tie_embeddings": False})
+    reference.train()
+    batch, (pixels, tokens, labels) = training_batch(model)
+    steps, peak, decay, clip = 5, 1e-3, 0.1, 1.0
     groups = ((".*", peak, decay),)
     optimizer = optim.make_optimizer(
         variables["params"], groups, optim.Course(steps, 0.4), beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=clip
@@ -155,9 +167,7 @@ def test_five_training_steps_equal_torch():
         for group in adamw.param_groups:
             group["lr"] = rate
         adamw.zero_grad()
-        out = reference(
-            input_ids=torch.from_numpy(tokens), pixel_values=to_nchw(images), labels=torch.from_numpy(labels)
-        )
+        out = reference(input_ids=tokens, pixel_values=pixels, labels=labels)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), clip)
         adamw.step()
@@ -172,3 +182,63 @@ def test_five_training_steps_equal_torch():
         for key in path:
             leaf = leaf[key]
         assert relative(leaf, buffers[f"model.vision_tower.timm_model.{name}"]) <= 1e-4
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_five_steps_with_adapters_equal_peft(stabilised):
+    """Losses and all adapters: of the decoder, the projector, the encoder's MLPs, attention and 1x1 convolutions."""
+    vision = dict(VISION, layers=(1, 1, 1, 1), form="folded")
+    reference, model, variables = pair(vision, {**LLM, "num_layers": 2})
+    batch, (pixels, tokens, labels) = training_batch(model)
+    lora = Lora(4, alpha=6.0, targets="(llm/layers|projector|vision)/.*", stabilised=stabilised)
+    params = with_adapters(variables["params"], lora, jax.random.key(0))
+    rows = layout.rows(fastvlm.make_encoder(**model.vision_args), fastvlm.Decoder(**model.llm_args))
+    paths = {f"params/{path}" for path in paths_of(variables["params"], lora.targets)}
+    kernels = [row for row in rows if row.path in paths]
+    names = [name.removesuffix(".weight") for row in kernels for name in row.names()]
+    theirs = LoraConfig(r=4, lora_alpha=6.0, target_modules=names, use_rslora=stabilised)
+    reference = PeftModel(reference, theirs).eval()  # BatchNorm with stored statistics
+    rows = adapter_rows(kernels)
+    shapes = {path: x.shape for path, x in flatten_dict({"params": {"lora": params["lora"]}}, sep="/").items()}
+
+    def adapters():
+        tensors = {name.replace(".default", ""): x for name, x in reference.state_dict().items() if "lora_" in name}
+        tree = to_jax(rows, stored(tensors), shapes, "peft")
+        return {path: np.array(x) for path, x in flatten_dict(tree["params"]["lora"], sep="/").items()}
+
+    params["lora"] = unflatten_dict({path: jnp.asarray(x) for path, x in adapters().items()}, sep="/")
+    # With the usual epsilon the rounding of a small gradient may turn the direction of its step.
+    peak, epsilon = 0.05, 0.1
+    groups = (("lora/.*", peak, 0.1), (".*", 0.0, 0.0))
+    optimizer = optim.make_optimizer(
+        params, groups, optim.Course(5, 0.4), beta1=0.9, beta2=0.999, epsilon=epsilon, clip_norm=1.0, decayed=("a", "b")
+    )
+    slots = optimizer.init(optim.split(params, groups)[0])
+    state = TrainState(jnp.int32(0), params, variables["batch_stats"], slots, guard.begin())
+    step = jit(
+        lambda state, batch: train_step(
+            state, batch, loss=next_token(model), optimizer=optimizer, groups=groups, seed=0, adapters=lora
+        )
+    )
+    adamw = torch.optim.AdamW(
+        [p for p in reference.parameters() if p.requires_grad], lr=peak, eps=epsilon, weight_decay=0.1
+    )
+    losses = []
+    for rate in [0.0, peak / 2, *(peak * (1 + np.cos(np.pi * i / 3)) / 2 for i in range(3))]:
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.zero_grad()
+        out = reference(input_ids=tokens, pixel_values=pixels, labels=labels)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        adamw.step()
+        state, metrics = step(state, batch)
+        losses.append((float(metrics["loss"]), out.loss.item()))
+    ours, peft = zip(*losses, strict=True)
+    print("losses", ours, peft)
+    assert abs(peft[-1] - peft[0]) > 0.05
+    np.testing.assert_allclose(ours, peft, rtol=1e-4)
+    found, expected = flatten_dict(state.params["lora"], sep="/"), adapters()
+    worst = {path: relative(found[path], x) for path, x in expected.items()}
+    print("adapters", max(worst.values()))
+    assert len(worst) == 2 * len(kernels) and max(worst.values()) <= 1e-4

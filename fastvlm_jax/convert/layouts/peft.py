@@ -101,7 +101,7 @@ def read(folder: pathlib.Path, model: FastVLM, lora: Lora) -> tuple[Lora, dict[s
             f"{folder}: {left[0].removesuffix('.weight')} has no adapter and other layers have one: merge the adapters "
             "with `merge_and_unload()` of peft"
         )
-    found = to_jax(_adapters(rows), tensors, _shapes(rows, shapes_of(model), lora.rank), folder)["params"]["lora"]
+    found = to_jax(adapter_rows(rows), tensors, _shapes(rows, shapes_of(model), lora.rank), folder)["params"]["lora"]
     paths = "|".join(re.escape(row.path.removeprefix("params/")) for row in rows)
     return lora._replace(targets=paths), found
 
@@ -128,7 +128,7 @@ def write(folder: pathlib.Path, model: FastVLM, lora: Lora, adapters: dict, base
         )
     rows = [row for row in layouts[0] if row.path in paths]
     modules = "|".join(re.escape(row.torch.removesuffix(".weight")).replace(r"\{i\}", r"\d+") for row in rows)
-    tensors = to_torch(_adapters(rows), {"params": {"lora": adapters}}, _shapes(rows, shapes_of(model), lora.rank))
+    tensors = to_torch(adapter_rows(rows), {"params": {"lora": adapters}}, _shapes(rows, shapes_of(model), lora.rank))
     save_weights(folder, tensors, dtype, STEM)
     config = {
         "peft_type": "LORA",
@@ -163,7 +163,7 @@ def _kernels(model: FastVLM, modules: Mapping[str, str]) -> Sequence[Row]:
     return layouts[known.index(max(known))] if layouts else []
 
 
-def _adapters(kernels: Sequence[Row]) -> list[Row]:
+def adapter_rows(kernels: Sequence[Row]) -> list[Row]:
     """Returns the rows of the adapters of kernels."""
     return [
         row._replace(

@@ -13,6 +13,7 @@ from paths import ROOT
 PLAN = """
 __main__
 cli
+finetune
 sweep
 preflight.table
 preflight.table_cases

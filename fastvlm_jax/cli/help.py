@@ -15,6 +15,14 @@ ABOUT = {
         "fastvlm train --config configs/stage2_instruct.py:0.5b --workdir runs/mine --config.data.path=data/mine "
         "--config.parent=MODEL",
     ),
+    "finetune": (
+        "Tunes a model on your own pictures and answers, from the data to a page; the same command goes on.",
+        "fastvlm finetune --model MODEL --data mine.json --images images --output runs/mine --lora",
+    ),
+    "init": (
+        "Chooses the settings of a fine-tuning run for a data set and this machine, as a config file with comments.",
+        "fastvlm init --model MODEL --data data/mine --output runs/mine --lora",
+    ),
     "generate": (
         "Lets a model answer questions about images, one after the other.",
         'fastvlm generate --model runs/mine --image cat.jpg --prompt "What is it doing?"',

@@ -19,7 +19,7 @@ def preflight(argv: list[str]) -> None:
     flags.DEFINE_string(
         "topology",
         None,
-        "TPU slice, as v5e:4x4, v5p:4x4x4 or, of two, v5e:16x16*2; or gpu:80GB, gpu:8x80GB",
+        "TPU slice, as v5e:4x4, v5p:4x4x4 or, of two, v5e:16x16*2; or gpu:80GB, gpu:8x80GB, cpu",
         flag_values=fv,
     )
     flags.DEFINE_enum("mode", "train", ["train", "encoder", "generate"], "program to compile", flag_values=fv)
@@ -37,7 +37,7 @@ def preflight(argv: list[str]) -> None:
     parse(fv, argv, required=("config", "topology"))
     from fastvlm_jax.preflight import gpu, run
 
-    if gpu.is_gpu(fv.topology):
+    if gpu.is_arithmetic(fv.topology):
         if unfit := [name for name in ("mode", "search", "records", "rows") if fv[name].present]:
             raise flags.Error(f"--{unfit[0]} needs a compiler, which there is none of for GPUs: leave it out")
         found = gpu.preflight(fv.config, fv.topology)

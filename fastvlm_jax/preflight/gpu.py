@@ -1,6 +1,7 @@
 """Estimates by arithmetic what a training step needs of a GPU's memory: no compiler for GPUs takes part, nothing runs.
 
 gpu:80GB        one GPU with 80 GB of memory           gpu:8x80GB        eight of them
+cpu             the memory of this machine             cpu:24GB          that of another
 
 The step that `fastvlm train` runs is traced without devices. Parameters and optimizer slots are counted by their
 shards, which is exact; the rest is what the traced step holds at its fullest moment, see preflight/liveness.py. No time
@@ -32,29 +33,56 @@ PARTS = ("parameters", "optimizer", "batch", "gradients", "activations", "worksp
 OPTIMIZER = ("step", "opt_state", "guard", "average")  # fields of a TrainState that count as the optimizer
 # JAX takes this share of a card's memory when it starts, unless one of SHARE_VARIABLES says another.
 SHARE, SHARE_VARIABLES = 0.75, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-MARGIN = 1.25  # compiled steps on few devices need up to this many times the arithmetic (docs/gpu.md)
+# Compiled steps on few devices need up to this many times the arithmetic (docs/gpu.md).
+MARGIN, CPU_MARGIN = 1.25, 1.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpus:
-    """Describes GPUs: the name that was parsed, their number, and the bytes of one."""
+    """Describes GPUs, or a CPU: the name that was parsed, their number, and the bytes of one."""
 
     name: str
     count: int
     bytes: float
 
 
-def is_gpu(name: str) -> bool:
-    """Returns whether a topology's name asks for GPUs."""
-    return name.strip().startswith("gpu:")
+def is_arithmetic(name: str) -> bool:
+    """Returns whether a topology's name asks for GPUs or a CPU, for which there is arithmetic only."""
+    return name.strip().startswith(("gpu:", "cpu"))
+
+
+def memory_here() -> int:
+    """Returns the memory of this machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def margin(devices: Gpus) -> float:
+    """Returns how many times the arithmetic a compiled step may need."""
+    return CPU_MARGIN if devices.name.startswith("cpu") else MARGIN
+
+
+def share_of(devices: Gpus) -> float:
+    """Returns the share of a device's memory that a run may take."""
+    return 1.0 if devices.name.startswith("cpu") else usable_share()
+
+
+def usable(devices: Gpus) -> Gpus:
+    """Returns devices with the memory that a run may take of each."""
+    return dataclasses.replace(devices, bytes=share_of(devices) * devices.bytes)
 
 
 def parse(name: str) -> Gpus:
-    """Parses "gpu:80GB" or "gpu:8x80GB"; GB is 10**9 bytes.
+    """Parses "gpu:80GB", "gpu:8x80GB", "cpu" (this machine) or "cpu:24GB"; GB is 10**9 bytes.
 
     Raises:
       ValueError: the name has another form, or says no GPU or no memory.
     """
+    if name.strip().startswith("cpu"):
+        found = re.fullmatch(r"cpu(?::(\d{1,4}(?:\.\d+)?)GB)?", name.strip())
+        size = float(found[1]) * GB if found and found[1] else memory_here() if found else 0
+        if not size:
+            raise ValueError(f"--topology={name}: write cpu for this machine, cpu:24GB for one with 24 GB of memory")
+        return Gpus(name.strip(), 1, size)
     found = re.fullmatch(r"gpu:(?:(\d{1,4})x)?(\d{1,4}(?:\.\d+)?)GB", name.strip())
     count, size = (int(found[1] or 1), float(found[2])) if found else (0, 0.0)
     if not count or not size:
@@ -86,10 +114,10 @@ def preflight(config, name: str) -> dict[str, Any]:
     """
     gpus = parse(name)
     config_checks.validate(config)
-    usable = usable_share() * gpus.bytes
+    share, limit = share_of(gpus), usable(gpus).bytes
     found, mesh, counts = memory(config, gpus)
     total = sum(found.values())
-    fits = MARGIN * total <= usable
+    fits = margin(gpus) * total <= limit
     data, (rows, length) = config.data, config_lib.rows_of(config)
     return {
         "mode": "train",
@@ -103,10 +131,10 @@ def preflight(config, name: str) -> dict[str, Any]:
             "rows": data.groups * rows, "row_length": length, "accumulate": config.accumulate,
         },
         "memory": {
-            **found, "total": total, "margin": MARGIN, "with_margin": MARGIN * total, "limit": usable,
-            "share": usable_share(), "fits": fits,
+            **found, "total": total, "margin": margin(gpus), "with_margin": margin(gpus) * total, "limit": limit,
+            "share": share, "fits": fits,
         },
-        "mends": [] if fits else mends(config, gpus, usable),
+        "mends": [] if fits else mends(config, gpus, limit),
     }  # fmt: skip
 
 
@@ -169,9 +197,9 @@ def mends(config, gpus: Gpus, usable: float) -> list[str]:
             total = sum(memory(changed, more)[0].values())
         except ValueError:  # this mesh does not divide the batch or the heads
             continue
-        if MARGIN * total <= usable:
+        if margin(gpus) * total <= usable:
             seen.add(kind)
-            found.append(f"{flags}  {gib(total)} GiB, with the margin {gib(MARGIN * total)}")
+            found.append(f"{flags}  {gib(total)} GiB, with the margin {gib(margin(gpus) * total)}")
     return found
 
 
@@ -202,7 +230,7 @@ def _changes(config, gpus: Gpus) -> Iterator[tuple[str, str, Any, Gpus]]:
             kind, flags, changed, _ = change("groups", data__groups=config.data.groups // parts)
             yield kind, f"{flags} (a smaller batch: another recipe)", changed, gpus
     for count in (2, 4, 8, 16):
-        if count > gpus.count:
+        if count > gpus.count and gpus.name.startswith("gpu"):
             more = dataclasses.replace(gpus, name=f"gpu:{count}x{gpus.bytes / GB:g}GB", count=count)
             kind, flags, changed, _ = change("gpus", mesh=(1, 1, -1, 1))
             yield kind, f'--topology={more.name} --config.mesh="(1, 1, -1, 1)"', changed, more
@@ -214,18 +242,22 @@ def text(report: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     sizes = ", ".join(f"{key} {value}" for key, value in b.items() if key != "accumulate" or value > 1)
     shown = (*PARTS, "total", "with_margin", "limit")
-    rows = [["GiB a GPU, by arithmetic", *PARTS, "total", f"x {MARGIN}", "limit", ""]]
+    cpu = report["topology"]["name"].startswith("cpu")
+    device = "CPU" if cpu else "GPU"
+    rows = [[f"GiB a {device}, by arithmetic", *PARTS, "total", f"x {m['margin']}", "limit", ""]]
     rows.append(["", *(gib(m[key]) for key in shown), "fits" if m["fits"] else "DOES NOT FIT"])
     lines = [
         f"{report['stage_name'] or 'train step'} on {report['topology']['name']}, by arithmetic: mesh {mesh}\n{sizes}",
-        "No compiler for GPUs took part and nothing ran: every figure is arithmetic on the traced step.",
+        f"No compiler for {device}s took part and nothing ran: every figure is arithmetic on the traced step.",
         "",
         "parameters: " + ", ".join(f"{name} {si(n)}" for name, n in counts.items()),
         "",
         table(rows, ""),
-        f"  x {MARGIN}: compiled steps need up to {MARGIN} times this arithmetic, a large model over many GPUs more "
-        "(docs/gpu.md)",
-        f"  limit: the {m['share']:.0%} of the card that JAX takes ({SHARE_VARIABLES[0]}=0.9 takes more); "
+        f"  x {m['margin']}: compiled steps need up to {m['margin']} times this arithmetic, a large model over many "
+        "GPUs more (docs/gpu.md)",
+        "  limit: the memory of the machine"
+        if cpu
+        else f"  limit: the {m['share']:.0%} of the card that JAX takes ({SHARE_VARIABLES[0]}=0.9 takes more); "
         "CUDA's own libraries need about 1 GB beside it",
     ]
     if not m["fits"]:

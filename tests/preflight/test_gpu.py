@@ -139,7 +139,7 @@ def test_the_state_has_the_bytes_of_real_arrays(config, mesh, count):
     [("gpu:80GB", 1, 80e9), ("gpu:8x80GB", 8, 80e9), ("gpu:24GB", 1, 24e9), (" gpu:1x0.5GB", 1, 5e8)],
 )
 def test_names_of_gpus(name, count, size):
-    assert gpu.is_gpu(name)
+    assert gpu.is_arithmetic(name)
     found = gpu.parse(name)
     assert (found.count, found.bytes) == (count, size)
 

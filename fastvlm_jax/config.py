@@ -218,10 +218,13 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     # Rate of the first step of a warm-up of W steps: "transformers" = 0, "open_clip" = 1/W of the peak.
     c.warmup = "transformers"
     c.final_rate = 0.0  # rate behind the last step, as a fraction of the peak
-    # "adamw", or "adafactor": big_vision's form, which keeps a row and a column of second moments for a matrix.
+    # "adamw"; "adafactor": big_vision's form, which keeps a row and a column of second moments for a matrix; or "lion",
+    # which keeps no second moments. Every update of Lion is as large as its rate: set rates 3 to 10 times lower than
+    # AdamW's, weight decay as many times higher, and beta2 to 0.99.
     c.optimizer = "adamw"
-    c.beta1 = 0.9  # decay of the first moment
-    c.beta2 = 0.999  # AdamW's decay of the second moment; for Adafactor its upper limit
+    c.beta1 = 0.9  # decay of the first moment; Lion's part of it in an update
+    # AdamW's decay of the second moment; for Adafactor its upper limit; Lion's decay of the first moment.
+    c.beta2 = 0.999
     c.epsilon = 1e-8  # AdamW's epsilon
     # Parameters that weight decay applies to, by the last part of their paths.
     c.decayed = ("kernel", "embedding")
@@ -236,7 +239,7 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.shard_frozen = True  # False keeps frozen parameters whole on every fsdp device: no gathers, more memory
     c.accumulate = 1  # parts of a batch's groups that are computed one after another: less memory, the same step
     c.param_dtype = "float32"  # dtype of the parameters; "bfloat16" loses updates smaller than 1/256 of a weight
-    c.moment_dtype = "float32"  # dtype of Adam's first moment; "bfloat16" saves 2 bytes a trainable parameter
+    c.moment_dtype = "float32"  # dtype of the first moment; "bfloat16" saves 2 bytes a trainable parameter
 
     c.bad_steps = ml_collections.ConfigDict()
     # What is done about a bad step, whose loss or gradient is not finite or whose gradient is a spike: "on" leaves its

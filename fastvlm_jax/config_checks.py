@@ -61,8 +61,8 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"warmup={config.warmup!r} must be transformers or open_clip")
     if not 0 <= config.final_rate <= 1:
         raise ValueError(f"final_rate={config.final_rate} must be from 0 to 1, a fraction of the peak rates")
-    if config.optimizer not in ("adamw", "adafactor"):
-        raise ValueError(f"optimizer={config.optimizer!r} must be adamw or adafactor")
+    if config.optimizer not in ("adamw", "adafactor", "lion"):
+        raise ValueError(f"optimizer={config.optimizer!r} must be adamw, adafactor or lion")
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema={config.ema} must be at least 0 and below 1, as 0.9995; 0 keeps no average")
     if not all(isinstance(name, str) for name in config.decayed):

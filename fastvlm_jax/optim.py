@@ -102,8 +102,8 @@ def make_optimizer(
     Args:
       params: all parameters, or their abstract shapes.
       course: how the rates go.
-      beta1, beta2, epsilon: constants of AdamW; `adafactor` has no epsilon.
-      optimizer: "adamw", or "adafactor" (see there).
+      beta1, beta2, epsilon: constants of AdamW; the others have no epsilon.
+      optimizer: "adamw", "adafactor" (see there), or "lion" (arXiv 2302.06675), which keeps a first moment alone.
       decayed: last parts of the paths of the parameters that decay.
       moment_dtype: dtype of the first moment; the second stays in float32, because in bfloat16 it would not move.
 
@@ -122,6 +122,8 @@ def make_optimizer(
         rate = schedule(peak, course)
         if optimizer == "adafactor":
             return adafactor(rate, beta1, beta2, decay, mask, moment_dtype)
+        if optimizer == "lion":
+            return optax.lion(rate, beta1, beta2, mu_dtype=moment_dtype, weight_decay=decay, mask=mask)
         return optax.adamw(rate, beta1, beta2, epsilon, mu_dtype=moment_dtype, weight_decay=decay, mask=mask)
 
     transforms = {i: of_group(peak, decay) for i, (_, peak, decay) in enumerate(groups) if peak > 0}

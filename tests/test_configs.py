@@ -129,7 +129,7 @@ def test_stage_0_of_unknown_sizes_or_data_is_refused():
         ),
         ("warmup", "linear", "warmup='linear' must be transformers or open_clip"),
         ("final_rate", 2.0, "final_rate=2.0 must be from 0 to 1"),
-        ("optimizer", "sgd", "optimizer='sgd' must be adamw or adafactor"),
+        ("optimizer", "sgd", "optimizer='sgd' must be adamw, adafactor or lion"),
         ("ema", 1.0, "ema=1.0 must be at least 0 and below 1"),
     ],
 )

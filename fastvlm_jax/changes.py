@@ -27,6 +27,7 @@ COMPUTED_KEYS = ("model.dtype", "model.vision.drop_path", "model.vision.batch_no
 # Keys that runs of earlier versions do not have -> what they did.
 ADDED = {
     "warmup": "transformers", "final_rate": 0.0, "optimizer": "adamw", "decayed": ["kernel", "embedding"], "ema": 0.0,
+    "layer_decay": {"vision": 1.0, "llm": 1.0, "text": 1.0},
 }  # fmt: skip
 # Keys of the lineage that are compared too, and free: a run goes on under new code, and its lineage says so.
 CODE_KEYS = ("code", "source_digest", "jax")

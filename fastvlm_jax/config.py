@@ -231,6 +231,12 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     # Decay of the moving average of parameters and BatchNorm statistics that evaluations, exports and later stages use;
     # lower in the first steps, min(ema, (1 + step) / (10 + step)). 0 = none, they use the last ones.
     c.ema = 0.0
+    c.layer_decay = ml_collections.ConfigDict()
+    # Layer-wise decay of the encoder's learning rates: a parameter of layer i of L, see models/depth.py, learns at the
+    # rate of its group times layer_decay ** (L - i), as in timm and BEiT. 1 = all at the same rate.
+    c.layer_decay.vision = 1.0
+    c.layer_decay.llm = 1.0  # the same of the language model
+    c.layer_decay.text = 1.0  # the same of stage 0's text tower
     c.clip_norm = 1.0  # largest global norm of the gradients of all trainable parameters
     # Devices along (replica, data, fsdp, tensor); -1 = the rest. replica: whole copies, one or more a slice, whose
     # gradients are reduced once between slices. data: copies within a slice. fsdp: parameters and optimizer sharded,

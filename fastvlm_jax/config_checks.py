@@ -65,6 +65,11 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"optimizer={config.optimizer!r} must be adamw, adafactor or lion")
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema={config.ema} must be at least 0 and below 1, as 0.9995; 0 keeps no average")
+    for tower, decay in config.layer_decay.items():
+        if not 0 < decay <= 1:
+            raise ValueError(f"layer_decay.{tower}={decay} must be above 0 and at most 1, which lowers no rate")
+        if decay < 1 and tower not in config.model:
+            raise ValueError(f"layer_decay.{tower}={decay}: this model has no part {tower!r}: leave it at 1")
     if not all(isinstance(name, str) for name in config.decayed):
         raise ValueError(f"decayed={config.decayed} must hold last parts of paths, as ('kernel', 'embedding')")
 

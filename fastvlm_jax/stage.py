@@ -17,7 +17,7 @@ from fastvlm_jax import config_checks, guard, losses, model_io, optim, pair_loss
 from fastvlm_jax.batch import Batch, PairBatch
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
-from fastvlm_jax.models import fastvlm, kinds
+from fastvlm_jax.models import depth, fastvlm, kinds
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.kinds import Model
@@ -180,6 +180,7 @@ class Step(NamedTuple):
       abstract: the state as ShapeDtypeStructs with their shardings.
       optimizer: the optimizer in it.
       loss: what it minimises.
+      rates: number of updates -> learning rates by their names in the log.
     """
 
     fn: Callable[[TrainState, Batch | PairBatch], tuple[TrainState, dict[str, jax.Array]]]
@@ -187,6 +188,7 @@ class Step(NamedTuple):
     abstract: TrainState
     optimizer: optax.GradientTransformation
     loss: losses.Loss
+    rates: Callable[[int], dict[str, float]]
 
 
 def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_sources: int = 1) -> Step:
@@ -200,10 +202,12 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
     Raises:
       ValueError: the groups do not fit the parameters, or the mesh does not divide a parameter.
     """
+    params, course = kinds.abstract_variables(model)["params"], config_lib.course_of(config, steps)
+    factors = depth.rate_factors(params, config.layer_decay)
     optimizer = optim.make_optimizer(
-        kinds.abstract_variables(model)["params"],
+        params,
         config.groups,
-        config_lib.course_of(config, steps),
+        course,
         beta1=config.beta1,
         beta2=config.beta2,
         epsilon=config.epsilon,
@@ -211,7 +215,9 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
         optimizer=config.optimizer,
         decayed=config.decayed,
         moment_dtype=config.moment_dtype,
+        factors=factors,
     )
+    rates = partial(optim.learning_rates, spans=optim.spans(params, config.groups, factors), course=course)
     make_state, abstract = state_of(
         model, optimizer, config.groups, mesh,
         param_dtype=config.param_dtype, shard_frozen=config.shard_frozen, average=config.ema > 0,
@@ -232,7 +238,7 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
     # Metrics are whole on every device, so that every process can read them.
     everywhere = jax.sharding.NamedSharding(mesh, sharding.spec(()))
     fn = jax.jit(fn, donate_argnums=0, out_shardings=(shardings, everywhere))
-    return Step(fn, make_state, abstract, optimizer, loss)
+    return Step(fn, make_state, abstract, optimizer, loss, rates)
 
 
 def make_loss(config, model: Model, steps: int, num_sources: int = 1) -> losses.Loss:

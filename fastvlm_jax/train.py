@@ -114,13 +114,13 @@ def train(
                 raise ValueError(f"{workdir} is at step {start}, beyond the {steps} steps of this config: raise them")
             if row is None:
                 rows, skipped = read_metrics(workdir), int(state.guard.skipped)
-                opening.tell_changes(name, config, claimed.changes, rows, start, steps, skipped)
+                opening.tell_changes(name, config, claimed.changes, rows, step.rates, start, steps, skipped)
             best.resume(workdir, start, checkpointer.steps)
             tracker = tracking.open_run(config.wandb, workdir, name, settings)
             writer = MetricsWriter(workdir, name, start, steps, tracker)
             trace = profiling.Trace(traced, workdir / "profile", start, steps)
             learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
-            log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, steps=steps)
+            log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, rates=step.rates)
             lineage = claimed.record(settings, start)
             save = partial(checkpoint.save, checkpointer, passed_over=passed_over, lineage=lineage)
             try:

@@ -131,6 +131,9 @@ def test_stage_0_of_unknown_sizes_or_data_is_refused():
         ("final_rate", 2.0, "final_rate=2.0 must be from 0 to 1"),
         ("optimizer", "sgd", "optimizer='sgd' must be adamw, adafactor or lion"),
         ("ema", 1.0, "ema=1.0 must be at least 0 and below 1"),
+        ("layer_decay.vision", 0.0, "layer_decay.vision=0.0 must be above 0 and at most 1, which lowers no rate"),
+        ("layer_decay.text", 1.1, "layer_decay.text=1.1 must be above 0 and at most 1"),
+        ("layer_decay.llm", 0.5, "layer_decay.llm=0.5: this model has no part 'llm': leave it at 1"),
     ],
 )
 def test_settings_of_stage_0_that_contradict_each_other_are_named(key, value, message):

@@ -169,6 +169,50 @@ def test_six_steps_of_lion_equal_timms_and_keep_a_first_moment_alone():
     assert {str(x.dtype) for x in jax.tree.leaves(slots) if x.size > 1} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
+def test_a_factor_scales_rate_and_decay_along_the_layers_of_a_stack(optimizer):
+    """As if every layer were in a group of its own, whose rate is lower."""
+    start, grads = random_steps({"a/kernel": (3, 4, 5), "b/kernel": (4, 5)}, 4)
+    factors = {"a/kernel": np.float32([0.25, 0.5, 1]).reshape(3, 1, 1), "b/kernel": np.float32(0.5)}
+    found, slots = stepped(start, grads, optimizer=optimizer, factors=factors)
+    unstacked = [
+        {"b/kernel": x["b/kernel"]} | {f"a{i}/kernel": x["a/kernel"][i] for i in range(3)} for x in (start, *grads)
+    ]
+    groups = (("a0/.*", 0.25e-2, 0.1), ("[ab][1/].*", 0.5e-2, 0.1), (".*", 1e-2, 0.1))
+    expected, _ = stepped(unstacked[0], unstacked[1:], groups, optimizer=optimizer)
+    np.testing.assert_allclose(found["b/kernel"], expected["b/kernel"], rtol=1e-6)
+    for i in range(3):
+        np.testing.assert_allclose(found["a/kernel"][i], expected[f"a{i}/kernel"], rtol=1e-6)
+    plain, without = stepped(start, grads, optimizer=optimizer)
+    assert not np.array_equal(plain["b/kernel"], found["b/kernel"])
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(slots), jax.tree.leaves(without))
+
+
+def test_the_log_names_every_rate_that_a_run_has():
+    params = {
+        "vision": {"a": jnp.ones((2, 3)), "b": jnp.ones(2)},
+        "llm": {"c": jnp.ones(4)},
+        "projector": {"d": jnp.ones(1)},
+    }
+    groups = (("vision/.*", 4e-3, 0.0), ("projector/.*", 0.0, 0.0), (".*", 2e-3, 0.0))
+    factors = {"vision/a": np.float32([0.25, 0.5]).reshape(2, 1)}
+    course = optim.Course(10, 0.2)
+
+    def at(step, *given):
+        return optim.learning_rates(step, optim.spans(params, *given), course)
+
+    found = at(1, groups, factors)  # half of the peaks
+    assert found == pytest.approx({"lr": 2e-3, "lr/vision": 2e-3, "lr_lowest/vision": 5e-4, "lr/rest": 1e-3})
+    assert at(2, groups) == pytest.approx({"lr": 4e-3, "lr/vision": 4e-3, "lr/rest": 2e-3})
+    assert at(2, ((".*", 1e-3, 0.0),)) == pytest.approx({"lr": 1e-3})
+    assert at(2, ((".*", 1e-3, 0.0),), factors) == pytest.approx({"lr": 1e-3, "lr_lowest": 2.5e-4})
+    lowered = {"vision/a": np.float32(0.5), "vision/b": np.float32(0.5)}
+    found = at(2, (("vision/.*", 4e-3, 0.0), ("(llm|projector)/.*", 1e-3, 0.0)), lowered)
+    assert found == pytest.approx({"lr": 2e-3, "lr/vision": 2e-3, "lr/llm_projector": 1e-3})
+    twice = optim.spans(params, (("vision/a", 1e-3, 0.0), ("vision.a|vision/.*", 1e-3, 0.0), ("vision.*|.*", 1.0, 0.0)))
+    assert [span.name for span in twice] == ["vision_a", "vision_a_vision", "vision"]
+
+
 def test_a_moving_average_takes_its_part_of_new_values_more_in_the_first_steps_and_stays_in_float32():
     """The decay is (1 + step) / (10 + step) up to that of the config, which is 0.75 from step 26 on."""
     average = {"a": jnp.array([1.0, 2.0]), "b": {"c": jnp.array(10.0)}}

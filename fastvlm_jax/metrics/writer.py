@@ -15,6 +15,8 @@ from fastvlm_jax.metrics.rows import FILE, read_metrics
 from fastvlm_jax.metrics.tensorboard import Board
 from fastvlm_jax.metrics.tracking import Tracker
 
+UNSHOWN = ("grad_norm", "lr/", "lr_lowest")  # beginnings of the names of scalars that are not printed
+
 
 class MetricsWriter:
     """Writes scalars by step, to the workdir and to a tracker, and keeps the time of the run.
@@ -46,7 +48,7 @@ class MetricsWriter:
         return self._before + time.monotonic() - self._start
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes the scalars of `step` to all files, and prints all but the gradient norm."""
+        """Writes the scalars of `step` to all files; prints them without gradient norm and rates of single groups."""
         if not self._writes:
             return
         scalars = {key: float(value) for key, value in scalars.items()}
@@ -55,7 +57,7 @@ class MetricsWriter:
         self._board.write(step, scalars)
         if self._tracker:
             self._tracker.write(step, scalars)
-        shown = {key: f"{value:.4g}" for key, value in scalars.items() if key != "grad_norm"}
+        shown = {key: f"{value:.4g}" for key, value in scalars.items() if not key.startswith(UNSHOWN)}
         if self._interactive:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix(shown)

@@ -269,6 +269,10 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     # questions, 0 = all. ("qa", "", 50) asks about the held-out split, ("qa", DIR, 50) about another data set. Stage 0
     # has ("zero-shot", DIR, 0) and ("retrieval", DIR, 500), with a number of pictures, and "" for the held-out split.
     c.evaluate = ()
+    # Steps between answers to the same few questions of the held-out split, which show in TensorBoard, in Weights &
+    # Biases and in `fastvlm report` how answers change; the last step has some. 0 = none.
+    c.predictions_every = 0
+    c.num_predictions = 8  # number of these questions
     # Score whose best checkpoint is kept beside the latest: "validation/loss" (the lowest) or, of a benchmark above,
     # "evaluate/docvqa" (the highest); "" = none.
     c.keep_best = ""

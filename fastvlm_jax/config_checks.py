@@ -164,6 +164,12 @@ def _check_evaluation(config: ml_collections.ConfigDict) -> None:
     if config.keep_best and config.keep_best not in scores:
         known = f"choose {' or '.join(scores)}" if scores else "set `evaluate` or eval_batches too"
         raise ValueError(f"keep_best={config.keep_best!r} is not evaluated in this run: {known}")
+    if config.predictions_every < 0:
+        raise ValueError(f"predictions_every={config.predictions_every} must be at least 0; 0 asks no sample questions")
+    if config.predictions_every and towers:
+        raise ValueError(f"predictions_every={config.predictions_every}: stage 0 answers no questions: set it to 0")
+    if config.num_predictions < 1:
+        raise ValueError(f"num_predictions={config.num_predictions} must be at least 1; predictions_every=0 asks none")
     if config.stop_after < 0:
         raise ValueError(f"stop_after={config.stop_after} must be at least 0")
     if config.stop_after and not config.keep_best:

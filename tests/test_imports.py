@@ -32,6 +32,7 @@ metrics
 checkpoint
 workdir
 changes
+evaluate.samples
 evaluate.validation
 evaluate.suite evaluate.contamination
 evaluate.looked_for

@@ -185,6 +185,8 @@ def test_a_factor_scales_rate_and_decay_along_the_layers_of_a_stack(optimizer):
         np.testing.assert_allclose(found["a/kernel"][i], expected[f"a{i}/kernel"], rtol=1e-6)
     plain, without = stepped(start, grads, optimizer=optimizer)
     assert not np.array_equal(plain["b/kernel"], found["b/kernel"])
+    ones, _ = stepped(start, grads, optimizer=optimizer, factors={"a/kernel": np.ones((3, 1, 1), np.float32)})
+    jax.tree.map(np.testing.assert_array_equal, ones, plain)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(slots), jax.tree.leaves(without))
 
 

@@ -11,6 +11,7 @@ from fastvlm_jax import distributed
 from fastvlm_jax.chips import peak_flops
 from fastvlm_jax.config import rows_of
 from fastvlm_jax.data.load.loader import Flow
+from fastvlm_jax.evaluate.benchmark import Result
 from fastvlm_jax.metrics.throughput import memory_scalars, mfu_scalars
 from fastvlm_jax.metrics.writer import MetricsWriter
 from fastvlm_jax.models.kinds import Model
@@ -95,6 +96,11 @@ class StepLog:
         """Writes the results of an evaluation, whose time counts in no rate."""
         if scalars:
             self._writer.write(step, scalars)
+        self.restart_clock(step)
+
+    def write_predictions(self, step: int, results: Sequence[Result]) -> None:
+        """Writes the answers to sample questions, whose time counts in no rate."""
+        self._writer.write_predictions(step, results)
         self.restart_clock(step)
 
     def _rates(self, record: StepRecord, seconds: float) -> dict[str, float]:

@@ -16,7 +16,8 @@ from fastvlm_jax.models.lora import Lora
 # Keys that may change freely, because they do not change the results. There are two exceptions: accumulate does if
 # BatchNorm is in training mode or drop_path is above 0, and bad_steps does if there are bad steps.
 FREE_KEYS = (
-    "eval_every", "eval_batches", "evaluate", "keep_best", "stop_after", *REPLACED, "mesh", "log_every",
+    "eval_every", "eval_batches", "evaluate", "keep_best", "stop_after", "predictions_every", "num_predictions",
+    *REPLACED, "mesh", "log_every",
     "checkpoint_every", "keep_checkpoints", "keep_every", "wandb", "accumulate", "shard_frozen", "bad_steps",
     "model.vision.remat", "model.vision.kernels", "model.llm.remat", "model.text.remat", "loss.block", "loss.ring",
     "data.num_threads", "data.prefetch", "data.cache_images", "data.path",
@@ -39,6 +40,7 @@ COMPUTED_KEYS = ("model.dtype", "model.vision.drop_path", "model.vision.batch_no
 ADDED = {
     "warmup": "transformers", "final_rate": 0.0, "optimizer": "adamw", "decayed": ["kernel", "embedding"], "ema": 0.0,
     "frozen_dtype": "", "lora": dict(rank=0, alpha=16.0, stabilised=False, dropout=0.0, targets=Lora(1).targets),
+    "layer_decay": {"vision": 1.0, "llm": 1.0, "text": 1.0}, "predictions_every": 0, "num_predictions": 8,
 }  # fmt: skip
 # Keys of the lineage that are compared too, and free: a run goes on under new code, and its lineage says so.
 CODE_KEYS = ("code", "source_digest", "jax")

@@ -8,9 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from fastvlm_jax.models.lora import Lora
 from fastvlm_jax.models.sizes import CLIP_SIZES, LLM_SIZES, QWEN2, TEXT_SIZES, VISION_SIZES
-from fastvlm_jax.optim import Course
 
 # Keys of earlier versions -> what takes their place.
 REPLACED = {
@@ -220,16 +218,25 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     # Rate of the first step of a warm-up of W steps: "transformers" = 0, "open_clip" = 1/W of the peak.
     c.warmup = "transformers"
     c.final_rate = 0.0  # rate behind the last step, as a fraction of the peak
-    # "adamw", or "adafactor": big_vision's form, which keeps a row and a column of second moments for a matrix.
+    # "adamw"; "adafactor": big_vision's form, which keeps a row and a column of second moments for a matrix; or "lion",
+    # which keeps no second moments. Every update of Lion is as large as its rate: set rates 3 to 10 times lower than
+    # AdamW's, weight decay as many times higher, and beta2 to 0.99.
     c.optimizer = "adamw"
-    c.beta1 = 0.9  # decay of the first moment
-    c.beta2 = 0.999  # AdamW's decay of the second moment; for Adafactor its upper limit
+    c.beta1 = 0.9  # decay of the first moment; Lion's part of it in an update
+    # AdamW's decay of the second moment; for Adafactor its upper limit; Lion's decay of the first moment.
+    c.beta2 = 0.999
     c.epsilon = 1e-8  # AdamW's epsilon
     # Parameters that weight decay applies to, by the last part of their paths.
     c.decayed = ("kernel", "embedding")
     # Decay of the moving average of parameters and BatchNorm statistics that evaluations, exports and later stages use;
     # lower in the first steps, min(ema, (1 + step) / (10 + step)). 0 = none, they use the last ones.
     c.ema = 0.0
+    c.layer_decay = ml_collections.ConfigDict()
+    # Layer-wise decay of the encoder's learning rates: a parameter of layer i of L, see models/depth.py, learns at the
+    # rate of its group times layer_decay ** (L - i), as in timm and BEiT. 1 = all at the same rate.
+    c.layer_decay.vision = 1.0
+    c.layer_decay.llm = 1.0  # the same of the language model
+    c.layer_decay.text = 1.0  # the same of stage 0's text tower
     c.clip_norm = 1.0  # largest global norm of the gradients of all trainable parameters
     # Devices along (replica, data, fsdp, tensor); -1 = the rest. replica: whole copies, one or more a slice, whose
     # gradients are reduced once between slices. data: copies within a slice. fsdp: parameters and optimizer sharded,
@@ -240,7 +247,7 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     c.param_dtype = "float32"  # dtype of the parameters; "bfloat16" loses updates smaller than 1/256 of a weight
     # Dtype of frozen kernels and embeddings; "" = bfloat16 with `lora`, else param_dtype.
     c.frozen_dtype = ""
-    c.moment_dtype = "float32"  # dtype of Adam's first moment; "bfloat16" saves 2 bytes a trainable parameter
+    c.moment_dtype = "float32"  # dtype of the first moment; "bfloat16" saves 2 bytes a trainable parameter
 
     c.bad_steps = ml_collections.ConfigDict()
     # What is done about a bad step, whose loss or gradient is not finite or whose gradient is a spike: "on" leaves its
@@ -264,6 +271,10 @@ def _add_training(c: ml_collections.ConfigDict, *, tiny: bool) -> None:
     # questions, 0 = all. ("qa", "", 50) asks about the held-out split, ("qa", DIR, 50) about another data set. Stage 0
     # has ("zero-shot", DIR, 0) and ("retrieval", DIR, 500), with a number of pictures, and "" for the held-out split.
     c.evaluate = ()
+    # Steps between answers to the same few questions of the held-out split, which show in TensorBoard, in Weights &
+    # Biases and in `fastvlm report` how answers change; the last step has some. 0 = none.
+    c.predictions_every = 0
+    c.num_predictions = 8  # number of these questions
     # Score whose best checkpoint is kept beside the latest: "validation/loss" (the lowest) or, of a benchmark above,
     # "evaluate/docvqa" (the highest); "" = none.
     c.keep_best = ""
@@ -320,25 +331,3 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
         elif x != y:
             found.append((prefix + key, x, y))
     return found
-
-
-def rows_of(config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """Returns (rows of text in a group, tokens in a row) of a config; in stage 0 a text has a row of its own."""
-    if "text" in config.model:
-        return config.data.images_per_group * config.data.texts, config.model.text.context_length
-    return config.data.rows_per_group, config.data.row_length
-
-
-def lora_of(config: ml_collections.ConfigDict) -> Lora | None:
-    """Returns the adapters that a config asks for; None if it asks for none."""
-    return Lora(**config.lora.to_dict()) if "lora" in config and config.lora.rank else None
-
-
-def frozen_dtype(config: ml_collections.ConfigDict) -> str:
-    """Returns the dtype of a stage's frozen kernels and embeddings."""
-    return config.frozen_dtype or ("bfloat16" if lora_of(config) else config.param_dtype)
-
-
-def course_of(config: ml_collections.ConfigDict, steps: int) -> Course:
-    """Returns how the learning rates of a run of so many steps go."""
-    return Course(steps, config.warmup_ratio, config.warmup, config.final_rate)

@@ -62,14 +62,19 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"warmup={config.warmup!r} must be transformers or open_clip")
     if not 0 <= config.final_rate <= 1:
         raise ValueError(f"final_rate={config.final_rate} must be from 0 to 1, a fraction of the peak rates")
-    if config.optimizer not in ("adamw", "adafactor"):
-        raise ValueError(f"optimizer={config.optimizer!r} must be adamw or adafactor")
+    if config.optimizer not in ("adamw", "adafactor", "lion"):
+        raise ValueError(f"optimizer={config.optimizer!r} must be adamw, adafactor or lion")
     if config.frozen_dtype not in ("", "float32", "bfloat16"):
         raise ValueError(f"frozen_dtype={config.frozen_dtype!r} must be float32, bfloat16, or '' for the default")
     if "lora" in config:
         _check_lora(config.lora)
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema={config.ema} must be at least 0 and below 1, as 0.9995; 0 keeps no average")
+    for tower, decay in config.layer_decay.items():
+        if not 0 < decay <= 1:
+            raise ValueError(f"layer_decay.{tower}={decay} must be above 0 and at most 1, which lowers no rate")
+        if decay < 1 and tower not in config.model:
+            raise ValueError(f"layer_decay.{tower}={decay}: this model has no part {tower!r}: leave it at 1")
     if not all(isinstance(name, str) for name in config.decayed):
         raise ValueError(f"decayed={config.decayed} must hold last parts of paths, as ('kernel', 'embedding')")
 
@@ -177,6 +182,12 @@ def _check_evaluation(config: ml_collections.ConfigDict) -> None:
     if config.keep_best and config.keep_best not in scores:
         known = f"choose {' or '.join(scores)}" if scores else "set `evaluate` or eval_batches too"
         raise ValueError(f"keep_best={config.keep_best!r} is not evaluated in this run: {known}")
+    if config.predictions_every < 0:
+        raise ValueError(f"predictions_every={config.predictions_every} must be at least 0; 0 asks no sample questions")
+    if config.predictions_every and towers:
+        raise ValueError(f"predictions_every={config.predictions_every}: stage 0 answers no questions: set it to 0")
+    if config.num_predictions < 1:
+        raise ValueError(f"num_predictions={config.num_predictions} must be at least 1; predictions_every=0 asks none")
     if config.stop_after < 0:
         raise ValueError(f"stop_after={config.stop_after} must be at least 0")
     if config.stop_after and not config.keep_best:

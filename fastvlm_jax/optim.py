@@ -2,16 +2,19 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Groups = Sequence[tuple[str, float, float]]  # (path regex, peak learning rate, weight decay)
 DECAYED = ("kernel", "embedding")  # weight decay leaves out biases, norms and layer scales
+WHOLE: Mapping[str, np.ndarray] = MappingProxyType({})  # factors of rates none of which is lowered
 FACTORED = 32  # smallest side of a matrix whose second moments Adafactor keeps as a row and a column
 
 
@@ -65,6 +68,11 @@ def merge(trainable: dict, frozen: dict) -> dict:
     return unflatten_dict({**trainable, **frozen}, sep="/")
 
 
+def last_part(path: str) -> str:
+    """Returns the last part of a parameter's path; of an adapter's, lora/PATH/a, that of PATH."""
+    return path.split("/")[-2 if path.startswith("lora/") else -1]
+
+
 def schedule(peak: float, course: Course) -> optax.Schedule:
     """Returns step, from 0 -> learning rate: a warm-up, then a cosine (paper, Tables 8 and 9).
 
@@ -93,6 +101,7 @@ def make_optimizer(
     optimizer: str = "adamw",
     decayed: Sequence[str] = DECAYED,
     moment_dtype: str = "float32",
+    factors: Mapping[str, np.ndarray] = WHOLE,
 ) -> optax.GradientTransformation:
     """Returns an optimizer with a rate and a decay for each group; gradients are first clipped by their global norm.
 
@@ -102,31 +111,44 @@ def make_optimizer(
     Args:
       params: all parameters, or their abstract shapes.
       course: how the rates go.
-      beta1, beta2, epsilon: constants of AdamW; `adafactor` has no epsilon.
-      optimizer: "adamw", or "adafactor" (see there).
-      decayed: last parts of the paths of the parameters that decay.
+      beta1, beta2, epsilon: constants of AdamW; the others have no epsilon.
+      optimizer: "adamw", "adafactor" (see there), or "lion" (arXiv 2302.06675), which keeps a first moment alone.
+      decayed: last parts of the paths of the parameters that decay, see `last_part`.
       moment_dtype: dtype of the first moment; the second stays in float32, because in bfloat16 it would not move.
+      factors: path -> factor of the rate, and so of the weight decay, that broadcasts to the parameter; of others 1.
 
     Raises:
       ValueError: a parameter has no group, a group no parameter (see `assign`), or weight decay no parameter.
     """
     assigned = assign(params, groups)
     trainable, _ = split(params, groups)
-    if decayed and any(decay for *_, decay in groups) and not {path.split("/")[-1] for path in assigned} & {*decayed}:
+    if decayed and any(decay for *_, decay in groups) and not {*map(last_part, assigned)} & {*decayed}:
         raise ValueError(f"decayed={tuple(decayed)} names no parameter, though groups ask for weight decay: correct it")
 
     def of_group(peak: float, decay: float) -> optax.GradientTransformation:
         def mask(tree):
-            return {path: path.split("/")[-1] in decayed for path in tree}
+            return {path: last_part(path) in decayed for path in tree}
 
         rate = schedule(peak, course)
         if optimizer == "adafactor":
             return adafactor(rate, beta1, beta2, decay, mask, moment_dtype)
+        if optimizer == "lion":
+            return optax.lion(rate, beta1, beta2, mu_dtype=moment_dtype, weight_decay=decay, mask=mask)
         return optax.adamw(rate, beta1, beta2, epsilon, mu_dtype=moment_dtype, weight_decay=decay, mask=mask)
 
     transforms = {i: of_group(peak, decay) for i, (_, peak, decay) in enumerate(groups) if peak > 0}
     labels = {path: assigned[path] for path in trainable}
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.partition(transforms, labels))
+    steps = [optax.clip_by_global_norm(clip_norm), optax.partition(transforms, labels)]
+    return optax.chain(*steps, scaled(factors)) if factors else optax.chain(*steps)
+
+
+def scaled(factors: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
+    """Returns a transformation that multiplies the updates of some parameters; see `make_optimizer`."""
+
+    def multiply(updates, _):
+        return {path: x * factors[path] if path in factors else x for path, x in updates.items()}
+
+    return optax.stateless(multiply)
 
 
 def adafactor(
@@ -159,9 +181,46 @@ def update(optimizer: optax.GradientTransformation, gradients: dict, slots, trai
         return optax.apply_updates(trainable, updates), slots
 
 
-def learning_rates(step, groups: Groups, course: Course) -> dict[str, jnp.ndarray]:
-    """Returns pattern -> learning rate at `step` of every trainable group, for the log."""
-    return {pattern: schedule(peak, course)(step) for pattern, peak, _ in groups if peak > 0}
+class Span(NamedTuple):
+    """Holds the name of a trainable group in the log, and its lowest and highest peak rate."""
+
+    name: str
+    lowest: float
+    highest: float
+
+
+def spans(params, groups: Groups, factors: Mapping[str, np.ndarray] = WHOLE) -> list[Span]:
+    """Returns the peak rates of every trainable group, which differ within one by `factors`; see `make_optimizer`.
+
+    Names are made of the letters and digits of the patterns, "vision" of "vision/.*" and "rest" of ".*".
+    """
+    found: dict[int, list[float]] = {}
+    for path, i in assign(params, groups).items():
+        if groups[i][1] > 0:
+            found.setdefault(i, []).extend(np.ravel(factors.get(path, 1.0)).tolist())
+    names: list[str] = []
+    for i in sorted(found):
+        name = "_".join(re.findall(r"\w+", groups[i][0])) or "rest"
+        names.append(name if name not in names else f"{name}_{i}")
+    return [
+        Span(name, groups[i][1] * min(found[i]), groups[i][1] * max(found[i]))
+        for name, i in zip(names, sorted(found), strict=True)
+    ]
+
+
+def learning_rates(step, spans: Sequence[Span], course: Course) -> dict[str, float]:
+    """Returns the learning rates at `step` by their names in the log.
+
+    "lr" is the highest of all and, of several groups, "lr/NAME" the highest of one. Where rates differ within a group,
+    "lr_lowest/NAME" is its lowest; of a single group "lr_lowest".
+    """
+    rates = {"lr": float(schedule(max(span.highest for span in spans), course)(step))}
+    for span in spans:
+        ending = f"/{span.name}" if len(spans) > 1 else ""
+        rates[f"lr{ending}"] = float(schedule(span.highest, course)(step))
+        if span.lowest < span.highest:
+            rates[f"lr_lowest{ending}"] = float(schedule(span.lowest, course)(step))
+    return rates
 
 
 def averaged(average: Any, new: Any, decay: float, step: jax.Array) -> Any:

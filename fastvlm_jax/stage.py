@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict
 
-from fastvlm_jax import config as config_lib
-from fastvlm_jax import config_checks, guard, losses, model_io, optim, pair_loss, sharding
+from fastvlm_jax import config_checks, config_values, guard, losses, model_io, optim, pair_loss, sharding
 from fastvlm_jax.adapt import adapt
 from fastvlm_jax.batch import Batch, PairBatch
 from fastvlm_jax.data.mixture import data_sets
 from fastvlm_jax.images.sizes import make_sizes
 from fastvlm_jax.loaded import Loaded
-from fastvlm_jax.models import fastvlm, kinds
+from fastvlm_jax.models import depth, fastvlm, kinds
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.kinds import Model
@@ -63,11 +62,11 @@ def open_stage(config) -> Stage:
     model = kinds.build(**config.model.to_dict())
     variables = adapt(parent, model, config.parent) if parent else None
     processor = make_processor(config, model, parent)
-    trainable, frozen = optim.split(kinds.abstract_params(model, config_lib.lora_of(config)), config.groups)
+    trainable, frozen = optim.split(kinds.abstract_params(model, config_values.lora_of(config)), config.groups)
     if config.model.vision.get("batch_norm") == "train" and not any(path.startswith("vision/") for path in trainable):
         raise ValueError("groups freeze the encoder, but its statistics move: set model.vision.batch_norm to 'frozen'")
     given = flatten_dict((variables or {}).get("params", {}), sep="/")
-    if adapts := config_lib.lora_of(config) is not None:
+    if adapts := config_values.lora_of(config) is not None:
         _check_base(config, trainable, frozen, given)
     base = {path: given[path] for path in frozen} if adapts else {}
     return Stage(model, processor, variables, parent and parent.lineage, base)
@@ -212,6 +211,7 @@ class Step(NamedTuple):
       abstract: the state as ShapeDtypeStructs with their shardings.
       optimizer: the optimizer in it.
       loss: what it minimises.
+      rates: number of updates -> learning rates by their names in the log.
     """
 
     fn: Callable[[TrainState, Batch | PairBatch], tuple[TrainState, dict[str, jax.Array]]]
@@ -219,6 +219,7 @@ class Step(NamedTuple):
     abstract: TrainState
     optimizer: optax.GradientTransformation
     loss: losses.Loss
+    rates: Callable[[int], dict[str, float]]
 
 
 def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_sources: int = 1) -> Step:
@@ -232,10 +233,12 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
     Raises:
       ValueError: the groups do not fit the parameters, or the mesh does not divide a parameter.
     """
+    params, course = kinds.abstract_params(model, config_values.lora_of(config)), config_values.course_of(config, steps)
+    factors = depth.rate_factors(params, config.layer_decay)
     optimizer = optim.make_optimizer(
-        kinds.abstract_params(model, config_lib.lora_of(config)),
+        params,
         config.groups,
-        config_lib.course_of(config, steps),
+        course,
         beta1=config.beta1,
         beta2=config.beta2,
         epsilon=config.epsilon,
@@ -243,11 +246,13 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
         optimizer=config.optimizer,
         decayed=config.decayed,
         moment_dtype=config.moment_dtype,
+        factors=factors,
     )
+    rates = partial(optim.learning_rates, spans=optim.spans(params, config.groups, factors), course=course)
     make_state, abstract = state_of(
         model, optimizer, config.groups, mesh,
-        param_dtype=config.param_dtype, frozen_dtype=config_lib.frozen_dtype(config), shard_frozen=config.shard_frozen,
-        average=config.ema > 0, adapters=config_lib.lora_of(config),
+        param_dtype=config.param_dtype, frozen_dtype=config_values.frozen_dtype(config),
+        shard_frozen=config.shard_frozen, average=config.ema > 0, adapters=config_values.lora_of(config),
     )  # fmt: skip
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     loss = make_loss(config, model, steps, num_sources)
@@ -261,12 +266,12 @@ def make_step(config, model: Model, mesh: jax.sharding.Mesh, *, steps: int, num_
         shardings=optim.split(shardings.params, config.groups)[0],
         rule=make_rule(config),
         ema=config.ema,
-        adapters=config_lib.lora_of(config),
+        adapters=config_values.lora_of(config),
     )
     # Metrics are whole on every device, so that every process can read them.
     everywhere = jax.sharding.NamedSharding(mesh, sharding.spec(()))
     fn = jax.jit(fn, donate_argnums=0, out_shardings=(shardings, everywhere))
-    return Step(fn, make_state, abstract, optimizer, loss)
+    return Step(fn, make_state, abstract, optimizer, loss, rates)
 
 
 def make_loss(config, model: Model, steps: int, num_sources: int = 1) -> losses.Loss:

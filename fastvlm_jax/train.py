@@ -16,6 +16,8 @@ from fastvlm_jax.data.load.from_config import make_loader, open_sources
 from fastvlm_jax.data.load.loader import Loader
 from fastvlm_jax.data.sources import contents_of, fingerprint
 from fastvlm_jax.distributed import Interrupted, StopRequest, Watchdog
+from fastvlm_jax.evaluate.benchmark import Result
+from fastvlm_jax.evaluate.samples import make_samples
 from fastvlm_jax.evaluate.validation import Evaluate, make_evaluation
 from fastvlm_jax.faults import BadSteps
 from fastvlm_jax.metrics import opening, profiling, tracking
@@ -72,6 +74,7 @@ def train(
         step = make_step(config, stage.model, mesh, steps=steps, num_sources=len(sources))
         traced = profiling.parse_steps(profile, steps)
         evaluate = make_evaluation(config, stage.model, step.loss, stage.processor, batches)
+        answer_samples = make_samples(config, stage.model, stage.processor, mesh)
         origin = make_lineage(settings, stage.parent_lineage, fingerprint(sources), contents_of(sources))
         claimed = context.enter_context(claim(workdir, settings, origin, stage.processor, allow_changes))
         name = config.stage or workdir.name
@@ -114,19 +117,20 @@ def train(
                 raise ValueError(f"{workdir} is at step {start}, beyond the {steps} steps of this config: raise them")
             if row is None:
                 rows, skipped = read_metrics(workdir), int(state.guard.skipped)
-                opening.tell_changes(name, config, claimed.changes, rows, start, steps, skipped)
+                opening.tell_changes(name, config, claimed.changes, rows, step.rates, start, steps, skipped)
             best.resume(workdir, start, checkpointer.steps)
             tracker = tracking.open_run(config.wandb, workdir, name, settings)
             writer = MetricsWriter(workdir, name, start, steps, tracker)
             trace = profiling.Trace(traced, workdir / "profile", start, steps)
             learning, devices = tuple(optim.split(state.params, config.groups)[0]), list(mesh.devices.flat)
-            log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, steps=steps)
+            log = StepLog(writer, config, stage.model, learning, loader.names, devices, start=start, rates=step.rates)
             lineage = claimed.record(settings, start)
             save = partial(checkpoint.save, checkpointer, passed_over=passed_over, lineage=lineage)
             try:
                 evaluates = evaluate is not None and is_evaluated(config, start, steps)
                 state = run(
-                    config, state, step_fn, loader, steps, log=log, trace=trace, evaluate=evaluate,
+                    config, state, step_fn, loader, steps, log=log, trace=trace,
+                    evaluate=evaluate, answer_samples=answer_samples,
                     missed=evaluates and not has_evaluation(workdir, start), best=best, bad_steps=bad_steps,
                     save=watchdog.doing("a save")(save), raise_failed=raise_failed, stop=stop, watchdog=watchdog,
                 )  # fmt: skip
@@ -164,6 +168,7 @@ def run(
     log: StepLog,
     trace: profiling.Trace,
     evaluate: Evaluate | None,
+    answer_samples: Callable[[TrainState], list[Result]] | None,
     missed: bool,
     best: BestScore,
     bad_steps: BadSteps,
@@ -172,7 +177,7 @@ def run(
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> TrainState | None:
-    """Runs the training loop: the steps, and logs, checkpoints and evaluations at their intervals.
+    """Runs the training loop: the steps, and logs, checkpoints, evaluations and sample answers at intervals.
 
     Args:
       missed: whether the evaluation of the state's own step is still to be done.
@@ -233,6 +238,10 @@ def run(
             due = stopping = not evaluated(step)
             if stopping:
                 save(state, loader.position)
+        if answer_samples and (step % config.predictions_every == 0 or step == steps) and not stopping:
+            with watchdog.doing("the sample questions"):
+                log.write_predictions(step, answer_samples(state))
+            loader.flow()
         if stopping and (step < steps or due or bad_steps.first_of_row is not None):
             raise interrupted(step)
     return state

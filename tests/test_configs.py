@@ -6,7 +6,7 @@ import pytest
 from paths import ROOT
 
 from fastvlm_jax import config as config_lib
-from fastvlm_jax import config_checks, optim, sharding
+from fastvlm_jax import config_checks, config_values, optim, sharding
 from fastvlm_jax.models import fastvlm, kinds
 from fastvlm_jax.train_state import state_of
 
@@ -89,9 +89,9 @@ def test_stage_0_builds_with_both_towers_and_decays_what_open_clip_does(argument
 
 
 def test_every_text_of_stage_0_has_a_row():
-    assert config_lib.rows_of(get("stage0_clip", "s3")) == (2 * 256, 77)
-    assert config_lib.rows_of(get("stage0_clip", "s3/pairs")) == (256, 77)
-    assert config_lib.rows_of(get("stage1_align", "0.5b"))[0] == 1
+    assert config_values.rows_of(get("stage0_clip", "s3")) == (2 * 256, 77)
+    assert config_values.rows_of(get("stage0_clip", "s3/pairs")) == (256, 77)
+    assert config_values.rows_of(get("stage1_align", "0.5b"))[0] == 1
 
 
 def test_stage_0_of_unknown_sizes_or_data_is_refused():
@@ -129,8 +129,14 @@ def test_stage_0_of_unknown_sizes_or_data_is_refused():
         ),
         ("warmup", "linear", "warmup='linear' must be transformers or open_clip"),
         ("final_rate", 2.0, "final_rate=2.0 must be from 0 to 1"),
-        ("optimizer", "sgd", "optimizer='sgd' must be adamw or adafactor"),
+        ("optimizer", "sgd", "optimizer='sgd' must be adamw, adafactor or lion"),
         ("ema", 1.0, "ema=1.0 must be at least 0 and below 1"),
+        ("predictions_every", 5, "predictions_every=5: stage 0 answers no questions: set it to 0"),
+        ("predictions_every", -1, "predictions_every=-1 must be at least 0"),
+        ("num_predictions", 0, "num_predictions=0 must be at least 1"),
+        ("layer_decay.vision", 0.0, "layer_decay.vision=0.0 must be above 0 and at most 1, which lowers no rate"),
+        ("layer_decay.text", 1.1, "layer_decay.text=1.1 must be above 0 and at most 1"),
+        ("layer_decay.llm", 0.5, "layer_decay.llm=0.5: this model has no part 'llm': leave it at 1"),
     ],
 )
 def test_settings_of_stage_0_that_contradict_each_other_are_named(key, value, message):

@@ -29,11 +29,13 @@ faults
 parent
 fastvlm_jax
 model_io
-adapted adapt
+adapted
+adapt
 metrics
 checkpoint
 workdir
 changes
+evaluate.samples
 evaluate.validation
 evaluate.suite evaluate.contamination
 evaluate.looked_for
@@ -57,6 +59,7 @@ losses
 train_state
 guard
 config_checks
+config_values
 config
 convert
 convert.layouts
@@ -66,8 +69,8 @@ convert.weight_files
 convert.mapping
 generate
 sampling
-models
 loaded
+models
 pair_processor
 processor
 kernels

@@ -15,7 +15,7 @@ from torch_reference import transformers
 
 from fastvlm_jax import checkpoint, convert, model_io
 from fastvlm_jax.cli.convert import convert as command
-from fastvlm_jax.config import lora_of
+from fastvlm_jax.config_values import lora_of
 from fastvlm_jax.train import train
 from fastvlm_jax.train_state import model_variables
 

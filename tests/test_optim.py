@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_reference  # noqa: F401 (makes torchvision importable)
 import transformers
+from timm.optim import Lion
 
 from fastvlm_jax import optim
 
@@ -127,7 +128,7 @@ def test_four_steps_of_adafactor_equal_the_formulas_in_numpy(beta2):
     assert sizes == {33 * 40, 31 * 64} and sum(x.size == 33 * 40 for x in jax.tree.leaves(slots)) == 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
 def test_decay_is_of_the_named_parameters_alone_and_without_gradients_nothing_else_moves(optimizer):
     start = {path: np.full((2, 2), 4.0, np.float32) for path in ("a/kernel", "a/bias", "b/kernel", "positions")}
     still = {path: np.zeros((2, 2), np.float32) for path in start}
@@ -137,6 +138,81 @@ def test_decay_is_of_the_named_parameters_alone_and_without_gradients_nothing_el
     assert moved == pytest.approx({"a/kernel": 3.98, "a/bias": 4.0, "b/kernel": 4.0, "positions": 3.98}, rel=1e-6)
     found, _ = stepped(start, [still], groups, optimizer=optimizer)
     assert float(found["positions"][0, 0]) == 4.0 and float(found["a/kernel"][0, 0]) == pytest.approx(3.98, rel=1e-6)
+
+
+def random_steps(shapes, steps, seed=0):
+    """Random parameters by path, and gradients for so many steps."""
+    rng = np.random.default_rng(seed)
+    start, *grads = [
+        {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()} for _ in range(steps + 1)
+    ]
+    return start, grads
+
+
+def test_six_steps_of_lion_equal_timms_and_keep_a_first_moment_alone():
+    shapes = {"a/kernel": (33, 40), "b/kernel": (3, 4, 2), "c/bias": (50,)}
+    start, grads = random_steps(shapes, 6)
+    found, slots = stepped(start, grads, optimizer="lion", beta2=0.99)
+    theirs = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in start.items()}
+    decayed = [x for path, x in theirs.items() if path.endswith("kernel")]
+    reference = Lion(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": [theirs["c/bias"]]}], lr=1e-2, betas=(0.9, 0.99)
+    )
+    for grad in grads:
+        for path, parameter in theirs.items():
+            parameter.grad = torch.tensor(grad[path])
+        reference.step()
+    for path in shapes:
+        np.testing.assert_allclose(found[path], theirs[path].detach().numpy(), rtol=1e-5, atol=1e-6, err_msg=path)
+    assert sorted(x.size for x in jax.tree.leaves(slots) if x.size > 1) == sorted(x.size for x in start.values())
+    _, slots = stepped(start, grads[:1], optimizer="lion", moment_dtype="bfloat16")
+    assert {str(x.dtype) for x in jax.tree.leaves(slots) if x.size > 1} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
+def test_a_factor_scales_rate_and_decay_along_the_layers_of_a_stack(optimizer):
+    """As if every layer were in a group of its own, whose rate is lower."""
+    start, grads = random_steps({"a/kernel": (3, 4, 5), "b/kernel": (4, 5)}, 4)
+    factors = {"a/kernel": np.float32([0.25, 0.5, 1]).reshape(3, 1, 1), "b/kernel": np.float32(0.5)}
+    found, slots = stepped(start, grads, optimizer=optimizer, factors=factors)
+    unstacked = [
+        {"b/kernel": x["b/kernel"]} | {f"a{i}/kernel": x["a/kernel"][i] for i in range(3)} for x in (start, *grads)
+    ]
+    groups = (("a0/.*", 0.25e-2, 0.1), ("[ab][1/].*", 0.5e-2, 0.1), (".*", 1e-2, 0.1))
+    expected, _ = stepped(unstacked[0], unstacked[1:], groups, optimizer=optimizer)
+    np.testing.assert_allclose(found["b/kernel"], expected["b/kernel"], rtol=1e-6)
+    for i in range(3):
+        np.testing.assert_allclose(found["a/kernel"][i], expected[f"a{i}/kernel"], rtol=1e-6)
+    plain, without = stepped(start, grads, optimizer=optimizer)
+    assert not np.array_equal(plain["b/kernel"], found["b/kernel"])
+    ones, _ = stepped(start, grads, optimizer=optimizer, factors={"a/kernel": np.ones((3, 1, 1), np.float32)})
+    jax.tree.map(np.testing.assert_array_equal, ones, plain)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(slots), jax.tree.leaves(without))
+
+
+def test_the_log_names_every_rate_that_a_run_has():
+    params = {
+        "vision": {"a": jnp.ones((2, 3)), "b": jnp.ones(2)},
+        "llm": {"c": jnp.ones(4)},
+        "projector": {"d": jnp.ones(1)},
+    }
+    groups = (("vision/.*", 4e-3, 0.0), ("projector/.*", 0.0, 0.0), (".*", 2e-3, 0.0))
+    factors = {"vision/a": np.float32([0.25, 0.5]).reshape(2, 1)}
+    course = optim.Course(10, 0.2)
+
+    def at(step, *given):
+        return optim.learning_rates(step, optim.spans(params, *given), course)
+
+    found = at(1, groups, factors)  # half of the peaks
+    assert found == pytest.approx({"lr": 2e-3, "lr/vision": 2e-3, "lr_lowest/vision": 5e-4, "lr/rest": 1e-3})
+    assert at(2, groups) == pytest.approx({"lr": 4e-3, "lr/vision": 4e-3, "lr/rest": 2e-3})
+    assert at(2, ((".*", 1e-3, 0.0),)) == pytest.approx({"lr": 1e-3})
+    assert at(2, ((".*", 1e-3, 0.0),), factors) == pytest.approx({"lr": 1e-3, "lr_lowest": 2.5e-4})
+    lowered = {"vision/a": np.float32(0.5), "vision/b": np.float32(0.5)}
+    found = at(2, (("vision/.*", 4e-3, 0.0), ("(llm|projector)/.*", 1e-3, 0.0)), lowered)
+    assert found == pytest.approx({"lr": 2e-3, "lr/vision": 2e-3, "lr/llm_projector": 1e-3})
+    twice = optim.spans(params, (("vision/a", 1e-3, 0.0), ("vision.a|vision/.*", 1e-3, 0.0), ("vision.*|.*", 1.0, 0.0)))
+    assert [span.name for span in twice] == ["vision_a", "vision_a_vision", "vision"]
 
 
 def test_a_moving_average_takes_its_part_of_new_values_more_in_the_first_steps_and_stays_in_float32():

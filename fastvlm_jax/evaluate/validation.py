@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from fastvlm_jax import sharding
-from fastvlm_jax.config import lora_of
+from fastvlm_jax.config_values import lora_of
 from fastvlm_jax.data.load.from_config import open_sources
 from fastvlm_jax.data.sources import RecordSource
 from fastvlm_jax.evaluate import embed, run, towers

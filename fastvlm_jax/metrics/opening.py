@@ -87,6 +87,7 @@ def tell_changes(
     config: ml_collections.ConfigDict,
     changes: Sequence[Change],
     rows: Sequence[dict[str, float]],
+    rates: Callable[[int], dict[str, float]],
     start: int,
     steps: int,
     skipped: int,
@@ -95,6 +96,7 @@ def tell_changes(
 
     Args:
       rows: lines of metrics.jsonl.
+      rates: number of updates -> learning rates by their names in the metrics.
       start: step that the run goes on behind.
       steps: optimizer steps of the whole run.
       skipped: steps up to `start` whose update was left out; the schedule does not count them.
@@ -102,13 +104,11 @@ def tell_changes(
     if changes:
         tell(name, f"changed since it was last at work: {listed(changes, config_lib.plain(config))}")
     if start < steps and any(not change.free for change in changes):
-        course = config_lib.course_of(config, steps)
-        rate = max(optim.learning_rates(start + 1 - skipped, config.groups, course).values())
-        end = f"{course.final_rate * max(peak for _, peak, _ in config.groups):.3g}"
+        rate, end = rates(start + 1 - skipped)["lr"], rates(steps)["lr"]
         before = [row["lr"] for row in rows if "lr" in row and row["step"] <= start]
         was = f"was {before[-1]:.3g} in the last row of its metrics, " if before else ""
-        now = f"is {float(rate):.3g} at step {start + 1}"
-        tell(name, f"the learning rate {was}{now} and ends at {end} with step {steps}")
+        now = f"is {rate:.3g} at step {start + 1}"
+        tell(name, f"the learning rate {was}{now} and ends at {end:.3g} with step {steps}")
 
 
 def telling_compilation(

@@ -1,16 +1,17 @@
 """Logs training steps: the outputs of a step, and the rates of the steps since the last log."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
 import ml_collections
 
-from fastvlm_jax import distributed, optim
+from fastvlm_jax import distributed
 from fastvlm_jax.chips import peak_flops
-from fastvlm_jax.config import course_of, rows_of
+from fastvlm_jax.config_values import rows_of
 from fastvlm_jax.data.load.loader import Flow
+from fastvlm_jax.evaluate.benchmark import Result
 from fastvlm_jax.metrics.throughput import memory_scalars, mfu_scalars
 from fastvlm_jax.metrics.writer import MetricsWriter
 from fastvlm_jax.models.kinds import Model
@@ -35,7 +36,7 @@ class StepRecord(NamedTuple):
 
 
 class StepLog:
-    """Writes the records of a run: scalars of the step, rates, MFU, memory, losses by data set, learning rate.
+    """Writes the records of a run: scalars of the step, rates, MFU, memory, losses by data set, learning rates.
 
     All processes take part in every record; the writer decides which of them writes.
     """
@@ -50,16 +51,17 @@ class StepLog:
         devices: Sequence[jax.Device],
         *,
         start: int,
-        steps: int,
+        rates: Callable[[int], dict[str, float]],
     ):
-        """Begins the log of a run of steps start + 1 to steps.
+        """Begins the log of a run behind step `start`.
 
         Args:
           trainable: paths of the parameters that learn.
           names: names of the data sets, as in the metrics.
+          rates: number of updates -> learning rates by their names in the metrics.
         """
         self._writer, self._config, self._model, self._trainable = writer, config, model, trainable
-        self._names, self._devices, self._steps = names, devices, steps
+        self._names, self._devices, self._rates_at = names, devices, rates
         self._peak = peak_flops(devices)
         self.restart_clock(start)
 
@@ -87,15 +89,18 @@ class StepLog:
             scalars |= {f"loss/{name}": loss for name, loss in losses if math.isfinite(loss)}
         if verdict is not None:
             scalars["skipped"] = int(verdict.skipped)
-        updates = record.step - scalars.get("skipped", 0)  # the schedule counts these
-        rates = optim.learning_rates(updates, self._config.groups, course_of(self._config, self._steps))
-        scalars["lr"] = max(float(rate) for rate in rates.values())
+        scalars |= self._rates_at(record.step - scalars.get("skipped", 0))  # the schedule counts updates
         self._writer.write(record.step, scalars)
 
     def write_evaluation(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the results of an evaluation, whose time counts in no rate."""
         if scalars:
             self._writer.write(step, scalars)
+        self.restart_clock(step)
+
+    def write_predictions(self, step: int, results: Sequence[Result]) -> None:
+        """Writes the answers to sample questions, whose time counts in no rate."""
+        self._writer.write_predictions(step, results)
         self.restart_clock(step)
 
     def _rates(self, record: StepRecord, seconds: float) -> dict[str, float]:

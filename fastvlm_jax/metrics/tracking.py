@@ -1,10 +1,10 @@
-"""Sends a run's scalars to Weights & Biases too; wandb is imported only if the config key `wandb` names a project."""
+"""Sends what a run tells to Weights & Biases too; wandb is imported only if the config key `wandb` names a project."""
 
 import os
 import pathlib
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax
 from fastvlm_jax import distributed
 from fastvlm_jax.files import write_whole
 
+COLUMNS = ("id", "image", "question", "answer", "truth", "score")  # of the table of sample answers
 ID = "wandb_id"  # file in a workdir that keeps the id of its run
 MINUTE = 60.0
 
@@ -73,6 +74,27 @@ class Tracker:
         """Hands over the scalars of `step`; wandb's own process sends them."""
         if self._run is not None:
             self._guarded(lambda: self._run.log({"step": step, **scalars}))
+
+    def write_predictions(self, step: int, rows: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> None:
+        """Hands over the answers to sample questions as a table, in which each has its first image.
+
+        Args:
+          rows: lines of predictions.jsonl.
+          folder: folder that the names of the images start from.
+        """
+
+        def log() -> None:
+            import wandb
+
+            table = wandb.Table(columns=list(COLUMNS))
+            for row in rows:
+                image = wandb.Image(str(folder / row["images"][0])) if row["images"] else None
+                truth = "\n".join(row["references"])
+                table.add_data(row["id"], image, row["question"], row["answer"], truth, row["score"])
+            self._run.log({"step": step, "predictions": table})
+
+        if self._run is not None:
+            self._guarded(log)
 
     def close(self) -> None:
         """Waits, for a minute at most, until everything is sent."""

@@ -4,16 +4,20 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import tqdm
 
 from fastvlm_jax import disk
-from fastvlm_jax.files import write_whole
+from fastvlm_jax.evaluate.benchmark import Result
 from fastvlm_jax.metrics.log_file import LogFile
-from fastvlm_jax.metrics.rows import FILE, read_metrics
+from fastvlm_jax.metrics.predictions import Predictions
+from fastvlm_jax.metrics.rows import FILE, keep_until
 from fastvlm_jax.metrics.tensorboard import Board
 from fastvlm_jax.metrics.tracking import Tracker
+
+UNSHOWN = ("grad_norm", "lr/", "lr_lowest")  # beginnings of the names of scalars that are not printed
 
 
 class MetricsWriter:
@@ -27,13 +31,11 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path, name: str, step: int, steps: int, tracker: Tracker | None = None):
         self._writes, self._tracker = jax.process_index() == 0, tracker
-        kept = [row for row in read_metrics(workdir) if row["step"] <= step] if self._writes else []
+        kept = keep_until(workdir / FILE, step) if self._writes else []
         self._interactive = self._writes and sys.stderr.isatty()
         if self._writes:
-            path, lines = workdir / FILE, "".join(json.dumps(row) + "\n" for row in kept).encode()
-            if not path.exists() or path.read_bytes() != lines:
-                write_whole(path, lines)
-            self._rows, self._board = LogFile(path), Board(workdir / "tensorboard", step)
+            self._rows, self._board = LogFile(workdir / FILE), Board(workdir / "tensorboard", step)
+            self._predictions = Predictions(workdir, step)
         self._bar = tqdm.tqdm(
             total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True, disable=not self._interactive
         )
@@ -46,7 +48,7 @@ class MetricsWriter:
         return self._before + time.monotonic() - self._start
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes the scalars of `step` to all files, and prints all but the gradient norm."""
+        """Writes the scalars of `step` to all files; prints them without gradient norm and rates of single groups."""
         if not self._writes:
             return
         scalars = {key: float(value) for key, value in scalars.items()}
@@ -55,7 +57,7 @@ class MetricsWriter:
         self._board.write(step, scalars)
         if self._tracker:
             self._tracker.write(step, scalars)
-        shown = {key: f"{value:.4g}" for key, value in scalars.items() if key != "grad_norm"}
+        shown = {key: f"{value:.4g}" for key, value in scalars.items() if not key.startswith(UNSHOWN)}
         if self._interactive:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix(shown)
@@ -65,6 +67,18 @@ class MetricsWriter:
             shown = "  ".join(f"{key} {value}" for key, value in shown.items())
             disk.tell(f"{self._name} step {step}/{self._steps}  {shown}  {left:.0f} s left")
 
+    def write_predictions(self, step: int, results: Sequence[Result]) -> None:
+        """Writes the answers to sample questions, with their images, to all files, and says how many are right."""
+        if not self._writes:
+            return
+        rows = self._predictions.write(step, results)
+        self._board.write_predictions(step, rows, self._predictions.folder)
+        if self._tracker:
+            self._tracker.write_predictions(step, rows, self._predictions.folder)
+        right = sum(row["score"] == 1 for row in rows)
+        where = self._predictions.path
+        disk.tell(f"{self._name} step {step}/{self._steps}  {right} of {len(rows)} sample answers are right: {where}")
+
     def flush(self) -> None:
         """Writes what a failing disk did not take.
 
@@ -72,8 +86,8 @@ class MetricsWriter:
           OSError: it still does not.
         """
         if self._writes:
-            self._rows.flush()
-            self._board.flush()
+            for file in (self._rows, self._board, self._predictions):
+                file.flush()
 
     def close(self) -> None:
         """Ends the display and the tracker's run; tells which file lacks what."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from fastvlm_jax import optim
-from fastvlm_jax.config import rows_of
+from fastvlm_jax.config_values import rows_of
 from fastvlm_jax.models import flops
 from fastvlm_jax.preflight import kernels
 from fastvlm_jax.preflight.compile import Compiled, device_bytes, needed

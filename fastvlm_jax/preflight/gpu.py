@@ -19,9 +19,9 @@ from typing import Any
 
 import jax
 
-from fastvlm_jax import config as config_lib
 from fastvlm_jax import config_checks, optim, sharding, stage
 from fastvlm_jax.chips import GB
+from fastvlm_jax.config_values import rows_of
 from fastvlm_jax.models import kinds
 from fastvlm_jax.preflight import estimate
 from fastvlm_jax.preflight.compile import STEPS, device_bytes
@@ -118,7 +118,7 @@ def preflight(config, name: str) -> dict[str, Any]:
     found, mesh, counts = memory(config, gpus)
     total = sum(found.values())
     fits = margin(gpus) * total <= limit
-    data, (rows, length) = config.data, config_lib.rows_of(config)
+    data, (rows, length) = config.data, rows_of(config)
     return {
         "mode": "train",
         "stage_name": config.stage,

@@ -158,7 +158,9 @@ def _memory(config, settings: dict[str, Any], shards: Shards, tokens: int, learn
     llm, data, tensor = config.model.llm, config.data, settings["mesh"][3]
     turns = math.prod(settings["mesh"][:3]) * settings["accumulate"]
     weight, moment = (2 if config[key] == "bfloat16" else 4 for key in ("param_dtype", "moment_dtype"))
-    state = weight * shards.own + (moment + 4) * shards.learning
+    second = 4 if config.optimizer == "adamw" else 0  # Adafactor keeps rows and columns of it, and Lion nothing
+    average = 4 if config.ema else 0
+    state = weight * shards.own + (moment + second + average) * shards.learning
     gradients = 4 * shards.learning * (2 if settings["accumulate"] > 1 else 1)
     layer = 2 * llm.width**2 + 3 * llm.width * llm.mlp_dim
     gathered = (6 * llm.vocab_size * llm.width + 8 * layer) / tensor

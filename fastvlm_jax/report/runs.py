@@ -19,6 +19,7 @@ from fastvlm_jax.evaluate.records import rows_of
 from fastvlm_jax.evaluate.run import score
 from fastvlm_jax.files import write_whole
 from fastvlm_jax.images.decode import decode
+from fastvlm_jax.report.answers import plot_answers, read_answers
 from fastvlm_jax.report.curves import Run, named, plot_losses, plot_rates, plt, read_runs
 from fastvlm_jax.report.page import Picture, Table, Texts, render
 
@@ -41,8 +42,9 @@ RATES = {
 def write_report(
     workdirs: Sequence[pathlib.Path], output: pathlib.Path, model: str | None = None, data: str | None = None
 ) -> list[pathlib.Path]:
-    """Writes the page and, beside it, its pictures `*_loss.png`, `*_rates.png` if the runs have rates and, with `model`
-    and `data`, `*_samples.png`; returns their paths.
+    """Writes the page and, beside it, its pictures `*_loss.png`, `*_rates.png` if the runs have rates, `*_answers.png`
+    of a run that asked sample questions (of several runs `*_answers_1.png` ...) and, with `model` and `data`,
+    `*_samples.png`; returns their paths.
 
     Raises:
       ValueError: a folder is no workdir, is named twice or has no metrics yet; or `model` is given without `data`.
@@ -53,16 +55,24 @@ def write_report(
     split = "" if data is None else held_out(data)
     answered = [] if model is None else answer_samples(model, data, split)
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = {name: output.with_name(f"{output.stem}_{name}.png") for name in ("loss", "rates", "samples")}
-    plot_losses(runs, beside["loss"])
-    pictures = [Picture("Loss", beside["loss"].name)]
-    if plot_rates(runs, beside["rates"]):
+
+    def beside(name: str) -> pathlib.Path:
+        return output.with_name(f"{output.stem}_{name}.png")
+
+    plot_losses(runs, beside("loss"))
+    pictures = [Picture("Loss", beside("loss").name)]
+    if plot_rates(runs, beside("rates")):
         told = "Pairs told apart, and rates" if any(run.points("logit_scale") for run in runs) else "Rates"
-        pictures.append(Picture(told, beside["rates"].name))
+        pictures.append(Picture(told, beside("rates").name))
+    for number, (run, workdir) in enumerate(zip(runs, workdirs, strict=True), 1):
+        if answers := read_answers(workdir):
+            sheet = beside(f"answers_{number}" if len(runs) > 1 else "answers")
+            plot_answers(workdir, answers, sheet)
+            pictures.append(Picture(f"Answers of {run.name} to its sample questions", sheet.name))
     if model is not None:
-        plot_samples(answered, beside["samples"], split)
+        plot_samples(answered, beside("samples"), split)
         title = f"Images of the split {split}: question, answer, truth"
-        pictures.append(Picture(title, beside["samples"].name))
+        pictures.append(Picture(title, beside("samples").name))
     settings = Texts("All settings", [(run.name, json.dumps(run.config, indent=1)) for run in runs])
     tables = [results(runs), validation(runs), rates(runs), stages(runs), lineage(runs), differing(runs)]
     title = (" → " if any(run.start for run in runs) else ", ").join(run.name for run in runs)

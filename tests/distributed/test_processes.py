@@ -21,10 +21,11 @@ from small_pairs import get_config, write_pairs
 
 from fastvlm_jax import checkpoint, pair_loss
 from fastvlm_jax import losses as losses_lib
-from fastvlm_jax.metrics.rows import read_metrics
+from fastvlm_jax.metrics.rows import read_metrics, read_rows
 from fastvlm_jax.train import train
 
 CONFIG = dict(mesh=(1, 2, 2, 1), data__groups=4, steps=12, eval_batches=1, evaluate=(("qa", "", 3),))
+CONFIG |= dict(predictions_every=12, num_predictions=3)
 CONFIG |= dict(model__vision__form="folded", model__vision__batch_norm="frozen", **ONE_STAGE)
 DEVICES = 4
 
@@ -78,6 +79,13 @@ def losses(workdir):
     return [row["loss"] for row in read_metrics(workdir) if "loss" in row]
 
 
+def asked_about(workdir):
+    """Returns what the last step's three lines of sample answers tell, but for the answers themselves."""
+    rows = read_rows(workdir / "predictions.jsonl")
+    assert [row["step"] for row in rows] == [12] * 3
+    return [(row["id"], row["question"], row["references"], row["images"]) for row in rows]
+
+
 def saved_steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
@@ -115,6 +123,7 @@ def test_four_processes_stopped_by_sigterm_of_one_go_on_as_two_and_as_one(easy_v
         last, expected = (read_metrics(folder)[-1] for folder in (tmp_path / workdir, straight))
         np.testing.assert_allclose(last["validation/loss"], expected["validation/loss"], rtol=1e-5)
         assert last["evaluate/qa"] == expected["evaluate/qa"]
+        assert asked_about(tmp_path / workdir) == asked_about(straight)
 
 
 PAIRS = dict(mesh=(1, 2, 2, 1), steps=10)

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -237,11 +238,22 @@ def test_a_network_that_fails_leaves_the_run_offline(monkeypatch, tmp_path, caps
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_an_error_of_wandb_is_told_once_and_stops_nothing(monkeypatch, tmp_path, capsys):
+def test_sample_answers_become_a_table_and_an_error_of_wandb_is_told_once_and_stops_nothing(
+    monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()
     tracker = tracking.open_run("project", tmp_path, "name", {})
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.jpg")
+    row = {"id": "7", "question": "what is it", "answer": "blue", "references": ["red"], "score": 0.0, "images": []}
+    tracker.write_predictions(3, [row | {"images": ["red.jpg"]}, row], tmp_path)
     tracker.close()
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/predictions*.json")
+    table = json.loads(table.read_text())
+    assert table["columns"] == ["id", "image", "question", "answer", "truth", "score"]
+    assert table["data"] == [["7", image, "what is it", "blue", "red", 0.0] for image in ("Image", None)]
+    (sent,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert len(re.findall(rb"media/images/\w+/red\.jpg", sent.read_bytes())) == 1
     tracker.write(1, {"loss": 2.5})  # the run is over: wandb raises
     tracker.write(2, {"loss": 2.5})
     assert capsys.readouterr().err.count("no longer written to") == 1

@@ -1,11 +1,15 @@
 """What a run says before its first step."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+from fastvlm_jax import optim
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.changes import Change
 from fastvlm_jax.config import get_base
+from fastvlm_jax.config_values import course_of
 from fastvlm_jax.metrics import opening
 
 PARAMS = {
@@ -71,8 +75,9 @@ def test_an_epoch_of_few_steps_gets_a_smaller_batch_proposed(capsys):
 
 def test_a_changed_run_is_told_its_next_rate_which_counts_updates_and_no_skipped_steps(capsys):
     c = config(groups=((".*", 1e-3, 0.0),), warmup_ratio=0.0)
+    rates = partial(optim.learning_rates, spans=[optim.Span("rest", 1e-3, 1e-3)], course=course_of(c, 100))
     change = Change("steps", 90, 100)
-    opening.tell_changes("run", c, [change], [{"step": 50, "lr": 5e-4}], 50, 100, skipped=10)
+    opening.tell_changes("run", c, [change], [{"step": 50, "lr": 5e-4}], rates, 50, 100, skipped=10)
     # 1e-3 (1 + cos(0.41 pi)) / 2 = 0.00063950
     said = "was 0.0005 in the last row of its metrics, is 0.000639 at step 51 and ends at 0 with step 100"
     assert said in capsys.readouterr().err

@@ -211,7 +211,7 @@ def test_five_steps_with_adapters_equal_peft(stabilised):
     peak, epsilon = 0.05, 0.1
     groups = (("lora/.*", peak, 0.1), (".*", 0.0, 0.0))
     optimizer = optim.make_optimizer(
-        params, groups, optim.Course(5, 0.4), beta1=0.9, beta2=0.999, epsilon=epsilon, clip_norm=1.0, decayed=("a", "b")
+        params, groups, optim.Course(5, 0.4), beta1=0.9, beta2=0.999, epsilon=epsilon, clip_norm=1.0
     )
     slots = optimizer.init(optim.split(params, groups)[0])
     state = TrainState(jnp.int32(0), params, variables["batch_stats"], slots, guard.begin())

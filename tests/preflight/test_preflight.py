@@ -15,7 +15,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from paths import HELPERS, ROOT
 
-from fastvlm_jax import sharding
+from fastvlm_jax import sharding, stage
+from fastvlm_jax.config import get_base
+from fastvlm_jax.models import kinds
 from fastvlm_jax.preflight import estimate, search, topology
 from fastvlm_jax.preflight.compile import compile
 from fastvlm_jax.preflight.hlo import cost, parse
@@ -240,6 +242,23 @@ def test_candidates_fit_divide_and_are_ranked(config_file):
     settings = [search.flags(c.settings, own) for c in chosen]
     assert settings[0] == "" and all(settings[1:]) and len(set(settings)) == 4  # the config's own comes first
     assert chosen[0].apply(config).data.groups == config.data.groups
+
+
+@pytest.mark.parametrize("optimizer, ema", [("adamw", 0.5), ("adafactor", 0.0), ("lion", 0.0)])
+def test_the_arithmetic_counts_the_slots_of_each_optimizer(optimizer, ema):
+    """As many bytes more or less than with AdamW as the state of a real step has."""
+    counted, kept = [], []
+    for changes in ({}, {"optimizer": optimizer, "ema": ema}):
+        config = get_base("0.5b")
+        config.data.groups, config.data.row_length, config.mesh = 4, 512, (1, 4, 1, 1)
+        config.update(changes)
+        ranked = search.rank(config, topology.parse("v5e:2x2"))
+        counted.append(min(c.bytes for c in ranked if c.settings["mesh"] == config.mesh))
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
+        state = stage.make_step(config, kinds.build(**config.model.to_dict()), mesh, steps=10).abstract
+        slots = jax.tree.leaves((state.opt_state, state.average and state.average["params"]))
+        kept.append(sum(math.prod(x.shape) * x.dtype.itemsize for x in slots))
+    assert counted[1] - counted[0] == pytest.approx(kept[1] - kept[0], rel=0.01)
 
 
 SMALL = {"data.groups": 64, "data.images_per_group": 2, "data.row_length": 1024}

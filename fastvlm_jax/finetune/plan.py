@@ -9,6 +9,7 @@ import ml_collections
 
 from fastvlm_jax import model_io
 from fastvlm_jax.finetune.facts import TURNS, Facts
+from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvlm import make_encoder
 from fastvlm_jax.parent import open_base
 from fastvlm_jax.preflight import gpu
@@ -135,7 +136,7 @@ def _batch(config: ml_collections.ConfigDict, facts: Facts, count: int) -> list[
     pictures = facts.pictures / facts.records
     slots = max(facts.most_pictures, math.ceil(each * pictures), 1)
     mean, longest = rows * columns * pictures + facts.text, rows * columns * facts.most_pictures + facts.longest
-    limit = config.model.llm.context_length
+    limit = Decoder(**config.model.llm.to_dict()).context_length
     length = -(-max(int(each * mean), min(longest, limit)) // 64) * 64
     if rows * columns * facts.most_pictures >= limit:
         raise ValueError(

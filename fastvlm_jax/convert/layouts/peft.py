@@ -39,7 +39,8 @@ CHANGES_BASE = ("pissa", "olora", "loftq", "corda")
 
 def holds_adapters(folder: pathlib.Path) -> bool:
     """Returns whether a folder holds adapters instead of a whole model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in whole)
 
 
 def read_config(folder: pathlib.Path) -> tuple[Lora, str]:

@@ -12,12 +12,26 @@ from absl import flags
 from absl import logging as absl_logging
 
 from fastvlm_jax import disk, xla_flags
-from fastvlm_jax.cli import bench, checkpoint, convert, data, evaluate, generate, help, preflight, report, sweep, train
+from fastvlm_jax.cli import (
+    bench,
+    chat,
+    checkpoint,
+    convert,
+    data,
+    evaluate,
+    generate,
+    help,
+    preflight,
+    report,
+    sweep,
+    train,
+)
 from fastvlm_jax.cli.arguments import USAGE
 
 COMMANDS = {
     "train": train.train,
     "generate": generate.generate,
+    "chat": chat.chat,
     "evaluate": evaluate.evaluate,
     "convert": convert.convert,
     "data": data.data,

@@ -252,7 +252,7 @@ def test_cached_decoding_equals_transformers_full_forward(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_further_prompts_equal_transformers_full_forward(variant):
-    """Turns of 4, 3, 1 and 2 tokens, each with padding that the next one overwrites; the last two again, differently."""
+    """Turns of 4, 3, 1 and 2 tokens, each with padding that the next one overwrites; the last two again with others."""
     llm = Decoder(**SMALL, **VARIANTS[variant])
     reference, tokens = reference_of(llm), random_tokens(llm, 1, 10)
     other = np.concatenate([tokens[:, :7], random_tokens(llm, 1, 3, seed=1)], axis=1)

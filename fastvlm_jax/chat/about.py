@@ -20,6 +20,7 @@ def describe(loaded: Loaded, answering: Answering, temperature: float) -> dict[s
     reads_images = bool(processor.image_size) and model.vision_args is not None
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(answering.variables["params"]))
     device = jax.devices()[0]
+    context, answer = answering.limit + answering.max_tokens, answering.max_tokens
     facts = {
         "model": loaded.source,
         "lineage": origin(loaded.lineage),
@@ -28,7 +29,7 @@ def describe(loaded: Loaded, answering: Answering, temperature: float) -> dict[s
         "language model": llm_name(model.llm_args),
         "parameters": f"{parameters:,}",
         "computed in": f"{model.dtype} on {device.device_kind if device.platform != 'cpu' else 'the CPU'}",
-        "context": f"{answering.limit + answering.max_tokens:,} tokens, of which {answering.max_tokens:,} for an answer",
+        "context": f"{context:,} tokens, of which {answer:,} for an answer",
     }
     return {
         "name": pathlib.Path(loaded.source.split(",")[0].split("=")[-1]).name or loaded.source,

@@ -138,6 +138,10 @@ class Answering:
             while len(self.kept) > 1 and (len(self.kept) > MAX_KEPT or self._bytes > MAX_KEPT_BYTES):
                 self.kept.popitem(last=False)
 
+    def forget(self) -> None:
+        """Frees the memory of all conversations; each is computed anew if it goes on."""
+        self.kept.clear()
+
     @property
     def _bytes(self) -> int:
         return sum(kept.bytes for kept in self.kept.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastvlm_jax.chat.question import Picture, Question
 from fastvlm_jax.images.decode import decode, size_of
-from fastvlm_jax.text.prompt import read_prompts
+from fastvlm_jax.text.prompt import Prompt
 
 MAX_IMAGE = 64 << 20  # bytes of an image
 MAX_QUESTION = 512 << 10  # bytes of a question, as JSON
@@ -108,8 +108,9 @@ def read_question(body: bytes, uploads: Uploads) -> Question:
         images += own
     if len(images) > MAX_IMAGES:
         raise ValueError(f"the conversation has {len(images)} images, more than {MAX_IMAGES}: begin a new one")
-    (prompt,) = read_prompts([turns])
-    prompt = prompt._replace(name="the conversation")
+    if [role for role, _ in turns] != [*["user", "assistant"] * (len(turns) // 2), "user"]:
+        raise ValueError("the turns must be user, assistant, user ... and end with the user's question")
+    prompt = Prompt("the conversation", tuple(turns))
     return Question(name, prompt, uploads.find(images), float(temperature), seed)
 
 
@@ -122,6 +123,10 @@ def _read_turn(turn: Any) -> tuple[str, str, list[str]]:
         raise ValueError("a turn needs a role, user or assistant, a text, and of the user a list of images")
     if not all(isinstance(image, str) and _DIGEST.fullmatch(image) for image in images):
         raise ValueError("an image of a turn is not named by its digest")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("a text holds half a surrogate pair, which is no text") from error
     text = text.strip()
     if role == "user" and not (text or images):
         raise ValueError("a question needs a text or an image")

@@ -148,6 +148,8 @@ class Answering:
 
     def _answer(self, question: Question, kept: Kept) -> Iterator[Event]:
         check_options(self.max_tokens, question.temperature, 1.0, 0, 1.0)
+        if question.pictures and not (self.processor.image_size and self.model.vision_args):
+            raise ValueError("this model reads text alone: leave the image out")
         clock, laid = Clock(), lay_out(self.processor, question)
         length = len(laid.segment.tokens)
         if length > self.limit:

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import pathlib
 import re
 import socket
@@ -140,9 +141,16 @@ def open_port(port: int) -> socket.socket:
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"--port={port} must be from 0 to 65535; 0 takes any port that is free")
+    # asyncio sends small pieces at once only on sockets that name TCP: else they wait for 40 ms.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server(("127.0.0.1", port))
+        if os.name == "posix":  # so that the command can be started again at once
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(("127.0.0.1", port))
+        listening.listen()
+        return listening
     except OSError as error:
+        listening.close()
         reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had: {error.strerror}"
         raise ValueError(f"--port={port}: port {port} of 127.0.0.1 {reason}: give another, or 0 for any") from error
 

@@ -162,6 +162,14 @@ def test_caches_of_old_conversations_make_room(answering, loaded, monkeypatch):
     assert list(answering.kept) == ["a"]
 
 
+def test_a_model_that_reads_no_images_refuses_one_and_reads_on(loaded):
+    model, variables, processor = loaded
+    own = Answering(model, variables, dataclasses.replace(processor, image_size=0), max_tokens=MAX_TOKENS)
+    with pytest.raises(ValueError, match="reads text alone: leave the image out"):
+        answer(own, [("user", (0, "is it red?"))], [CAT])
+    assert answer(own, [("user", ("is it red?",))])[0] == expected(loaded, [("user", ("is it red?",))])
+
+
 def test_a_model_that_cannot_answer_is_refused(loaded):
     with pytest.raises(ValueError, match="no language model or no tokenizer"):
         Answering(*loaded[:2], None)

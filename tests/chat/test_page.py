@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from browser import Browser, needs_browser
-from page_client import MAX_TOKENS, request
+from page_client import MAX_TOKENS, Endless, request, served
 
 from fastvlm_jax.generate import generate
 
@@ -114,6 +114,26 @@ def test_an_image_is_pasted_or_photographed_and_may_be_removed(browser, address)
     assert browser.run("!document.getElementById('camera-view').open && !document.getElementById('video').srcObject")
     assert len(ask(browser, "what is it?")) > 3
     assert browser.complaints == []
+
+
+def test_an_answer_is_stopped_and_a_server_that_has_ended_is_told(address):
+    endless, about = Endless(), json.loads(request(address, "GET", "/model")[2])
+    with Browser() as browser:
+        with served(endless, about) as (own, _):
+            browser.open(own)
+            browser.wait("document.title === 'little'")
+            browser.run("document.getElementById('text').value = 'no'")
+            browser.run("document.getElementById('form').requestSubmit()")
+            browser.wait("document.querySelector('.assistant p')?.textContent.length > 5")
+            browser.run("document.getElementById('stop').click()")
+            browser.wait(ANSWERED)
+            assert endless.ended.wait(5) and set(last(browser, "p:first-child")) == {"a"}
+            assert last(browser, ".state") == "stopped"
+        browser.run("document.getElementById('text').value = 'why?'")
+        browser.run("document.getElementById('form').requestSubmit()")
+        browser.wait("document.querySelector('.wrong') !== null")
+        assert last(browser, ".wrong") == "the server does not answer: is it running?"
+        assert browser.run("document.getElementById('text').value") == "why?"
 
 
 def test_what_cannot_be_read_is_told_and_left_out(browser, pictures):

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from command import fastvlm
-from page_client import MAX_TOKENS, ask, request, served, text_of, upload
+from page_client import MAX_TOKENS, Endless, ask, request, served, text_of, upload
 from paths import ROOT
 from pictures import chunk, encode, every_format, png
 
@@ -252,23 +252,6 @@ def test_the_page_is_told_of_the_model_and_its_lineage(address):
     assert told["name"] == "little" and told["lineage"]["parent"]["stage"] == "less"
     assert told["facts"]["lineage"] == "little (step 3) ← less (step 1)"
     assert told["facts"]["image"] == "8 px, 4 tokens" and told["reads_images"] is True
-
-
-class Endless:
-    """Writes without end, in place of a model."""
-
-    def __init__(self):
-        self.ended = threading.Event()
-
-    def answer(self, question):
-        try:
-            yield {"first": {"seconds": {}}}
-            while question.conversation != "short":
-                time.sleep(0.01)
-                yield {"text": "a"}
-        finally:
-            if question.conversation != "short":
-                self.ended.set()
 
 
 def test_an_answer_ends_when_its_client_goes_away_and_who_waits_is_next():

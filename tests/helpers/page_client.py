@@ -57,3 +57,20 @@ def ask(address, turns, conversation="c", **fields):
 
 def text_of(events):
     return "".join(event.get("text", "") for event in events)
+
+
+class Endless:
+    """Writes without end, in place of a model."""
+
+    def __init__(self):
+        self.ended = threading.Event()
+
+    def answer(self, question):
+        try:
+            yield {"first": {"seconds": {}, "prompt_tokens": 9, "image_tokens": 0, "kept_tokens": 0}}
+            while question.conversation != "short":
+                time.sleep(0.01)
+                yield {"text": "a"}
+        finally:
+            if question.conversation != "short":
+                self.ended.set()

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastvlm_jax.images.sizes import Grid, Size, slots_of
 from fastvlm_jax.processor import Processor
-from fastvlm_jax.text.conversation import TEMPLATES, Segment
+from fastvlm_jax.text.conversation import TEMPLATES, Segment, render
 from fastvlm_jax.text.prompt import Prompt, place_images
 
 
@@ -100,9 +100,9 @@ def lay_out(processor: Processor, question: Question) -> Laid:
     """
     size, grids = processor.layout([picture.size for picture in question.pictures])
     views = tuple(View(picture.name, size, grid) for picture, grid in zip(question.pictures, grids, strict=True))
-    turns = place_images(question.prompt, range(len(views)), TEMPLATES[processor.template].user_text)
-    slots = tuple(map(slots_of, grids))
-    segment = processor.segment(turns, True, slots, size.tokens)
+    template, slots = TEMPLATES[processor.template], tuple(map(slots_of, grids))
+    turns = place_images(question.prompt, range(len(views)), template.user_text)
+    segment = render(turns, processor.tokenizer, template, size.tokens, True, slots)
     first = np.cumsum([0, *slots]) * size.tokens  # image_index of the first token of each image
     index = segment.image_index.astype(np.int64)
     image = np.where(index < 0, -1, np.searchsorted(first, index, "right") - 1)

@@ -12,6 +12,7 @@ from fastvlm_jax.chat.answering import Answering, Event
 from fastvlm_jax.chat.question import Question
 
 MAX_WAITING = 64  # questions
+STOP_SECONDS = 5.0  # longest wait for the answer that is being written, which may be compiling
 
 
 class Job:
@@ -60,7 +61,7 @@ class Worker:
             for job in self._open:
                 job.gone.set()
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

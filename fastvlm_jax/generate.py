@@ -267,10 +267,7 @@ def _asked(
     max_length: int | None,
 ) -> tuple[Batch, Choice]:  # fmt: skip
     """Checks the arguments of `generate`; returns the prompts as a batch, and how answers are chosen."""
-    if model.llm_args is None or processor is None:
-        raise ValueError(
-            "this model has no language model or no tokenizer: load it with both, as vision=DIR,projector=DIR,llm=DIR"
-        )
+    check_answers(model, processor)
     check_options(max_tokens, temperature, top_p, top_k, repetition_penalty)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or abs(seed) >= 2**63:
         raise ValueError(f"seed={seed!r} must be a whole number of at most 63 bits")
@@ -286,10 +283,23 @@ def _asked(
             f"the prompt is {longest} tokens long, more than the {limit} allowed: shorten it or lower "
             f"max_tokens={max_tokens}, which together may reach {limit + max_tokens} tokens"
         )
+    choice = choice_of(processor, temperature, top_p, top_k, repetition_penalty)
+    return batch if length else _lengthened(batch, padded(longest)), choice
+
+
+def check_answers(model: FastVLM, processor: Processor | None) -> None:
+    """Raises ValueError for a model that answers nothing: without a language model, or without its tokenizer."""
+    if model.llm_args is None or processor is None:
+        raise ValueError(
+            "this model has no language model or no tokenizer: load it with both, as vision=DIR,projector=DIR,llm=DIR"
+        )
+
+
+def choice_of(processor: Processor, temperature: float, top_p: float, top_k: int, repetition_penalty: float) -> Choice:
+    """Returns how the tokens of a model's answers are chosen and which end them."""
     tokenizer = processor.tokenizer
     image_id = None if tokenizer.image == PAD else tokenizer.image_id  # <|endoftext|> ends texts, none holds it
-    choice = Choice(processor.end_ids, temperature, top_p, top_k, repetition_penalty, image_id)
-    return batch if length else _lengthened(batch, padded(longest)), choice
+    return Choice(processor.end_ids, temperature, top_p, top_k, repetition_penalty, image_id)
 
 
 def _lengthened(batch: Batch, length: int) -> Batch:

@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -227,6 +227,21 @@ def lineage_at(run: dict[str, Any], step: int) -> dict[str, Any]:
     made = [change for change in run["lineage"].get("changes", []) if change["step"] < step]
     own = {key: value for key, value in run["lineage"].items() if key != "changes"}
     return {**own, **({"changes": made} if made else {}), "step": step}
+
+
+def origin(lineage: Mapping[str, Any] | None) -> str:
+    """Returns in words where weights come from, the nearest first.
+
+    "random weights", "stage1 (step 238) ← stage0 (step 90)", "models/mine (hf)", or each part with its own.
+    """
+    if not lineage:
+        return "random weights"
+    if "parts" in lineage:
+        return "; ".join(f"{part}: {origin(own)}" for part, own in lineage["parts"].items())
+    if "stage" not in lineage:
+        return f"{lineage.get('path', '?')} ({lineage.get('layout', '?')})"
+    step = f" (step {lineage['step']})" if "step" in lineage else ""
+    return f"{lineage['stage']}{step}" + (f" ← {origin(lineage['parent'])}" if lineage.get("parent") else "")
 
 
 def source_digest() -> str:

@@ -20,7 +20,7 @@ preflight.table_cases
 preflight
 preflight.hlo
 preflight.topology
-report lmms_eval
+report lmms_eval chat
 train
 bench
 reinforce

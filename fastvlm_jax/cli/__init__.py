@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 from fastvlm_jax import disk, xla_flags
 from fastvlm_jax.cli import (
     bench,
+    chat,
     checkpoint,
     convert,
     data,
@@ -33,6 +34,7 @@ COMMANDS = {
     "generate": generate.generate,
     "finetune": finetune.finetune,
     "init": finetune.init,
+    "chat": chat.chat,
     "evaluate": evaluate.evaluate,
     "convert": convert.convert,
     "data": data.data,

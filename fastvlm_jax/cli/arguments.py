@@ -21,6 +21,7 @@ usage: fastvlm COMMAND [--flag=value ...]      (fastvlm COMMAND --help explains 
   init      --model DIR --data DIR --output DIR [--lora] [--device gpu:24GB]
   generate  --model DIR --prompt TEXT [--image FILE ...] [--max_tokens N] [--sampling greedy|model]
             [--temperature T] [--top_p P] [--top_k K] [--repetition_penalty R]
+  chat      --model DIR [--port N] [--no_browser] | --terminal  [--max_tokens N] [--temperature T] ...
   evaluate  --model DIR --benchmark NAME[,NAME]|all --data DIR [--protocol paper|llava|lmms-eval] [--output DIR]
                   [--limit N] [--samples ID[,ID]|@FILE] [--max_tokens N] [--dtype D] [--batch_size N] [--mesh R,D,F,T]
                   [--page_rows N]

@@ -27,6 +27,10 @@ ABOUT = {
         "Lets a model answer questions about images, one after the other.",
         'fastvlm generate --model runs/mine --image cat.jpg --prompt "What is it doing?"',
     ),
+    "chat": (
+        "Opens a page of this machine to talk with a model about images; with --terminal talks in the shell.",
+        "fastvlm chat --model runs/mine",
+    ),
     "evaluate": (
         "Scores a model on benchmarks or on your own data; the same command goes on with what was stopped.",
         "fastvlm evaluate --model runs/mine --benchmark qa --data data/mine",

@@ -122,11 +122,11 @@ def rotary(x_BTHE: Array, positions_BT: Array, theta: float, whole: bool = False
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHE.dtype)
 
 
-def written(cache_BKES: Array, new_BTKE: Array, offset: Array) -> Array:
-    """Returns a cache with the keys or values of one further token at slot `offset`, or of a prompt from slot 0 on."""
+def written(cache_BKES: Array, new_BTKE: Array, offset: Array, further: bool = False) -> Array:
+    """Returns a cache with the keys or values of one or more further tokens at slot `offset`, or of a prompt at 0."""
     new_BKET = new_BTKE.transpose(0, 2, 3, 1).astype(cache_BKES.dtype)
     S, T = cache_BKES.shape[3], new_BKET.shape[3]
-    if T == 1:
+    if T == 1 or further:
         return jax.lax.dynamic_update_slice_in_dim(cache_BKES, new_BKET, offset, axis=3)
     # The TPU compiler fills the caches of all layers in one operation so; an update of zeros is an operation for each.
     return jnp.where(jnp.arange(S) < T, jnp.pad(new_BKET, ((0, 0), (0, 0), (0, 0), (0, S - T))), 0)
@@ -136,8 +136,8 @@ class DecoderLayer(nn.Module):
     """Applies pre-norm attention and a pre-norm SwiGLU MLP, each around a skip connection.
 
     With a cache `kv`, writes the new keys and values at slot `offset`. One token attends to all of the cache; several
-    are a prompt, for which the cache must be empty, and attend to each other. With `last_B`, only the token at that
-    place of each row attends, and the result has one token a row.
+    are a prompt, for which the cache must be empty, and attend to each other, or with `further` to the cache as well.
+    With `last_B`, only the token at that place of each row attends, and the result has one token a row.
     """
 
     num_heads: int
@@ -150,7 +150,7 @@ class DecoderLayer(nn.Module):
     init_std: float
 
     @nn.compact
-    def __call__(self, x_BTD, kv, positions_BT, q_segments_BT, kv_segments_BS, offset, last_B=None):
+    def __call__(self, x_BTD, kv, positions_BT, q_segments_BT, kv_segments_BS, offset, last_B=None, further=False):
         B, T, D = x_BTD.shape
         K, G, E = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim
         linear = partial(Linear, init_std=self.init_std)
@@ -171,9 +171,12 @@ class DecoderLayer(nn.Module):
         if prompt:
             v = jax.lax.optimization_barrier(v)  # else the TPU compiler adds the bias twice, for `mixed` and the cache
         if kv is not None:
-            kv = tuple(written(old, new, offset) for old, new in zip(kv, (k, v), strict=True))
+            kv = tuple(written(old, new, offset, further) for old, new in zip(kv, (k, v), strict=True))
         if kv is None:
             mixed = attention(q, k, v, q_segments_BT, kv_segments_BS, offset)
+        elif T > 1 and further:
+            keys, values = (x_BKES.transpose(0, 3, 1, 2) for x_BKES in kv)
+            mixed = attention(q, keys, values, q_segments_BT, kv_segments_BS, offset)
         elif T > 1:
             mixed = prompt_attention(q, k, v, q_segments_BT)
         else:
@@ -299,13 +302,17 @@ class Decoder(nn.Module):
         """Returns the logits [..., V] of the last layer's normalised output [..., D], in its dtype."""
         return matmul(x, self.embedding.T.astype(x.dtype)) if self.tie_embeddings else self.lm_head(x)
 
-    def extend(self, x_BTD: Array, positions_BT: Array, segments_BT: Array, cache: Cache) -> tuple[Array, Cache]:
+    def extend(
+        self, x_BTD: Array, positions_BT: Array, segments_BT: Array, cache: Cache, further: bool = False
+    ) -> tuple[Array, Cache]:
         """Appends T slots to a cache; returns the logits [B, V] of the last token of each row, and the longer cache.
 
         Args:
-          x_BTD: embeddings of a prompt, if the cache is empty; else of one further token a row.
+          x_BTD: embeddings of a prompt, if the cache is empty; else of one further token a row, or with `further` of
+            several.
           positions_BT, segments_BT: see `__call__`; a row's padding stands at its end.
           cache: cache with at least T free slots.
+          further: whether several tokens attend to those in the cache too, as the next turn of a conversation does.
         """
         offset, T = cache.length, x_BTD.shape[1]
         kv_segments_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segments_BT, offset, axis=1)
@@ -314,7 +321,7 @@ class Decoder(nn.Module):
             last_B = None
             if T > 1 and i == self.num_layers - 1:
                 last_B = jnp.maximum(jnp.sum(segments_BT > 0, axis=1) - 1, 0)
-            args = (positions_BT, segments_BT, kv_segments_BS, offset, last_B)
+            args = (positions_BT, segments_BT, kv_segments_BS, offset, last_B, further)
             x_BTD, kv = self.layer(variables, x_BTD, kv, *args)
             caches.append(kv)
         keys, values = zip(*caches, strict=True)

@@ -146,15 +146,18 @@ class FastVLM(nn.Module):
         targets = None if targets is None else targets.reshape(x.shape[:2])
         return self.llm(x, positions.reshape(x.shape[:2]), segment_ids.reshape(x.shape[:2]), targets)
 
-    def extend(self, features, tokens, image_index, positions, segment_ids, cache: Cache) -> tuple[Array, Cache]:
-        """Runs the decoder on a prompt or one further token of each row: (logits [G * R, V], the longer cache).
+    def extend(
+        self, features, tokens, image_index, positions, segment_ids, cache: Cache, further: bool = False
+    ) -> tuple[Array, Cache]:
+        """Runs the decoder on a prompt or on further tokens of each row: (logits [G * R, V], the longer cache).
 
         Args:
           features, tokens, image_index, positions, segment_ids: see `decode`.
-          cache: KV cache of the earlier tokens; see `Decoder.extend`.
+          cache, further: KV cache of the earlier tokens, and whether several tokens go on from it; see
+            `Decoder.extend`.
         """
         x = self.embed(features, tokens, image_index)
-        return self.llm.extend(x, positions.reshape(x.shape[:2]), segment_ids.reshape(x.shape[:2]), cache)
+        return self.llm.extend(x, positions.reshape(x.shape[:2]), segment_ids.reshape(x.shape[:2]), cache, further)
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """Returns an empty KV cache for `rows` rows of `slots` tokens each, in the dtype of the computation."""

@@ -6,7 +6,7 @@ import os
 import pathlib
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -22,6 +22,7 @@ from fastvlm_jax.images.decode import decode
 from fastvlm_jax.report.answers import plot_answers, read_answers
 from fastvlm_jax.report.curves import Run, named, plot_losses, plot_rates, plt, read_runs
 from fastvlm_jax.report.page import Picture, Table, Texts, render
+from fastvlm_jax.workdir import origin
 
 NUM_SAMPLES = 16
 MAX_TOKENS = 16  # longest answer on the sheet
@@ -149,21 +150,6 @@ def lineage(runs: Sequence[Run]) -> Table:
         rows.append([run.name, *(cell or "-" for cell in cells)])
     head = ["run", "began from", "data", "records", "fingerprint of the data", "fastvlm_jax", "jax"]
     return Table("Lineage", head, rows)
-
-
-def origin(parent: Mapping[str, Any] | None) -> str:
-    """Returns in words where weights come from, the nearest first.
-
-    "random weights", "stage1 (step 238) ← stage0 (step 90)", "models/mine (hf)", or each part with its own.
-    """
-    if not parent:
-        return "random weights"
-    if "parts" in parent:
-        return "; ".join(f"{part}: {origin(own)}" for part, own in parent["parts"].items())
-    if "stage" not in parent:
-        return f"{parent.get('path', '?')} ({parent.get('layout', '?')})"
-    step = f" (step {parent['step']})" if "step" in parent else ""
-    return f"{parent['stage']}{step}" + (f" ← {origin(parent['parent'])}" if parent.get("parent") else "")
 
 
 def differing(runs: Sequence[Run]) -> Table:

@@ -13,6 +13,7 @@ from fastvlm_jax.cli.help import ABOUT
 REQUIRED = {
     "train": ["--config", "--workdir"],
     "generate": ["--model", "--prompt"],
+    "chat": ["--model"],
     "evaluate": ["--model", "--data"],
     "convert": ["--source", "--target"],
     "data write": ["--source", "--output"],

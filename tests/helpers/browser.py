@@ -25,6 +25,8 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
     "--no-first-run",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 )
 
 
@@ -33,11 +35,13 @@ class Browser:
 
     Attributes:
       complaints: texts of errors, warnings and blocked loads since the page was opened.
+      requests: addresses that the page has asked for.
     """
 
     def __init__(self, width: int = 1200, height: int = 900):
         self.size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.complaints: list[str] = []
+        self.requests: list[str] = []
         self.number, self.session = 0, None
 
     def __enter__(self):
@@ -88,9 +92,12 @@ class Browser:
             self.complaints.append(told["entry"]["text"])
         elif event.get("method") == "Runtime.consoleAPICalled":
             self.complaints.append(str(told["args"]))
+        elif event.get("method") == "Network.requestWillBeSent":
+            self.requests.append(told["request"]["url"])
 
-    def open(self, path: pathlib.Path, fragment: str = ""):
-        self.send("Page.navigate", url=path.resolve().as_uri() + fragment)
+    def open(self, path: pathlib.Path | str, fragment: str = ""):
+        """Opens a file or, of a text, an address."""
+        self.send("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri() + fragment)
         self.wait("document.readyState === 'complete'")
 
     def run(self, script: str):

@@ -71,10 +71,10 @@ def apply(llm: Decoder, variables, tokens, positions, segments, dtype=jnp.float3
     return llm.apply(variables, llm.apply(variables, tokens, dtype, method="embed"), positions, segments)
 
 
-def extend(llm: Decoder, variables, tokens, positions, segments, cache):
+def extend(llm: Decoder, variables, tokens, positions, segments, cache, further=False):
     """(logits of each row's last token, the longer cache)."""
     x = llm.apply(variables, tokens, jnp.float32, method="embed")
-    return llm.apply(variables, x, positions, segments, cache, method="extend")
+    return llm.apply(variables, x, positions, segments, cache, further, method="extend")
 
 
 def logits_of(llm: Decoder, variables, tokens, positions=None, segments=None, dtype=jnp.float32) -> jax.Array:
@@ -248,6 +248,37 @@ def test_cached_decoding_equals_transformers_full_forward(variant):
         at += size
     assert int(cache.length) == 12
     assert relative(np.stack(ours, axis=1), theirs[:, 3:]) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_further_prompts_equal_transformers_full_forward(variant):
+    """Turns of 4, 3, 1 and 2 tokens, each with padding that the next one overwrites; the last two again with others."""
+    llm = Decoder(**SMALL, **VARIANTS[variant])
+    reference, tokens = reference_of(llm), random_tokens(llm, 1, 10)
+    other = np.concatenate([tokens[:, :7], random_tokens(llm, 1, 3, seed=1)], axis=1)
+    with torch.no_grad():
+        theirs, changed = (reference(torch.from_numpy(row)).logits for row in (tokens, other))
+    variables, cache = variables_of(llm, reference), llm.empty_cache(1, 20)
+    first, later = jit(lambda *args: extend(llm, *args)), jit(lambda *args: extend(llm, *args, True))
+
+    def turn(row, start, stop, cache):
+        piece, slots = np.full((1, 5), 3), np.arange(5) < stop - start
+        piece[:, : stop - start] = row[:, start:stop]
+        cache = cache.replace(length=jnp.int32(start), segment_ids=cache.segment_ids * (np.arange(20) < start))
+        logits, cache = (later if start else first)(
+            variables, piece, start + np.arange(5)[None], slots[None] * 1, cache
+        )
+        return logits, cache
+
+    for row, reference_logits, start, stop in (
+        (tokens, theirs, 0, 4),
+        (tokens, theirs, 4, 7),
+        (tokens, theirs, 7, 8),
+        (tokens, theirs, 8, 10),
+        (other, changed, 7, 10),
+    ):
+        logits, cache = turn(row, start, stop, cache)
+        assert relative(logits, reference_logits[:, stop - 1]) <= 1e-5, (start, stop)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -10,7 +10,8 @@ from browser import Browser, needs_browser
 from command import fastvlm
 
 from fastvlm_jax.report.curves import names, plot_losses, plot_rates, plt, read_runs
-from fastvlm_jax.report.runs import origin, write_report
+from fastvlm_jax.report.runs import write_report
+from fastvlm_jax.workdir import origin
 
 CONFIG = {"stage": "instruct", "seed": 0, "data": {"image_size": 192, "path": "data/a"}}
 LINEAGE = {"stage": "instruct", "data_fingerprint": "x", "parent": None, "parent_step": None}

@@ -1,10 +1,12 @@
 """Writes the settings of a fine-tuning run as a config file that a person can read and change."""
 
+import json
 import textwrap
+from typing import Any
 
-from fastvlm_jax.finetune.plan import Plan
+from fastvlm_jax.finetune.plan import Choice, Plan
 
-WIDTH = 116  # columns of a comment
+WIDTH = 116  # columns of a line
 
 
 def text(plan: Plan, model: str, train: str) -> str:
@@ -15,11 +17,7 @@ def text(plan: Plan, model: str, train: str) -> str:
       train: the command that runs it.
     """
     remarks = "\n\n".join(textwrap.fill(f"{remark[:1].upper()}{remark[1:]}.", WIDTH) for remark in plan.remarks)
-    lines = []
-    for key, value, why in plan.choices:
-        if why:
-            lines.append(textwrap.fill(why, WIDTH - 4, initial_indent="    # ", subsequent_indent="    # "))
-        lines.append(f"    c.{key} = {value!r}")
+    settings = "\n".join(map(_line, plan.choices))
     return f'''"""Fine-tunes a model; written by `fastvlm init`. Change what you like, then run
 
     {train}
@@ -31,7 +29,26 @@ from fastvlm_jax.parent import open_base
 
 
 def get_config():
-    c = open_base({f"parent={model}"!r})
-{chr(10).join(lines)}
+    c = open_base({json.dumps(f"parent={model}")})
+{settings}
     return c
 '''
+
+
+def _line(choice: Choice) -> str:
+    """Returns the assignment of a setting, with the reason behind it or, if that is long, above it."""
+    line = f"    c.{choice.key} = {_literal(choice.value)}"
+    if not choice.why:
+        return line
+    if len(line) + len(choice.why) + 4 <= WIDTH:
+        return f"{line}  # {choice.why}"
+    return "\n".join([textwrap.fill(choice.why, WIDTH, initial_indent="    # ", subsequent_indent="    # "), line])
+
+
+def _literal(value: Any) -> str:
+    """Returns a value as Python writes it, with double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
+    return repr(value)

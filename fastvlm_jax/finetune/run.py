@@ -22,6 +22,7 @@ from fastvlm_jax.sweep.launcher import ending_with_this
 
 CONFIG, CHOICE = "config.py", "choice.json"
 SHARE = "0.1"  # of the pictures that are held out
+SCORES = "qa-own.json"  # what `fastvlm evaluate` writes of one's own data
 
 
 class Failed(ValueError):
@@ -116,7 +117,7 @@ def finetune(model: str, data: str, output: pathlib.Path, *, lora: bool, images:
     if chosen.held_out:
         run(["evaluate", f"--model={tuned}", *asked, f"--output={output / 'after'}"])
         run(["report", os.fspath(workdir), f"--output={page}", f"--model={tuned}", f"--data={shards}"])
-        before, after = (read_object(output / name / "qa.json") for name in ("before", "after"))
+        before, after = (read_object(output / name / SCORES) for name in ("before", "after"))
         scores = f"{before['score']:.1f} % before, {after['score']:.1f} % after"
         print(f"\n{chosen.metric}: {scores}, of {after['n']} questions about held-out pictures")
     else:

@@ -31,9 +31,12 @@ def tell_model(name: str, config: ml_collections.ConfigDict, params: Any, given:
       given: the parent's variables, without the parts that are initialized; None without a parent.
     """
     parent = (given or {}).get("params", {})
-    ours, fresh = [part for part in params if part in parent], [part for part in params if part not in parent]
+    ours = [part for part in params if part in parent]
+    fresh = [part for part in params if part not in parent and part != "lora"]
     origins = [f"{', '.join(ours)} from {config.parent}"] if ours else []
-    tell(name, "; ".join([*origins, *([f"{', '.join(fresh)} from random weights"] if fresh else [])]))
+    origins += [f"{', '.join(fresh)} from random weights"] if fresh else []
+    origins += [f"new adapters of rank {config.lora.rank}"] if "lora" in params else []
+    tell(name, "; ".join(origins))
     trainable, frozen = (sum(math.prod(x.shape) for x in t.values()) for t in optim.split(params, config.groups))
     total = trainable + frozen
     tell(name, f"{total:,} parameters, {trainable:,} of them trained ({trainable / total:.1%})")

@@ -292,3 +292,22 @@ def test_tokenizers_that_gguf_has_no_name_for_are_refused(json_file, llama_file,
     tokenizers.Tokenizer.from_str(json.dumps(state)).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="its merges are not those of a SentencePiece model"):
         gguf_tokenizer(load_tokenizer(tmp_path / "tokenizer.json"), 400)
+
+
+def test_damaged_pieces_load_or_raise_one_clear_error(processor, tmp_path):
+    """Tries 150 mutations of the metadata of a SentencePiece tokenizer."""
+    config = {"llm": {**LLM, "num_layers": 1, "width": 32, "mlp_dim": 32}, "dtype": "float32"}
+    good = write(tmp_path / "good", config, random_variables(config)[1], processor).read_bytes()
+    header, rng, file, refused = good.rindex(b"blk.0.ffn_down"), np.random.default_rng(0), tmp_path / "bad.gguf", 0
+    keys = [good.index(b"tokenizer.ggml." + key) for key in (b"model", b"tokens", b"token_type", b"scores", b"unknown")]
+    for i in range(150):
+        bad = bytearray(good)
+        at = int(rng.integers(0, header)) if i % 2 else keys[i // 2 % len(keys)] + int(rng.integers(0, 60))
+        bad[at : at + 4] = rng.bytes(4) if i % 3 else bytes(4)
+        file.write_bytes(bad)
+        try:
+            read_gguf_tokenizer(file).encode("is it red?")
+        except ValueError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error) and len(str(error)) < 600
+    assert 20 < refused < 150

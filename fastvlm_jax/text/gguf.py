@@ -136,10 +136,13 @@ def gguf_tokenizer(tokenizer: Any, rows: int) -> dict[str, Any]:
     merges = [tuple(pair) for pair in bpe.get("merges", ())]
     if bpe.get("byte_fallback"):
         prefix, space = _space(model)
-        unknown = bpe["vocab"][bpe["unk_token"]]
+        ids = {token: i for i, token in names.items()}
+        unknown, in_bytes = ids.get(bpe.get("unk_token")), [ids.get(f"<0x{byte:02X}>") for byte in range(256)]
+        if None in (unknown, *in_bytes):
+            raise ValueError(f"{file} lacks an unknown token or one of the 256 bytes, which GGUF asks for")
+        for i in in_bytes:
+            types[i] = BYTE
         types[unknown] = UNKNOWN
-        for byte in range(256):
-            types[bpe["vocab"][f"<0x{byte:02X}>"]] = BYTE
         scores = _scores(merges, {token for i, token in names.items() if types[i] == NORMAL}, file)
         tables |= {"model": "llama", "pre": "default", "add_space_prefix": prefix, "unknown_token_id": unknown}
         tables["scores"] = [scores.get(names.get(i), float(-len(merges))) for i in range(rows)]

@@ -292,6 +292,10 @@ def test_tokenizers_that_gguf_has_no_name_for_are_refused(json_file, llama_file,
     tokenizers.Tokenizer.from_str(json.dumps(state)).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="its merges are not those of a SentencePiece model"):
         gguf_tokenizer(load_tokenizer(tmp_path / "tokenizer.json"), 400)
+    state["model"]["vocab"]["<0xZZ>"] = state["model"]["vocab"].pop("<0x41>")
+    tokenizers.Tokenizer.from_str(json.dumps(state)).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json lacks an unknown token or one of the 256 bytes"):
+        gguf_tokenizer(load_tokenizer(tmp_path / "tokenizer.json"), 400)
 
 
 def test_damaged_pieces_load_or_raise_one_clear_error(processor, tmp_path):

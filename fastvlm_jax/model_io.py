@@ -18,6 +18,7 @@ from fastvlm_jax.convert.layouts.native import without_choices
 from fastvlm_jax.convert.mapping import COUNTERS, described, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
+from fastvlm_jax.gguf_file import read_contents
 from fastvlm_jax.loaded import Loaded
 from fastvlm_jax.metrics import best
 from fastvlm_jax.models import clip, fastvlm, kinds
@@ -28,6 +29,7 @@ from fastvlm_jax.pair_processor import PairProcessor, holds_pair_processor, load
 from fastvlm_jax.processor import Processor, load_processor
 from fastvlm_jax.text.caption_tokenizer import clip_file
 from fastvlm_jax.text.clip_tokenizer import load_clip_tokenizer
+from fastvlm_jax.text.conversation import template_of
 from fastvlm_jax.text.tokenizer import READERS as TOKENIZER_FILES
 from fastvlm_jax.text.tokenizer import load_tokenizer
 from fastvlm_jax.workdir import lineage_at, read_run
@@ -159,7 +161,7 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
         return None
     folder = gguf_file(path).parent if layout == "gguf" else path
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return Processor(load_tokenizer(gguf_file(path)), "chatml", 0, 0) if layout == "gguf" else None
+        return _gguf_processor(gguf_file(path)) if layout == "gguf" else None
     if not config.get("vision"):
         template = "chatml" if layout == "gguf" else "qwen_2" if config["llm"].get("qkv_bias", True) else None
         processor = load_processor(folder, lambda size: 0, template, 0)
@@ -179,6 +181,13 @@ def _processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> Proce
             "put the files of this model's own tokenizer there"
         )
     return processor
+
+
+def _gguf_processor(file: pathlib.Path) -> Processor:
+    """Returns the processor of a GGUF file without other files beside it: its tokenizer and, if known, its template."""
+    tokenizer, chat = load_tokenizer(file), read_contents(file).metadata.get("tokenizer.chat_template")
+    known = template_of(chat, tokenizer) if isinstance(chat, str) else None
+    return Processor(tokenizer, known or ("vicuna_v1" if tokenizer.end == "</s>" else "chatml"), 0, 0)
 
 
 def _clip_processor(path: pathlib.Path, layout: str, config: dict[str, Any]) -> PairProcessor | None:

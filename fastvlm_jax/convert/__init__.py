@@ -10,7 +10,19 @@ import jax
 import numpy as np
 
 from fastvlm_jax.convert.heads import require_projection
-from fastvlm_jax.convert.layouts import causal_lm, fastvlm, gguf, llava, mobileclip, native, openclip, peft, timm, vit
+from fastvlm_jax.convert.layouts import (
+    causal_lm,
+    fastvlm,
+    gguf,
+    gguf_export,
+    llava,
+    mobileclip,
+    native,
+    openclip,
+    peft,
+    timm,
+    vit,
+)
 from fastvlm_jax.convert.layouts.native import read_lineage
 from fastvlm_jax.convert.new_folder import new_folder
 from fastvlm_jax.convert.recognise import recognise
@@ -35,7 +47,7 @@ READERS = {
     "openclip": openclip.read,
     "mobileclip": mobileclip.read,
 }
-LAYOUTS = ("native", "hf", "llava", "timm", "openclip", "peft")  # layouts that `write` knows
+LAYOUTS = ("native", "hf", "llava", "timm", "openclip", "gguf", "peft")  # layouts that `write` knows
 
 
 def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict]:
@@ -59,21 +71,24 @@ def write(
     fold: bool = False,
     overwrite: bool = False,
     adapters: Adapters | None = None,
+    gguf_type: str | None = None,
 ) -> None:
     """Writes a model directory, completely or not at all.
 
     Args:
       target: a folder that does not exist or is empty; with `overwrite`, a model directory to replace.
       layout: one of LAYOUTS. "hf" writes a whole model as FastVLM, a part as a plain language model or ViT; "timm"
-        writes the encoder of any model, and "openclip" too, but for a CLIP both towers; "peft" writes adapters.
+        writes the encoder of any model, and "openclip" too, but for a CLIP both towers; "gguf" writes the language
+        model of any model, and "peft" adapters alone.
       variables: variables of `kinds.build(**model_config)`: arrays, boxed or not, or Leaves.
       model_config: {"vision": ..., "llm": ..., "dtype": ...}, or that of a CLIP; an absent part is None or left out.
       processor: tokenizer, template and image settings; a PairProcessor or None for a CLIP, None for an encoder alone.
-      lineage: JSON values that say where the weights come from; only the native layout stores them.
+      lineage: JSON values that say where the weights come from; the native layout stores them, "gguf" two of them.
       dtype: dtype of the stored weights, "float32", "bfloat16" or "float16"; None keeps each tensor's own.
       fold: whether to fold a branched encoder; "hf" and "llava" always fold whole models.
       overwrite: whether a model at `target` may be replaced.
       adapters: the adapters that `variables` contain, if they are known apart.
+      gguf_type: type of the matrices in a GGUF file, "f16" by default, "f32", "bf16" or "q8_0".
 
     Raises:
       ValueError: the layout cannot hold the model or one of its sizes, a tokenizer or projector is missing, or the
@@ -88,9 +103,13 @@ def write(
     parts = {name for name in ("vision", "llm", "text") if model_config.get(name)}
     family = (model_config.get("vision") or {}).get("family", "fastvit")
     _refuse(layout, parts, family)
+    _check_types(layout, dtype, gguf_type)
     if layout == "timm" or (layout == "openclip" and "text" not in parts):
-        model_config, variables = _tower(model_config, variables)
+        model_config, variables = _part(model_config, variables, "vision")
         parts = {"vision"}
+    elif layout == "gguf":
+        model_config, variables = _part(model_config, variables, "llm")
+        parts = {"llm"}
     whole = parts == {"vision", "llm"}
     if "text" in parts:
         require_projection(model_config, variables, "this CLIP")
@@ -104,9 +123,16 @@ def write(
         variables = fold_variables(variables)
         model_config = {**model_config, "vision": {**model_config["vision"], "form": "folded"}}
     if processor is None and "llm" in parts and layout != "native":
-        raise ValueError("the model has no tokenizer, and PyTorch needs one: put tokenizer.json beside its config.json")
+        reader = "a GGUF file" if layout == "gguf" else "PyTorch"
+        raise ValueError(
+            f"the model has no tokenizer, and {reader} needs one: put tokenizer.json beside its config.json"
+        )
     with new_folder(target, overwrite) as folder:
-        _write(folder, layout, parts, variables, model_config, processor, lineage, dtype)
+        if layout == "gguf":
+            name = pathlib.Path(target).expanduser().resolve().name
+            gguf_export.write(folder, model_config, variables, processor, lineage, name, gguf_type or "f16")
+        else:
+            _write(folder, layout, parts, variables, model_config, processor, lineage, dtype)
 
 
 def _write_peft(target, model_config: Mapping[str, Any], adapters: Adapters | None, dtype, overwrite: bool) -> None:
@@ -129,6 +155,8 @@ def _refuse(layout: str, parts: set[str], family: str) -> None:
         raise ValueError(f"the {layout} layout holds no CLIP: use --layout openclip or native, or timm for its encoder")
     if layout == "llava" and not whole:
         raise ValueError(f"the llava layout holds whole models only, this is {' and '.join(parts)} alone")
+    if layout == "gguf" and "llm" not in parts:
+        raise ValueError("the gguf layout holds a language model, and this model has none")
     if layout in ("timm", "openclip"):
         if "vision" not in parts:
             raise ValueError(f"the {layout} layout holds an encoder, and this model has none")
@@ -164,14 +192,24 @@ def _write(folder: pathlib.Path, layout, parts, variables, model_config, process
         fastvlm.write(folder, model_config, variables, processor, dtype)
 
 
-def _tower(model_config: Mapping[str, Any], variables: dict) -> tuple[dict[str, Any], dict]:
-    """Returns the config and variables of a model's encoder alone; counters belong to no part and are kept."""
+def _check_types(layout: str, dtype: str | None, gguf_type: str | None) -> None:
+    """Raises ValueError for a type of the weights that the layout does not know."""
+    if layout == "gguf" and dtype is not None:
+        raise ValueError(f"dtype={dtype!r} has no meaning for gguf: --gguf_type is the type of its matrices")
+    if layout != "gguf" and gguf_type is not None:
+        raise ValueError(f"gguf_type={gguf_type!r} has no meaning for {layout}: --dtype is the type of its weights")
+    if gguf_type not in (None, *gguf_export.TYPES):
+        raise ValueError(f"gguf_type={gguf_type!r} must be one of {', '.join(gguf_export.TYPES)}")
+
+
+def _part(model_config: Mapping[str, Any], variables: dict, part: str) -> tuple[dict[str, Any], dict]:
+    """Returns the config and variables of one part of a model; counters belong to no part and are kept."""
     kept = {
-        name: tree if name == "counters" else {"vision": tree["vision"]}
+        name: tree if name == "counters" else {part: tree[part]}
         for name, tree in variables.items()
-        if name == "counters" or "vision" in tree
+        if name == "counters" or part in tree
     }
-    return {"vision": model_config["vision"], "dtype": model_config.get("dtype", "float32")}, kept
+    return {part: model_config[part], "dtype": model_config.get("dtype", "float32")}, kept
 
 
 def _common_dtype(variables: dict) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from fastvlm_jax.convert.recognise import recognise
 
-MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt")  # suffixes of the files in a written model
+MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")  # suffixes of the files in a written model
 
 
 @contextlib.contextmanager

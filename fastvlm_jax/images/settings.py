@@ -184,12 +184,19 @@ def image_files(
     theirs = published.get(PROCESSOR, {}).get(NESTED) or published.get(SETTINGS)
     if export:
         whole = not own["grids"] and not own["sizes"] and own["transparency"] == "white"
+        whole = whole and (not padded_before or _names_size(published.get(SETTINGS, {})))
         if theirs and whole and _describe(theirs, settings, padded_before):
             return {PROCESSOR: joined, **published}
     elif theirs:
         marked = {**theirs, OWN: {**own, "published": True}}
         return {**published, path: {**published[PROCESSOR], NESTED: marked} if path == PROCESSOR else marked}
     return {SETTINGS: {**image_settings(settings), OWN: own}, PROCESSOR: joined}
+
+
+def _names_size(theirs: Mapping[str, Any]) -> bool:
+    """Returns whether a preprocessor_config.json names both sizes that ml-fastvlm's app needs and mlx-vlm guesses."""
+    size = theirs.get("size")
+    return isinstance(size, Mapping) and "shortest_edge" in size and isinstance(theirs.get("crop_size"), Mapping)
 
 
 def _describe(theirs: Mapping[str, Any], settings: ImageSettings, padded_before: bool) -> bool:

@@ -11,13 +11,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, processors
 
 from fastvlm_jax.files import read_object, read_small
 from fastvlm_jax.text.image_token import IMAGE, place_image
 from fastvlm_jax.text.tokenizer_config import (
     CONFIG,
-    QWEN2_WORDS,
     class_of,
     content_of,
     obey,
@@ -26,12 +25,12 @@ from fastvlm_jax.text.tokenizer_config import (
     write_tokenizer,
 )
 from fastvlm_jax.text.tokenizer_json import read_tokenizer, refusal
+from fastvlm_jax.text.words import KINDS, split_words
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 Offsets = list[tuple[int, int]]
 
-KINDS = ("qwen2", "smollm", "gpt2")
 MAX_SHORT, MAX_KEPT = 64, 1024  # longest cached text in characters, number of cached texts
 MAX_TOKEN = 1024  # bytes, as splitting a token takes time quadratic in its length; Qwen2's longest has 128
 MAX_SQUARES = 1 << 27  # squares of the lengths of all tokens, added up: splitting them takes time in proportion
@@ -128,6 +127,9 @@ class JsonTokenizer:
             self if self.image == IMAGE and self.image_id < rows else with_image(self._model, self, rows, self.config)
         )
 
+    def library(self) -> tokenizers.Tokenizer:
+        return self._model
+
     def save(self, folder: str | os.PathLike) -> None:
         write_tokenizer(self._model, self, pathlib.Path(folder), self.config, self.changed)
 
@@ -171,15 +173,7 @@ def bpe_tokenizer(
         model = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
     except BaseException as error:  # the library raises a bare Exception, and panics
         raise refusal(error, f"{source}: vocabulary and merges do not fit") from error
-    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "qwen2")
-    if kind == "qwen2":
-        model.normalizer = normalizers.NFC()
-        words = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), "isolated")
-        model.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_alone])
-    elif kind == "smollm":
-        model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_alone])
-    else:
-        model.pre_tokenizer = bytes_alone
+    split_words(model, kind)
     model.decoder = decoders.ByteLevel()
     for name in sorted(special, key=special.get):
         model.add_tokens([tokenizers.AddedToken(name, normalized=False, special=name not in plain)])

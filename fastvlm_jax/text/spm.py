@@ -5,7 +5,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import sentencepiece
@@ -104,57 +104,78 @@ class SentencePieceTokenizer:
     def with_image(self, rows: int) -> "SentencePieceTokenizer | JsonTokenizer":
         if self.image == IMAGE and self.image_id < rows:
             return self
-        return with_image(self._converted(), self, rows, self.config)
+        return with_image(self.library(), self, rows, self.config)
 
     def save(self, folder: str | os.PathLike) -> None:
         folder = pathlib.Path(folder)
         for file in self.files:
             with contextlib.suppress(shutil.SameFileError):
                 shutil.copyfile(file, folder / "tokenizer.model")
-        write_tokenizer(self._converted(), self, folder, self.config, False)
+        write_tokenizer(self.library(), self, folder, self.config, False)
 
-    def _converted(self) -> tokenizers.Tokenizer:
-        """Returns the same model for the `tokenizers` library, whose list of merges replaces SentencePiece's scores."""
-        # Without the space in front, a space is spelled as itself, so U+2581 is unknown and becomes bytes.
-        space = SPACE if self._prefix else " "
-        normal = {
-            piece.piece.replace(SPACE, space): (i, piece.score)
-            for i, piece in enumerate(self._format.pieces)
-            if piece.type == _NORMAL
-        }
-        others = {piece.piece: i for i, piece in enumerate(self._format.pieces) if piece.type != _NORMAL}
-        vocab = {**{text: i for text, (i, _) in normal.items()}, **others}
-        # SentencePiece merges the pair whose piece has the best score; the lower id breaks ties.
-        merges = [
-            (-score, i, text[:cut], text[cut:])
-            for text, (i, score) in normal.items()
-            for cut in range(1, len(text))
-            if text[:cut] in normal and text[cut:] in normal
-        ]
-        merges.sort(key=lambda merge: merge[:2])
-        bpe = models.BPE(
-            vocab,
-            [(left, right) for _, _, left, right in merges],
-            unk_token=self._model.id_to_piece(self._model.unk_id()),
-            fuse_unk=True,
-            byte_fallback=True,
+    def library(self) -> tokenizers.Tokenizer:
+        pieces = list(enumerate(self._format.pieces))
+        return piece_tokenizer(
+            {piece.piece: (i, piece.score) for i, piece in pieces if piece.type == _NORMAL},
+            {piece.piece: i for i, piece in pieces if piece.type != _NORMAL},
+            list(self._special),
+            self._model.id_to_piece(self._model.unk_id()),
+            None if self.bos is None else self._model.id_to_piece(self.bos),
+            self._scheme if self._prefix else None,
         )
-        model = tokenizers.Tokenizer(bpe)
-        steps = [decoders.ByteFallback(), decoders.Fuse()]
-        if self._prefix:
-            if self._scheme == "always":
-                model.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-            else:
-                model.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=self._scheme, split=False)
-            steps = [decoders.Replace(SPACE, " "), *steps, *[decoders.Strip(" ", 1, 0)] * (self._scheme != "never")]
-        model.decoder = decoders.Sequence(steps)
-        if self.bos is not None:
-            first = self._model.id_to_piece(self.bos)
-            model.post_processor = processors.TemplateProcessing(
-                single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[(first, self.bos)]
-            )
-        model.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in self._special])
-        return model
+
+
+def piece_tokenizer(
+    normal: Mapping[str, tuple[int, float]],
+    others: Mapping[str, int],
+    special: Sequence[str],
+    unknown: str,
+    bos: str | None,
+    scheme: str | None,
+) -> tokenizers.Tokenizer:
+    """Makes a tokenizer of the library `tokenizers`, whose list of merges replaces SentencePiece's scores.
+
+    Args:
+      normal: id and score of each piece of text, which spells a space as U+2581.
+      others: ids of the bytes, the unknown token and the control symbols.
+      special: names in `others` that are no text, in the order of their ids.
+      unknown: name in `others` of the unknown token.
+      bos: name in `others` of the token that starts every sequence; None if there is none.
+      scheme: where a space is put before texts, see `prefix_scheme`; None puts none and tells U+2581 from a space.
+    """
+    # Without the space in front, a space is spelled as itself, so U+2581 is unknown and becomes bytes.
+    space = " " if scheme is None else SPACE
+    normal = {text.replace(SPACE, space): found for text, found in normal.items()}
+    # SentencePiece merges the pair whose piece has the best score; the lower id breaks ties.
+    merges = [
+        (-score, i, text[:cut], text[cut:])
+        for text, (i, score) in normal.items()
+        for cut in range(1, len(text))
+        if text[:cut] in normal and text[cut:] in normal
+    ]
+    merges.sort(key=lambda merge: merge[:2])
+    bpe = models.BPE(
+        {**{text: i for text, (i, _) in normal.items()}, **others},
+        [(left, right) for _, _, left, right in merges],
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    model = tokenizers.Tokenizer(bpe)
+    steps = [decoders.ByteFallback(), decoders.Fuse()]
+    if scheme is not None:
+        if scheme == "always":
+            model.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+        else:
+            model.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
+        steps = [decoders.Replace(SPACE, " "), *steps, *[decoders.Strip(" ", 1, 0)] * (scheme != "never")]
+    model.decoder = decoders.Sequence(steps)
+    if bos is not None:
+        model.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, others[bos])]
+        )
+    model.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in special])
+    return model
 
 
 def _without_prefix(model: spm_format.ModelProto) -> sentencepiece.SentencePieceProcessor:

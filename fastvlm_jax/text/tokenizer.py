@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import sentencepiece
+import tokenizers
 
 from fastvlm_jax.files import refuse_pointer, write_whole
 from fastvlm_jax.text import bpe
@@ -80,6 +81,9 @@ class Tokenizer(Protocol):
         Raises:
           ValueError: the model has fewer rows than the tokenizer ids.
         """
+
+    def library(self) -> tokenizers.Tokenizer:
+        """Returns the same tokenizer as one of the library `tokenizers`, which must not be changed."""
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the files from which `load_tokenizer` and transformers' AutoTokenizer load the same tokenizer."""

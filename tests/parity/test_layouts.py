@@ -16,9 +16,12 @@ from torch_reference import jit, randomise, relative, timm, to_nchw, transformer
 
 import fastvlm_jax
 from fastvlm_jax import convert, model_io
+from fastvlm_jax.convert.layouts import llava as llava_layout
 from fastvlm_jax.generate import generate_tokens
 from fastvlm_jax.models import fastvlm, kinds
-from fastvlm_jax.text.tokenizer import load_tokenizer, train_sentencepiece
+from fastvlm_jax.processor import Processor
+from fastvlm_jax.text.bpe import byte_spelling
+from fastvlm_jax.text.tokenizer import bpe_tokenizer, load_tokenizer, train_sentencepiece
 
 BFLOAT16 = ml_dtypes.bfloat16
 TEXT = dict(
@@ -151,6 +154,63 @@ def test_ml_fastvlm_layout_is_described_as_its_code_reads_it(llava):
     }
     assert {"model.layers.1.self_attn.q_proj.bias", "model.norm.weight", "lm_head.weight"} <= names
     assert "model.vision_tower.vision_tower.model.network.6.reparam_conv.weight" in names
+
+
+def test_ml_fastvlm_layout_holds_what_the_exporters_to_core_ml_and_mlx_read(llava):
+    """Keys and names that export_vision_encoder.py, ml-fastvlm's patch of mlx-vlm, its app and mlx-vlm itself read."""
+    config, settings, added = (
+        json.loads((llava / name).read_text())
+        for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+    )
+    assert "llava" in llava.name  # by which ml-fastvlm's loader knows the kind of model
+    # mlx-vlm's processor writes -200 for an image, as LLaVA's code does, and its model looks for image_token_index.
+    assert config["image_token_index"] == -200
+    # The exporter replaces it by the id behind the added tokens, <image> aside: so that must be the id of <image>.
+    ids = {token["content"]: int(i) for i, token in added["added_tokens_decoder"].items()}
+    assert max(i for name, i in ids.items() if name != "<image>") + 1 == ids["<image>"] == 4
+    sizes = (
+        "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "max_position_embeddings", "mm_hidden_size",
+    )  # fmt: skip
+    assert all(type(config[key]) is int for key in sizes) and config.get("rope_scaling") is None
+    assert config["rope_theta"] == 1e4 and config["rms_norm_eps"] == 1e-6  # without the key they take 1e6
+    names = set(load_file(llava / "model.safetensors"))
+    assert config["tie_word_embeddings"] is ("lm_head.weight" not in names)
+    assert settings["size"] == {"shortest_edge": 256} and settings["crop_size"] == {"height": 256, "width": 256}
+    assert settings["processor_class"] == "LlavaProcessor"
+    assert (settings["image_mean"], settings["image_std"]) == ([0.0] * 3, [1.0] * 3)
+    # What is neither tower nor projector becomes `language_model.` + its name in MLX.
+    rest = {name for name in names if "vision_tower" not in name and "mm_projector" not in name}
+    assert {name.split(".")[0] for name in rest} == {"model", "lm_head"}
+    assert not any(".rbr_" in name for name in names)  # folded, as the MLX tower is
+
+
+def test_an_exporter_that_will_guess_another_image_token_is_named(caplog):
+    """In a vocabulary without a spare row `<image>` takes the id of <|endoftext|>, which is not behind the others."""
+    special = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    vocab = {letter: byte for byte, letter in enumerate(byte_spelling())}
+    tokenizer = bpe_tokenizer(vocab, [], special, "qwen2", "tokenizer.json")
+    for rows, words in ((260, ""), (259, "will write image_token_index 259 into config.json, but <image> is 256 here")):
+        llava_layout.warn_of_exporter(Processor(tokenizer.with_image(rows), "qwen_2", 256, 16))
+        assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
+def test_transformers_layout_has_what_vllms_transformers_backend_asks_for(published, tmp_path):
+    """vLLM has no class for FastVLM; this backend runs classes of transformers that fulfil these conditions."""
+    out = write(published, tmp_path / "out", "hf")
+    config, processor = (x.from_pretrained(out) for x in (transformers.AutoConfig, transformers.AutoProcessor))
+    kind = getattr(transformers, config.architectures[0])
+    assert kind.is_backend_compatible() and config.get_text_config().model_type == "qwen2"
+    ours = model_io.read(published).processor
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(480, 640), (1000, 10)])
+    assert counts["num_image_tokens"] == [ours.tokens_per_image] * 2 == [16, 16]
+    picture = np.zeros((48, 64, 3), np.uint8)
+    inputs = processor(images=picture, text="<image>what", return_tensors="np", return_text_replacement_offsets=True)
+    assert (inputs["input_ids"] == config.image_token_id).sum() == 16 and inputs["pixel_values"].shape[-2:] == (
+        256,
+        256,
+    )
+    assert [x["replacement"] for x in inputs["text_replacement_offsets"][0]] == ["<image>" * 16]
 
 
 def test_ml_fastvlm_layout_holds_the_model_that_transformers_layout_holds(published, llava, tmp_path):

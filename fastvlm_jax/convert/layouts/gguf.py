@@ -1,4 +1,4 @@
-"""Reads language models in GGUF, llama.cpp's file format; they cannot be written.
+"""Reads language models in GGUF, llama.cpp's file format; gguf_export.py writes them.
 
 gguf_file.py reads header, metadata and tensor table, text/gguf.py the tokenizer; the package `gguf` dequantises.
 """
@@ -18,22 +18,16 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
 from fastvlm_jax.convert.layouts.text_config import MAX_SIZE
-from fastvlm_jax.convert.mapping import LINEAR, MAX_LAYERS, SAME, Row, described, to_jax
+from fastvlm_jax.convert.mapping import MAX_LAYERS, Row, described, to_jax
 from fastvlm_jax.convert.recognise import gguf_file
+from fastvlm_jax.convert.tables.gguf import ARCHITECTURES, gguf_rows, permuted_heads
 from fastvlm_jax.gguf_file import damaged, read_contents, short
+from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.text.gguf import read_gguf_tokenizer
 
 __all__ = ["GgufTensor", "read", "read_gguf", "read_gguf_tokenizer"]
 
-ARCHITECTURES = {"llama": False, "qwen2": True}  # architecture -> whether q, k and v have biases
 PLAIN = {Kind.F32: ("F32", np.float32), Kind.F16: ("F16", np.float16), Kind.BF16: ("BF16", ml_dtypes.bfloat16)}
-LAYER = {
-    "attention_norm/scale": ("attn_norm.weight", SAME),
-    "mlp_norm/scale": ("ffn_norm.weight", SAME),
-    **{f"{x}/kernel": (f"attn_{x}.weight", LINEAR) for x in "qkv"},
-    "o/kernel": ("attn_output.weight", LINEAR),
-    **{f"{x}/kernel": (f"ffn_{x}.weight", LINEAR) for x in ("gate", "up", "down")},
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +38,7 @@ class GgufTensor:
       data: memory-mapped array: plain numbers in PyTorch's shape, or [..., bytes] of quantised rows.
       kind: type of the stored numbers, plain or quantised.
       shape: sizes in PyTorch's order.
-      heads: number of heads of a query or key matrix whose rows llama.cpp has permuted, else 0.
+      heads: number of heads of a query or key matrix whose rows are permuted, see `permuted_heads`; else 0.
     """
 
     data: np.ndarray
@@ -67,8 +61,6 @@ class GgufTensor:
 
     def _rows(self, rows: slice) -> np.ndarray:
         if self.heads:
-            # llama.cpp's rotary embedding pairs neighbouring rows, ours the two halves of a head: row (head, i, half)
-            # of the file is our row (head, half, i).
             stored = np.arange(self.shape[0]).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
             data = self.data[stored[rows]]
         else:
@@ -110,29 +102,16 @@ def read_gguf(
     file = pathlib.Path(file).expanduser()
     metadata, tensors = _read(file)
     llm = _decoder_args(file, metadata, tensors)
-    rows = [
-        Row("token_embd.weight", f"{path}/embedding"),
-        Row("output_norm.weight", f"{path}/final_norm/scale"),
-        *(Row(f"blk.{{i}}.{name}", f"{path}/layers/{x}", t, llm["num_layers"]) for x, (name, t) in LAYER.items()),
-        *(
-            Row(f"blk.{{i}}.attn_{x}.bias", f"{path}/layers/{x}/bias", SAME, llm["num_layers"])
-            for x in "qkv"
-            if llm["qkv_bias"]
-        ),
-    ]
-    if not llm["tie_embeddings"]:
-        rows.append(Row("output.weight", f"{path}/lm_head/kernel", LINEAR))
+    decoder = Decoder(**llm)
+    rows = gguf_rows(decoder, path)
     names = {name for row in rows for name in row.names()}
     if differing := sorted(names ^ set(tensors)):
         state = "is not part of this architecture" if differing[0] in tensors else "is missing"
         raise ValueError(f"{file}: tensor {differing[0]} {state} ({len(differing)} differ)")
-    if metadata["general.architecture"] == "llama":
-        for i in range(llm["num_layers"]):
-            for x, heads in (("q", llm["num_heads"]), ("k", llm["num_kv_heads"])):
-                name = f"blk.{i}.attn_{x}.weight"
-                if (found := tensors[name].shape[0]) != heads * llm["head_dim"]:
-                    raise ValueError(f"{file}: tensor {name} has {found} rows, which do not match {heads} heads")
-                tensors[name] = dataclasses.replace(tensors[name], heads=heads)
+    for name, heads in permuted_heads(decoder).items():
+        if (found := tensors[name].shape[0]) != heads * llm["head_dim"]:
+            raise ValueError(f"{file}: tensor {name} has {found} rows, which do not match {heads} heads")
+        tensors[name] = dataclasses.replace(tensors[name], heads=heads)
     return llm, rows, tensors
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from fastvlm_jax.convert.heads import without_head
 from fastvlm_jax.convert.layouts.text_config import expect, read_text_config, text_config
@@ -29,6 +30,8 @@ TOWER = "mobileclip_l"
 PREFIX = "model.vision_tower.vision_tower.model."
 HEAD = PREFIX + "head.proj"
 HEAD_FEATURES = 768  # width of mobileclip_l.json's CLIP projection, which ml-fastvlm stores but does not compute
+# What LLaVA's code and mlx-vlm put in a prompt for an image; ml-fastvlm's exporter replaces it by the id of `<image>`.
+IMAGE_MARK = -200
 HD = FastViT()
 
 
@@ -138,6 +141,7 @@ def write(
         params["vision"] = {**params["vision"], "head": {"kernel": projection}}
         variables = {**variables, "params": params}
     processor = with_image_token(processor, model_config)
+    warn_of_exporter(processor)
     model = fastvlm.build(**model_config)
     vision, llm = fastvlm.make_encoder(**model.vision_args), Decoder(**model.llm_args)
     stored = save_weights(folder, to_torch(rows(vision, llm), variables, shapes_of(model)), dtype)
@@ -147,7 +151,7 @@ def write(
         "architectures": ["LlavaQwen2ForCausalLM"],
         "model_type": "llava_qwen2",
         "torch_dtype": stored,
-        "image_token_index": processor.tokenizer.image_id,
+        "image_token_index": IMAGE_MARK,
         "image_aspect_ratio": "anyres" if processor.grids else "pad" if processor.fit == "pad" else "square",
         "image_grid_pinpoints": [[columns * side, rows * side] for rows, columns in processor.grids] or None,
         "mm_hidden_size": vision.features,
@@ -168,6 +172,17 @@ def write(
     }
     write_json(folder / CONFIG, config)
     processor.save(folder, export=True, padded_before=True)
+
+
+def warn_of_exporter(processor: Processor) -> None:
+    """Warns if ml-fastvlm's export_vision_encoder.py, which guesses the id of `<image>`, will write another one."""
+    image, added = processor.tokenizer.image_id, processor.tokenizer.library().get_added_tokens_decoder()
+    if image != (guess := max(i for i in added if i != image) + 1):
+        logging.warning(
+            "ml-fastvlm's export_vision_encoder.py will write image_token_index %d into config.json, but <image> is %d "
+            "here: correct it after that export",
+            guess, image,
+        )  # fmt: skip
 
 
 def _plain(vision: FastViT, key: str):

@@ -18,10 +18,11 @@ from fastvlm_jax.checkpoint import digest
 from fastvlm_jax.convert.layouts import peft
 from fastvlm_jax.convert.mapping import SAME, Leaf
 from fastvlm_jax.convert.weight_files import DTYPES
+from fastvlm_jax.files import json_digest
 from fastvlm_jax.loaded import Adapters, Loaded
 from fastvlm_jax.models import kinds
 from fastvlm_jax.models.kinds import Model
-from fastvlm_jax.models.lora import Lora
+from fastvlm_jax.models.lora import Lora, problem
 
 FORMATS = {"param_dtype": "float32", "frozen_dtype": "bfloat16"}  # keys of a run's config -> what they are if empty
 
@@ -69,6 +70,8 @@ def join_run(
     config = run["config"]
     try:
         lora = Lora(**config["lora"])
+        if why := problem(lora):
+            raise ValueError(why)
         params = kinds.abstract_params(model, lora)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: the `lora` of its config.json is {config['lora']!r}: {error}") from error
@@ -101,6 +104,11 @@ def join_run(
     joined = {path: _joined(source, path, x, adapters, *of_base(path, x)) for path, x in frozen.items()}
     joined |= {path: trained[path] for path in adapters.others}
     return {"params": unflatten_dict(joined, sep="/"), "batch_stats": variables["batch_stats"]}, adapters
+
+
+def base_digest(folder: pathlib.Path) -> str:
+    """Returns one digest of the base that a checkpoint of adapters names, made of those of its arrays."""
+    return json_digest(checkpoint.read_notes(folder).get("base", {}).get("digests", {}))
 
 
 def read_peft(folder: pathlib.Path, base: Loaded) -> Loaded:

@@ -1,11 +1,12 @@
 """Refuses configs whose values are out of range or contradict each other, naming the key."""
 
 import math
-import re
 
 import ml_collections
 
 from fastvlm_jax.config import REPLACED
+from fastvlm_jax.config_values import lora_of
+from fastvlm_jax.models.lora import problem
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -66,8 +67,8 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"optimizer={config.optimizer!r} must be adamw, adafactor or lion")
     if config.frozen_dtype not in ("", "float32", "bfloat16"):
         raise ValueError(f"frozen_dtype={config.frozen_dtype!r} must be float32, bfloat16, or '' for the default")
-    if "lora" in config:
-        _check_lora(config.lora)
+    if (adapters := lora_of(config)) and (why := problem(adapters)):
+        raise ValueError(f"lora.{why}")
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema={config.ema} must be at least 0 and below 1, as 0.9995; 0 keeps no average")
     for tower, decay in config.layer_decay.items():
@@ -77,19 +78,6 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"layer_decay.{tower}={decay}: this model has no part {tower!r}: leave it at 1")
     if not all(isinstance(name, str) for name in config.decayed):
         raise ValueError(f"decayed={config.decayed} must hold last parts of paths, as ('kernel', 'embedding')")
-
-
-def _check_lora(settings: ml_collections.ConfigDict) -> None:
-    if not 0 <= settings.rank <= 4096:
-        raise ValueError(f"lora.rank={settings.rank} must be from 0, for no adapters, to 4096")
-    if not 0 < settings.alpha < math.inf:
-        raise ValueError(f"lora.alpha={settings.alpha} must be positive")
-    if not 0 <= settings.dropout < 1:
-        raise ValueError(f"lora.dropout={settings.dropout} must be at least 0 and below 1")
-    try:
-        re.compile(settings.targets)
-    except re.error as error:
-        raise ValueError(f"lora.targets={settings.targets!r} is no regex: {error}") from error
 
 
 def _check_conversations(data: ml_collections.ConfigDict) -> None:

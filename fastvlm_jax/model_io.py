@@ -143,7 +143,7 @@ def _with_base(source, base: str, workdir: pathlib.Path, folder: pathlib.Path, r
     """Reads a checkpoint of adapters with their base."""
     base = adapted.base_of(str(source), base)
     variables, adapters = adapted.join_run(str(source), folder, run, model, read(base))
-    lineage = {**lineage_at(run, int(folder.name)), "base": base}
+    lineage = {**lineage_at(run, int(folder.name)), "base": {"model": base, "digest": adapted.base_digest(folder)}}
     return Loaded(str(source), config, variables, load_processor(workdir / "processor"), lineage, adapters)
 
 

@@ -111,6 +111,9 @@ def state_of(
                 dtype = dtype_of("/".join(path[1:])) if path[0] == "params" else jnp.dtype(jnp.float32)
                 whole[path] = sharding.place(given[path], layout, dtype=dtype)
         whole = unflatten_dict(whole)
-        return jax.jit(build, out_shardings=shardings)(whole["params"], whole.get("batch_stats", {}))
+        # On a CPU the arrays may be the caller's own memory; elsewhere two copies of a model need not fit.
+        given_away = () if jax.default_backend() == "cpu" else (0, 1)
+        make = jax.jit(build, out_shardings=shardings, donate_argnums=given_away)
+        return make(whole["params"], whole.get("batch_stats", {}))
 
     return make_state, abstract

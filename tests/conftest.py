@@ -15,7 +15,7 @@ SLOW = (
     "test_pair_step.py", "test_clip_parts.py", "test_preflight.py", "test_resume.py", "test_metrics.py",
     "test_faults.py", "test_strange_files.py", "sweep", "test_gpu.py", "test_xla_flags.py", "test_in_training.py",
     "test_evaluation.py", "test_step.py", "test_step_transformers.py", "test_ttft.py", "test_adapter.py",
-    "test_contrastive.py", "test_gguf.py", "test_reinforce.py",
+    "test_contrastive.py", "test_gguf.py", "test_reinforce.py", "test_lora_run.py", "test_finetune.py",
 )  # fmt: skip
 # The longest files come first, so that two workers end together.
 LONGEST = (

@@ -16,6 +16,7 @@ from torch_reference import transformers
 from fastvlm_jax import checkpoint, convert, model_io
 from fastvlm_jax.cli.convert import convert as command
 from fastvlm_jax.config_values import lora_of
+from fastvlm_jax.files import json_digest
 from fastvlm_jax.train import train
 from fastvlm_jax.train_state import model_variables
 
@@ -69,11 +70,15 @@ def test_frozen_parameters_stay_bit_for_bit_and_adapters_move(adapted, base):
     assert len(moved) == 2 * (7 + 2 + 2) and all(np.any(after[path]) for path in moved)
 
 
-def test_a_checkpoint_holds_the_adapters_alone_and_names_the_digest_of_the_base(adapted):
+def test_a_checkpoint_holds_the_adapters_alone_and_names_the_digest_of_the_base(adapted, base):
     folder = checkpoint.find(adapted[0])[1]
     notes = checkpoint.read_notes(folder)
     names = {name.split(".")[1] for name in notes["digests"]["model"] if name.startswith("params.")}
     assert names == {"lora"}
+    assert model_io.read(adapted[0]).lineage["base"] == {
+        "model": str(base),
+        "digest": json_digest(notes["base"]["digests"]),
+    }
     assert "params.llm.layers.q.kernel" in notes["base"]["digests"]
 
 
@@ -180,7 +185,9 @@ def test_another_base_than_that_of_the_training_is_refused(easy_vqa, adapted, ba
         (dict(groups=((".*", 0.0, 0.0),)), "groups freeze the adapter lora/"),
         (dict(parent=""), "lora adapts a trained model: name it with --config.parent=MODEL"),
         (dict(lora__targets="llm/layers/qq"), "lora.targets='llm/layers/qq' matches no dense kernel; there are "),
-        (dict(lora__targets="("), "is no regex"),
+        (dict(lora__targets="("), "lora.targets='[(]' is no regex"),
+        (dict(lora__rank=-1), "lora.rank=-1 must be a whole number from 1 to 4096"),
+        (dict(lora__alpha=0.0), "lora.alpha=0.0 must be a positive number"),
         (
             dict(lora__dropout=0.1),
             r"lora.dropout=0.1 is not for vision/stage_1/.*: set it to 0, or leave out its target",

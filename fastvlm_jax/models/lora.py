@@ -9,6 +9,7 @@ their own, "lora", beside "params": see `variables_of`. A module whose kernel ha
 Legend: I inputs and O outputs of a kernel, r rank, L layers of a stack.
 """
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ Array = jax.Array
 NAME = "lora"  # of the subtree of the parameters, of the collection and of the random numbers
 # Where adapters are added to the kernel itself, which leaves no input to drop numbers of.
 MERGED = ("vision/", "llm/lm_head/")
+MOST_RANK = 4096
 
 
 class Lora(NamedTuple):
@@ -45,6 +47,23 @@ class Lora(NamedTuple):
     @property
     def factor(self) -> float:
         return self.alpha / (self.rank**0.5 if self.stabilised else self.rank)
+
+
+def problem(lora: Lora) -> str:
+    """Returns which attribute is out of range, in a line; "" if none is."""
+    if type(lora.rank) is not int or not 0 < lora.rank <= MOST_RANK:
+        return f"rank={lora.rank!r} must be a whole number from 1 to {MOST_RANK}"
+    if type(lora.alpha) not in (int, float) or not 0 < lora.alpha < math.inf:
+        return f"alpha={lora.alpha!r} must be a positive number"
+    if type(lora.dropout) not in (int, float) or not 0 <= lora.dropout < 1:
+        return f"dropout={lora.dropout!r} must be at least 0 and below 1"
+    if type(lora.stabilised) is not bool:
+        return f"stabilised={lora.stabilised!r} must be True or False"
+    try:
+        re.compile(lora.targets)
+    except (re.error, TypeError) as error:
+        return f"targets={lora.targets!r} is no regex: {error}"
+    return ""
 
 
 def paths_of(params: Any, targets: str) -> list[str]:

@@ -50,8 +50,8 @@ def test_flags_are_listed_required_first_then_as_they_are_defined_with_their_def
     assert out.partition("flags (* must be given):\n")[2] == (
         "* --source=...                model to convert, or its parts; the layout is recognised\n"
         "* --target=...                folder to write\n"
-        "  --layout=...                layout to write; one of native, hf, llava, timm, openclip, gguf, peft\n"
-        "                              (default native)\n"
+        "  --layout=...                layout to write; one of native, hf, llava, timm, openclip, gguf, peft (default\n"
+        "                              native)\n"
         "  --dtype=...                 dtype of the stored weights; default: as in the source; one of float32,\n"
         "                              bfloat16, float16\n"
         "  --gguf_type=...             type of the matrices in a GGUF file; default: f16; one of f16, f32, bf16, q8_0\n"

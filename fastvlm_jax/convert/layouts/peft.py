@@ -21,11 +21,10 @@ from fastvlm_jax.convert.weight_files import ADAPTER, open_weights, read_json, s
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.fastvlm import FastVLM, make_encoder
-from fastvlm_jax.models.lora import Lora
+from fastvlm_jax.models.lora import MOST_RANK, Lora
 
 CONFIG, STEM = ADAPTER[0], "adapter_model"
 BEFORE, PARTS = "base_model.model.", {"a": ".lora_A.weight", "b": ".lora_B.weight"}
-MOST_RANK = 4096
 # Keys of adapter_config.json whose values this package computes; those with another value are refused.
 EXPECTED = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),

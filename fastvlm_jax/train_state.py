@@ -67,7 +67,7 @@ def state_of(
         variables = kinds.init_variables(model, rng)
         return {"batch_stats": {}, **variables, "params": with_adapters(variables["params"], adapters, rng)}
 
-    boxed = jax.eval_shape(init, jax.random.key(0))
+    boxed = jax.eval_shape(lambda: init(jax.random.key(0)))
     frozen = optim.split(nn.unbox(boxed["params"]), groups)[1]
     narrow = {path for path in frozen if path.endswith(("/kernel", "/embedding"))} if frozen_dtype else ()
 

@@ -5,8 +5,9 @@ base is proved first, so that adapters meet only the weights that they were trai
 """
 
 import pathlib
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,14 @@ from fastvlm_jax.convert.mapping import SAME, Leaf
 from fastvlm_jax.convert.weight_files import DTYPES
 from fastvlm_jax.files import json_digest
 from fastvlm_jax.loaded import Adapters, Loaded
+from fastvlm_jax.metrics import best
 from fastvlm_jax.models import kinds
 from fastvlm_jax.models.kinds import Model
 from fastvlm_jax.models.lora import Lora, problem
 
 FORMATS = {"param_dtype": "float32", "frozen_dtype": "bfloat16"}  # keys of a run's config -> what they are if empty
+
+PART = re.compile(r"(?:^|,)(?:(?:base|lora|vision|projector|llm|text)=)+")  # before each path of a model in parts
 
 
 def is_adapted(run: Mapping[str, Any]) -> bool:
@@ -43,12 +47,18 @@ def base_of(source: str, name: str) -> str:
     Raises:
       ValueError: no model is there.
     """
-    if name and all(
-        pathlib.Path(part.rpartition("=")[2].split("@")[0]).expanduser().exists() for part in name.split(",")
-    ):
+    if name and all(map(_exists, PART.split(name)[1:] or [name])):
         return name
-    said = f"adapts {name}, which is not there" if name else "does not say what it adapts"
+    said = f"adapts {name[:200]}, which is not there" if name else "does not say what it adapts"
     raise ValueError(f"{source} {said}: give the model too, as base=MODEL,lora={source}")
+
+
+def _exists(path: str) -> bool:
+    """Returns whether there is a file or folder, or the workdir of WORKDIR@best."""
+    try:
+        return pathlib.Path(path.removesuffix(best.MARK)).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, or with a byte of 0
+        return False
 
 
 def join_run(
@@ -67,16 +77,18 @@ def join_run(
       ValueError: the config is not one of adapters, the base does not fit, or is not the one that the run began with;
         the last shows when a Leaf is read.
     """
-    config = run["config"]
+    config, notes = run["config"], checkpoint.read_notes(folder)
+    saved = notes["digests"]["model"] if notes["digests"] else {}
+    targets = [path.removesuffix(".a").replace(".", "/") for path in _below("params.lora.", saved) if path[-2:] == ".a"]
     try:
         lora = Lora(**config["lora"])
         if why := problem(lora):
             raise ValueError(why)
+        # The pattern of a stranger may take for ever to match; what was saved tells the same.
+        lora = lora._replace(targets="|".join(map(re.escape, targets)))
         params = kinds.abstract_params(model, lora)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: the `lora` of its config.json is {config['lora']!r}: {error}") from error
-    notes = checkpoint.read_notes(folder)
-    saved = notes["digests"]["model"] if notes["digests"] else {}
     flat = flatten_dict(params, sep="/")
     own = {path: x for path, x in flat.items() if f"params.{path.replace('/', '.')}" in saved}
     stats = kinds.abstract_variables(model)["batch_stats"]
@@ -88,7 +100,7 @@ def join_run(
     dtypes = [DTYPES.get(str(config.get(key) or default)) for key, default in FORMATS.items()]
     if None in dtypes:
         raise ValueError(f"{source}: its config.json has another {' or '.join(FORMATS)} than {', '.join(DTYPES)}")
-    proved = notes.get("base", {}).get("digests", {})
+    proved = _digests_of_base(notes)
 
     def of_base(path: str, leaf) -> tuple[np.dtype, str | None]:
         name = f"params.{path.replace('/', '.')}"
@@ -108,7 +120,19 @@ def join_run(
 
 def base_digest(folder: pathlib.Path) -> str:
     """Returns one digest of the base that a checkpoint of adapters names, made of those of its arrays."""
-    return json_digest(checkpoint.read_notes(folder).get("base", {}).get("digests", {}))
+    return json_digest(_digests_of_base(checkpoint.read_notes(folder)))
+
+
+def _digests_of_base(notes: Mapping[str, Any]) -> dict[str, str]:
+    """Returns name -> digest of the arrays of a base, from the notes of a checkpoint; {} if they have none."""
+    base = notes.get("base")
+    digests = base.get("digests") if isinstance(base, dict) else None
+    return digests if isinstance(digests, dict) else {}
+
+
+def _below(start: str, names: Iterable[str]) -> Iterator[str]:
+    """Yields the rest of the names that begin with `start`."""
+    return (name.removeprefix(start) for name in names if name.startswith(start))
 
 
 def read_peft(folder: pathlib.Path, base: Loaded) -> Loaded:
@@ -119,7 +143,7 @@ def read_peft(folder: pathlib.Path, base: Loaded) -> Loaded:
     lora, tree = peft.read(folder, model, peft.read_config(folder)[0])
     adapters = Adapters(lora, tree, base.source)
     flat = flatten_dict(base.variables["params"], sep="/")
-    adapted = set(lora.targets.replace("\\", "").split("|"))
+    adapted = {path.rpartition("/")[0] for path in flatten_dict(tree, sep="/")}
     joined = {
         path: _joined(str(folder), path, x, adapters, np.dtype(x.dtype), None) if path in adapted else x
         for path, x in flat.items()
@@ -170,7 +194,13 @@ class _Joined:
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         a = self._adapter["a"][index[:-1]]
         b = self._adapter["b"][(*index[:-2], slice(None), index[-1])]
-        return found.astype(np.float32) + a @ (self._factor * b)
+        found = found.astype(np.float32)
+        # In float64, kernel by kernel: in float32 the last bits depend on the machine and on the part that is read, and
+        # this model may be the base of other adapters, which know its digest.
+        b = self._factor * b.astype(np.float64)
+        for i in np.ndindex(found.shape[:-2]):
+            found[i] += a[i].astype(np.float64) @ b[i]
+        return found
 
 
 def _joined(source: str, path: str, leaf, adapters: Adapters, dtype: np.dtype, expected: str | None) -> Leaf:

@@ -54,10 +54,15 @@ def read(source: str | os.PathLike) -> Loaded:
       ValueError: a part is unknown or missing, or a file is damaged or of an unknown layout; the message names it and
         says what to do.
     """
+    return _read(source)
+
+
+def _read(source: str | os.PathLike, above: tuple[pathlib.Path, ...] = ()) -> Loaded:
+    """Reads a model; `above` are the folders of adapters that it is the base of, directly or through others."""
     if found := re.fullmatch(r"base=(.+),lora=([^=]+)", str(source)):
-        return _read_one(found[2], base=found[1])
+        return _read_one(found[2], above, base=found[1])
     if not re.match(rf"({'|'.join(PARTS)})=", str(source)):
-        return _read_one(source)
+        return _read_one(source, above)
     paths = {}
     for item in str(source).split(","):
         part, equals, path = item.partition("=")
@@ -67,7 +72,7 @@ def read(source: str | os.PathLike) -> Loaded:
     if "text" in paths and set(paths) != {"vision", "text"}:
         raise ValueError(f"{source}: a text tower needs an encoder beside it, and nothing else; {USAGE}")
     read_one = functools.cache(_read_one)
-    loaded = {part: read_one(path) for part, path in paths.items()}
+    loaded = {part: read_one(path, above) for part, path in paths.items()}
     config, variables = {"dtype": "float32"}, {}
     for part, model in loaded.items():
         if part not in model.variables["params"]:
@@ -105,7 +110,7 @@ def _joined_processor(loaded: dict[str, Loaded], config: dict[str, Any]) -> Proc
     return dataclasses.replace(processor, image_size=size, tokens_per_image=tokens, image_mean=mean, image_std=std)
 
 
-def _read_one(source: str | os.PathLike, base: str = "") -> Loaded:
+def _read_one(source: str | os.PathLike, above: tuple[pathlib.Path, ...], base: str = "") -> Loaded:
     path = pathlib.Path(source).expanduser()
     if path.name.endswith(best.MARK) and not path.exists():
         path = best.find_best(path.with_name(path.name.removesuffix(best.MARK)))
@@ -119,15 +124,18 @@ def _read_one(source: str | os.PathLike, base: str = "") -> Loaded:
         config = without_choices(stored) if isinstance(stored, dict) else stored
         model, _ = described(config, workdir / CONFIG)
         if adapted.is_adapted(run):
-            return _with_base(source, base or str(run["config"].get("parent")), workdir, folder, run, model, config)
+            loaded = _read_base(source, base or run["config"].get("parent"), workdir, above)
+            variables, adapters = adapted.join_run(str(source), folder, run, model, loaded)
+            own = {"model": loaded.source, "digest": adapted.base_digest(folder)}
+            lineage = {**lineage_at(run, int(folder.name)), "base": own}
+            return Loaded(str(source), config, variables, load_processor(workdir / "processor"), lineage, adapters)
         _refuse_base(base, source)
         variables = checkpoint.load_variables(folder, kinds.abstract_variables(model))
         read_processor = load_pair_processor if isinstance(model, CLIP) else load_processor
         processor = read_processor(workdir / "processor")
         return Loaded(str(source), config, variables, processor, lineage_at(run, int(folder.name)))
     if path.is_dir() and peft.holds_adapters(path):
-        base = base or adapted.base_of(str(source), peft.read_config(path)[1])
-        return adapted.read_peft(path, read(base))
+        return adapted.read_peft(path, _read_base(source, base or peft.read_config(path)[1], path, above))
     _refuse_base(base, source)
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)
@@ -139,12 +147,11 @@ def _read_one(source: str | os.PathLike, base: str = "") -> Loaded:
     return Loaded(str(source), config, variables, processor, lineage)
 
 
-def _with_base(source, base: str, workdir: pathlib.Path, folder: pathlib.Path, run, model: Model, config) -> Loaded:
-    """Reads a checkpoint of adapters with their base."""
-    base = adapted.base_of(str(source), base)
-    variables, adapters = adapted.join_run(str(source), folder, run, model, read(base))
-    lineage = {**lineage_at(run, int(folder.name)), "base": {"model": base, "digest": adapted.base_digest(folder)}}
-    return Loaded(str(source), config, variables, load_processor(workdir / "processor"), lineage, adapters)
+def _read_base(source: str | os.PathLike, name: Any, folder: pathlib.Path, above: tuple[pathlib.Path, ...]) -> Loaded:
+    """Reads the base of the adapters in a folder; `above`: see `_read`."""
+    if (folder := folder.resolve()) in above:
+        raise ValueError(f"{source} names itself as the model that it adapts: give the model as base=MODEL,lora=DIR")
+    return _read(adapted.base_of(str(source), name if isinstance(name, str) else ""), (*above, folder))
 
 
 def _refuse_base(base: str, source) -> None:

@@ -178,6 +178,26 @@ def test_another_base_than_that_of_the_training_is_refused(easy_vqa, adapted, ba
         run(adapted_config(easy_vqa, other, ema=0.5), tmp_path / "run")
 
 
+def with_config(adapted, target, **changes):
+    shutil.copytree(adapted[0], target)
+    run = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**run, "config": {**run["config"], **changes}}))
+    return target
+
+
+def test_the_targets_of_a_workdir_are_those_that_were_saved_whatever_its_pattern_is(adapted, tmp_path):
+    endless = dict(rank=2, alpha=4.0, targets="(?:[a-z/]|[a-z/]+)*!")  # matching it takes years
+    found = model_io.read(with_config(adapted, tmp_path / "run", lora=endless)).adapters
+    assert flatten_dict(found.params).keys() == flatten_dict(model_io.read(adapted[0]).adapters.params).keys()
+
+
+def test_a_workdir_that_names_itself_or_nothing_as_its_parent_is_refused(adapted, tmp_path):
+    with pytest.raises(ValueError, match="names itself as the model that it adapts"):
+        model_io.read(with_config(adapted, tmp_path / "run", parent=str(tmp_path / "run")))
+    with pytest.raises(ValueError, match="does not say what it adapts: give the model too"):
+        model_io.read(with_config(adapted, tmp_path / "other", parent=None))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -221,7 +241,10 @@ def changed(peft_folder, target, key, value):
         ("r", -1, "r is -1, it must be a whole number from 1 to 4096"),
         ("lora_alpha", "x", "lora_alpha is 'x', it must be a positive number"),
         ("init_lora_weights", "pissa", "init_lora_weights is 'pissa', whose adapters fit a changed base"),
+        ("init_lora_weights", "lora_ga", "init_lora_weights is 'lora_ga', whose adapters fit a changed base"),
         ("rank_pattern", {"q_proj": 4}, "rank_pattern is"),
+        ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens is"),
+        ("base_model_name_or_path", "~nobody-of-this-name/x", "which is not there: give the model"),
     ],
 )
 def test_a_peft_folder_that_cannot_be_computed_is_refused_by_key(peft_folder, tmp_path, key, value, message):

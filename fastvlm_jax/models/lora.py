@@ -61,7 +61,7 @@ def problem(lora: Lora) -> str:
         return f"stabilised={lora.stabilised!r} must be True or False"
     try:
         re.compile(lora.targets)
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
         return f"targets={lora.targets!r} is no regex: {error}"
     return ""
 

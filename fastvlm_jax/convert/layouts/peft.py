@@ -30,10 +30,11 @@ EXPECTED = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []), "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "lora_bias": (False, None),
     "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
-    "use_qalora": (False, None),
+    "use_qalora": (False, None), "use_bdlora": (None, False), "alora_invocation_tokens": (None,),
+    "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
 }  # fmt: skip
 # Ways to begin that change the base model too, so that the adapters fit no other.
-CHANGES_BASE = ("pissa", "olora", "loftq", "corda")
+CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def holds_adapters(folder: pathlib.Path) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from fastvlm_jax.models import fastvlm, lora
+from fastvlm_jax.models.decoder import Decoder, Linear
 from fastvlm_jax.models.lora import Lora
 
 LLM = dict(
@@ -82,3 +83,72 @@ def test_a_model_with_adapters_computes_what_one_with_merged_kernels_does(tower)
     moved = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(apart(params)))))(params)["lora"]
     idle = [path for path, x in flatten_dict(moved, sep="/").items() if not np.any(x)]
     assert idle == []
+
+
+DROPPED = Lora(rank=2, dropout=0.25)  # its targets are the kernels of the decoder's layers
+
+
+def gradients(remat, key=0, train=True):
+    """Those of the adapters of a decoder that reads one token, from a sum of its output."""
+    decoder = Decoder(**LLM, remat=remat)
+    ones = jnp.ones((1, 1), jnp.int32)
+    x = jax.random.normal(jax.random.key(3), (1, 1, 32))
+    params = {"llm": nn.unbox(decoder.init(jax.random.key(0), x, 0 * ones, ones))["params"]}
+    params = lora.with_adapters(params, DROPPED, jax.random.key(1))
+    params["lora"] = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(2), x.shape), params["lora"])
+
+    @jax.jit
+    def found(params, key):
+        variables = lora.variables_of(params, {}, DROPPED, train=train)
+        own = {"params": variables["params"]["llm"], "lora": variables["lora"]["llm"]}
+        rngs = {"lora": jax.random.fold_in(jax.random.key(4), key)}
+        return jnp.sum(jnp.sin(decoder.apply(own, x, 0 * ones, ones, rngs=rngs)))
+
+    value, moved = jax.value_and_grad(found)(params, key)
+    return value, moved["lora"]["llm"]["layers"]
+
+
+def kept(moved):
+    """Kernel -> whether each number of its input was kept, [layers, inputs]; queries and keys of one token are idle."""
+    return {name: np.any(moved[name]["kernel"]["a"] != 0, axis=-1) for name in ("v", "o", "gate", "up", "down")}
+
+
+def test_each_layer_each_kernel_and_each_step_drops_other_numbers():
+    (_, moved), (_, again) = gradients("none"), gradients("none", key=1)
+    masks = kept(moved)
+    share = np.mean([mask.mean() for mask in masks.values()])
+    assert 0.65 < share < 0.85 and all(0 < mask.mean() < 1 for mask in masks.values())
+    assert all(np.any(mask[0] != mask[1]) for mask in masks.values())
+    assert np.any(masks["gate"] != masks["up"])
+    assert all(np.any(mask != kept(again)[name]) for name, mask in masks.items())
+
+
+def test_what_is_computed_again_drops_the_same_numbers():
+    (value, moved), (expected, first) = gradients("full"), gradients("none")
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(y).max()) + 1e-9), moved, first
+    )
+
+
+def test_nothing_is_dropped_outside_training():
+    value, moved = gradients("none", train=False)
+    assert all(mask.all() for mask in kept(moved).values())
+    assert value == gradients("none", key=1, train=False)[0]
+
+
+def test_what_is_dropped_keeps_the_expectation():
+    kernel, x = jnp.zeros((8, 3)), jnp.arange(1.0, 9.0)[None]
+    params = {"kernel": kernel, "lora": {"kernel": {"a": jnp.ones((8, 1)), "b": jnp.ones((1, 3))}}}
+    layer = Linear(3, (None, None), use_bias=False, init_std=0.0)
+
+    def drawn(settings, key):
+        variables = lora.variables_of(params, {}, settings, train=True)
+        return layer.apply(variables, x, rngs={"lora": key})[0]
+
+    settings = Lora(rank=1, alpha=1.0, dropout=0.5)
+    found = jax.jit(jax.vmap(lambda key: drawn(settings, key)))(jax.random.split(jax.random.key(0), 4000))
+    # The sum of x is 36, and its variance that of the kept ones, doubled: sum(x**2) = 204.
+    np.testing.assert_allclose(found.mean(0), 36, atol=4 * (204 / 4000) ** 0.5)
+    np.testing.assert_allclose(found.var(0), 204, rtol=0.1)
+    np.testing.assert_allclose(drawn(settings._replace(dropout=0.0), jax.random.key(0)), 36)

@@ -1,7 +1,7 @@
 """Reads a model whose adapters (LoRA) are stored apart from their base: a workdir that trained them, or a PEFT folder.
 
-The kernels are merged when they are read, part by part: base + factor * a @ b, in float32. What a run recorded of its
-base is proved first, so that adapters meet only the weights that they were trained on.
+The kernels are merged when they are read, part by part: base + factor * a @ b, rounded to float32. What a run recorded
+of its base is proved first, so that adapters meet only the weights that they were trained on.
 """
 
 import pathlib

@@ -103,6 +103,28 @@ def test_ten_losses_are_the_same_on_every_mesh(batch, ten_losses, monkeypatch, m
     np.testing.assert_allclose(metrics["losses"], ten_losses, rtol=1e-4)
 
 
+ADAPTED = dict(
+    lora__rank=2, lora__dropout=0.2, lora__targets="(llm/layers|projector)/.*", model__vision__form="folded",
+    groups=(("lora/.*", 1e-2, 0.0), (".*", 0.0, 0.0)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapted(batch):
+    return steps(batch, 3, born=True, **ADAPTED)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2, 1), (1, 1, 1, 2)], ids=str)
+def test_adapters_learn_and_drop_the_same_on_every_mesh(batch, adapted, mesh):
+    state, metrics = steps(batch, 3, mesh, born=True, **ADAPTED)
+    losses = adapted[1]["losses"]
+    assert losses[2] < losses[0]
+    np.testing.assert_allclose(metrics["losses"], losses, rtol=1e-4)
+    q = state.params["lora"]["llm"]["layers"]["q"]["kernel"]
+    shards = [q[name].sharding.shard_shape(q[name].shape) for name in "ab"]
+    assert shards == [(2, 32 // mesh[2], 2), (2, 2, 32 // mesh[3])]
+
+
 def planted(batch, what):
     """Four batches of one image each a group, in [0, 1]; the third has what no update should be made of."""
     rng = np.random.default_rng(1)

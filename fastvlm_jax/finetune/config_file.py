@@ -20,7 +20,7 @@ def text(plan: Plan, model: str, train: str) -> str:
     settings = "\n".join(map(_line, plan.choices))
     return f'''"""Fine-tunes a model; written by `fastvlm init`. Change what you like, then run
 
-    {train}
+    {_escaped(train)}
 
 {remarks}
 """
@@ -29,7 +29,7 @@ from fastvlm_jax.parent import open_base
 
 
 def get_config():
-    c = open_base({json.dumps(f"parent={model}")})
+    c = open_base({_literal(f"parent={model}")})
 {settings}
     return c
 '''
@@ -45,10 +45,15 @@ def _line(choice: Choice) -> str:
     return "\n".join([textwrap.fill(choice.why, WIDTH, initial_indent="    # ", subsequent_indent="    # "), line])
 
 
+def _escaped(text: str) -> str:
+    """Returns text as it stands within three double quotes."""
+    return text.replace("\\", r"\\").replace('"', r"\"")
+
+
 def _literal(value: Any) -> str:
     """Returns a value as Python writes it, with double quotes."""
     if isinstance(value, str):
-        return json.dumps(value)
+        return json.dumps(value, ensure_ascii=False)  # JSON writes what is beyond 16 bits as Python does not
     if isinstance(value, tuple):
         return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
     return repr(value)

@@ -1,6 +1,5 @@
 """Measures what a data set asks of a training run: sizes, lengths, number of pictures, and the kind of its answers."""
 
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,6 @@ class Facts(NamedTuple):
       text: mean number of text tokens of a record.
       longest: text tokens of the longest record.
       words: words of the median answer.
-      numbers: share of the answers that are numbers.
     """
 
     records: int
@@ -38,7 +36,6 @@ class Facts(NamedTuple):
     text: float
     longest: int
     words: float
-    numbers: float
 
 
 def measure(source: RecordSource, processor: Processor, template: str) -> Facts:
@@ -53,7 +50,6 @@ def measure(source: RecordSource, processor: Processor, template: str) -> Facts:
         raise ValueError(f"no record of {source.folder}, split {source.split!r}, can be used: {why}")
     usable = index.num_segments > 0
     sides = np.maximum(index.width, index.height)
-    answers = answers_of(source)
     return Facts(
         records=int(usable.sum()),
         unusable=len(index.unusable),
@@ -63,8 +59,7 @@ def measure(source: RecordSource, processor: Processor, template: str) -> Facts:
         side=int(np.quantile(sides, 0.9, method="higher")) if len(sides) else 0,
         text=float(index.text.mean()),
         longest=int(index.text.max()),
-        words=float(np.median([len(answer.split()) for answer in answers])),
-        numbers=float(np.mean([bool(re.fullmatch(r"[-+]?[\d.,]+%?", answer)) for answer in answers])),
+        words=float(np.median([len(answer.split()) for answer in answers_of(source)])),
     )
 
 
@@ -76,7 +71,6 @@ def answers_of(source: RecordSource) -> list[str]:
             turns = source[number].turns
         except ValueError:  # a damaged record, which the index counts as unusable
             continue
-        answers = (content for role, content in turns if role == "assistant")
         answers = (content for role, content in turns if role == "assistant")
         found += [" ".join(part for part in content if isinstance(part, str)).strip() for content in answers]
     return found or [""]

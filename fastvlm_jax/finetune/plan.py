@@ -74,21 +74,24 @@ def choose(model: str, data: str, facts: Facts, held_out: int, *, lora: bool, de
     if loaded.processor is None:
         raise ValueError(f"{model} has no tokenizer: put its tokenizer.json beside its config.json")
     config = open_base(f"parent={model}")
+    groups, each = _records(facts, devices.count)
+    without = f", {facts.text_only:.0%} of them without any" if facts.text_only else ""
     choices = [
         Choice("stage", "finetune", ""),
-        Choice("data.path", data, f"{facts.records:,} records with {facts.pictures:,} pictures"),
+        Choice("data.path", data, f"{facts.records:,} records with {facts.pictures:,} pictures{without}"),
         Choice("data.turns", TURNS, "a record shows its pictures once, for all its questions"),
         _size(config, facts),
     ]
     _apply(config, choices)
-    choices += _batch(config, facts, devices.count)
-    choices += _course(config, facts, lora)
+    choices += _batch(config, facts, groups, each)
+    per_epoch = max(1, facts.records // (groups * each))
+    choices += _course(config, per_epoch, lora)
     metric = next((name for name, words in METRICS.items() if facts.words <= words), "f1")
-    choices += _evaluation(facts, held_out, metric, choices)
-    if jax.default_backend() == "cpu":
+    choices += _evaluation(per_epoch, held_out, max(1, held_out // (groups * each)), metric, choices)
+    if gpu.is_cpu(devices):
         choices.append(Choice("model.dtype", "float32", "a CPU computes bfloat16 more slowly"))
     _apply(config, choices)
-    for more in _lighter(config, lora):
+    for more in _lighter(config, lora, devices.count):
         tried = config.copy_and_resolve_references()
         _apply(tried, more)
         needed = sum(gpu.memory(tried, devices)[0].values())
@@ -126,13 +129,16 @@ def _size(config: ml_collections.ConfigDict, facts: Facts) -> Choice:
     return Choice("data.image_size", wanted, f"{within}; the model's own is {own}")
 
 
-def _batch(config: ml_collections.ConfigDict, facts: Facts, count: int) -> list[Choice]:
+def _records(facts: Facts, count: int) -> tuple[int, int]:
+    """Returns (groups of a batch, records of a group) for `count` devices."""
+    groups = count * max(1, 4 // count)
+    return groups, max(1, (SAMPLES if facts.records >= FEW else SAMPLES // 2) // groups)
+
+
+def _batch(config: ml_collections.ConfigDict, facts: Facts, groups: int, each: int) -> list[Choice]:
     """Chooses groups, image slots and the length of rows for packed batches."""
     encoder, side = make_encoder(**config.model.vision.to_dict()), config.data.image_size
     rows, columns = encoder.grid(side, side)
-    samples = SAMPLES if facts.records >= FEW else SAMPLES // 2
-    groups = count * max(1, 4 // count)
-    each = max(1, samples // groups)
     pictures = facts.pictures / facts.records
     slots = max(facts.most_pictures, math.ceil(each * pictures), 1)
     mean, longest = rows * columns * pictures + facts.text, rows * columns * facts.most_pictures + facts.longest
@@ -150,10 +156,8 @@ def _batch(config: ml_collections.ConfigDict, facts: Facts, count: int) -> list[
     ]
 
 
-def _course(config: ml_collections.ConfigDict, facts: Facts, lora: bool) -> list[Choice]:
+def _course(config: ml_collections.ConfigDict, per_epoch: int, lora: bool) -> list[Choice]:
     """Chooses epochs and rates."""
-    batch = min(facts.records, SAMPLES if facts.records >= FEW else SAMPLES // 2)
-    per_epoch = max(1, facts.records // batch)
     epochs = min(max(math.ceil(STEPS / per_epoch), EPOCHS[0]), EPOCHS[1])
     rate = min(RATE * max(1.0, WIDTH / config.model.llm.width) ** 2, HIGHEST)
     found = [Choice("epochs", float(epochs), f"about {epochs * per_epoch} steps; keep_best guards against too many")]
@@ -169,18 +173,16 @@ def _course(config: ml_collections.ConfigDict, facts: Facts, lora: bool) -> list
     ]
 
 
-def _evaluation(facts: Facts, held_out: int, metric: str, choices: list[Choice]) -> list[Choice]:
-    """Chooses when the run is evaluated, and on what."""
-    values = {choice.key: choice.value for choice in choices}
-    batch = values["data.groups"] * max(1, SAMPLES // values["data.groups"])
-    steps = int(values["epochs"] * max(1, facts.records // batch))
-    every = max(5, -(-steps // 8))
+def _evaluation(per_epoch: int, held_out: int, batches: int, metric: str, choices: list[Choice]) -> list[Choice]:
+    """Chooses when the run is evaluated, about eight times, and on what."""
+    epochs = next(choice.value for choice in choices if choice.key == "epochs")
+    every = max(5, math.ceil(epochs * per_epoch / 8))
     found = [Choice("log_every", max(1, every // 5), ""), Choice("checkpoint_every", every, "")]
     if not held_out:
         return found
     found += [
         Choice("eval_every", every, f"{held_out} records are held out"),
-        Choice("eval_batches", min(8, max(1, held_out // batch)), "batches of the loss of the held-out records"),
+        Choice("eval_batches", min(8, batches), "batches of the loss of the held-out records"),
         Choice("keep_best", "validation/loss", "the checkpoint that is evaluated and used"),
     ]
     if metric == "exact":
@@ -188,13 +190,13 @@ def _evaluation(facts: Facts, held_out: int, metric: str, choices: list[Choice])
     return found
 
 
-def _lighter(config: ml_collections.ConfigDict, lora: bool) -> Iterator[list[Choice]]:
+def _lighter(config: ml_collections.ConfigDict, lora: bool, count: int) -> Iterator[list[Choice]]:
     """Yields further settings, the fastest first and then those that take less and less memory."""
     why = "nothing is computed twice: the memory suffices"
     none = [Choice(f"model.{part}.remat", "none", why) for part in ("vision", "llm")]
     yield none
     yield []
-    parts = [n for n in (2, 4, 8, 16) if config.data.groups % n == 0]
+    parts = [n for n in (2, 4, 8, 16) if config.data.groups % (count * n) == 0]
     less = []
     for count in parts:
         less = [Choice("accumulate", count, "parts of a batch one after another, for less memory")]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from etils import epath
 
 from fastvlm_jax import model_io
+from fastvlm_jax.adapted import PART
 from fastvlm_jax.data.sources import MANIFEST, read_manifest, read_shards
 from fastvlm_jax.distributed import Interrupted, StopRequest
 from fastvlm_jax.files import read_object, write_json, write_whole
@@ -59,9 +61,11 @@ def init(model: str, data: str, output: pathlib.Path, *, lora: bool, devices: gp
     Raises:
       FileNotFoundError, ValueError: the model or the data cannot be read, or do not fit; see `plan.choose`.
     """
-    file, place = output / CONFIG, os.fspath(pathlib.Path(data).expanduser().absolute())
+    file, place = output / CONFIG, absolute(data)
     asked = {"model": absolute(model), "data": place, "lora": lora}
     if file.exists():
+        if not (output / CHOICE).exists():
+            raise ValueError(f"{file} is not of `fastvlm init`, whose {CHOICE} lies beside it: name another --output")
         before = read_object(output / CHOICE)
         if other := [name for name, value in asked.items() if before.get(name) != value]:
             raise ValueError(
@@ -85,8 +89,13 @@ def init(model: str, data: str, output: pathlib.Path, *, lora: bool, devices: gp
 
 def absolute(model: str) -> str:
     """Returns a source of `model_io.read` with absolute paths, so that it means the same from everywhere."""
-    parts = [part.rpartition("=") for part in model.split(",")]
-    return ",".join(f"{name}{equals}{pathlib.Path(path).expanduser().absolute()}" for name, equals, path in parts)
+    pieces = re.split(f"({PART.pattern})", model)
+    pieces[::2] = [path and _absolute(path) for path in pieces[::2]]
+    return "".join(pieces)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.fspath(pathlib.Path(path).expanduser().absolute())
 
 
 def finetune(model: str, data: str, output: pathlib.Path, *, lora: bool, images: Sequence[str] = ()) -> None:

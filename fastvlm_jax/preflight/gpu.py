@@ -56,14 +56,19 @@ def memory_here() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def is_cpu(devices: Gpus) -> bool:
+    """Returns whether the devices are a CPU."""
+    return devices.name.startswith("cpu")
+
+
 def margin(devices: Gpus) -> float:
     """Returns how many times the arithmetic a compiled step may need."""
-    return CPU_MARGIN if devices.name.startswith("cpu") else MARGIN
+    return CPU_MARGIN if is_cpu(devices) else MARGIN
 
 
 def share_of(devices: Gpus) -> float:
     """Returns the share of a device's memory that a run may take."""
-    return 1.0 if devices.name.startswith("cpu") else usable_share()
+    return 1.0 if is_cpu(devices) else usable_share()
 
 
 def usable(devices: Gpus) -> Gpus:

@@ -68,6 +68,19 @@ def test_the_settings_stay_as_they_are_and_another_model_is_refused(tuned, model
         run.init(model, str(tuned / "data"), tuned, lora=False)
 
 
+def test_sources_keep_their_meaning_in_other_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run.absolute("runs/lr=1/a@best") == f"{tmp_path}/runs/lr=1/a@best"
+    assert run.absolute("base=vision=a,llm=/b,lora=c") == f"base=vision={tmp_path}/a,llm=/b,lora={tmp_path}/c"
+    assert run.absolute("gs://bucket/shards") == "gs://bucket/shards"
+
+
+def test_a_config_of_ones_own_is_not_taken_for_that_of_init(model, tmp_path):
+    (tmp_path / "config.py").write_text("")
+    with pytest.raises(ValueError, match=r"config.py is not of `fastvlm init`, whose choice.json lies beside it"):
+        run.init(model, "data", tmp_path, lora=False)
+
+
 def test_a_part_that_fails_ends_the_command_with_its_name(model, tmp_path, capfd):
     with pytest.raises(run.Failed, match="`fastvlm data` ended with status 1; mend that, and the same command goes on"):
         run.finetune(model, str(tmp_path / "none.json"), tmp_path / "out", lora=False)

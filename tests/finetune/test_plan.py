@@ -13,8 +13,7 @@ from fastvlm_jax.processor import Processor
 from fastvlm_jax.text.tokenizer import load_tokenizer
 
 FACTS = Facts(
-    records=400, unusable=3, pictures=400, most_pictures=1, text_only=0.0, side=100, text=36.0, longest=60, words=1.0,
-    numbers=0.0,
+    records=400, unusable=3, pictures=400, most_pictures=1, text_only=0.0, side=100, text=36.0, longest=60, words=1.0
 )  # fmt: skip
 LARGE = Gpus("gpu:80GB", 1, 80e9)
 
@@ -78,12 +77,25 @@ def test_few_records_have_smaller_batches_and_more_epochs(model):
     found, _ = values(model, FACTS._replace(records=40, pictures=40), held_out=0)
     assert found["data.groups"] * found["data.images_per_group"] == 8
     assert found["epochs"] == 20.0  # 5 steps an epoch
+    assert found["checkpoint_every"] == 13  # an eighth of 100 steps
     assert not {"keep_best", "evaluate", "eval_every"} & found.keys()
 
 
 def test_groups_are_spread_over_all_devices(model):
-    found, _ = values(model, devices=Gpus("gpu:8x80GB", 8, 80e9))
+    found, made = values(model, devices=Gpus("gpu:8x80GB", 8, 80e9))
     assert (found["data.groups"], found["data.images_per_group"]) == (8, 2)
+    lighter = [choice.key for more in plan._lighter(made.config, False, 8) for choice in more]
+    assert "accumulate" not in lighter and "moment_dtype" in lighter  # a group on each device has no parts
+
+
+def test_the_dtype_is_that_of_the_devices_that_are_asked_for(model):
+    assert "model.dtype" not in values(model)[0]
+    assert values(model, devices=Gpus("cpu:80GB", 1, 80e9))[0]["model.dtype"] == "float32"
+
+
+def test_records_without_a_picture_are_told(model):
+    _, made = values(model, FACTS._replace(pictures=300, text_only=0.25))
+    assert made.choices[1].why == "400 records with 300 pictures, 25% of them without any"
 
 
 def test_with_less_memory_more_is_computed_again_and_in_turn(model):
@@ -110,6 +122,15 @@ def test_the_config_file_gives_the_settings_that_were_chosen(model, tmp_path):
         file.write_text(config_file.text(made, model, "fastvlm train"))
         assert runpy.run_path(str(file))["get_config"]() == made.config
         assert max(map(len, file.read_text().splitlines())) <= 120
+
+
+def test_any_path_stands_in_the_file_as_it_is(model, tmp_path):
+    _, made = values(model)
+    odd = made.choices[1]._replace(value='/d/\\N"""😀')
+    file, command = tmp_path / "config.py", 'fastvlm train --workdir=\'/d/\\N"""😀\''
+    file.write_text(config_file.text(made._replace(choices=[odd]), model, command))
+    ran = runpy.run_path(str(file))
+    assert ran["get_config"]().data.path == odd.value and command in ran["__doc__"]
 
 
 def test_models_that_cannot_be_tuned_are_refused(model, json_file, tmp_path):

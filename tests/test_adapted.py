@@ -1,6 +1,7 @@
 """Adapters and the base that they name: where it is looked for, what it may not be, and how both are added up."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -47,6 +48,15 @@ def test_adapters_that_name_themselves_as_their_base_are_refused(tmp_path):
 @pytest.mark.parametrize("targets", ["(", "a{99999999999}", "(" * 5000, None])
 def test_a_pattern_that_cannot_be_compiled_is_named(targets):
     assert problem(Lora(2, targets=targets)).startswith("targets=")
+
+
+@pytest.mark.parametrize("alpha", [10**400, float("inf"), 0, True])
+def test_an_alpha_that_is_no_factor_is_named(tmp_path, alpha):
+    assert problem(Lora(2, alpha=alpha)).startswith("alpha=")
+    file = pathlib.Path(peft_folder(tmp_path / "adapters", "base")) / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": alpha}))
+    with pytest.raises(ValueError, match=r"lora_alpha is .*, it must be a positive number up to 1e\+09"):
+        model_io.read(file.parent)
 
 
 def test_a_sum_has_the_same_bits_whatever_part_of_it_is_read():

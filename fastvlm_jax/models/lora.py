@@ -9,7 +9,6 @@ their own, "lora", beside "params": see `variables_of`. A module whose kernel ha
 Legend: I inputs and O outputs of a kernel, r rank, L layers of a stack.
 """
 
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ Array = jax.Array
 NAME = "lora"  # of the subtree of the parameters, of the collection and of the random numbers
 # Where adapters are added to the kernel itself, which leaves no input to drop numbers of.
 MERGED = ("vision/", "llm/lm_head/")
-MOST_RANK = 4096
+MOST_RANK, MOST_ALPHA = 4096, 1e9
 
 
 class Lora(NamedTuple):
@@ -53,8 +52,8 @@ def problem(lora: Lora) -> str:
     """Returns which attribute is out of range, in a line; "" if none is."""
     if type(lora.rank) is not int or not 0 < lora.rank <= MOST_RANK:
         return f"rank={lora.rank!r} must be a whole number from 1 to {MOST_RANK}"
-    if type(lora.alpha) not in (int, float) or not 0 < lora.alpha < math.inf:
-        return f"alpha={lora.alpha!r} must be a positive number"
+    if type(lora.alpha) not in (int, float) or not 0 < lora.alpha <= MOST_ALPHA:
+        return f"alpha={lora.alpha!r} must be a positive number up to {MOST_ALPHA:g}"
     if type(lora.dropout) not in (int, float) or not 0 <= lora.dropout < 1:
         return f"dropout={lora.dropout!r} must be at least 0 and below 1"
     if type(lora.stabilised) is not bool:

@@ -6,7 +6,6 @@ A tensor is named after the module that it adapts:
     base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_B.weight    [O, r]
 """
 
-import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from fastvlm_jax.convert.weight_files import ADAPTER, open_weights, read_json, s
 from fastvlm_jax.models.decoder import Decoder
 from fastvlm_jax.models.fastvit import FastViT
 from fastvlm_jax.models.fastvlm import FastVLM, make_encoder
-from fastvlm_jax.models.lora import MOST_RANK, Lora
+from fastvlm_jax.models.lora import MOST_ALPHA, MOST_RANK, Lora
 
 CONFIG, STEM = ADAPTER[0], "adapter_model"
 BEFORE, PARTS = "base_model.model.", {"a": ".lora_A.weight", "b": ".lora_B.weight"}
@@ -64,8 +63,8 @@ def read_config(folder: pathlib.Path) -> tuple[Lora, str]:
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
     if type(rank) is not int or not 0 < rank <= MOST_RANK:
         raise ValueError(f"{file}: r is {rank!r}, it must be a whole number from 1 to {MOST_RANK}")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-        raise ValueError(f"{file}: lora_alpha is {alpha!r}, it must be a positive number")
+    if type(alpha) not in (int, float) or not 0 < alpha <= MOST_ALPHA:
+        raise ValueError(f"{file}: lora_alpha is {alpha!r}, it must be a positive number up to {MOST_ALPHA:g}")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ValueError(f"{file}: lora_dropout is {dropout!r}, it must be at least 0 and below 1")
     base, stabilised = config.get("base_model_name_or_path"), config.get("use_rslora", False)

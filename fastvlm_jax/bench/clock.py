@@ -5,6 +5,7 @@ times = take_turns({"f": lambda: program(x), "g": other}, runs=20, warmup=3)
 spread(times["f"])                       {"median": 0.0123, "p10": 0.0121, "p90": 0.0131}
 """
 
+import ctypes
 import importlib.metadata
 import os
 import pathlib
@@ -17,6 +18,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+STATUS = pathlib.Path("/proc/self/status")  # of this process, on Linux
 
 
 def compile_ahead(fn: Any, *args: Any, **kwargs: Any) -> tuple[Any, float]:
@@ -65,6 +68,30 @@ def program_bytes(program: Any) -> int:
     stats = program.memory_analysis()
     results = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return stats.argument_size_in_bytes + results + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+
+
+def resident() -> int | None:
+    """Returns the bytes that this process holds, what it freed given back before; None where Linux does not say."""
+    if not STATUS.is_file():
+        return None
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    return _kilobytes("VmRSS")
+
+
+def most_resident(call: Callable[[], Any]) -> int | None:
+    """Runs a function and returns the most bytes that this process held meanwhile; None where Linux does not say."""
+    before = resident()
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the count begins anew
+    except OSError:
+        before = None
+    call()
+    return None if before is None else _kilobytes("VmHWM")
+
+
+def _kilobytes(name: str) -> int:
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)[1])
 
 
 def device_name(device: jax.Device) -> str:

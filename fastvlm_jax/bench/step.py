@@ -27,9 +27,11 @@ from fastvlm_jax import config_checks, optim, stage
 from fastvlm_jax.batch import Batch, parts_of
 from fastvlm_jax.bench import clock
 from fastvlm_jax.chips import peak_flops
+from fastvlm_jax.config_values import lora_of
 from fastvlm_jax.kernels.cross_entropy import cross_entropy
 from fastvlm_jax.models import fastvlm, flops, kinds
 from fastvlm_jax.models.fastvlm import FastVLM
+from fastvlm_jax.models.lora import NAME, variables_of
 from fastvlm_jax.train_state import TrainState
 
 STEPS = 10_000  # steps of the schedule: no program depends on it
@@ -80,10 +82,14 @@ def measure(
         model = kinds.build(**config.model.to_dict())
         step = stage.make_step(config, model, mesh, steps=STEPS)
         batch = random_batch(config, model, mesh)
-        made = Programs(step.make_state(jax.random.key(config.seed), None))
-        whole = _add_whole(made, step, batch)
-        clock.take_turns(made.calls, 0, max(warmup, 1))
-        peak = clock.peak_memory(mesh.devices.flat[0], [whole])  # before the other programs need memory
+        whole, seconds = clock.compile_ahead(step.fn, step.abstract, batch)
+        before = clock.resident()
+        made = Programs(step.make_state(jax.random.key(config.seed), None), compile_seconds={"whole": seconds})
+        _add_whole(made, whole, batch)
+        memory = memory_of(config, made.state, whole)
+        # Before the other programs need memory.
+        during = clock.most_resident(lambda: clock.take_turns(made.calls, 0, max(warmup, 1)))
+        peak = clock.peak_memory(mesh.devices.flat[0], [whole])
         _add_gradients(made, config, model, batch)
         _add_optimizer(made, config, step)
         theirs = others(model, batch) if others else {}
@@ -95,7 +101,7 @@ def measure(
         for name, other in theirs.items()
     ]
     return found | {
-        "peak_bytes": peak[0], "peak_is": peak[1], "program_bytes": clock.program_bytes(whole),
+        **memory, "peak_bytes": peak[0], "peak_is": peak[1], "resident_bytes": {"before": before, "most": during},
         "compile_seconds": made.compile_seconds, "runs": runs, "warmup": warmup, "versions": clock.versions(),
     }  # fmt: skip
 
@@ -127,22 +133,34 @@ def random_batch(config, model: FastVLM, mesh: jax.sharding.Mesh) -> Batch:
     return jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), values, abstract)
 
 
-def _add_whole(made: Programs, step: stage.Step, batch: Batch) -> Any:
-    """Compiles the step that the trainer runs, adds it as "whole" and returns the program."""
-    program, made.compile_seconds["whole"] = clock.compile_ahead(step.fn, made.state, batch)
+def memory_of(config, state: TrainState, program: Any) -> dict[str, int]:
+    """Returns the bytes on a device of the state, of all gradients, in float32, and of the compiled step."""
+
+    def elements(x) -> int:
+        return math.prod(x.sharding.shard_shape(x.shape))
+
+    trainable = optim.split(state.params, config.groups)[0]
+    return {
+        "state_bytes": sum(elements(x) * x.dtype.itemsize for x in jax.tree.leaves(state)),
+        "gradient_bytes": 4 * sum(map(elements, trainable.values())),
+        "program_bytes": clock.program_bytes(program),
+    }
+
+
+def _add_whole(made: Programs, program: Any, batch: Batch) -> None:
+    """Adds the step that the trainer runs as "whole"."""
 
     def run():
         made.state, metrics = program(made.state, batch)
         return made.state, metrics
 
     made.calls["whole"] = run
-    return program
 
 
 def _add_gradients(made: Programs, config, model: FastVLM, batch: Batch) -> None:
     """Compiles the programs of encoder, language model and loss, on what the step takes of the batch at a time."""
     own = jax.jit(lambda batch: jax.tree.map(lambda x: parts_of(x, config.accumulate)[0], batch))(batch)
-    learns = any(path.startswith("vision/") for path in optim.split(made.state.params, config.groups)[0])
+    learns = any(map(_of_encoder, optim.split(made.state.params, config.groups)[0]))
     encode = encoder(config, model)
     features = made.add("encoder forward", encode, own)(made.state, own)
     if learns:
@@ -153,13 +171,19 @@ def _add_gradients(made: Programs, config, model: FastVLM, batch: Batch) -> None
     made.add("loss", loss_gradient(config), own, hidden)
 
 
+def _of_encoder(path: str) -> bool:
+    """Returns whether a parameter, or the kernel of an adapter, is the encoder's."""
+    return path.removeprefix(f"{NAME}/").startswith("vision/")
+
+
 def encoder(config, model: FastVLM) -> Callable:
     """Returns (state, batch) -> the encoder's features [G, N * L, C], as a training step computes them."""
     alone = fastvlm.build(vision=config.model.vision.to_dict(), dtype=model.dtype)
     rngs = {"drop_path": jax.random.key(0)} if config.model.vision.get("drop_path") else None
 
     def encode(state: TrainState, batch: Batch):
-        variables = {"params": {"vision": state.params["vision"]}, "batch_stats": state.batch_stats}
+        variables = variables_of(state.params, state.batch_stats, lora_of(config), train=True)
+        variables = {name: {part: tree[part] for part in tree if part == "vision"} for name, tree in variables.items()}
         how = {"train": True, "mutable": ["batch_stats"], "rngs": rngs, "method": "encode"}
         return alone.apply(variables, batch.images, batch.image_mask, **how)[0]
 
@@ -171,7 +195,7 @@ def encoder_gradient(config, encode: Callable) -> Callable:
 
     def gradient(state: TrainState, batch: Batch, cotangent):
         trainable, frozen = optim.split(state.params, config.groups)
-        own = {path: x for path, x in trainable.items() if path.startswith("vision/")}
+        own = {path: x for path, x in trainable.items() if _of_encoder(path)}
 
         def features(own):
             return encode(state.replace(params=optim.merge({**trainable, **own}, frozen)), batch)
@@ -190,11 +214,13 @@ def language_model_gradient(config, model: FastVLM, to_features: bool) -> Callab
 
     def gradient(state: TrainState, batch: Batch, features):
         trainable, frozen = optim.split(state.params, config.groups)
-        own = {path: x for path, x in trainable.items() if not path.startswith("vision/")}
+        own = {path: x for path, x in trainable.items() if not _of_encoder(path)}
+        rngs = {NAME: jax.random.key(0)}
 
         def value(own, features):
             params = optim.merge({**trainable, **own}, frozen)
-            return jnp.mean(model.apply({"params": params}, features, batch, method=losses))
+            variables = variables_of(params, {}, lora_of(config), train=True)
+            return jnp.mean(model.apply(variables, features, batch, method=losses, rngs=rngs))
 
         return jax.grad(value, argnums=(0, 1) if to_features else 0)(own, features)
 
@@ -213,7 +239,8 @@ def loss_gradient(config) -> Callable:
             rows = hidden.reshape(-1, *hidden.shape[2:]), batch.targets.reshape(-1, batch.targets.shape[-1])
             return jnp.mean(cross_entropy(rows[0], table if tied else table.T, rows[1]))
 
-        argnums = (0, 1) if name in trainable else 0
+        learns = any(path.removeprefix(f"{NAME}/").startswith(name) for path in trainable)
+        argnums = (0, 1) if learns else 0
         return jax.grad(value, argnums)(hidden, {**trainable, **frozen}[name])
 
     return gradient
@@ -246,8 +273,7 @@ def figures(config, model: FastVLM, mesh: jax.sharding.Mesh, times: Mapping[str,
     """Returns parts, rates and MFU from the seconds of the programs' runs; "mfu" is None where no peak is known."""
     data, devices = config.data, list(mesh.devices.flat)
     images, rows = data.groups * data.images_per_group, data.groups * data.rows_per_group
-    params = kinds.abstract_variables(model)["params"]
-    trainable, frozen = optim.split(params, config.groups)
+    trainable, frozen = optim.split(kinds.abstract_params(model, lora_of(config)), config.groups)
     counts = collections.Counter()
     for path, leaf in {**trainable, **frozen}.items():
         counts[path.partition("/")[0]] += math.prod(leaf.shape)

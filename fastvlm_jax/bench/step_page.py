@@ -25,7 +25,8 @@ def text(found: dict[str, Any]) -> str:
         "",
         f"- {found['images/s']:,.2f} images/s, {found['tokens/s']:,.0f} tokens/s{_mfu(found)}",
         f"- memory: {found['peak_bytes'] / GIB:.2f} GiB ({found['peak_is']}); the compiled step needs "
-        f"{found['program_bytes'] / GIB:.2f} GiB",
+        f"{found['program_bytes'] / GIB:.2f} GiB; state {found['state_bytes'] / GIB:.2f} GiB, all gradients "
+        f"{found['gradient_bytes'] / GIB:.2f} GiB{_resident(found['resident_bytes'])}",
         "- compiled in " + ", ".join(f"{seconds:.1f} s ({name})" for name, seconds in found["compile_seconds"].items()),
     ]
     for other in found["against"]:
@@ -63,6 +64,13 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
 
 def _signed(seconds: float) -> str:
     return milliseconds(seconds) if seconds >= 0 else f"-{milliseconds(-seconds)}"
+
+
+def _resident(resident: dict[str, int | None]) -> str:
+    if None in resident.values():
+        return ""
+    before, most = (resident[name] / GIB for name in ("before", "most"))
+    return f"; the process held {most:.2f} GiB at most during the step, {before:.2f} GiB without the state"
 
 
 def _mfu(found: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from absl import logging
 from fastvlm_jax import optim
 from fastvlm_jax.batch import Batch
 from fastvlm_jax.bench import transformers_model
+from fastvlm_jax.config_values import lora_of
 from fastvlm_jax.models.fastvlm import FastVLM
 from fastvlm_jax.models.kinds import abstract_variables
 
@@ -73,6 +74,8 @@ def check(config, model: FastVLM, batch: Batch) -> None:
             f"--against transformers: a row must hold the {wanted} image tokens of its group: set "
             f"--config.data.row_length={wanted} or more"
         )
+    if lora_of(config):
+        raise ValueError("--against transformers has no adapters: set --config.lora.rank=0")
     if config.accumulate != 1:
         raise ValueError("--against transformers takes the whole batch at once: set --config.accumulate=1")
     if config.model.vision.get("batch_norm") == "train":

@@ -39,7 +39,7 @@ def preflight(argv: list[str]) -> None:
 
     if gpu.is_arithmetic(fv.topology):
         if unfit := [name for name in ("mode", "search", "records", "rows") if fv[name].present]:
-            raise flags.Error(f"--{unfit[0]} needs a compiler, which there is none of for GPUs: leave it out")
+            raise flags.Error(f"--{unfit[0]} needs a compiler, which there is none of for GPUs and CPUs: leave it out")
         found = gpu.preflight(fv.config, fv.topology)
         to_json(found, fv.output)
         print(gpu.text(found))

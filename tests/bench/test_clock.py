@@ -4,6 +4,7 @@ import statistics
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fastvlm_jax.bench import clock
@@ -33,6 +34,16 @@ def test_the_spread_interpolates_between_runs():
     seconds = [3.0, 1.0, 2.0, 4.0, 10.0]
     expected = statistics.quantiles(seconds, n=10, method="inclusive")
     assert clock.spread(seconds) == pytest.approx({"median": 3.0, "p10": expected[0], "p90": expected[-1]})
+
+
+def test_the_most_that_a_process_held_is_counted_from_when_a_function_begins():
+    def hold(megabytes):
+        return lambda: np.ones(megabytes * 2**20, np.uint8).sum()
+
+    clock.most_resident(hold(400))  # is forgotten
+    before = clock.resident()
+    assert clock.most_resident(hold(100)) - before == pytest.approx(100 * 2**20, abs=20 * 2**20)
+    assert clock.resident() - before < 20 * 2**20
 
 
 def test_the_memory_of_a_program_holds_its_arguments_and_results():

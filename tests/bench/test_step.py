@@ -15,9 +15,10 @@ from small import ONE_STAGE, small_config
 
 from fastvlm_jax import losses, optim, stage
 from fastvlm_jax.bench import attention, step, step_page
+from fastvlm_jax.config_values import lora_of
 from fastvlm_jax.kernels.attention import plain
 from fastvlm_jax.models import fastvlm as models
-from fastvlm_jax.models import kinds
+from fastvlm_jax.models import kinds, lora
 
 # What a machine with a GPU may lack, and no benchmark of the model needs.
 UNNEEDED = ("grain", "array_record", "tensorboardX", "tensorflow_datasets", "pyarrow", "pypdfium2", "wandb", "libtpu")
@@ -28,6 +29,9 @@ FLAGS += ["--config.model.llm.num_layers=1", "--config.model.vision.form=folded"
 FLAGS += ["--config.data.groups=2", "--config.data.rows_per_group=1", "--config.mesh=(1, 1, 1, 1)"]
 
 
+ADAPTERS = (("lora/.*", 1e-3, 0.0), (".*", 0.0, 0.0))
+
+
 def config_of(**overrides):
     c = small_config("", **ONE_STAGE, **overrides)
     c.model.vision.form, c.model.vision.batch_norm, c.mesh = "folded", "frozen", (1, 1, 1, 1)
@@ -35,15 +39,18 @@ def config_of(**overrides):
     return c
 
 
-@pytest.fixture(scope="module")
-def made():
+def step_of(c):
     """(config, model, state, batch) of a small step."""
-    c = config_of()
     mesh = stage.make_mesh(c, jax.devices()[:1])
     with jax.set_mesh(mesh):
         model = models.build(**c.model.to_dict())
         state = stage.make_step(c, model, mesh, steps=10).make_state(jax.random.key(0), None)
         return c, model, state, step.random_batch(c, model, mesh)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return step_of(config_of())
 
 
 def test_the_batch_is_full(made):
@@ -56,12 +63,29 @@ def test_the_batch_is_full(made):
 
 def test_the_gradients_of_the_parts_are_those_of_the_whole(made):
     """The chain of the parts against jax.grad of the loss that the trainer minimises."""
-    c, model, state, batch = made
+    assert check_parts(*made) == {"vision", "projector", "llm"}
+
+
+def test_the_gradients_of_the_parts_of_a_step_with_adapters_are_those_of_the_whole():
+    c = config_of(
+        lora__rank=2, lora__targets="(vision|projector|llm/layers)/.*", groups=ADAPTERS, model__llm__num_layers=1
+    )
+    c, model, state, batch = step_of(c)
+    keys = iter(
+        jax.random.split(jax.random.key(2), 100)
+    )  # fresh adapters add nothing, and half of them has no gradient
+    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state.params["lora"])
+    state = state.replace(params={**state.params, "lora": moved})
+    assert check_parts(c, model, state, batch) == {"lora"}
+
+
+def check_parts(c, model, state, batch):
+    """Compares the gradients of the parts with those of the loss; returns the first names of their paths."""
     trainable, frozen = optim.split(state.params, c.groups)
     loss = losses.next_token(model)
 
     def whole(trainable):
-        variables = {"params": optim.merge(trainable, frozen), "batch_stats": state.batch_stats}
+        variables = lora.variables_of(optim.merge(trainable, frozen), state.batch_stats, lora_of(c))
         return loss.value(variables, batch, loss.size(batch), jax.random.key(0))[0]
 
     expected = jax.jit(jax.grad(whole))(trainable)
@@ -69,11 +93,13 @@ def test_the_gradients_of_the_parts_are_those_of_the_whole(made):
     features = jax.jit(encode)(state, batch)
     language, cotangent = jax.jit(step.language_model_gradient(c, model, True))(state, batch, features)
     (vision,) = jax.jit(step.encoder_gradient(c, encode))(state, batch, cotangent)
-    assert {path.partition("/")[0] for path in vision} == {"vision"}
+    assert {path.removeprefix("lora/").partition("/")[0] for path in vision} == {"vision"}
     assert {*vision, *language} == {*expected}
     for path, gradient in {**vision, **language}.items():
         largest = float(jnp.abs(expected[path]).max())
+        assert largest > 0
         np.testing.assert_allclose(gradient, expected[path], rtol=1e-3, atol=1e-3 * largest, err_msg=path)
+    return {path.partition("/")[0] for path in expected}
 
 
 def test_the_loss_alone_has_the_gradients_of_cross_entropy(made):
@@ -145,6 +171,13 @@ def test_the_command_runs_without_the_data_pipeline(tmp_path):
     assert found["images/s"] == pytest.approx(2 / found["step"]["median"])
     assert found["tokens/s"] == pytest.approx(2 * 80 / found["step"]["median"])
     assert found["mfu"] is None and found["peak_bytes"] == found["program_bytes"] > 0 and found["against"] == []
+    # Parameters and two moments, and gradients, in float32; a few counts beside.
+    trainable = 4 * found["parameters"]["trainable"]
+    assert found["gradient_bytes"] == trainable
+    everything = 4 * sum(count for part, count in found["parameters"].items() if part != "trainable")
+    assert found["state_bytes"] == pytest.approx(everything + 2 * trainable, abs=2500)
+    resident = found["resident_bytes"]
+    assert resident["most"] > resident["before"] + found["state_bytes"]
     assert found["batch"]["accumulate"] == 2
     told = (tmp_path / "step.md").read_text()
     assert told.strip() == done.stdout.strip() and "no MFU: the peak of this device is not known" in told
@@ -180,6 +213,7 @@ def test_a_page_names_what_it_compares():
         "batch": {"groups": 2, "accumulate": 1}, "parameters": {"llm": 2e6}, "remat": {"vision": "none", "llm": "full"},
         "runs": 2, "warmup": 1, "step": spread, "flops": 2e12, "mfu": 0.25, "peak_flops": 4e13, "images/s": 1.0,
         "tokens/s": 10.0, "peak_bytes": 2**30, "peak_is": "here", "program_bytes": 2**31,
+        "state_bytes": 2**29, "gradient_bytes": 2**28, "resident_bytes": {"before": 2**29, "most": 2**32},
         "compile_seconds": {"whole": 3.0},
         "parts": {"loss": {**spread, "flops": 1e12, "mfu": 0.5}, "rest": {"median": -0.01, "p10": -0.02, "p90": 0.0}},
         "against": [{"name": "transformers, eager", "step": {"median": 0.4}, "ratio": 0.5, "notes": ["x frozen"]}],
@@ -188,6 +222,9 @@ def test_a_page_names_what_it_compares():
     assert "measured on 2 x NVIDIA X: bfloat16, jax 1" in told
     assert "| loss | 200 | 100 | 300 | 1 | 50.0% |" in told and "| rest | -10 | -20 | 0 | - | - |" in told
     assert "MFU 25.0% of 40 TFLOP/s" in told
+    assert "needs 2.00 GiB; state 0.50 GiB, all gradients 0.25 GiB; the process held 4.00 GiB at most" in told
+    found["resident_bytes"] = {"before": None, "most": None}
+    assert "all gradients 0.25 GiB\n" in step_page.text(found)
     assert "- transformers, eager: 400 ms a step; ours takes 0.50 times that; x frozen" in told
     assert step_page.bars(found)["parts, each alone"] == {"loss": 0.2, "rest": 0.0}
 

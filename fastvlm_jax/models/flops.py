@@ -175,7 +175,7 @@ def _backward(counted: Sequence[Product], trainable: Collection[str]) -> Iterato
     """
     # Through a kernel with an adapter gradients flow as through a trained one, but it has none itself.
     adapted = {
-        path.removeprefix(f"{lora.NAME}/").rpartition("/")[0] for path in trainable if path.startswith(lora.NAME)
+        path.removeprefix(f"{lora.NAME}/").rpartition("/")[0] for path in trainable if path.startswith(f"{lora.NAME}/")
     }
     trained_units = {"/".join(path.split("/")[:2]) for path in (*trainable, *adapted)}
     gradients_flow, of_images = False, False

@@ -24,16 +24,8 @@ FREE_KEYS = (
     "data.root",
 )  # fmt: skip
 FIXED_KEYS = (
-    "model",
-    "lora",
-    "param_dtype",
-    "frozen_dtype",
-    "moment_dtype",
-    "optimizer",
-    "ema",
-    "parent",
-    "parent_step",
-)
+    "model", "lora", "param_dtype", "frozen_dtype", "moment_dtype", "optimizer", "ema", "parent", "parent_step",
+)  # fmt: skip
 # Keys of `model` that change what it computes and not what it is.
 COMPUTED_KEYS = ("model.dtype", "model.vision.drop_path", "model.vision.batch_norm", "model.vision.batch_norm_images")
 # Keys that runs of earlier versions do not have -> what they did.

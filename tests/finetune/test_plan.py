@@ -102,10 +102,8 @@ def test_with_less_memory_more_is_computed_again_and_in_turn(model):
     whole, made = values(model)
     assert whole["model.llm.remat"] == "none"
     needed = float(made.remarks[0].split()[4]) * 2**30
-    for share in (0.9, 0.6, 0.4):
-        found, _ = values(model, devices=Gpus("gpu", 1, share * 1.25 * needed))
-        assert found.get("model.llm.remat") is None
-    assert "accumulate" in found or "moment_dtype" in found
+    found, _ = values(model, devices=Gpus("gpu", 1, 0.5 * 1.25 * needed))
+    assert "model.llm.remat" not in found and ("accumulate" in found or "moment_dtype" in found)
     with pytest.raises(ValueError, match=r"GiB by arithmetic at its least, and a device here has .*: give --lora"):
         values(model, devices=Gpus("gpu", 1, 1e6))
 

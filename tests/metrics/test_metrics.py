@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -253,7 +254,12 @@ def test_sample_answers_become_a_table_and_an_error_of_wandb_is_told_once_and_st
     assert table["columns"] == ["id", "image", "question", "answer", "truth", "score"]
     assert table["data"] == [["7", image, "what is it", "blue", "red", 0.0] for image in ("Image", None)]
     (sent,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert len(re.findall(rb"media/images/\w+/red\.jpg", sent.read_bytes())) == 1
+    named = rb"media/images/\w+/red\.jpg"
+    for _ in range(100):  # wandb's own process writes it, in its own time
+        if re.search(named, sent.read_bytes()):
+            break
+        time.sleep(0.1)
+    assert len(re.findall(named, sent.read_bytes())) == 1
     tracker.write(1, {"loss": 2.5})  # the run is over: wandb raises
     tracker.write(2, {"loss": 2.5})
     assert capsys.readouterr().err.count("no longer written to") == 1

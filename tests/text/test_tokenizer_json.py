@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from fastvlm_jax.text import bpe
 from fastvlm_jax.text.tokenizer import load_tokenizer
+from fastvlm_jax.text.tokenizer_config import QWEN2_WORDS
 from fastvlm_jax.text.tokenizer_json import REGEXES
 
 LLAMA_3 = (
@@ -58,9 +58,9 @@ def test_hostile_tokenizer_is_refused_in_a_line(json_file, tmp_path, parts, word
 
 
 def test_published_regular_expressions_are_read(json_file, tmp_path):
-    for regex in (bpe.QWEN2_WORDS, LLAMA_3):
+    for regex in (QWEN2_WORDS, LLAMA_3):
         assert load_tokenizer(changed(json_file, tmp_path, pre_tokenizer=split(regex))).encode("12345")
-    assert {bpe.QWEN2_WORDS, LLAMA_3} < REGEXES
+    assert {QWEN2_WORDS, LLAMA_3} < REGEXES
 
 
 def test_long_texts_of_any_kind_are_split_by_the_published_ones(json_file, tmp_path):

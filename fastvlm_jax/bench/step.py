@@ -84,7 +84,8 @@ def measure(
         batch = random_batch(config, model, mesh)
         whole, seconds = clock.compile_ahead(step.fn, step.abstract, batch)
         before = clock.resident()
-        made = Programs(step.make_state(jax.random.key(config.seed), None), compile_seconds={"whole": seconds})
+        state = jax.block_until_ready(step.make_state(jax.random.key(config.seed), None))
+        made = Programs(state, compile_seconds={"whole": seconds})
         _add_whole(made, whole, batch)
         memory = memory_of(config, made.state, whole)
         # Before the other programs need memory.

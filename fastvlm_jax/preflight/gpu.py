@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from jax.interpreters import partial_eval
 
 from fastvlm_jax import config_checks, optim, sharding, stage
@@ -35,7 +36,7 @@ OPTIMIZER = ("step", "opt_state", "guard", "average")  # fields of a TrainState 
 # JAX takes this share of a card's memory when it starts, unless one of SHARE_VARIABLES says another.
 SHARE, SHARE_VARIABLES = 0.75, ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 # Compiled steps on few devices need up to this many times the arithmetic (docs/gpu.md).
-MARGIN, CPU_MARGIN = 1.25, 1.6
+MARGIN, CPU_MARGIN = 1.25, 1.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def memory(config, gpus: Gpus) -> tuple[dict[str, int], Any, dict[str, int]]:
         "batch": live["batch"],
         "gradients": round(live["gradients"] * device_bytes(learning) / (_itemsize(config) * whole)),
         "activations": live["activations"],
-        "workspace": live["workspace"],
+        "workspace": live["workspace"] + (widened(config, state.params) if gpus.name.startswith("cpu") else 0),
     }
     return found, mesh, estimate.parameters(state.params, config.groups)
 
@@ -188,6 +189,14 @@ def traced(config, model) -> collections.Counter:
     labels = jax.tree.leaves((labels, jax.tree.map(lambda _: "batch", batch)))
     # Attention in float32 has no kernel (kernels/attention.py).
     return peak(jaxpr, labels, kernels=config.model.dtype != "float32", kept=("batch",)).kinds
+
+
+def widened(config, params) -> int:
+    """Returns the bytes of float32 copies of narrow kernels, which XLA makes on a CPU before a loop over layers."""
+    if config.model.dtype != "float32":
+        return 0
+    flat = flatten_dict(params, sep="/")
+    return sum(4 * math.prod(x.shape) for path, x in flat.items() if path.endswith("/kernel") and x.dtype.itemsize == 2)
 
 
 def _itemsize(config) -> int:

@@ -1,5 +1,8 @@
-"""The arithmetic for GPUs: bytes counted by hand, real arrays as reference for the state, names, messages and mends."""
+"""The arithmetic for GPUs and CPUs: bytes by hand, real arrays as reference for the state, names, messages, mends."""
 
+import json
+import pathlib
+import re
 import types
 
 import jax
@@ -7,12 +10,13 @@ import jax.numpy as jnp
 import pytest
 from command import fastvlm
 from paths import ROOT
+from small import ONE_STAGE
 from small_pairs import small_pairs_config
 
 from fastvlm_jax import sharding, stage
 from fastvlm_jax.config import get_base
 from fastvlm_jax.models import fastvlm as models
-from fastvlm_jax.preflight import gpu, too_small
+from fastvlm_jax.preflight import gpu, memory_table, too_small
 from fastvlm_jax.preflight.liveness import peak
 
 X, W = 4 * 8 * 256, 4 * 256 * 256  # bytes of x [8, 256] and w [256, 256] in float32
@@ -134,6 +138,99 @@ def test_the_state_has_the_bytes_of_real_arrays(config, mesh, count):
     assert counts["all"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
+ADAPTERS = (("lora/.*", 2e-4, 0.0), (".*", 0.0, 0.0))
+
+
+def products_of(jaxpr):
+    """Shapes of the results of all matrix products of a jaxpr and of those inside it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn.outvars[0].aval.shape
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            yield from products_of(inner) if hasattr(inner, "eqns") else ()
+
+
+def test_a_step_with_adapters_makes_no_gradient_of_their_kernels(config):
+    """The gradient of a kernel [I, O] is a product of that shape or of [O, I]; a layer is one slice of the stack."""
+    assert (config.model.llm.width, config.model.llm.mlp_dim) == (96, 256)
+    kernels = {(96, 96), (48, 96), (96, 256)}  # of q and o, k and v, the MLP; 48 = 2 heads of 24
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in ONE_STAGE.items()})
+    mesh, found = sharding.abstract_mesh((1, 1, 1, 1)), {}
+    for rank, groups in ((0, config.groups), (2, ADAPTERS)):
+        config.lora.rank, config.groups = rank, groups
+        with jax.sharding.use_abstract_mesh(mesh):
+            model = models.build(**config.model.to_dict())
+            step = stage.make_step(config, model, mesh, steps=10)
+            jaxpr = jax.make_jaxpr(step.fn)(step.abstract, stage.abstract_batch(config, model, mesh)).jaxpr
+        found[rank] = {tuple(sorted(shape)) for shape in products_of(jaxpr)}
+    assert kernels <= found[0] and not kernels & found[2]
+    assert {(2, 96), (2, 48), (2, 256)} <= found[2]  # those of the adapters
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """What gpu.memory finds of 16 samples of FastVLM-0.5B at 1024 px on one card, with adapters."""
+    return gpu.memory(memory_table.config_of("0.5b", 1024, lora=True), gpu.parse("gpu:24GB"))
+
+
+def test_a_step_with_adapters_holds_a_seventh_of_the_state_and_gradients_of_the_whole(adapted):
+    found, _, counts = adapted
+    # A layer of Qwen2-0.5B has 896 channels, 2 key and value heads of 64 and an MLP of 4864: rank times inputs plus
+    # outputs of q and o, k and v, gate, up and down. Two moments of 4 bytes each, and gradients of 4.
+    adapters = 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+    assert counts["lora"] == counts["trainable"] == adapters == 8_798_208
+    small = 4 * (2 + 3 + 128)  # counts and what the guard keeps
+    assert found["optimizer"] == pytest.approx(8 * adapters, abs=2 * small)
+    assert found["gradients"] <= 4 * adapters
+    # Qwen2-0.5B's 494,032,768 parameters in bfloat16, but for biases of q, k and v and 49 norms; the others of the
+    # model have a few such vectors too.
+    assert counts["llm"] == 494_032_768
+    others, vectors = counts["vision"] + counts["projector"], 24 * (896 + 2 * 128) + 49 * 896
+    least = 4 * adapters + 2 * (counts["llm"] + others) + 2 * vectors
+    assert least < found["parameters"] < least + 0.01 * 2 * others
+    # The whole model in float32: itself, two moments and gradients.
+    part, whole = found["parameters"] + found["optimizer"] + 4 * adapters, 16 * (counts["llm"] + others)
+    assert 0.13 < part / whole < 1 / 7
+
+
+def test_the_page_has_what_the_arithmetic_says_of_a_model(adapted):
+    row = memory_table.Row("0.5b", 1024, True, (sum(adapted[0].values()),))
+    assert memory_table.text([row]).splitlines()[-1] in (ROOT / "docs/gpu.md").read_text()
+
+
+def test_frozen_kernels_have_copies_in_float32_on_a_cpu(config):
+    """As programs compiled for a CPU have (docs/gpu.md)."""
+    params = {
+        "llm": {"q": {"kernel": jax.ShapeDtypeStruct((3, 8, 4), jnp.bfloat16)}, "norm": {"scale": w}},
+        "embedding": jax.ShapeDtypeStruct((9, 8), jnp.bfloat16),  # the trace has that of the words
+        "lora": {"llm": {"q": {"kernel": {"a": x}}}},
+    }
+    assert gpu.widened(config, params) == 3 * 8 * 4 * 4
+    config.model.dtype = "bfloat16"
+    assert gpu.widened(config, params) == 0
+
+
+def test_settings_are_tried_one_beside_the_other_until_the_smallest_card_suffices():
+    needs = iter([30 * 10**9, 20 * 10**9, 11_520_000_000, 1])
+    tried = []
+
+    def need(config):
+        tried.append((config.model.vision.remat, config.moment_dtype, config.optimizer))
+        return next(needs)
+
+    # With the margin of 1.25 into 0.75 of a card of 16 GB go 9.6e9 bytes, into 0.9 of it 11.52e9.
+    config = memory_table.config_of("0.5b", 512, lora=False)
+    found = memory_table.try_settings(config, memory_table.WHOLE, 16e9, need)
+    assert tried == [
+        ("depthwise", "float32", "adamw"), ("full", "float32", "adamw"), ("full", "bfloat16", "adamw"),
+    ]  # fmt: skip
+    assert found == (30_000_000_000, 30_000_000_000, 20_000_000_000, 11_520_000_000)
+    row = memory_table.Row("0.5b", 512, False, found)
+    told = {size: memory_table.verdict(row, size * 1e9) for size in (15.9, 16, 27.8, 41.7, 50)}
+    assert told == {15.9: "no", 16: "S R M", 27.8: "S R", 41.7: "S", 50: "yes"}
+
+
 @pytest.mark.parametrize(
     "name, count, size",
     [("gpu:80GB", 1, 80e9), ("gpu:8x80GB", 8, 80e9), ("gpu:24GB", 1, 24e9), (" gpu:1x0.5GB", 1, 5e8)],
@@ -147,6 +244,20 @@ def test_names_of_gpus(name, count, size):
 @pytest.mark.parametrize("name", ["gpu:80", "gpu:0x80GB", "gpu:0GB", "gpu:", "gpu:h100", "gpu:8*80GB", "gpu:80GBx8"])
 def test_other_names_are_refused_with_the_form(name):
     with pytest.raises(ValueError, match=r"^--topology=.*: write gpu:80GB for a GPU of 80 GB, gpu:8x80GB for eight"):
+        gpu.parse(name)
+
+
+def test_a_cpu_is_this_machine_or_one_of_another_size():
+    assert gpu.parse("cpu:24GB") == gpu.Gpus("cpu:24GB", 1, 24e9)
+    assert gpu.parse(" cpu:0.5GB ").bytes == 5e8
+    (told,) = re.findall(r"^MemTotal: +(\d+) kB$", pathlib.Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert gpu.parse("cpu").bytes == 1024 * int(told)
+    assert gpu.is_arithmetic("cpu") and gpu.is_arithmetic("cpu:24GB") and not gpu.is_arithmetic("v5e:2x2")
+
+
+@pytest.mark.parametrize("name", ["cpu:24", "cpu:0GB", "cpu:", "cpu:GB", "cpus", "cpu:2x24GB", "cpu:-1GB", "cpu:1e3GB"])
+def test_other_names_of_cpus_are_refused_with_the_form(name):
+    with pytest.raises(ValueError, match=rf"^--topology={name}: write cpu for this machine, cpu:24GB for one with 24 "):
         gpu.parse(name)
 
 
@@ -206,11 +317,16 @@ def test_a_run_that_does_not_fit_is_told_what_would_the_cheapest_first(config, m
 
 def test_the_command(monkeypatch, capsys, tmp_path):
     config = f"--config={ROOT}/configs/quickstart.py:stage2_instruct"
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")  # says nothing of a CPU
     status, out, err = fastvlm(
-        monkeypatch, capsys, "preflight", config, "--topology=gpu:24GB", f"--output={tmp_path}/a.json"
+        monkeypatch, capsys, "preflight", config, "--topology=cpu:24GB", f"--output={tmp_path}/a.json"
     )
-    assert (status, err) == (0, "") and "gpu:24GB, by arithmetic" in out and "fits" in out
-    assert '"estimated_by": "arithmetic"' in (tmp_path / "a.json").read_text()
+    assert (status, err) == (0, "") and "cpu:24GB, by arithmetic" in out and "fits" in out
+    assert "GiB a CPU, by arithmetic" in out and "x 1.7" in out and "limit: the memory of the machine" in out
+    found = json.loads((tmp_path / "a.json").read_text())
+    memory = found["memory"]
+    assert (memory["margin"], memory["share"], memory["limit"], found["estimated_by"]) == (1.7, 1, 24e9, "arithmetic")
+    assert memory["with_margin"] == pytest.approx(1.7 * sum(memory[part] for part in gpu.PARTS))
     status, _, err = fastvlm(monkeypatch, capsys, "preflight", config, "--topology=gpu:24GB", "--mode=generate")
     assert status == 2 and err.count("\n") == 1 and "--mode needs a compiler" in err
     status, _, err = fastvlm(

@@ -25,9 +25,9 @@ from fastvlm_jax.metrics import best
 from fastvlm_jax.models import kinds
 from fastvlm_jax.models.kinds import Model
 from fastvlm_jax.models.lora import Lora, problem
+from fastvlm_jax.optim import ADAPTERS
 
 FORMATS = {"param_dtype": "float32", "frozen_dtype": "bfloat16"}  # keys of a run's config -> what they are if empty
-
 PART = re.compile(r"(?:^|,)(?:(?:base|lora|vision|projector|llm|text)=)+")  # before each path of a model in parts
 
 
@@ -111,7 +111,7 @@ def join_run(
     frozen = {path: kept[path] for path in flat if path not in own}
     adapters = Adapters(
         lora, unflatten_dict(trained, sep="/")["lora"], base.source,
-        tuple(path for path in trained if not path.startswith("lora/")),
+        tuple(path for path in trained if not path.startswith(ADAPTERS)),
     )  # fmt: skip
     joined = {path: _joined(source, path, x, adapters, *of_base(path, x)) for path, x in frozen.items()}
     joined |= {path: trained[path] for path in adapters.others}

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Groups = Sequence[tuple[str, float, float]]  # (path regex, peak learning rate, weight decay)
 DECAYED = ("kernel", "embedding")  # weight decay leaves out biases, norms and layer scales
 WHOLE: Mapping[str, np.ndarray] = MappingProxyType({})  # factors of rates none of which is lowered
+ADAPTERS = "lora/"  # what the paths of adapters begin with, see models/lora.py
 FACTORED = 32  # smallest side of a matrix whose second moments Adafactor keeps as a row and a column
 
 
@@ -68,9 +69,14 @@ def merge(trainable: dict, frozen: dict) -> dict:
     return unflatten_dict({**trainable, **frozen}, sep="/")
 
 
+def kernel_of(path: str) -> str:
+    """Returns the path of the kernel that an adapter belongs to, PATH of lora/PATH/a; other paths as they are."""
+    return path.removeprefix(ADAPTERS).rpartition("/")[0] if path.startswith(ADAPTERS) else path
+
+
 def last_part(path: str) -> str:
-    """Returns the last part of a parameter's path; of an adapter's, lora/PATH/a, that of PATH."""
-    return path.split("/")[-2 if path.startswith("lora/") else -1]
+    """Returns the last part of a parameter's path; of an adapter's that of its kernel."""
+    return kernel_of(path).split("/")[-1]
 
 
 def schedule(peak: float, course: Course) -> optax.Schedule:

@@ -74,13 +74,13 @@ def open_stage(config) -> Stage:
 
 def _check_base(config, trainable: Collection[str], frozen: Collection[str], given: Collection[str]) -> None:
     """Raises ValueError unless adapters are trained on kernels that stay what the parent gives."""
-    adapted = [path.removeprefix("lora/").rpartition("/")[0] for path in (*trainable, *frozen) if path[:5] == "lora/"]
+    adapted = {optim.kernel_of(path) for path in (*trainable, *frozen) if path.startswith(optim.ADAPTERS)}
     groups = 'set groups to (("lora/.*", 2e-4, 0.0), (".*", 0.0, 0.0))'
-    if learning := sorted(set(adapted) & set(trainable)):
+    if learning := sorted(adapted & set(trainable)):
         raise ValueError(f"groups train {learning[0]}, to which lora gives an adapter: {groups}")
-    if idle := [path for path in frozen if path.startswith("lora/")]:
+    if idle := [path for path in frozen if path.startswith(optim.ADAPTERS)]:
         raise ValueError(f"groups freeze the adapter {idle[0]}: {groups}")
-    merged = [path for path in adapted if path.startswith(MERGED)]
+    merged = sorted(path for path in adapted if path.startswith(MERGED))
     if config.lora.dropout and merged:
         raise ValueError(
             f"lora.dropout={config.lora.dropout} is not for {merged[0]}: set it to 0, or leave out its target"

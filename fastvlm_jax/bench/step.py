@@ -174,7 +174,7 @@ def _add_gradients(made: Programs, config, model: FastVLM, batch: Batch) -> None
 
 def _of_encoder(path: str) -> bool:
     """Returns whether a parameter, or the kernel of an adapter, is the encoder's."""
-    return path.removeprefix(f"{NAME}/").startswith("vision/")
+    return optim.kernel_of(path).startswith("vision/")
 
 
 def encoder(config, model: FastVLM) -> Callable:
@@ -240,7 +240,7 @@ def loss_gradient(config) -> Callable:
             rows = hidden.reshape(-1, *hidden.shape[2:]), batch.targets.reshape(-1, batch.targets.shape[-1])
             return jnp.mean(cross_entropy(rows[0], table if tied else table.T, rows[1]))
 
-        learns = any(path.removeprefix(f"{NAME}/").startswith(name) for path in trainable)
+        learns = any(optim.kernel_of(path).startswith(name) for path in trainable)
         argnums = (0, 1) if learns else 0
         return jax.grad(value, argnums)(hidden, {**trainable, **frozen}[name])
 

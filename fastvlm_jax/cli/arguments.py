@@ -59,6 +59,36 @@ checkpoint in it, a model directory of any layout, a GGUF file, or parts of a mo
 vision=DIR,llm=DIR[,projector=DIR]."""
 
 
+def define_answers(fv: flags.FlagValues, temperature: str, seed: str, whole: str) -> None:
+    """Defines the flags that say how a model answers, but for `max_tokens`.
+
+    Args:
+      temperature, seed: ends of their meanings.
+      whole: what `max_length` counts the tokens of.
+    """
+    flags.DEFINE_float("temperature", 0.0, f"sampling temperature{temperature}; 0 = greedy decoding", flag_values=fv)
+    flags.DEFINE_float("top_p", 1.0, "probability mass of the likeliest tokens to sample from", flag_values=fv)
+    flags.DEFINE_integer("top_k", 0, "number of likeliest tokens to sample from; 0 = all", flag_values=fv)
+    flags.DEFINE_float(
+        "repetition_penalty",
+        1.0,
+        "what the logits of tokens in prompt and answer are divided by (multiplied if negative); 1 = nothing changes",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer("seed", 0, f"seed of the sampling{seed}", flag_values=fv)
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "dtype of parameters and computation; default: bfloat16 on a GPU or TPU; on a CPU float32 parameters and the "
+        "model's computation",
+        flag_values=fv,
+    )
+    flags.DEFINE_integer(
+        "max_length", None, f"most tokens of {whole}; default: the model's context length", flag_values=fv
+    )
+
+
 def parse(fv: flags.FlagValues, argv: list[str], required: tuple[str, ...] = (), positional: str = "") -> list[str]:
     """Parses the flags of a command into `fv` and returns its positional arguments; --help explains them and exits.
 

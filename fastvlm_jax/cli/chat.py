@@ -6,7 +6,7 @@ import sys
 
 from absl import flags
 
-from fastvlm_jax.cli.arguments import parse
+from fastvlm_jax.cli.arguments import define_answers, parse
 
 
 def chat(argv: list[str]) -> None:
@@ -17,31 +17,11 @@ def chat(argv: list[str]) -> None:
     flags.DEFINE_integer("port", 8000, "port of the page on 127.0.0.1; 0 takes any that is free", flag_values=fv)
     flags.DEFINE_bool("no_browser", False, "do not open the page, only tell its address", flag_values=fv)
     flags.DEFINE_integer("max_tokens", 256, "length of the longest answer, tokens", flag_values=fv)
-    flags.DEFINE_float(
-        "temperature", 0.0, "sampling temperature, which the page can change; 0 = greedy decoding", flag_values=fv
-    )
-    flags.DEFINE_float("top_p", 1.0, "probability mass of the likeliest tokens to sample from", flag_values=fv)
-    flags.DEFINE_integer("top_k", 0, "number of likeliest tokens to sample from; 0 = all", flag_values=fv)
-    flags.DEFINE_float(
-        "repetition_penalty",
-        1.0,
-        "what the logits of tokens in prompt and answer are divided by (multiplied if negative); 1 = nothing changes",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer("seed", 0, "seed of the sampling on the terminal; the page draws one", flag_values=fv)
-    flags.DEFINE_enum(
-        "dtype",
-        None,
-        ["float32", "bfloat16", "float16"],
-        "dtype of parameters and computation; default: bfloat16 on a GPU or TPU; on a CPU float32 parameters and the "
-        "model's computation",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer(
-        "max_length",
-        None,
-        "most tokens of a conversation, with images and answers; default: the model's context length",
-        flag_values=fv,
+    define_answers(
+        fv,
+        ", which the page can change",
+        " on the terminal; the page draws one",
+        "a conversation, with images and answers",
     )
     parse(fv, argv, required=("model",))
     if not 0 <= fv.temperature <= 10:

@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from fastvlm_jax.cli.arguments import parse
+from fastvlm_jax.cli.arguments import define_answers, parse
 
 
 def generate(argv: list[str]) -> None:
@@ -28,30 +28,7 @@ def generate(argv: list[str]) -> None:
         "below replace single settings",
         flag_values=fv,
     )
-    flags.DEFINE_float("temperature", 0.0, "sampling temperature; 0 = greedy decoding", flag_values=fv)
-    flags.DEFINE_float("top_p", 1.0, "probability mass of the likeliest tokens to sample from", flag_values=fv)
-    flags.DEFINE_integer("top_k", 0, "number of likeliest tokens to sample from; 0 = all", flag_values=fv)
-    flags.DEFINE_float(
-        "repetition_penalty",
-        1.0,
-        "what the logits of tokens in prompt and answer are divided by (multiplied if negative); 1 = nothing changes",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer("seed", 0, "seed of the sampling", flag_values=fv)
-    flags.DEFINE_enum(
-        "dtype",
-        None,
-        ["float32", "bfloat16", "float16"],
-        "dtype of parameters and computation; default: bfloat16 on a GPU or TPU; on a CPU float32 parameters and the "
-        "model's computation",
-        flag_values=fv,
-    )
-    flags.DEFINE_integer(
-        "max_length",
-        None,
-        "most tokens of prompt, images and answer; default: the model's context length",
-        flag_values=fv,
-    )
+    define_answers(fv, "", "", "prompt, images and answer")
     parse(fv, argv, required=("model", "prompt"))
     import fastvlm_jax
     from fastvlm_jax.generate import generate, stream

@@ -90,6 +90,8 @@ def choose(model: str, data: str, facts: Facts, held_out: int, *, lora: bool, de
     choices += _evaluation(per_epoch, held_out, max(1, held_out // (groups * each)), metric, choices)
     if gpu.is_cpu(devices):
         choices.append(Choice("model.dtype", "float32", "a CPU computes bfloat16 more slowly"))
+        if lora:
+            choices.append(Choice("frozen_dtype", "float32", "XLA would copy bfloat16 kernels to float32 on a CPU"))
     _apply(config, choices)
     for more in _lighter(config, lora, devices.count):
         tried = config.copy_and_resolve_references()

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from fastvlm_jax.optim import kernel_of
+
 STACKED = re.compile(r"(?:layers|stage_(\d+))/")  # blocks along a leading axis
 BETWEEN = re.compile(r"(?:patch_embed|positions|downsample|downsample_norm)_(\d+)/")
 BEFORE = re.compile(r"(?:stem(?:_\w+)?|patch_embed|cls_token|positions|pre_norm|embedding)(?:/|$)")
@@ -40,8 +42,12 @@ def rate_factors(params, decays: Mapping[str, float]) -> dict[str, np.ndarray]:
     shapes = {path: x.shape for path, x in flatten_dict(params, sep="/").items()}
     factors = {}
     for tower, decay in decays.items():
-        start = re.compile(f"(?:lora/)?{tower}/")
-        own = {path: (start.sub("", path, 1), shape) for path, shape in shapes.items() if start.match(path)}
+        places = {path: kernel_of(path) for path in shapes}
+        own = {
+            path: (place.removeprefix(f"{tower}/"), shapes[path])
+            for path, place in places.items()
+            if place.startswith(f"{tower}/")
+        }
         if decay == 1 or not own:
             continue
         try:

@@ -20,7 +20,6 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from fastvlm_jax.models import lora
 from fastvlm_jax.models.clip import CLIP
 from fastvlm_jax.models.convnext import ConvNeXt
 from fastvlm_jax.models.decoder import Decoder
@@ -29,6 +28,7 @@ from fastvlm_jax.models.fastvlm import make_encoder
 from fastvlm_jax.models.kinds import Model
 from fastvlm_jax.models.text_tower import TextTower
 from fastvlm_jax.models.vit import ViT
+from fastvlm_jax.optim import kernel_of
 
 PARTS = ("vision", "projector", "llm", "text", "loss")
 # Policy of models/remat.py -> kinds of products that the backward pass recomputes.
@@ -174,9 +174,7 @@ def _backward(counted: Sequence[Product], trainable: Collection[str]) -> Iterato
     of the image tower comes before the text tower.
     """
     # Through a kernel with an adapter gradients flow as through a trained one, but it has none itself.
-    adapted = {
-        path.removeprefix(f"{lora.NAME}/").rpartition("/")[0] for path in trainable if path.startswith(f"{lora.NAME}/")
-    }
+    adapted = {kernel_of(path) for path in trainable} - set(trainable)
     trained_units = {"/".join(path.split("/")[:2]) for path in (*trainable, *adapted)}
     gradients_flow, of_images = False, False
     for unit, group in itertools.groupby(counted, key=lambda product: product.unit):

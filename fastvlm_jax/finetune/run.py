@@ -119,7 +119,7 @@ def finetune(model: str, data: str, output: pathlib.Path, *, lora: bool, images:
     chosen = Chosen(**read_object(output / CHOICE))
     run(["data", "inspect", f"--config={file}", f"--output={output / 'data.html'}"])
     asked = ["--benchmark=qa", f"--data={shards}", f"--metric={chosen.metric}"]
-    if chosen.held_out:
+    if chosen.held_out and not (output / "before" / SCORES).exists():
         run(["evaluate", f"--model={model}", *asked, f"--output={output / 'before'}"])
     run(["train", f"--config={file}", f"--workdir={workdir}"])
     tuned, page = f"{workdir}@best" if chosen.held_out else os.fspath(workdir), output / "report.html"

@@ -45,6 +45,14 @@ def test_every_command_is_explained():
     assert REQUIRED.keys() <= ABOUT.keys()
 
 
+@pytest.mark.parametrize("command", ABOUT)
+def test_the_readme_lists_every_command(command):
+    listed = (ROOT / "README.md").read_text().partition("## Commands")[2].split("```")[1]
+    lines = [line.split() for line in listed.splitlines() if line.startswith("fastvlm ")]
+    name, *kind = command.split()
+    assert any(line[1] == name and {*kind} <= {*line[2].split("|")} for line in lines)
+
+
 def test_flags_are_listed_required_first_then_as_they_are_defined_with_their_defaults(monkeypatch, capsys):
     _, out, _ = fastvlm(monkeypatch, capsys, "convert", "--help")
     assert out.partition("flags (* must be given):\n")[2] == (

@@ -58,6 +58,16 @@ def test_one_command_leads_to_a_tuned_model_with_scores_and_a_page(tuned, model)
     assert loaded.adapters.lora.rank == 16 and loaded.adapters.base == model
 
 
+def test_run_again_it_goes_on_and_repeats_neither_the_training_nor_the_questions_before(tuned, model, pictures, capfd):
+    page, kept = tuned / "report.html", [*(tuned / "run" / "checkpoints").iterdir(), tuned / "before" / "qa-own.json"]
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    page.unlink()  # as if it had been stopped before its last part
+    run.finetune(model, str(pictures / "mine.json"), tuned, lora=True, images=[str(pictures)])
+    assert page.exists() and {path: path.stat().st_mtime_ns for path in kept} == times
+    shown = capfd.readouterr().out
+    assert "$ fastvlm train" in shown and f"$ fastvlm evaluate --model={model}" not in shown
+
+
 def test_the_settings_stay_as_they_are_and_another_model_is_refused(tuned, model, pictures, tmp_path):
     config = (tuned / "config.py").read_text()
     assert run.init(model, str(tuned / "data"), tuned, lora=True) == [

@@ -50,12 +50,13 @@ def base(parent, tmp_path_factory):
 
 
 def adapted_config(data, base, **overrides):
-    return small_config(data, **{**LORA, "parent": str(base), "steps": 4, "checkpoint_every": 2, **ONE, **overrides})
+    course = {"steps": 50, "checkpoint_every": 25, "data__groups": 2}
+    return small_config(data, **{**LORA, "parent": str(base), **course, **ONE, **overrides})
 
 
 @pytest.fixture(scope="module")
 def adapted(easy_vqa, base, tmp_path_factory):
-    """A workdir whose run has trained adapters of the base for four steps, and its last state."""
+    """A workdir whose run has trained adapters of the base for fifty steps, and its last state."""
     workdir = tmp_path_factory.mktemp("runs") / "adapted"
     return workdir, run(adapted_config(easy_vqa, base, ema=0.5), workdir)
 
@@ -85,7 +86,7 @@ def test_a_checkpoint_holds_the_adapters_alone_and_names_the_digest_of_the_base(
 def test_an_interrupted_run_ends_as_a_straight_one_bit_for_bit(easy_vqa, base, adapted, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(adapted[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / "4")
+    shutil.rmtree(workdir / "checkpoints" / "50")
     resumed = run(adapted_config(easy_vqa, base, ema=0.5), workdir)
     jax.tree.map(np.testing.assert_array_equal, resumed, adapted[1])
 

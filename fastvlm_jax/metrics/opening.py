@@ -14,7 +14,7 @@ from fastvlm_jax import config as config_lib
 from fastvlm_jax import disk, optim
 from fastvlm_jax.changes import Change, listed
 
-FEW_STEPS = 20  # an epoch of fewer steps deserves a word
+FEW_STEPS = 20  # an epoch of fewer steps, in a run of fewer than five times as many, deserves a word
 
 
 def tell(name: str, line: str) -> None:
@@ -66,7 +66,7 @@ def _idle_encoder(config: ml_collections.ConfigDict, params: Any) -> str:
 
 
 def tell_data(name: str, config: ml_collections.ConfigDict, records: int, per_epoch: int, steps: int) -> None:
-    """Says how many records and steps there are; proposes smaller batches if an epoch has few steps.
+    """Says how many records and steps there are; proposes smaller batches if an epoch and the run have few steps.
 
     Args:
       records: records of all data sets.
@@ -76,7 +76,8 @@ def tell_data(name: str, config: ml_collections.ConfigDict, records: int, per_ep
     groups = config.data.groups
     tell(name, f"{records:,} records in batches of {groups} groups; steps an epoch: {per_epoch:,}, in all: {steps:,}")
     smaller = max(config.accumulate, groups * per_epoch // (5 * FEW_STEPS) // config.accumulate * config.accumulate)
-    if per_epoch < FEW_STEPS and not config.steps and smaller < groups:
+    few = per_epoch < FEW_STEPS and steps < 5 * FEW_STEPS
+    if few and not config.steps and smaller < groups:
         tell(
             name,
             f"{per_epoch} {'step' if per_epoch == 1 else 'steps'} an epoch are few to learn from: "

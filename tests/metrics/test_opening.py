@@ -68,8 +68,9 @@ def test_an_epoch_of_few_steps_gets_a_smaller_batch_proposed(capsys):
         "run: 3 steps an epoch are few to learn from: --config.data.groups=2 gives about 192 (the data shards of the "
         "mesh must divide it)",
     ]
-    for changes, per_epoch in ((dict(data__groups=128), 400), (dict(data__groups=128, steps=5), 3)):
-        opening.tell_data("run", config(**changes), 264, per_epoch, 5)
+    many = (dict(data__groups=128), 400, 400), (dict(data__groups=128), 3, 100)
+    for changes, per_epoch, steps in (*many, (dict(data__groups=128, steps=5), 3, 5)):
+        opening.tell_data("run", config(**changes), 264, per_epoch, steps)
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -1,6 +1,5 @@
 """Builds the FastVLM of transformers with the sizes of a model of this package, to time both side by side."""
 
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -54,9 +53,9 @@ def build(model: FastVLM) -> Any:
 
 def import_transformers() -> Any:
     """Imports transformers and returns it; a torchvision that was built for another torch does not stop it."""
-    import torch
-
-    if not torch.cuda.is_available():
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # its compiled part does not fit, and so has not declared its operators
         _torchvision_operators()
     import transformers
 
@@ -74,8 +73,7 @@ def _torchvision_operators() -> Any:
 
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # it is declared
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library
 
 

@@ -1,10 +1,14 @@
 """The step of transformers that `fastvlm bench step --against transformers` times: it trains what the config trains."""
 
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
 import torch
+from paths import ROOT
 
 from fastvlm_jax import stage
 from fastvlm_jax.bench import step, step_transformers
@@ -53,3 +57,21 @@ def test_a_step_trains_all_but_the_frozen_encoder(monkeypatch):
 def test_what_transformers_cannot_do_is_told_with_the_mend(overrides, message):
     with pytest.raises(ValueError, match=f"^--against transformers.*{message}"):
         step_transformers.prepare(*made(**overrides))
+
+
+def test_a_torchvision_that_fits_declares_its_operators_itself(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "import torch\n"
+        "library = torch.library.Library('torchvision', 'DEF')\n"
+        "library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
+    )
+    asked = (
+        "from fastvlm_jax.bench.transformers_model import import_transformers\n"
+        "print(import_transformers().__name__, __import__('torchvision').library.ns)"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", asked], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout == "transformers torchvision\n", done.stderr

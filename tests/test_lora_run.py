@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from meeting import adopt_and_meet
 from safetensors.torch import load_file, save_file
 from small import small_config
 from torch_reference import transformers
@@ -89,6 +90,10 @@ def test_an_interrupted_run_ends_as_a_straight_one_bit_for_bit(easy_vqa, base, a
     shutil.rmtree(workdir / "checkpoints" / "50")
     resumed = run(adapted_config(easy_vqa, base, ema=0.5), workdir)
     jax.tree.map(np.testing.assert_array_equal, resumed, adapted[1])
+
+
+def test_a_run_of_several_processes_reads_its_parent_before_they_meet(parent, adapted):
+    adopt_and_meet(f"parent={parent}", f"parent={adapted[0]}")
 
 
 @pytest.fixture(scope="module")

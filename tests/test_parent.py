@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from meeting import adopt_and_meet
 from paths import ROOT
 from torch_reference import timm, transformers
 
@@ -123,3 +124,8 @@ def test_all_differences_stand_in_one_message(folders):
     with pytest.raises(ValueError, match=r"\(key: config, parent\): model.vision.family: 'fastvit', 'vit'; model.llm"):
         both = model_io.read(f"vision={folders / 'vit'},llm={folders / 'lm'}")
         adapt(both, fastvlm.build(**get_base("0.5b").model.to_dict()))
+
+
+def test_a_run_of_several_processes_reads_its_parent_before_they_meet(folders):
+    parts = (f"parent=vision={folders / vision},llm={folders / 'lm'}" for vision in ("timm", "vit"))
+    adopt_and_meet("0.5b", *(f"parent={folders / layout}" for layout in ("native", "hf")), *parts)

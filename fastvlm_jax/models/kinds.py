@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 
@@ -30,7 +31,20 @@ def boxed_variables(model: Model) -> dict[str, Any]:
 
     The result is cached: do not modify it.
     """
-    return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))}
+    plain = _without_kernels(model)
+    return {"batch_stats": {}, **jax.eval_shape(lambda: init_variables(plain, jax.random.key(0)))}
+
+
+def _without_kernels(model: Model) -> Model:
+    """Returns the model without TPU kernels, on which no shape depends.
+
+    Whether there are any depends on the devices, and these must not be asked for before all processes have met, when
+    the config of a run describes its parent already.
+    """
+    args = model.vision_args
+    if args is None or not hasattr(fastvlm.make_encoder(**args, parent=None), "kernels"):
+        return model
+    return model.clone(vision_args=flax.core.freeze({**args, "kernels": "none"}))
 
 
 def abstract_params(model: Model, adapters: Lora | None) -> dict[str, Any]:

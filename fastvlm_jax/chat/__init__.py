@@ -55,5 +55,6 @@ def on_page(
             if opened:
                 webbrowser.open(address)
             make_server(make_app(worker, about)).run(sockets=[listening])
+            raise KeyboardInterrupt  # what ends the server; asyncio keeps it for itself from Python 3.12 on
         finally:
             worker.stop()

@@ -19,6 +19,7 @@ from fastvlm_jax.convert.mapping import COUNTERS, described, read_tree
 from fastvlm_jax.convert.recognise import gguf_file
 from fastvlm_jax.convert.weight_files import CONFIG, DTYPES, read_json
 from fastvlm_jax.gguf_file import read_contents
+from fastvlm_jax.images.settings import PROCESSOR, SETTINGS
 from fastvlm_jax.loaded import Loaded
 from fastvlm_jax.metrics import best
 from fastvlm_jax.models import clip, fastvlm, kinds
@@ -135,7 +136,10 @@ def _read_one(source: str | os.PathLike, above: tuple[pathlib.Path, ...], base: 
         processor = read_processor(workdir / "processor")
         return Loaded(str(source), config, variables, processor, lineage_at(run, int(folder.name)))
     if path.is_dir() and peft.holds_adapters(path):
-        return adapted.read_peft(path, _read_base(source, base or peft.read_config(path)[1], path, above))
+        loaded = adapted.read_peft(path, _read_base(source, base or peft.read_config(path)[1], path, above))
+        # Adapters need not have been trained with images as large as those of their base.
+        own = any((path / name).is_file() for name in (PROCESSOR, SETTINGS)) and _processor(path, "peft", loaded.config)
+        return dataclasses.replace(loaded, processor=own or loaded.processor)
     _refuse_base(base, source)
     layout = convert.recognise(path)
     config, variables = convert.load_weights(path)

@@ -1,11 +1,13 @@
 """A run with adapters: what it trains, keeps and resumes, and how its model is read, merged and passed on."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
@@ -167,6 +169,24 @@ def test_a_peft_folder_that_peft_wrote_comes_back_bit_for_bit(base, peft_folder,
         assert all(torch.equal(tensors[name], first[name]) for name in first)
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 4.0, str(base))
+
+
+def test_a_peft_folder_has_the_image_size_that_its_adapters_were_trained_with(base, adapted, tmp_path):
+    """Here and in transformers; a folder without settings of images has those of its base."""
+    loaded = model_io.read(adapted[0])
+    wide = dataclasses.replace(loaded.processor, image_size=32, tokens_per_image=16)
+    args = (tmp_path / "wide", "peft", loaded.variables, loaded.config)
+    convert.write(*args, loaded.processor, {}, adapters=loaded.adapters)
+    convert.write(*args, wide, {}, adapters=loaded.adapters, overwrite=True)
+    found = model_io.read(tmp_path / "wide").processor
+    assert (found.image_size, found.tokens_per_image) == (32, 16)
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "wide")
+    text = theirs(images=PIL.Image.new("RGB", (40, 30)), text="<image>", return_tensors="pt")
+    assert text["pixel_values"].shape[-2:] == (32, 32)
+    assert int((text["input_ids"] == theirs.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 16
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / "wide" / name).unlink()
+    assert model_io.read(tmp_path / "wide").processor.image_size == model_io.read(base).processor.image_size == 16
 
 
 def test_another_base_than_that_of_the_training_is_refused(easy_vqa, adapted, base, tmp_path):

@@ -26,6 +26,7 @@ from fastvlm_jax.convert.layouts import (
 from fastvlm_jax.convert.layouts.native import read_lineage
 from fastvlm_jax.convert.new_folder import new_folder
 from fastvlm_jax.convert.recognise import recognise
+from fastvlm_jax.convert.vocabulary import with_image_token
 from fastvlm_jax.convert.weight_files import DTYPES
 from fastvlm_jax.loaded import Adapters
 from fastvlm_jax.models import kinds
@@ -79,7 +80,7 @@ def write(
       target: a folder that does not exist or is empty; with `overwrite`, a model directory to replace.
       layout: one of LAYOUTS. "hf" writes a whole model as FastVLM, a part as a plain language model or ViT; "timm"
         writes the encoder of any model, and "openclip" too, but for a CLIP both towers; "gguf" writes the language
-        model of any model, and "peft" adapters alone.
+        model of any model, and "peft" adapters alone, with the processor.
       variables: variables of `kinds.build(**model_config)`: arrays, boxed or not, or Leaves.
       model_config: {"vision": ..., "llm": ..., "dtype": ...}, or that of a CLIP; an absent part is None or left out.
       processor: tokenizer, template and image settings; a PairProcessor or None for a CLIP, None for an encoder alone.
@@ -97,7 +98,7 @@ def write(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
     if layout == "peft":
-        _write_peft(target, model_config, adapters, dtype, overwrite)
+        _write_peft(target, model_config, adapters, processor, dtype, overwrite)
         return
     variables = nn.unbox(variables)
     parts = {name for name in ("vision", "llm", "text") if model_config.get(name)}
@@ -135,8 +136,15 @@ def write(
             _write(folder, layout, parts, variables, model_config, processor, lineage, dtype)
 
 
-def _write_peft(target, model_config: Mapping[str, Any], adapters: Adapters | None, dtype, overwrite: bool) -> None:
-    """Writes adapters alone; see `write`."""
+def _write_peft(
+    target,
+    model_config: Mapping[str, Any],
+    adapters: Adapters | None,
+    processor: Processor | None,
+    dtype,
+    overwrite: bool,
+) -> None:
+    """Writes adapters alone, and the processor, whose images need not be as large as the base's; see `write`."""
     if adapters is None:
         raise ValueError("this model has no adapters apart from its kernels: give a workdir that trained them (lora)")
     if adapters.others:
@@ -146,6 +154,9 @@ def _write_peft(target, model_config: Mapping[str, Any], adapters: Adapters | No
         )
     with new_folder(target, overwrite) as folder:
         peft.write(folder, kinds.build(**model_config), adapters.lora, adapters.params, adapters.base, dtype)
+        if processor is not None:
+            seeing = with_image_token(processor, model_config) if model_config.get("vision") else processor
+            seeing.save(folder, export=True)
 
 
 def _refuse(layout: str, parts: set[str], family: str) -> None:

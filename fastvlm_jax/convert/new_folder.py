@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 
 from fastvlm_jax.convert.recognise import recognise
+from fastvlm_jax.convert.weight_files import ADAPTER
 
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")  # suffixes of the files in a written model
 
@@ -17,7 +18,7 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[p
 
     Raises:
       ValueError: `target` is a file or a folder that is not empty; with `overwrite`, a folder that holds anything
-        other than a model.
+        other than a model or adapters.
     """
     target = pathlib.Path(target).expanduser().resolve()
     partial, old = (target.with_name(f".{target.name}.{state}") for state in ("partial", "old"))
@@ -29,7 +30,8 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[p
         if not overwrite:
             raise ValueError(f"{target} is not empty: name another folder, or --overwrite the model in it")
         try:
-            recognise(target)
+            if not (target / ADAPTER[0]).is_file():
+                recognise(target)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{target} holds something other than a model: name another folder") from error
         if others := sorted(x.name for x in target.iterdir() if not x.is_file() or x.suffix not in MODEL_FILES):

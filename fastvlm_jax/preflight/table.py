@@ -226,7 +226,9 @@ def _generation(found: dict[Case, dict[str, Any]]) -> str:
                 f"{_binds(first)}; {_binds(further)}",
             ]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
-    return markdown(rows)
+    return markdown(rows) + (
+        "\n`fastvlm bench ttft --topology v5e:1x1` tells the parts one by one ([ttft.md](ttft.md)).\n"
+    )
 
 
 def _images(found: dict[Case, dict[str, Any]]) -> str:

@@ -190,6 +190,10 @@ def test_asking_a_model_imports_nothing_of_the_training_pipeline(code):
     assert not {"tensorflow", "torch", "transformers", "grain"} & loaded
 
 
+def test_training_loads_no_pytorch_where_there_is_one():
+    assert not {"tensorflow", "torch", "transformers"} & imported_by("import fastvlm_jax.train")
+
+
 def test_help_loads_no_jax():
     loaded = imported_by("import fastvlm_jax.cli")
     assert not {"jax", "numpy", "flax", "ml_collections"} & loaded

@@ -1,21 +1,21 @@
 """Writes numbers, texts and images as TensorBoard reads them: Event messages, framed as TFRecords with their checksums.
 
-The writers of tensorboardX write in a thread of their own. On a full disk it dies, and its queue fills until the run
-waits for ever. Here the thread that logs writes, and an error is an error.
+TensorBoard's own writer writes in a thread of its own, whose errors come late. Here the thread that logs writes, and an
+error is an error.
 """
 
+import io
 import pathlib
 import socket
-import struct
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import scalar, text
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fastvlm_jax import disk
 from fastvlm_jax.images.decode import size_of
@@ -31,14 +31,14 @@ class Board:
         now, restart = time.time(), SessionLog(status=SessionLog.START)
         start = [Event(wall_time=now, file_version="brain.Event:2")]
         start.append(Event(wall_time=now, step=step + 1, session_log=restart))
-        self._file.append(b"".join(map(_record, start)))
+        self._append(start)
         self._shows_images = False
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends the scalars of a step."""
         now = time.time()
-        events = [Event(wall_time=now, step=step, summary=scalar(key, value)) for key, value in scalars.items()]
-        self._file.append(b"".join(map(_record, events)))
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
+        self._append([Event(wall_time=now, step=step, summary=Summary(value=[value])) for value in values])
 
     def write_predictions(self, step: int, rows: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> None:
         """Appends sample questions with their answers, and the first time their images, which stay the same.
@@ -47,7 +47,7 @@ class Board:
           rows: lines of predictions.jsonl.
           folder: folder that the names of the images start from.
         """
-        summaries = [text(f"predictions/{number}", _told(row)) for number, row in enumerate(rows, 1)]
+        summaries = [text_pb(f"predictions/{number}", _told(row)) for number, row in enumerate(rows, 1)]
         if not self._shows_images:
             names = {
                 f"{number}/image_{i}": name
@@ -57,12 +57,18 @@ class Board:
             summaries += [_image(f"predictions/{tag}", folder / name) for tag, name in names.items()]
         self._shows_images = True
         now = time.time()
-        events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
-        self._file.append(b"".join(map(_record, events)))
+        self._append([Event(wall_time=now, step=step, summary=summary) for summary in summaries])
 
     def flush(self) -> None:
         """Raises OSError if the disk does not take what is not yet written."""
         self._file.flush()
+
+    def _append(self, events: Sequence[Event]) -> None:
+        records = io.BytesIO()
+        writer = RecordWriter(records)
+        for event in events:
+            writer.write(event.SerializeToString())
+        self._file.append(records.getvalue())
 
 
 def _told(row: Mapping[str, Any]) -> str:
@@ -81,9 +87,3 @@ def _image(tag: str, path: pathlib.Path) -> Summary:
     width, height = size_of(data)
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
     return Summary(value=[Summary.Value(tag=tag, image=image)])
-
-
-def _record(event: Event) -> bytes:
-    data = event.SerializeToString()
-    length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))

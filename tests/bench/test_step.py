@@ -21,7 +21,7 @@ from fastvlm_jax.models import fastvlm as models
 from fastvlm_jax.models import kinds, lora
 
 # What a machine with a GPU may lack, and no benchmark of the model needs.
-UNNEEDED = ("grain", "array_record", "tensorboardX", "tensorflow_datasets", "pyarrow", "pypdfium2", "wandb", "libtpu")
+UNNEEDED = ("grain", "array_record", "tensorboard", "tensorflow_datasets", "pyarrow", "pypdfium2", "wandb", "libtpu")
 FLAGS = [f"--config.{key.replace('__', '.')}={value}" for key, value in ONE_STAGE.items()]
 # A frozen encoder and one layer: compiling is most of what the command takes.
 FLAGS += ["--config.groups=(('vision/.*', 0.0, 0.0), ('.*', 0.001, 0.0))", "--config.model.vision.batch_norm=frozen"]

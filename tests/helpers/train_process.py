@@ -8,8 +8,6 @@ import sys
 
 import environment  # noqa: F401  sets the environment of jax
 
-sys.modules["torch"] = None  # tensorboardX would load it
-
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={sys.argv.pop(1)}")
 
 from fastvlm_jax.cli import program

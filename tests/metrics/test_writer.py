@@ -5,7 +5,7 @@ import struct
 
 import pytest
 from full_disk import files_of_at_most
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from fastvlm_jax.metrics.rows import read_metrics
 from fastvlm_jax.metrics.writer import MetricsWriter
@@ -54,7 +54,7 @@ def test_a_full_disk_stops_no_run_and_costs_no_row_once_there_is_space(tmp_path,
     writer = MetricsWriter(tmp_path, "name", 0, 40)
     writer.write(1, {"loss": 1.5, "lr": 0.25})
     with files_of_at_most(150):
-        for step in range(2, 40):  # tensorboardX's own writer waited for ever behind ten rows
+        for step in range(2, 40):  # a writer with a thread of its own waited for ever behind ten rows
             writer.write(step, {"loss": 1 / step, "lr": 0.25})
         with pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'"):
             writer.flush()

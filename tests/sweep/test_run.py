@@ -29,10 +29,8 @@ for words in json.loads(sys.argv[1]):
 
 
 def environment(folder):
-    """With one device, without PyTorch, which tensorboardX would load, and every small program in the cache of XLA."""
-    (folder / "stub").mkdir(exist_ok=True)
-    (folder / "stub/torch.py").write_text("raise ImportError\n")
-    path = os.pathsep.join(map(str, (folder / "stub", ROOT, ROOT / "tests/helpers")))
+    """With one device, and every small program in the cache of XLA."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests/helpers")))
     own = {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return os.environ | own
 

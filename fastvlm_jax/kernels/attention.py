@@ -7,7 +7,24 @@
 | CPU, all others | `plain` | nothing faster is available |
 | any, below 256 keys or one query | `plain` | short rows leave a kernel idle; one query stores few scores |
 
-Generation has `prompt_attention` and `cached_attention`, which need no backward pass.
+Generation has `prompt_attention` and `cached_attention`, which need no backward pass. On TPU the scores of a prompt
+stay in on-chip memory if they fit, all at once or those of one key-value head at a time. The TPU compiler's estimates
+for one v5e chip, bfloat16, thousands of cycles, in brackets by its schedules (nothing was measured on a TPU):
+
+| heads, key-value heads, head dim | B x T | all at once | a key-value head at a time | splash |
+|---|---|---|---|---|
+| 14, 2, 64 (Qwen2 0.5B) | 1 x 320 | 27 (11) | 43 (13) | 63 (30) |
+| | 1 x 640 | 49 (27) | 71 (33) | 162 (98) |
+| | 1 x 1088 | 112 (90) | 143 (89) | 387 (261) |
+| | 8 x 512 | 1,757 (679) | 233 (152) | 313 (216) |
+| | 1 x 1500 | 1,024 (709) | 233 (168) | 422 (267) |
+| | 1 x 2048 | 1,829 (1,313) | 421 (273) | 391 (341) |
+| | 1 x 4096 | 7,056 (5,229) | 7,115 (5,275) | 1,446 (1,350) |
+| 28, 4, 128 (7B) | 1 x 640 | 103 (68) | 182 (101) | 340 (206) |
+| | 1 x 1088 | 1,171 (763) | 337 (217) | 756 (537) |
+
+v6e and v4 are alike. On v5p, whose device has two cores, splash is as fast from half as many scores on: 14 heads at
+1 x 1500 take 428 (249), 467 (261) and 202 (148).
 
 The platform is the target of the compilation, not the machine that compiles: a program for TPU can be compiled on a CPU
 machine. cuDNN is the exception: JAX asks the GPU of the running process what it supports, and without a GPU the program
@@ -21,10 +38,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fastvlm_jax.kernels.splash import splash_attention
-from fastvlm_jax.sharding import batch_shards, on_shards
+from fastvlm_jax.sharding import batch_shards, device_cores, on_shards
 
 Array = jax.Array
-MAX_SHORT_PROMPT = 512  # tokens; the scores of longer prompts fill the memory of a TPU's chip
+# Scores of a prompt on a core of a TPU that may exist at a time: more fill its on-chip memory, see the table above.
+MAX_SCORES = 2**24
 MIN_KERNEL_KEYS = 256  # keys; with fewer, `plain` takes fewer estimated cycles on TPU
 
 
@@ -74,14 +92,9 @@ def plain(q_BTKGE: Array, k_BSKE: Array, v_BSKE: Array, q_segments_BT: Array, kv
 
 
 def prompt_attention(q_BTKGE: Array, k_BTKE: Array, v_BTKE: Array, segments_BT: Array) -> Array:
-    """Computes `attention` of prompts to themselves, without a backward pass.
-
-    On TPU a short prompt's scores stay on the chip, without the padding and the transposes that a kernel needs.
-    """
+    """Computes `attention` of prompts to themselves, without a backward pass."""
     args = (q_BTKGE, k_BTKE, v_BTKE, segments_BT, segments_BT)
-    if q_BTKGE.shape[1] > MAX_SHORT_PROMPT:
-        return attention(*args)
-    return jax.lax.platform_dependent(*args, tpu=_short, default=attention)
+    return jax.lax.platform_dependent(*args, tpu=partial(_on_shards, _on_chip), default=attention)
 
 
 def cached_attention(q_BKGE: Array, k_BKES: Array, v_BKES: Array, allowed_BS: Array) -> Array:
@@ -92,7 +105,22 @@ def cached_attention(q_BKGE: Array, k_BKES: Array, v_BKES: Array, allowed_BS: Ar
     return jnp.einsum("bkgs,bkes->bkge", jax.nn.softmax(scores).astype(v_BKES.dtype), v_BKES)
 
 
-def _short(q_BTKGE: Array, k_BSKE: Array, v_BSKE: Array, q_segments_BT: Array, kv_segments_BS: Array) -> Array:
+def _on_chip(q_BTKGE: Array, k_BSKE: Array, v_BSKE: Array, q_segments_BT: Array, kv_segments_BS: Array) -> Array:
+    """Computes `plain` for all heads at once, or for one key-value head at a time, or by a kernel: as scores fit."""
+    B, T, K, G, _ = q_BTKGE.shape
+    scores, fitting = B * G * T * T, MAX_SCORES // device_cores()
+    if K * scores <= fitting:
+        return _sums_by_product(q_BTKGE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS)
+    if scores > fitting:
+        return splash_attention(q_BTKGE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS)
+    heads = tuple(jnp.moveaxis(jnp.expand_dims(x, 3), 2, 0) for x in (q_BTKGE, k_BSKE, v_BSKE))
+    mixed = jax.lax.map(lambda head: _sums_by_product(*head, q_segments_BT, kv_segments_BS), heads)
+    return jnp.moveaxis(jnp.squeeze(mixed, 3), 0, 2)
+
+
+def _sums_by_product(
+    q_BTKGE: Array, k_BSKE: Array, v_BSKE: Array, q_segments_BT: Array, kv_segments_BS: Array
+) -> Array:
     """Computes `plain` with the sums of the softmax as a product, each of whose eight columns is the sum.
 
     By the TPU compiler's estimate that takes an eighth of the time of a reduction. The result is divided by them, not

@@ -19,9 +19,13 @@ from fastvlm_jax.sharding import images_here
 
 Array = jax.Array
 # Attention scores of a device that may exist at a time: `by_heads` processes groups of as many heads as fit, at least
-# one. On TPU these scores stay in on-chip memory, forward and backward (at 32x32 a third of the estimated cycles of all
-# heads at once).
+# one, and of fewer images where one head of all has more. On TPU these scores stay in on-chip memory, forward and
+# backward: by the compiler's estimate a third of the cycles of all heads at once at 32x32, and a fourth of those of one
+# head of all 8 images at 48x48.
 SCORES_AT_ONCE = 2**23
+# Keys of a query up to which the TPU compiler sums the weights where it computes them. Sums of more cost it 2.3 of the
+# 3.0 M cycles of an image of 48x48 with 24 heads, and as a product, of which they are a further column, none.
+SUMMED_AT_ONCE = 2048
 CPU_SCORES = 2**18  # scores that `by_rows` computes at a time: 1 MB, the cache of a core
 
 
@@ -47,26 +51,45 @@ self_attention.defvjp(
 
 
 def by_heads(qkv_BNX: Array, head_dim: int) -> Array:
-    """Computes `self_attention` for a group of heads at a time; the backward pass computes a group's scores again."""
+    """Computes `self_attention` for a group of heads at a time; the backward pass computes a group's scores again.
+
+    A group has a head of some images where one of all has too many scores. It has as many images of every device, so
+    that none moves.
+    """
     B, N, X = qkv_BNX.shape
-    heads = X // 3 // head_dim
-    scores = images_here(B) * N * N
-    at_once = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * scores <= SCORES_AT_ONCE))
-    qkv = qkv_BNX.reshape(B, N, 3, heads // at_once, at_once, head_dim)
-    q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 1))  # each [groups of heads, B, N, heads in a group, head_dim]
-    if at_once == heads:
-        mixed = attend(q[0], k[0], v[0])
-    else:
-        step = jax.checkpoint(attend, prevent_cse=False)
-        mixed = jnp.moveaxis(lax.map(lambda qkv: step(*qkv), (q, k, v)), 0, 2)
-    return mixed.reshape(B, N, -1)
+    heads, images = X // 3 // head_dim, images_here(B)
+    n = _at_once(images, N * N)
+    h = _at_once(heads, n * N * N) if n == images else 1
+    # [devices, groups of images, images in a group, N, qkv, groups of heads, heads in a group, E]
+    qkv = qkv_BNX.reshape(B // images, images // n, n, N, 3, heads // h, h, head_dim)
+    if n == images and h == heads:
+        q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, heads, head_dim), 2, 0)
+        return attend(q, k, v).reshape(B, N, -1)
+    groups = jnp.moveaxis(qkv, (4, 1, 5), (0, 1, 2)).reshape(3, -1, B // images * n, N, h, head_dim)
+    step = jax.checkpoint(attend, prevent_cse=False)
+    mixed = lax.map(lambda qkv: step(*qkv), tuple(groups))
+    mixed = mixed.reshape(images // n, heads // h, B // images, n, N, h, head_dim)
+    return jnp.moveaxis(mixed, (0, 1), (1, 4)).reshape(B, N, -1)
+
+
+def _at_once(count: int, scores: int) -> int:
+    """Returns the largest divisor of `count` whose multiple of `scores` is at most SCORES_AT_ONCE; at least 1."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * scores <= SCORES_AT_ONCE))
 
 
 def attend(q_BNhE: Array, k_BNhE: Array, v_BNhE: Array) -> Array:
     """Computes softmax(q k / sqrt(E)) v over all positions, [B, N, h, E], with scores and softmax in float32."""
-    scores_BhNN = jnp.einsum("bnhe,bmhe->bhnm", q_BNhE, k_BNhE, preferred_element_type=jnp.float32)
-    weights_BhNN = jax.nn.softmax(scores_BhNN * q_BNhE.shape[-1] ** -0.5).astype(q_BNhE.dtype)
-    return jnp.einsum("bhnm,bmhe->bnhe", weights_BhNN, v_BNhE)
+    N, _, E = q_BNhE.shape[1:]
+    scores_BhNN = jnp.einsum("bnhe,bmhe->bhnm", q_BNhE, k_BNhE, preferred_element_type=jnp.float32) * E**-0.5
+    if N <= SUMMED_AT_ONCE:
+        weights_BhNN = jax.nn.softmax(scores_BhNN).astype(q_BNhE.dtype)
+        return jnp.einsum("bhnm,bmhe->bnhe", weights_BhNN, v_BNhE)
+    largest = lax.stop_gradient(scores_BhNN.max(-1, keepdims=True))
+    weights_BhNN = jnp.exp(scores_BhNN - largest).astype(q_BNhE.dtype)
+    ones = jnp.ones((*v_BNhE.shape[:3], 8), v_BNhE.dtype)  # eight columns, the multiple that a GPU's products ask for
+    v = jnp.concatenate([v_BNhE, ones], -1)
+    mixed = jnp.einsum("bhnm,bmhe->bnhe", weights_BhNN, v, preferred_element_type=jnp.float32)
+    return (mixed[..., :E] / mixed[..., E : E + 1]).astype(q_BNhE.dtype)
 
 
 def by_rows(qkv_BNX: Array, head_dim: int) -> Array:

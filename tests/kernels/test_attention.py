@@ -54,13 +54,33 @@ def with_gradients(form, q_segments, kv_segments, offset=0):
     return jax.jit(run)
 
 
-def test_the_form_of_short_prompts_on_tpu_equals_loops():
+@pytest.mark.parametrize("fitting, loops", [(2 * 2 * 3 * 81, 0), (2 * 3 * 81, 1)], ids=["at once", "by heads"])
+def test_the_forms_of_prompts_on_tpu_equal_loops(fitting, loops, monkeypatch):
+    """Scores of two rows of 9 tokens, two key-value heads and three queries each fit, or those of one such head."""
+    monkeypatch.setattr(attention_module, "MAX_SCORES", fitting)
     q, k, v, _ = arrays(2, 9, 9, 2, 3, 8)
     ids = segments((9, 0), (5, 4))
     expected = looped(q, k, v, ids, ids, 0)
-    got = jax.jit(attention_module._short)(q, k, v, ids, ids)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    form = jax.jit(lambda *args: attention_module._on_chip(*args))  # traced anew for each limit
+    assert str(form.trace(q, k, v, ids, ids).jaxpr).count("scan[") == loops
+    np.testing.assert_allclose(form(q, k, v, ids, ids), expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.jit(attention_module.prompt_attention)(q, k, v, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens, form", [(640, "at once"), (1088, "at once"), (1280, "by heads"), (2048, "splash")])
+def test_the_scores_of_a_device_choose_the_form_of_a_prompt_on_tpu(tokens, form):
+    """14 heads on one device, and the same on each of two devices that share twice as many."""
+    for heads, mesh in (
+        (2, make_mesh((1, 1, 1, 1), jax.devices()[:1])),
+        (4, make_mesh((1, 1, 1, 2), jax.devices()[:2])),
+    ):
+        shapes = [(1, tokens, heads, 7, 64), *[(1, tokens, heads, 64)] * 2]
+        args = [*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes), segments((tokens, 0))]
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(attention_module.prompt_attention).trace(*args).lower(lowering_platforms=("tpu",))
+        text = lowered.as_text()
+        found = "splash" if "tpu_custom_call" in text else "by heads" if "stablehlo.while" in text else "at once"
+        assert found == form
 
 
 def test_one_query_attends_to_the_allowed_slots_of_a_cache():

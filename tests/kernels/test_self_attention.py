@@ -46,16 +46,34 @@ def test_equals_torch_forward_and_backward(N, blocks, monkeypatch):
     np.testing.assert_allclose(vjp(dy)[0], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_large_scores_do_not_overflow():
+@pytest.mark.parametrize("summed_at_once", [1024, 16], ids=["short", "long"])
+@pytest.mark.parametrize("maps, heads", [(6, 3), (2, 3), (1, 3), (0, 3), (1, 1)])
+def test_groups_of_heads_and_images_equal_torch(maps, heads, summed_at_once, monkeypatch):
+    """Room for scores of all heads of two images, of one head of both, of one of one, of none: then it is one too."""
+    monkeypatch.setattr(self_attention, "SUMMED_AT_ONCE", summed_at_once)
+    monkeypatch.setattr(self_attention, "SCORES_AT_ONCE", maps * 36 * 36)
+    qkv, dy = example(2, 36, heads)
+    y, gradient = torch_attention(qkv, dy)
+    found, vjp = jax.vjp(jax.jit(lambda qkv: by_heads(qkv, HEAD)), qkv)
+    np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(vjp(dy)[0], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form, summed_at_once", [(by_rows, 32), (by_heads, 16)])
+def test_large_scores_do_not_overflow(form, summed_at_once, monkeypatch):
+    monkeypatch.setattr(self_attention, "SUMMED_AT_ONCE", summed_at_once)
     qkv, dy = example(1, 32, 1)
-    np.testing.assert_allclose(by_rows(40 * qkv, HEAD), torch_attention(40 * qkv, dy)[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(form(40 * qkv, HEAD), torch_attention(40 * qkv, dy)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_is_as_near_as_by_heads():
+@pytest.mark.parametrize("form, summed_at_once", [(by_rows, 64), (by_heads, 16)])
+def test_bfloat16_is_as_near_as_the_usual_softmax(form, summed_at_once, monkeypatch):
     qkv, dy = example(2, 64, 3)
     rounded = jnp.asarray(qkv, jnp.bfloat16)
     exact, _ = torch_attention(np.asarray(rounded, np.float32), dy)
-    ours, plain = (form(rounded, HEAD) for form in (by_rows, by_heads))
+    plain = by_heads(rounded, HEAD)
+    monkeypatch.setattr(self_attention, "SUMMED_AT_ONCE", summed_at_once)
+    ours = form(rounded, HEAD)
     assert ours.dtype == jnp.bfloat16
     errors = [np.linalg.norm(np.asarray(y, np.float32) - exact) for y in (ours, plain)]
     assert 0 < errors[0] <= 1.25 * errors[1]
@@ -71,6 +89,25 @@ def test_the_images_of_a_device_decide_how_many_heads_go_together(monkeypatch):
     with jax.set_mesh(mesh):
         split = jax.jit(lambda qkv: by_heads(qkv, HEAD)).trace(qkv).jaxpr
     assert "f32[2,6,16,16]" in str(split)
+
+
+def test_a_group_has_as_many_images_of_every_device_and_none_moves(monkeypatch):
+    """Four images on two devices, with room for the scores of one: two groups, each of an image of each device."""
+    monkeypatch.setattr(self_attention, "SCORES_AT_ONCE", 16 * 16)
+    qkv, dy = example(4, 16, 2)
+    mesh = sharding.make_mesh((1, 2, 1, 1), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        images = sharding.batch_sharding(mesh)
+        qkv, dy = (jax.device_put(x, images) for x in (qkv, dy))
+        both = jax.jit(lambda qkv, dy: (by_heads(qkv, HEAD), *jax.vjp(lambda x: by_heads(x, HEAD), qkv)[1](dy)))
+        traced = both.trace(qkv, dy)
+        assert "f32[2,1,16,16]" in str(traced.jaxpr) and "f32[4,1,16,16]" not in str(traced.jaxpr)
+        compiled = traced.lower().compile()
+        found = compiled(qkv, dy)
+    moves = ("all-gather", "all-to-all", "collective-permute", "all-reduce", "reduce-scatter")
+    assert not [move for move in moves if move in compiled.as_text()]
+    for ours, theirs in zip(found, torch_attention(np.asarray(qkv), np.asarray(dy)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_forward_pass_on_a_cpu_goes_by_rows():

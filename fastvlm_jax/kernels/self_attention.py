@@ -19,12 +19,14 @@ from fastvlm_jax.sharding import images_here
 
 Array = jax.Array
 # Attention scores of a device that may exist at a time: `by_heads` processes groups of as many heads as fit, at least
-# one, and of fewer images where one head of all has more. On TPU these scores stay in on-chip memory, forward and
-# backward: by the compiler's estimate a third of the cycles of all heads at once at 32x32, and a fourth of those of one
-# head of all 8 images at 48x48.
+# one. On TPU these scores stay in on-chip memory, forward and backward (at 32x32 a third of the estimated cycles of all
+# heads at once).
 SCORES_AT_ONCE = 2**23
-# Keys of a query up to which the TPU compiler sums the weights where it computes them. Sums of more cost it 2.3 of the
-# 3.0 M cycles of an image of 48x48 with 24 heads, and as a product, of which they are a further column, none.
+# Scores of one head of all images of a device up to which they are one group; of more, it has a head of fewer images.
+# More fill the on-chip memory, and more groups of fewer take longer.
+SCORES_OF_A_HEAD = 2**24
+# Keys up to which a softmax is the usual one. For one image of 48x48, 24 heads, the TPU compiler estimates 2.3 of 3.0 M
+# cycles for sums of more, and none for sums that are a further column of the product with the values.
 SUMMED_AT_ONCE = 2048
 CPU_SCORES = 2**18  # scores that `by_rows` computes at a time: 1 MB, the cache of a core
 
@@ -58,8 +60,8 @@ def by_heads(qkv_BNX: Array, head_dim: int) -> Array:
     """
     B, N, X = qkv_BNX.shape
     heads, images = X // 3 // head_dim, images_here(B)
-    n = _at_once(images, N * N)
-    h = _at_once(heads, n * N * N) if n == images else 1
+    n = _at_once(images, N * N, SCORES_OF_A_HEAD)
+    h = _at_once(heads, n * N * N, SCORES_AT_ONCE) if n == images else 1
     # [devices, groups of images, images in a group, N, qkv, groups of heads, heads in a group, E]
     qkv = qkv_BNX.reshape(B // images, images // n, n, N, 3, heads // h, h, head_dim)
     if n == images and h == heads:
@@ -72,9 +74,9 @@ def by_heads(qkv_BNX: Array, head_dim: int) -> Array:
     return jnp.moveaxis(mixed, (0, 1), (1, 4)).reshape(B, N, -1)
 
 
-def _at_once(count: int, scores: int) -> int:
-    """Returns the largest divisor of `count` whose multiple of `scores` is at most SCORES_AT_ONCE; at least 1."""
-    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * scores <= SCORES_AT_ONCE))
+def _at_once(count: int, scores: int, most: int) -> int:
+    """Returns the largest divisor of `count` whose multiple of `scores` is at most `most`; at least 1."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * scores <= most))
 
 
 def attend(q_BNhE: Array, k_BNhE: Array, v_BNhE: Array) -> Array:

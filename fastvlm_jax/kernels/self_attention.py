@@ -15,16 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from fastvlm_jax.kernels.mlp import divisor
-from fastvlm_jax.sharding import images_here
+from fastvlm_jax.sharding import device_cores, images_here
 
 Array = jax.Array
 # Attention scores of a device that may exist at a time: `by_heads` processes groups of as many heads as fit, at least
 # one. On TPU these scores stay in on-chip memory, forward and backward (at 32x32 a third of the estimated cycles of all
 # heads at once).
 SCORES_AT_ONCE = 2**23
-# Scores of one head of all images of a device up to which they are one group; of more, it has a head of fewer images.
-# More fill the on-chip memory, and more groups of fewer take longer.
-SCORES_OF_A_HEAD = 2**24
+# Scores of one head of a device's images that still fit there. Of more, a group has a head of fewer images, but not on
+# devices of two cores (v4, v5p), where the compiler estimates no gain.
+ON_CHIP = 2**24
 # Keys up to which a softmax is the usual one. For one image of 48x48, 24 heads, the TPU compiler estimates 2.3 of 3.0 M
 # cycles for sums of more, and none for sums that are a further column of the product with the values.
 SUMMED_AT_ONCE = 2048
@@ -60,7 +60,7 @@ def by_heads(qkv_BNX: Array, head_dim: int) -> Array:
     """
     B, N, X = qkv_BNX.shape
     heads, images = X // 3 // head_dim, images_here(B)
-    n = _at_once(images, N * N, SCORES_OF_A_HEAD)
+    n = images if device_cores() > 1 else _at_once(images, N * N, ON_CHIP)
     h = _at_once(heads, n * N * N, SCORES_AT_ONCE) if n == images else 1
     # [devices, groups of images, images in a group, N, qkv, groups of heads, heads in a group, E]
     qkv = qkv_BNX.reshape(B // images, images // n, n, N, 3, heads // h, h, head_dim)
@@ -81,9 +81,9 @@ def _at_once(count: int, scores: int, most: int) -> int:
 
 def attend(q_BNhE: Array, k_BNhE: Array, v_BNhE: Array) -> Array:
     """Computes softmax(q k / sqrt(E)) v over all positions, [B, N, h, E], with scores and softmax in float32."""
-    N, _, E = q_BNhE.shape[1:]
+    B, N, _, E = q_BNhE.shape
     scores_BhNN = jnp.einsum("bnhe,bmhe->bhnm", q_BNhE, k_BNhE, preferred_element_type=jnp.float32) * E**-0.5
-    if N <= SUMMED_AT_ONCE:
+    if N <= SUMMED_AT_ONCE or images_here(B) * N * N > ON_CHIP:
         weights_BhNN = jax.nn.softmax(scores_BhNN).astype(q_BNhE.dtype)
         return jnp.einsum("bhnm,bmhe->bnhe", weights_BhNN, v_BNhE)
     largest = lax.stop_gradient(scores_BhNN.max(-1, keepdims=True))

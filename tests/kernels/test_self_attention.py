@@ -51,7 +51,7 @@ def test_equals_torch_forward_and_backward(N, blocks, monkeypatch):
 def test_groups_of_heads_and_images_equal_torch(maps, heads, summed_at_once, monkeypatch):
     """Room for scores of all heads of two images, of one head of both, of one of one, of none: then it is one too."""
     monkeypatch.setattr(self_attention, "SUMMED_AT_ONCE", summed_at_once)
-    for limit in ("SCORES_AT_ONCE", "SCORES_OF_A_HEAD"):
+    for limit in ("SCORES_AT_ONCE", "ON_CHIP"):
         monkeypatch.setattr(self_attention, limit, maps * 36 * 36)
     qkv, dy = example(2, 36, heads)
     y, gradient = torch_attention(qkv, dy)
@@ -94,7 +94,7 @@ def test_the_images_of_a_device_decide_how_many_heads_go_together(monkeypatch):
 
 def test_a_group_has_as_many_images_of_every_device_and_none_moves(monkeypatch):
     """Four images on two devices, with room for the scores of one: two groups, each of an image of each device."""
-    monkeypatch.setattr(self_attention, "SCORES_OF_A_HEAD", 16 * 16)
+    monkeypatch.setattr(self_attention, "ON_CHIP", 16 * 16)
     qkv, dy = example(4, 16, 2)
     mesh = sharding.make_mesh((1, 2, 1, 1), jax.devices()[:2])
     with jax.set_mesh(mesh):

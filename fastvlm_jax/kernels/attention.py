@@ -41,7 +41,7 @@ from fastvlm_jax.kernels.splash import splash_attention
 from fastvlm_jax.sharding import batch_shards, device_cores, on_shards
 
 Array = jax.Array
-# Scores of a prompt on a core of a TPU that may exist at a time: more fill its on-chip memory, see the table above.
+# Scores of a prompt that may exist at a time on a TPU with one core, half as many on one with two: see the table above.
 MAX_SCORES = 2**24
 MIN_KERNEL_KEYS = 256  # keys; with fewer, `plain` takes fewer estimated cycles on TPU
 

@@ -22,11 +22,11 @@ Array = jax.Array
 # one. On TPU these scores stay in on-chip memory, forward and backward (at 32x32 a third of the estimated cycles of all
 # heads at once).
 SCORES_AT_ONCE = 2**23
-# Scores of one head of a device's images that still fit there. Of more, a group has a head of fewer images, but not on
-# devices of two cores (v4, v5p), where the compiler estimates no gain.
+# Scores of one head of a device's images that still fit into that memory. Of more, a group has a head of fewer images,
+# but not on devices of two cores: for v5p the compiler estimates no gain.
 ON_CHIP = 2**24
-# Keys up to which a softmax is the usual one. For one image of 48x48, 24 heads, the TPU compiler estimates 2.3 of 3.0 M
-# cycles for sums of more, and none for sums that are a further column of the product with the values.
+# Keys up to which a softmax is the usual one. With more, for one image of 48x48 and 24 heads, the TPU compiler
+# estimates 2.3 of 3.0 M cycles for the sums alone, and none for sums that are columns of the product with the values.
 SUMMED_AT_ONCE = 2048
 CPU_SCORES = 2**18  # scores that `by_rows` computes at a time: 1 MB, the cache of a core
 

@@ -14,7 +14,8 @@ from fastvlm_jax.models.fastvit import FastViT
 
 transformers = import_transformers()  # timm too imports torchvision, whose compiled part need not fit this torch
 
-import timm  # noqa: E402
+import timm.optim  # noqa: E402
+import timm.utils  # noqa: E402
 from timm.models.fastvit import RepConditionalPosEnc  # noqa: E402
 
 # The same operations, compiled many times faster: most of a parity test's time would go into XLA's code generation.

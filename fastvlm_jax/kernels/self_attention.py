@@ -60,8 +60,8 @@ def by_heads(qkv_BNX: Array, head_dim: int) -> Array:
     """
     B, N, X = qkv_BNX.shape
     heads, images = X // 3 // head_dim, images_here(B)
-    n = images if device_cores() > 1 else _at_once(images, N * N, ON_CHIP)
-    h = _at_once(heads, n * N * N, SCORES_AT_ONCE) if n == images else 1
+    n = images if device_cores() > 1 else divisor(images, max(ON_CHIP // (N * N), 1), 1)
+    h = divisor(heads, max(SCORES_AT_ONCE // (n * N * N), 1), 1) if n == images else 1
     # [devices, groups of images, images in a group, N, qkv, groups of heads, heads in a group, E]
     qkv = qkv_BNX.reshape(B // images, images // n, n, N, 3, heads // h, h, head_dim)
     if n == images and h == heads:
@@ -72,11 +72,6 @@ def by_heads(qkv_BNX: Array, head_dim: int) -> Array:
     mixed = lax.map(lambda qkv: step(*qkv), tuple(groups))
     mixed = mixed.reshape(images // n, heads // h, B // images, n, N, h, head_dim)
     return jnp.moveaxis(mixed, (0, 1), (1, 4)).reshape(B, N, -1)
-
-
-def _at_once(count: int, scores: int, most: int) -> int:
-    """Returns the largest divisor of `count` whose multiple of `scores` is at most `most`; at least 1."""
-    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * scores <= most))
 
 
 def attend(q_BNhE: Array, k_BNhE: Array, v_BNhE: Array) -> Array:
